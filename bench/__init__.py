@@ -1,0 +1,1 @@
+"""Measurements: what `kvpress run` and `kvpress bench` call."""

@@ -1,0 +1,77 @@
+"""PyTorch reference of `attention_sums`: one pass over blocks of queries, O(S) memory per query of a block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpress.noise import NO_QUERY, exponential
+
+BLOCK_ELEMENTS = 1 << 20  # logits per block: 4 MiB in fp32, which stays near the cores
+
+
+def attention_sums(
+    query_BNPD: Tensor,
+    key_BHSD: Tensor,
+    position_BHS: Tensor,
+    scaling: float,
+    softcap: float,
+    window: int,
+    noise: str,
+    tau: float,
+    seed: int,
+    layer: int,
+) -> Tensor:
+    """fp32 `[B, H, S]`: attention that each slot receives from the last `window` queries, summed over the group.
+
+    The P queries belong to the last P slots, in order; query i sees slots 0 … S − P + i that hold a token
+    (position >= 0). See README.md for the formulas of the three kinds of noise.
+    """
+    batch, query_heads, queries, width = query_BNPD.shape
+    heads, slots = key_BHSD.shape[1:3]
+    group = query_heads // heads
+    query_BHGPD = query_BNPD.reshape(batch, heads, group, queries, width)
+    head_HG11 = torch.arange(query_heads, device=query_BNPD.device).view(heads, group, 1, 1)
+    key_position_BH11S = position_BHS[:, :, None, None]
+    empty_BH11S = key_position_BH11S < 0
+    any_empty = bool(empty_BH11S.any())
+    sums_BHS = torch.zeros(batch, heads, slots, dtype=torch.float32, device=query_BNPD.device)
+
+    frozen_BHG1S = None
+    if noise == "frozen":
+        no_query = torch.full_like(key_position_BH11S[..., :1], NO_QUERY)
+        frozen_BHG1S = exponential(seed, layer, head_HG11, no_query, key_position_BH11S)
+
+    step = max(1, BLOCK_ELEMENTS // max(1, batch * query_heads * slots))
+    for start in range(max(0, queries - window), queries, step):
+        stop = min(start + step, queries)
+        seen = slots - queries + stop  # later slots are in the future of the whole block
+        block_BHGpD = query_BHGPD[:, :, :, start:stop] * scaling
+        x_BHGps = torch.matmul(block_BHGpD, key_BHSD[:, :, None, :seen].mT).float()
+        if softcap:
+            x_BHGps = torch.tanh(x_BHGps / softcap) * softcap
+        own_p = torch.arange(slots - queries + start, seen, device=x_BHGps.device)
+        future_pp = own_p > own_p[:, None]
+        x_BHGps[..., slots - queries + start :].masked_fill_(future_pp, -torch.inf)
+        if any_empty:
+            x_BHGps.masked_fill_(empty_BH11S[..., :seen], -torch.inf)
+
+        if frozen_BHG1S is not None and tau == 1.0:
+            # N_q = Σ_j A_qj·exp(ζ_j), so that one ordinary softmax gives the noisy sums (README, identity).
+            w_BHGps = x_BHGps.softmax(-1)
+            boost_BHG1s = frozen_BHG1S[..., :seen].reciprocal()
+            norm_BHGp1 = torch.matmul(w_BHGps, boost_BHG1s.mT)
+            sums = torch.matmul(norm_BHGp1.reciprocal().mT, w_BHGps) * boost_BHG1s
+            sums_BHS[..., :seen] += sums.squeeze(3).sum(2)
+            continue
+        if frozen_BHG1S is not None:
+            x_BHGps -= frozen_BHG1S[..., :seen].log()
+        elif noise == "fresh":
+            query_position_BH1p1 = position_BHS[:, :, None, slots - queries + start : seen, None]
+            x_BHGps -= exponential(
+                seed, layer, head_HG11, query_position_BH1p1, key_position_BH11S[..., :seen]
+            ).log_()
+        if tau != 1.0:
+            x_BHGps /= tau
+        sums_BHS[..., :seen] += x_BHGps.softmax(-1).sum((2, 3))
+    return sums_BHS

@@ -1,0 +1,50 @@
+"""A KV-cache compression engine for Hugging Face models that really frees the bytes.
+
+    import kvpress
+    with kvpress.attach(model, "keyformer:budget=0.5") as engine:
+        model.generate(**inputs, max_new_tokens=100)
+        print(engine.report().fraction)
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from kvpress.errors import ImportClashError
+
+if TYPE_CHECKING:
+    from kvpress.engine import Engine, attach
+    from kvpress.policy import Policy, load_policy, option
+
+__version__ = "0.1.0"
+__all__ = ["Engine", "Policy", "__version__", "attach", "load_policy", "option"]
+
+_HOMES = {"attach": "engine", "Engine": "engine", "Policy": "policy", "load_policy": "policy", "option": "policy"}
+
+
+def _check_clash() -> None:
+    """Raises ImportClashError if the other distribution with this import name is installed beside us."""
+    try:
+        importlib.metadata.distribution("kvpress")
+        installed = True
+    except importlib.metadata.PackageNotFoundError:
+        installed = importlib.util.find_spec("kvpress.presses") is not None
+    if installed:
+        raise ImportClashError(
+            "Two distributions own the import name 'kvpress' here: this one (kvpress-engine) and the one named "
+            "'kvpress'. One has overwritten files of the other. Run: pip uninstall -y kvpress kvpress-engine; then "
+            "install only the one you want, or put each into a virtual environment of its own."
+        )
+
+
+_check_clash()
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `kvpress policies` and `kvpress info` do not wait for transformers.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvpress' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"kvpress.{_HOMES[name]}"), name)

@@ -1,0 +1,227 @@
+"""Attaching to a transformers model: an attention and a mask function registered through the official interfaces.
+
+Forward hooks put an engine cache where the model would use a fresh one of its own. Nothing is patched at import, and
+`Attachment.remove` leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from kvpress.attend import prompt_attention
+from kvpress.cache import EngineCache, tagged_layer
+from kvpress.errors import AttachError, CacheError, MaskError, UnsupportedModelError
+from kvpress.kinds import Fingerprint, fingerprint
+from kvpress.types import EMPTY
+
+NAME = "kvpress"  # of the attention implementation
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_REFUSED = ("position_bias", "s_aux", "head_mask", "output_attentions")
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: `[B, N, P, D]` queries in, `[B, P, N, D]` out.
+
+    Keys that an engine cache returned are attended from its store; without a cache attention is dense.
+    """
+    given = [name for name in _REFUSED if kwargs.get(name) is not None and kwargs[name] is not False]
+    if given or dropout:
+        raise UnsupportedModelError(
+            f"The attention of {type(module).__name__} asks for {', '.join(given) or f'dropout={dropout}'}, which "
+            "this engine does not support. Drop the option (for dropout: model.eval()) or detach the engine."
+        )
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise UnsupportedModelError(f"{type(module).__name__} is not causal; only causal attention is supported.")
+    if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.dtype != torch.bool):
+        raise MaskError(
+            f"The attention mask has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype}. Only 2-D "
+            "padding masks [batch, tokens] are supported: custom 4-D masks cannot be honoured by a ragged cache."
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = tagged_layer(key)
+    if layer is not None:
+        out = layer.attend(query, key, value, attention_mask, scale, softcap or 0.0)
+    elif key.shape[2] == query.shape[2]:
+        out = _dense(query, key, value, attention_mask, scale, softcap or 0.0, sliding_window)
+    else:
+        raise CacheError(
+            f"{type(module).__name__} attends to {key.shape[2]} keys that did not come from an engine cache while "
+            "the engine is attached. Pass past_key_values=engine.new_cache(), or none at all, and do not change "
+            "the keys after the cache returned them."
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, valid_BP: Tensor | None, scale: float, softcap: float, window: int | None
+) -> Tensor:
+    """Attention without a cache."""
+    if valid_BP is None:
+        return prompt_attention(query, key, value, None, scale, softcap, window)
+    column_P = torch.arange(key.shape[2], device=key.device)
+    position_BP = column_P.where(valid_BP, EMPTY)
+    position_BHP = position_BP[:, None].expand(-1, key.shape[1], -1)
+    out = prompt_attention(query, key, value, position_BHP, scale, softcap, window)
+    return out.masked_fill(~valid_BP[:, None, :, None], 0.0)
+
+
+def new_token_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' mask function: which of the new tokens are real, `[B, P]` bool, or None if all are.
+
+    Causality and sliding windows follow from logical positions; stored slots are real by construction.
+    """
+    if not allow_is_causal_skip:
+        raise MaskError(
+            "The model asks for an attention pattern that is not plain causal or sliding-window (packed sequences, "
+            "bidirectional blocks or a custom mask function). Only padding masks are supported."
+        )
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != (batch_size, kv_length):
+        raise MaskError(
+            f"The attention mask has shape {tuple(attention_mask.shape)}, but {kv_length - q_length} cached + "
+            f"{q_length} new tokens of {batch_size} sequences need ({batch_size}, {kv_length}). Pass a mask that "
+            "covers every token seen, evicted ones included."
+        )
+    valid_BP = attention_mask[:, kv_length - q_length :].bool()
+    return None if bool(valid_BP.all()) else valid_BP
+
+
+class Attachment:
+    """What `install` changed on a model, and how to undo it."""
+
+    def __init__(self, model: PreTrainedModel, new_cache: Callable[[], EngineCache]) -> None:
+        self.fingerprint = check_model(model)
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, new_token_mask)
+        self._model, self._new_cache = model, new_cache
+        self._before = model.config._attn_implementation
+        self._stand_ins: WeakKeyDictionary[Cache, EngineCache] = WeakKeyDictionary()
+        model.set_attn_implementation(NAME)
+        if model.config._attn_implementation != NAME:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not let its attention be replaced through transformers' attention "
+                "interface. Use a model that supports it."
+            )
+        self._hooks = []
+        for module in {id(m): m for m in (model, model.base_model)}.values():
+            self._hooks.append(module.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._after_forward, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Puts the model back as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._model.set_attn_implementation(self._before)
+
+    def _before_forward(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+        given = dict(bound.arguments)
+        extra = given.pop("kwargs", {})
+        given |= extra
+        cache = given.get("past_key_values")
+        use_cache = given.get("use_cache")
+        config = self._model.config.get_text_config(decoder=True)
+        if cache is None and not (config.use_cache if use_cache is None else use_cache):
+            return args, kwargs
+        given["past_key_values"] = cache = self._cache_for(cache)
+        self._check_mask(cache, given)
+        return (), given
+
+    def _cache_for(self, cache: Any) -> EngineCache:
+        """The engine cache to use for what the caller passed."""
+        if isinstance(cache, EngineCache):
+            if cache.fingerprint != self.fingerprint:
+                raise CacheError(
+                    f"This cache was made for {cache.fingerprint}, but the model is {self.fingerprint}. Make a cache "
+                    "with engine.new_cache() of the engine attached to this model."
+                )
+            return cache
+        if cache is None:
+            return self._new_cache()
+        if cache in self._stand_ins:
+            return self._stand_ins[cache]
+        if not isinstance(cache, DynamicCache) or cache.get_seq_length() or cache.offloading:
+            raise CacheError(
+                f"past_key_values is a {type(cache).__name__} of {cache.get_seq_length()} tokens. While the engine is "
+                "attached, pass engine.new_cache(), an empty DynamicCache, or nothing."
+            )
+        # An empty DynamicCache is what generate() makes when it is given none. Whoever passes it again means ours.
+        self._stand_ins[cache] = self._new_cache()
+        return self._stand_ins[cache]
+
+    def _check_mask(self, cache: EngineCache, given: dict[str, Any]) -> None:
+        """Raises MaskError if a mask denies tokens that are stored, or revives padding. Once per prompt chunk."""
+        mask = given.get("attention_mask")
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        seen = cache.get_seq_length()
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or tokens is None or tokens.shape[1] == 1 or not seen:
+            return
+        seen_B = mask[:, :seen].bool().sum(1).cpu()
+        if mask.shape[1] == seen + tokens.shape[1] and not torch.equal(seen_B, cache.layers[0].pipe.seen_B):
+            raise MaskError(
+                f"The attention mask marks {seen_B.tolist()} of the cached tokens as real, but the cache has seen "
+                f"{cache.layers[0].pipe.seen_B.tolist()}. Pass the same mask for them as before."
+            )
+
+    def _after_forward(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, EngineCache):
+            cache.check_attended()
+
+
+def check_model(model: Any) -> Fingerprint:
+    """The layer kinds of a model that the engine can be attached to. Raises AttachError or UnsupportedModelError."""
+    if not isinstance(model, PreTrainedModel):
+        raise AttachError(
+            f"attach() takes a transformers model, got {type(model).__name__}. Load one with "
+            "AutoModelForCausalLM.from_pretrained(...)."
+        )
+    if model.config._attn_implementation == NAME:
+        raise AttachError("An engine is already attached to this model. Detach it first: engine.detach().")
+    name = type(model).__name__
+    if not model._supports_attention_backend:
+        raise UnsupportedModelError(
+            f"{name} does not use transformers' attention interface, so its cache cannot be compressed. Allowed are "
+            "models with _supports_attention_backend, such as Llama, Mistral, Qwen, Phi-3 and Gemma."
+        )
+    if any(key.endswith(".sinks") for key, _ in model.named_parameters()):
+        raise UnsupportedModelError(f"{name} has learned attention sinks, which this engine does not support yet.")
+    if model.dtype not in _DTYPES:
+        raise UnsupportedModelError(
+            f"{name} computes in {model.dtype}. Allowed: {', '.join(map(str, _DTYPES))}. Load it with one of these."
+        )
+    return fingerprint(model.config)

@@ -1,0 +1,140 @@
+"""Budgets: the one place where a ratio, tokens or bytes become integer counts.
+
+A ratio is the fraction KEPT. A byte budget is per sequence and covers its rows in every compressed layer.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+from kvpress.errors import BudgetError
+
+UNLIMITED = 2**62  # the quota of a budget that keeps everything, however long the text grows
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_ALLOWED = (
+    "Allowed: a fraction kept in (0, 1] written with a decimal point (0.5), a whole number of tokens "
+    "of at least 1 (2048), or bytes with a unit (256MiB)."
+)
+
+
+class Geometry(NamedTuple):
+    """What a byte budget must know of the store of one layer."""
+
+    layers: int  # layers that share the budget
+    heads: int  # rows of one sequence in this layer
+    page_slots: int
+    page_bytes: int  # bytes of one page: keys, values, positions and per-slot state
+    headroom: int  # slots that must stay free for tokens appended before the next eviction
+
+
+class Quota(NamedTuple):
+    """How many slots one row keeps, and which of them are protected."""
+
+    slots: int  # may exceed the tokens seen: such a row still grows
+    sink: int  # the first tokens of the sequence
+    recent: int  # the last tokens of the sequence
+    floored: bool  # the budget was below the protected tokens, which won
+
+
+def share(ratio: float | Fraction, count: int) -> int:
+    """`ratio` of `count`, rounded down, exact in decimals: share(0.29, 100) is 29."""
+    exact = ratio if isinstance(ratio, Fraction) else Fraction(str(ratio))
+    return int(exact * count)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of the cache is kept, as a fraction of the tokens seen, in tokens per row or in bytes."""
+
+    unit: Literal["fraction", "tokens", "bytes"]
+    amount: Fraction
+
+    @classmethod
+    def parse(cls, given: Budget | str | int | float) -> Budget:
+        """Reads `0.5` (fraction kept), `2048` (tokens) or `256MiB` (bytes). Raises BudgetError."""
+        if isinstance(given, Budget):
+            return given
+        text = str(given).strip()
+        match = re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d+)?\s*([A-Za-z]*)", text)
+        if not match or isinstance(given, bool):
+            raise BudgetError(f"budget={text!r} cannot be read. {_ALLOWED}")
+        number, exponent, unit = match.group(1), match.group(2) or "", match.group(3).upper()
+        amount = Fraction(number + exponent)
+        if unit and unit not in _UNITS:
+            raise BudgetError(f"budget={text!r} has the unknown unit {match.group(3)!r}. {_ALLOWED}")
+        if unit:
+            amount = Fraction(int(amount * _UNITS[unit]))
+        kind: Literal["fraction", "tokens", "bytes"]
+        kind = "bytes" if unit else "fraction" if "." in number or exponent else "tokens"
+        if amount <= 0 or (kind == "fraction" and amount > 1):
+            raise BudgetError(f"budget={text} is out of range. {_ALLOWED}")
+        return cls(kind, amount)
+
+    def slots(self, seen: int, geometry: Geometry) -> int:
+        """Slots per row after `seen` real tokens, before protection. Raises BudgetError."""
+        if self.amount == 1 and self.unit == "fraction":
+            return UNLIMITED
+        if self.unit == "fraction":
+            return max(1, share(self.amount, seen))
+        if self.unit == "tokens":
+            return int(self.amount)
+        row_bytes = int(self.amount) // (geometry.layers * geometry.heads)
+        slots = row_bytes // geometry.page_bytes * geometry.page_slots - geometry.headroom
+        if slots < 1:
+            needed = geometry.layers * geometry.heads * geometry.page_bytes
+            raise BudgetError(
+                f"budget={self} is too small: {geometry.layers} layers × {geometry.heads} KV heads × one "
+                f"page of {geometry.page_slots} slots ({geometry.page_bytes} bytes) need {needed} bytes per "
+                f"sequence. Raise the budget to at least {needed}B or attach with a smaller page_size."
+            )
+        return slots
+
+    def __str__(self) -> str:
+        if self.unit == "fraction":
+            return f"{float(self.amount):g}"
+        return f"{int(self.amount)}{'B' if self.unit == 'bytes' else ''}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A budget with its protected tokens and its rhythm.
+
+    sink: first tokens that always stay. recent: last tokens that always stay, or, when None,
+    `recent_ratio` of the budget. interval: decoded tokens between two evictions; 0 evicts after prompts only.
+    """
+
+    budget: Budget
+    sink: int = 0
+    recent: int | None = None
+    recent_ratio: float = 0.0
+    interval: int = 1
+
+    def check(self) -> None:
+        """Raises BudgetError if the budget in tokens cannot hold the protected tokens."""
+        if self.budget.unit == "tokens":
+            self._protect(int(self.budget.amount))
+
+    def _protect(self, slots: int) -> tuple[int, bool]:
+        """The protected recent tokens of a row of `slots`, and whether all protected tokens fit."""
+        recent = share(self.recent_ratio, slots) if self.recent is None else self.recent
+        fits = self.sink + recent <= slots
+        if not fits and self.budget.unit != "fraction":
+            raise BudgetError(
+                f"budget={self.budget} keeps {slots} tokens per row, below sink + recent = "
+                f"{self.sink} + {recent} protected tokens. Raise the budget or lower sink or recent."
+            )
+        return recent, fits
+
+    def quota(self, seen: int, geometry: Geometry) -> Quota:
+        """How many slots a row keeps after `seen` real tokens.
+
+        A fraction of a short prompt can fall below the protected tokens; they win then, and the quota says so.
+        """
+        slots = self.budget.slots(seen, geometry)
+        recent, fits = self._protect(slots)
+        if not fits:
+            slots = self.sink + recent
+        return Quota(slots, self.sink, recent, not fits)

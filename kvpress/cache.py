@@ -1,0 +1,221 @@
+"""The transformers side of the store: a `Cache` whose layers hold ragged rows and a logical length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvpress.errors import CacheError
+from kvpress.kinds import Fingerprint
+from kvpress.meter import Meter, Report
+from kvpress.pipe import LayerKind, LayerPipe, Run
+from kvpress.policy import Recipe
+
+_TAG = "kvpress_layer"  # the attribute by which a returned key tensor names its cache layer
+
+
+class EngineLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer: answers transformers' layer contract and hands the tokens to its pipe.
+
+    `update` returns the new keys and values only. The attention function finds this layer through the key tensor,
+    attends over the store, and clears `waiting`.
+    """
+
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, kind: LayerKind, run: Run) -> None:
+        super().__init__()
+        self.pipe = LayerPipe(kind, run)
+        self.is_sliding = kind.window is not None
+        self.waiting = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the pipe makes its store with the first tokens."""
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Takes new keys and values `[B, H, P, D]` and returns them, tagged for the attention function."""
+        self._check(key_states, value_states)
+        self.is_initialized = True
+        self.waiting = True
+        setattr(key_states, _TAG, self)
+        return key_states, value_states
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, valid_BP: Tensor | None, scaling: float, softcap: float
+    ) -> Tensor:
+        """The attention output `[B, N, P, D]` of the tokens that `update` took."""
+        self.waiting = False
+        delattr(key, _TAG)
+        return self.pipe.attend(query, key, value, valid_BP, scaling, softcap)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Logical length after the new tokens, and offset 0: masks always cover everything seen."""
+        return self.pipe.columns_seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """The logical length: columns seen, padding included, whatever is stored."""
+        return self.pipe.columns_seen
+
+    def get_max_length(self) -> int:
+        """The window of a sliding layer, else -1: no maximum."""
+        return -1 if self.pipe.kind.window is None else self.pipe.kind.window
+
+    get_max_cache_shape = get_max_length  # its name in older transformers
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take tokens back exactly."""
+        return self.pipe.is_croppable
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held; -1 before the first tokens."""
+        return len(self.pipe.seen_B) or -1
+
+    def reset(self) -> None:
+        """Forgets every token."""
+        self.pipe.reset()
+        self.waiting = self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last `-tokens_to_remove` tokens. Raises CacheError where that cannot be exact."""
+        if tokens_to_remove > 0:
+            raise CacheError(
+                f"crop({tokens_to_remove}): give the number of tokens to remove as a negative integer, as "
+                "transformers 5 does."
+            )
+        self.pipe.crop(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes what sequence `beam_idx[i]` was."""
+        self.pipe.select_sequences(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every sequence `repeats` times."""
+        self.pipe.select_sequences([b for b in range(len(self.pipe.seen_B)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences at `indices` (integers, or one boolean per sequence)."""
+        self.pipe.select_sequences(torch.arange(len(self.pipe.seen_B))[indices.cpu()].tolist())
+
+    def offload(self) -> None:
+        """Refused: tiers are the store's own business."""
+        raise CacheError("This cache cannot be offloaded by transformers. Do not pass offloading=True.")
+
+    prefetch = offload
+
+    def _check(self, key: Tensor, value: Tensor) -> None:
+        store, kind = self.pipe.store, self.pipe.kind
+        if self.waiting:
+            raise CacheError(
+                f"Layer {kind.index} got new keys before the last ones were attended to. The cache works only with "
+                "the model its engine is attached to; see CacheError above or attach the engine first."
+            )
+        allowed = (key.shape[0], kind.heads, key.shape[3], value.shape[3], key.dtype)
+        if store is not None:
+            widths = (store.columns["key"].shape[0], store.columns["value"].shape[0])
+            allowed = (store.sequences, kind.heads, *widths, store.columns["key"].dtype)
+        given = (*key.shape[:2], key.shape[3], value.shape[3], key.dtype)
+        if given != allowed:
+            raise CacheError(
+                f"Layer {kind.index} got (batch, KV heads, key width, value width, dtype) = {given}, but this cache "
+                f"holds {allowed}. Make a new cache with engine.new_cache() for another model or batch."
+            )
+
+
+class EngineCache(Cache):  # type: ignore[misc]
+    """A compressed cache. Made by `engine.new_cache()`; goes where transformers takes `past_key_values`."""
+
+    def __init__(self, shape: Fingerprint, recipe: Recipe, page_slots: int, horizon: int | None) -> None:
+        self.fingerprint, self.recipe = shape, recipe
+        self.meter = Meter()
+        self.notes: dict[str, None] = {}
+        compressed = sum(kind.window is None for kind in shape.kinds)
+        run = Run(recipe, compressed, page_slots, horizon or DEFAULT_HORIZON, self.meter, self.notes)
+        super().__init__(layers=[EngineLayer(kind, run) for kind in shape.kinds])
+        self._run, self._horizon = run, horizon
+        if recipe.limits and compressed < len(shape.kinds):
+            window = max(kind.window or 0 for kind in shape.kinds)
+            self.notes[
+                f"{len(shape.kinds) - compressed} of {len(shape.kinds)} layers are sliding-window layers: they keep "
+                f"their window ({window} tokens) and are not compressed by the policy."
+            ] = None
+
+    def expect(self, new_tokens: int) -> None:
+        """Says how many tokens the caller will decode: the horizon of policies with a schedule."""
+        self._run.horizon = self._horizon = max(1, new_tokens)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Takes the new keys and values of one layer. Raises CacheError for another model's."""
+        if layer_idx >= len(self.layers):
+            raise CacheError(
+                f"Layer {layer_idx} does not exist in this cache of {self.fingerprint}. Make a cache with "
+                "engine.new_cache() of the engine attached to this model."
+            )
+        self.check_attended()
+        updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return updated
+
+    def check_attended(self) -> None:
+        """Raises CacheError if keys were taken that the engine's attention function never saw."""
+        for layer in self.layers:
+            if layer.waiting:
+                layer.waiting = False
+                raise CacheError(
+                    f"The keys of layer {layer.pipe.kind.index} did not reach the engine's attention function: the "
+                    "engine is not attached to this model, or the model changes the keys after the cache returned "
+                    "them, which this engine does not support. Attach the engine with kvpress.attach(model, ...)."
+                )
+
+    def kept_positions(self, layer: int, sequence: int = 0, head: int = 0) -> list[int]:
+        """The sorted logical positions that one row still holds. Padding has no position."""
+        bounds = ((layer, len(self.layers), "layer"), (sequence, max(self._batch(), 0), "sequence"))
+        for given, limit, name in (*bounds, (head, self.fingerprint.kinds[0].heads, "head")):
+            if not 0 <= given < limit:
+                raise CacheError(f"{name}={given} does not exist: allowed are 0 to {limit - 1}.")
+        positions: list[int] = self.layers[layer].pipe.kept_positions(sequence, head)
+        return positions
+
+    def report(self, model: str = "") -> Report:
+        """The ledger: slots and bytes per layer, seconds per stage, and notes."""
+        layers = [layer.pipe.report() for layer in self.layers]
+        notes = list(self.notes)
+        if self._horizon is None and any(p.horizon is None for p in self.recipe.policies if hasattr(p, "horizon")):
+            notes.append(
+                f"The number of new tokens was not known: schedules used a horizon of {DEFAULT_HORIZON}. Use "
+                "engine.generate(), engine.new_cache(max_new_tokens=...) or the policy's option horizon."
+            )
+        return Report(
+            model=model or self.fingerprint.model_type,
+            policy=str(self.recipe),
+            tokens_seen=self.layers[0].pipe.seen_B.tolist() if self.layers else [],
+            layers=layers,
+            bytes_held=sum(layer.bytes_held for layer in layers),
+            bytes_full=sum(layer.bytes_full for layer in layers),
+            stages=self.meter.seconds(),
+            notes=notes,
+        )
+
+    def check_integrity(self) -> bool:
+        """True if the store of every layer is consistent. Raises CacheError otherwise."""
+        return all(layer.pipe.store.check_integrity() for layer in self.layers if layer.pipe.store is not None)
+
+    def _batch(self) -> int:
+        return len(self.layers[0].pipe.seen_B)
+
+
+DEFAULT_HORIZON = 256  # new tokens assumed by schedules when nobody said how many will be generated
+
+
+def tagged_layer(key: Tensor) -> EngineLayer | None:
+    """The cache layer that returned this key tensor, if it is one of ours."""
+    return getattr(key, _TAG, None)
+
+

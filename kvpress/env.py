@@ -1,0 +1,24 @@
+"""The environment variables that the engine reads, in one place. Each is listed in the README."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+VARIABLES = {
+    "KVPRESS_CACHE": "folder for converted models (default: the user's cache folder + /kvpress)",
+    "KVPRESS_BACKEND": "force one operator backend: reference (the only one yet)",
+}
+
+
+def cache_folder() -> Path:
+    """Where files that can be made again are kept; never inside the package."""
+    chosen = os.environ.get("KVPRESS_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvpress"
+
+
+def backend() -> str | None:
+    """The backend that `KVPRESS_BACKEND` forces, if any."""
+    return os.environ.get("KVPRESS_BACKEND") or None

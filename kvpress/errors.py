@@ -1,0 +1,46 @@
+"""Every exception that the engine raises on purpose: say what was given, what is allowed, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class KVPressError(Exception):
+    """Base of all errors of this engine."""
+
+
+class PolicyError(KVPressError, ValueError):
+    """A policy specification, option or combination that cannot work."""
+
+
+class BudgetError(KVPressError, ValueError):
+    """A budget that cannot be read or cannot be met."""
+
+
+class AttachError(KVPressError, RuntimeError):
+    """The engine cannot be attached, or is used while it is not attached."""
+
+
+class UnsupportedModelError(AttachError):
+    """A model family, layer kind or model option that the engine refuses."""
+
+
+class CacheError(KVPressError, RuntimeError):
+    """A cache used in a way that it cannot answer correctly."""
+
+
+class MaskError(KVPressError, ValueError):
+    """An attention mask that the engine cannot honour."""
+
+
+class ImportClashError(KVPressError, ImportError):
+    """Another distribution owns the import name ``kvpress`` in this environment."""
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """The tail of an error message: close matches of `given` first, then everything allowed."""
+    names = sorted(allowed)
+    close = get_close_matches(given, names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+    return f"{hint} Allowed: {', '.join(names) if names else 'none'}."

@@ -1,0 +1,139 @@
+"""The ledger: bytes counted from the storages themselves, slots kept, and the time of every stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+STAGES = ("prefill attention", "observe", "select", "store", "decode attention")
+
+
+class Meter:
+    """Seconds per stage of one cache. On a GPU events are recorded and read only when asked."""
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(STAGES, 0.0)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def stage(self, name: str, device: torch.device) -> Iterator[None]:
+        """Adds the time of the block to a stage."""
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((name, begin, end))
+            return
+        start = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every stage so far. Waits for the device."""
+        for name, begin, end in self._events:
+            end.synchronize()
+            self._seconds[name] += begin.elapsed_time(end) / 1000
+        self._events.clear()
+        return dict(self._seconds)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of a report. Bytes are those of its storages."""
+
+    index: int
+    kind: str  # "full" (compressed) or "sliding" (kept to its window)
+    slots_kept: list[list[int]]  # [sequence][KV head]
+    bytes_held: int
+    bytes_full: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a cache holds and what it cost.
+
+    tokens_seen: real tokens of each sequence, padding excluded. bytes_full: what an uncompressed cache of these
+    tokens would hold, in the model's dtype, sliding layers at their window. bytes_held: the live storages of
+    keys, values, positions, per-slot state and page tables. Prompt attention is always computed in full: only what
+    is stored is compressed.
+    """
+
+    model: str
+    policy: str
+    tokens_seen: list[int]
+    layers: list[LayerReport]
+    bytes_held: int
+    bytes_full: int
+    stages: dict[str, float]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def slots_kept(self) -> list[list[list[int]]]:
+        """Slots per layer, sequence and KV head."""
+        return [layer.slots_kept for layer in self.layers]
+
+    @property
+    def fraction(self) -> float:
+        """Bytes held / bytes full."""
+        return self.bytes_held / self.bytes_full if self.bytes_full else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and text, ready for JSON."""
+        return asdict(self) | {"slots_kept": self.slots_kept, "fraction": self.fraction}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(title=f"{self.policy} on {self.model}", title_justify="left")
+        for title in ("layer", "kind", "tokens seen", "slots kept", "held", "full", "fraction"):
+            table.add_column(title, justify="left" if title == "kind" else "right")
+        for layer in self.layers:
+            flat = [slots for rows in layer.slots_kept for slots in rows]
+            table.add_row(
+                str(layer.index),
+                layer.kind,
+                span(self.tokens_seen),
+                span(flat),
+                size(layer.bytes_held),
+                size(layer.bytes_full),
+                f"{layer.bytes_held / max(layer.bytes_full, 1):.3f}",
+            )
+        table.add_section()
+        flat = [slots for layer in self.slots_kept for rows in layer for slots in rows]
+        table.add_row(
+            "all",
+            "",
+            span(self.tokens_seen),
+            span(flat),
+            size(self.bytes_held),
+            size(self.bytes_full),
+            f"{self.fraction:.3f}",
+        )
+        yield table
+        yield "Seconds: " + ", ".join(f"{name} {value:.3f}" for name, value in self.stages.items())
+        for note in self.notes:
+            yield f"Note: {note}"
+
+
+def span(numbers: list[int]) -> str:
+    """`low–high`, or one number where they agree."""
+    if not numbers:
+        return "0"
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+
+
+def size(count: int) -> str:
+    """Bytes for people: 1.5 MiB."""
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.2f} GiB"

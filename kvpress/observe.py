@@ -1,0 +1,80 @@
+"""Observation: what is recorded while attending, and how the sums over a prompt or a step are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvpress import ops
+from kvpress.noise import NO_QUERY, gumbel
+
+NoiseKind = Literal["none", "frozen", "fresh"]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Column sums of softmax attention, in fp32, summed over the query group of each KV head.
+
+    window: how many of the last queries of a prompt are summed; None sums all of them. A decode step has one.
+    noise: Gumbel noise on the logits, drawn once per key ("frozen") or per query and key ("fresh").
+    tau: temperature of the softmax. The attention output itself is never touched by either.
+    """
+
+    window: int | None = None
+    noise: NoiseKind = "none"
+    tau: float = 1.0
+    seed: int = 0
+
+
+def prompt_sums(
+    query_BNPD: Tensor,
+    key_BHSD: Tensor,
+    position_BHS: Tensor,
+    layer: int,
+    observation: Observation,
+    scaling: float,
+    softcap: float,
+) -> Tensor:
+    """Attention of a prompt chunk summed over its queries and the query group: fp32 `[B, H, S]`.
+
+    The chunk's own tokens are the last P slots, in order.
+    """
+    return ops.attention_sums(
+        query_BNPD,
+        key_BHSD,
+        position_BHS,
+        scaling,
+        softcap,
+        query_BNPD.shape[2] if observation.window is None else observation.window,
+        observation.noise,
+        observation.tau,
+        observation.seed,
+        layer,
+    )
+
+
+def step_sums(
+    weights_BNS: Tensor, position_BHS: Tensor, seen_B: Tensor, layer: int, observation: Observation
+) -> Tensor:
+    """Attention of one decoded token summed over the query group, from its softmax weights: fp32 `[B, H, S]`.
+
+    The logarithm of a weight is its logit up to a constant, which a softmax ignores.
+    """
+    batch, heads, slots = position_BHS.shape
+    weights_BHGS = weights_BNS.view(batch, heads, -1, slots)
+    if observation.noise == "none" and observation.tau == 1.0:
+        return weights_BHGS.sum(2)
+    logits = weights_BHGS.log()
+    if observation.noise != "none":
+        group = weights_BHGS.shape[2]
+        head_HG1 = torch.arange(heads * group, device=logits.device).view(heads, group, 1)
+        position_BH1S = position_BHS[:, :, None]
+        query_B111 = (seen_B - 1).view(-1, 1, 1, 1)
+        if observation.noise == "frozen":
+            query_B111 = torch.full_like(query_B111, NO_QUERY)
+        logits += gumbel(observation.seed, layer, head_HG1, query_B111, position_BH1S)
+    noisy = torch.softmax(logits / observation.tau, dim=-1)
+    return noisy.nan_to_num_().sum(2)  # a row without a slot has no weights

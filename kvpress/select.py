@@ -1,0 +1,53 @@
+"""Selection: which slots of a row stay. Protection is a mask, never a magic score."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpress.types import EMPTY
+
+
+def protect(position_BHS: Tensor, seen_B: Tensor, sink: int, recent_B: Tensor) -> Tensor:
+    """True for the slots of the first `sink` and the last `recent` tokens of each sequence."""
+    first = (position_BHS >= 0) & (position_BHS < sink)
+    last = position_BHS >= (seen_B - recent_B).clamp_min(0)[:, None, None]
+    return first | last
+
+
+def keep_top(score_BHS: Tensor, position_BHS: Tensor, protected_BHS: Tensor, keep_BH: Tensor) -> Tensor:
+    """True for the protected slots and the best of the others, `min(keep, stored)` slots in each row.
+
+    Ties go to the lower position. Should a row have more protected slots than it keeps, its lowest
+    protected positions go first: quotas are checked before, so that happens only to recent tokens.
+    """
+    # Three stable sorts, least significant key first: position, score, class (protected, open, empty).
+    order = position_BHS.argsort(dim=-1, stable=True)
+    rank = score_BHS.float().gather(-1, order).argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, rank)
+    group = torch.where(protected_BHS, 0, 1).masked_fill(position_BHS == EMPTY, 2)
+    order = order.gather(-1, group.gather(-1, order).argsort(dim=-1, stable=True))
+    place = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+    return (place < keep_BH[..., None]) & (position_BHS != EMPTY)
+
+
+def kept_index(kept_BHS: Tensor, counts_BH: Tensor) -> Tensor:
+    """The slot indices of the kept slots in ascending order, `[B, H, K]` with K the largest count.
+
+    Entries beyond a row's count are arbitrary valid indices.
+    """
+    width = int(counts_BH.max()) if counts_BH.numel() else 0
+    return kept_BHS.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :width]
+
+
+def drop_one(score_BHS: Tensor, position_BHS: Tensor, protected_BHS: Tensor) -> Tensor:
+    """The slot that `keep_top` would drop from each row if it had to drop one: int64 `[B, H]`, no sorting.
+
+    Every row must hold at least one unprotected slot.
+    """
+    open_BHS = ~protected_BHS & (position_BHS != EMPTY)
+    score = score_BHS.float().masked_fill(~open_BHS, torch.inf)
+    worst = open_BHS & (score == score.amin(-1, keepdim=True))
+    return torch.where(worst, position_BHS, EMPTY).argmax(-1)

@@ -1,0 +1,36 @@
+"""What a store keeps of a slot, and what is handed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KEY, VALUE, POSITION, MASS = "key", "value", "position", "mass"
+
+
+class Column(NamedTuple):
+    """One field of every slot: `shape` is what follows the slot dimension."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of this field in one slot."""
+        elements = 1
+        for size in self.shape:
+            elements *= size
+        return elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """Slots of some sequences that are to be stored, dense: row (b, h) holds its first `counts_BH[b, h]` slots."""
+
+    sequences: tuple[int, ...]
+    columns: Mapping[str, Tensor]  # each [b, H, K, ...]; b = len(sequences)
+    counts_BH: Tensor  # int64, on the host

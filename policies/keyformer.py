@@ -1,0 +1,60 @@
+"""Key tokens by a Gumbel-noised score (Adnan et al., MLSys 2024, arXiv 2403.09054).
+
+1. Noise is added to the logits: y_j = x_j + ζ_j, ζ_j ~ Gumbel(0, 1) (Eq. 4).
+2. g_j = exp(y_j/τ) / Σ_m exp(y_m/τ) over the tokens still cached (Eq. 9); f_j += g_j for every query, prompt and
+   decode (Algorithm 1). The attention output itself never sees noise or τ.
+3. τ_t = τ_init + t·(τ_end − τ_init)/T for the t-th decoded token (Eq. 10); t = 0 for the whole prompt.
+4. A row keeps its last w tokens and the k − w largest f of the others: a token that leaves the window competes with
+   the old key tokens, and exactly one token goes after each decoded token.
+
+Differs from the paper: with grouped queries g is summed over the group. Noise is drawn for every query and key
+("fresh", what the published code ran and its tables show); Algorithm 1 as written draws it once per token ("frozen").
+The published code can never promote a token that leaves the window; this policy can, as the paper says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvpress.budget import Budget
+from kvpress.observe import NoiseKind, Observation
+from kvpress.policy import Policy, option
+from kvpress.types import Slots, Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keyformer(Policy):
+    accumulates: ClassVar[bool] = True
+    budget: Budget = option(0.5, "k: fraction, tokens per row, or bytes per sequence (paper: 0.5 to 0.7)")
+    sink: int = option(0, "first tokens that always stay (paper: none)", low=0)
+    recent: int | None = option(None, "w in tokens; none: recent_ratio", low=0)
+    recent_ratio: float = option(0.3, "w as a share of k (paper: 0.2 to 0.3)", low=0, high=1)
+    interval: int = option(1, "decoded tokens between evictions (paper: 1); 0: prompts only", low=0)
+    tau_init: float = option(1.0, "temperature for the prompt (paper: 1)", low=0.01)
+    tau_end: float = option(2.0, "temperature after `horizon` decoded tokens (paper: 2)", low=0.01)
+    horizon: int | None = option(None, "T in tokens; none: max_new_tokens of the call", low=1)
+    noise: NoiseKind = option("fresh", "Gumbel noise", choices=("fresh", "frozen", "none"))
+    window: int | Literal["all"] = option("all", "prompt queries that score: all, or the last W", low=1, choices=("all",))
+    normalise_age: bool = option(False, "rank by f divided by the number of queries that could see the token")
+    seed: int = option(0, "of the noise", low=0)
+
+    def observe(self, step: Step) -> Observation:
+        horizon = self.horizon or step.horizon
+        tau = self.tau_init + min(step.decoded / horizon, 1.0) * (self.tau_end - self.tau_init)
+        window = None if self.window == "all" else self.window
+        return Observation(window=window, noise=self.noise, tau=tau, seed=self.seed)
+
+    def accumulate(self, slots: Slots) -> Tensor:
+        # The last W queries stand for all queries of the prompt: without the factor decode steps would weigh n/W more.
+        scored = slots.new_tokens if self.window == "all" else min(self.window, slots.new_tokens)
+        return slots.kept_mass_BHS + slots.observed_BHS * (slots.new_tokens / scored)
+
+    def score(self, slots: Slots) -> Tensor:
+        if not self.normalise_age:
+            return slots.kept_mass_BHS
+        age_BHS = slots.seen_B[:, None, None] - slots.position_BHS
+        return slots.kept_mass_BHS / torch.clamp(age_BHS, min=1)

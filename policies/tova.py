@@ -1,0 +1,36 @@
+"""Token omission via attention (Oren et al., EMNLP 2024, arXiv 2401.06104).
+
+1. The score of a token is its attention weight from the last query alone, averaged over all heads (section 3.2).
+2. All heads of a layer keep the same tokens: the largest scores.
+
+Differs from the paper: the newest token always stays (`recent=1`); in the paper it can be dropped at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvpress.budget import Budget
+from kvpress.observe import Observation
+from kvpress.policy import Policy, option
+from kvpress.types import Slots, Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class TOVA(Policy):
+    budget: Budget = option(0.5, "kept: fraction, tokens per row, or bytes per sequence")
+    sink: int = option(0, "first tokens that always stay", low=0)
+    recent: int = option(1, "last tokens that always stay", low=0)
+    interval: int = option(1, "decoded tokens between evictions; 0 evicts after prompts only", low=0)
+
+    def observe(self, step: Step) -> Observation:
+        return Observation(window=1)
+
+    def score(self, slots: Slots) -> Tensor:
+        # Slot order must be the same in all heads: sort by position, average, and sort back.
+        order_BHS = slots.position_BHS.argsort(dim=-1, stable=True)
+        sorted_BHS = slots.observed_BHS.gather(-1, order_BHS)
+        mean_BHS = sorted_BHS.mean(1, keepdim=True).expand_as(sorted_BHS)
+        return mean_BHS.new_empty(mean_BHS.shape).scatter_(-1, order_BHS, mean_BHS)
