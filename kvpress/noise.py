@@ -36,7 +36,7 @@ def _mix_(word: Tensor) -> Tensor:
 
 
 def uniform(seed: int, layer: int, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Uniform fp32 numbers in (0, 1), one per broadcast coordinate; 24 random bits each.
+    """Uniform fp32 numbers in (0, 1), one per broadcast coordinate; 23 random bits each.
 
     `head`, `query` and `key` are integer tensors that broadcast together; `query` may be `NO_QUERY`.
     """
@@ -44,11 +44,12 @@ def uniform(seed: int, layer: int, head: Tensor, query: Tensor, key: Tensor) -> 
     row = _mix_(head.to(torch.int32) * _signed(_ODD) + stream)
     row = _mix_(row + query.to(torch.int32) * _signed(_ODD))
     word = _mix_(row + key.to(torch.int32) * _signed(_ODD))
-    return (word >> 8).bitwise_and_(0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
+    # 23 bits and a half are exact in fp32; with 24 the largest number would round to 1 and its logarithm to 0.
+    return (word >> 9).bitwise_and_(0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
 
 
 def exponential(seed: int, layer: int, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Exp(1) numbers E in (3e-8, 17.4); -log(E) is standard Gumbel and exp(gumbel) is 1/E."""
+    """Exp(1) numbers E in (5e-8, 16.7); -log(E) is standard Gumbel and exp(gumbel) is 1/E."""
     return uniform(seed, layer, head, query, key).log_().neg_()
 
 

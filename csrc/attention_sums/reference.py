@@ -46,8 +46,10 @@ def attention_sums(
     for start in range(max(0, queries - window), queries, step):
         stop = min(start + step, queries)
         seen = slots - queries + stop  # later slots are in the future of the whole block
-        block_BHGpD = query_BHGPD[:, :, :, start:stop] * scaling
-        x_BHGps = torch.matmul(block_BHGpD, key_BHSD[:, :, None, :seen].mT).float()
+        # The group is folded into the queries, so that the matrix product never expands the keys.
+        block_BHMD = (query_BHGPD[:, :, :, start:stop] * scaling).flatten(2, 3)
+        x_BHGps = torch.matmul(block_BHMD, key_BHSD[:, :, :seen].mT).float()
+        x_BHGps = x_BHGps.view(batch, heads, group, stop - start, seen)
         if softcap:
             x_BHGps = torch.tanh(x_BHGps / softcap) * softcap
         own_p = torch.arange(slots - queries + start, seen, device=x_BHGps.device)

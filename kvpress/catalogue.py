@@ -1,0 +1,59 @@
+"""The table of policies, from their module docstrings: what `kvpress policies` and the README show."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from kvpress.errors import KVPressError
+from kvpress.policy import Policy, available
+
+_BEGIN, _END = "<!-- policies: made by scripts/lint -->", "<!-- end of policies -->"
+
+
+class Entry(NamedTuple):
+    """One policy: its name, the first line of its docstring, and its options with their defaults."""
+
+    name: str
+    summary: str
+    options: dict[str, tuple[str, str]]  # name -> (default, help)
+
+
+def entries() -> list[Entry]:
+    """Every installed policy."""
+    return [_entry(name, cls) for name, cls in available().items()]
+
+
+def markdown() -> str:
+    """The table for the README."""
+    lines = ["| policy | what it does | options and defaults |", "|---|---|---|"]
+    for entry in entries():
+        options = ", ".join(f"`{name}={default}`" for name, (default, _) in entry.options.items())
+        lines.append(f"| `{entry.name}` | {entry.summary} | {options or 'none'} |")
+    return "\n".join(lines)
+
+
+def update_readme(path: Path, check: bool) -> bool:
+    """Writes the table into the README, or only checks it. True if the file was right already."""
+    text = path.read_text(encoding="utf-8")
+    if text.count(_BEGIN) != 1 or text.count(_END) != 1:
+        raise KVPressError(f"{path} must hold the lines '{_BEGIN}' and '{_END}' once, around the policy table.")
+    head, rest = text.split(_BEGIN)
+    made = f"{head}{_BEGIN}\n{markdown()}\n{_END}{rest.split(_END)[1]}"
+    if made != text and not check:
+        path.write_text(made, encoding="utf-8")
+    return made == text
+
+
+def _entry(name: str, cls: type[Policy]) -> Entry:
+    doc = sys.modules[cls.__module__].__doc__ or ""
+    options = {f.name: (str(f.default), str(f.metadata.get("help", ""))) for f in dataclasses.fields(cls)}
+    return Entry(name, doc.split("\n", 1)[0].strip(), options)
+
+
+if __name__ == "__main__":
+    readme, flag = Path(sys.argv[1]), "--check" in sys.argv[2:]
+    if not update_readme(readme, flag) and flag:
+        sys.exit(f"The policy table in {readme} is out of date. Run scripts/lint.")
