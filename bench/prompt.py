@@ -10,16 +10,20 @@ TOKENS = 4000
 
 
 def reference_prompt(tokenizer: Any, tokens: int = TOKENS, question: str = QUESTION) -> str:
-    """About `tokens` tokens of Python's language reference, with a question at the end, as a chat where possible."""
+    """About `tokens` tokens of Python's language reference, with a question at the end, as a chat
+    where possible.
+    """
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     text = "\n\n".join(topics.values())
     overhead = len(tokenizer(as_chat(tokenizer, question))["input_ids"])
-    start = tokenizer(text[: tokens * 8], return_offsets_mapping=True)["offset_mapping"][: tokens - overhead]
+    start = tokenizer(text[: tokens * 8], return_offsets_mapping=True)["offset_mapping"][
+        : tokens - overhead
+    ]
     return as_chat(tokenizer, f"{text[: start[-1][1]]}\n\n{question}")
 
 
 def as_chat(tokenizer: Any, text: str) -> str:
-    """The text as one user message in the tokenizer's chat template, or as it is if there is none."""
+    """The text as one user message in the tokenizer's chat template, if it has one."""
     if not getattr(tokenizer, "chat_template", None):
         return text
     message = [{"role": "user", "content": text}]

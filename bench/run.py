@@ -21,7 +21,10 @@ class PromptError(KVPressError, ValueError):
 
 @dataclass(frozen=True)
 class Result:
-    """What one policy did with the prompts. Seconds are wall-clock; the first token includes the whole prompt."""
+    """What one policy did with the prompts.
+
+    Seconds are wall-clock; the first token includes the whole prompt.
+    """
 
     policy: str
     texts: list[str]
@@ -37,7 +40,10 @@ class Result:
 
 
 class Stopwatch:
-    """A streamer for `generate`: notes the time of every token and passes new text on as soon as it is complete."""
+    """A streamer for `generate`:
+
+    notes the time of every token and passes new text on as soon as it is complete.
+    """
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
         self.times: list[float] = []
@@ -81,12 +87,16 @@ def run(
     on_text: Callable[[str], None] | None = None,
     **generation: Any,
 ) -> Result:
-    """Generates from the prompts as one left-padded batch with a policy. Raises PromptError and the engine's errors.
+    """Generates from the prompts as one left-padded batch with a policy. Raises PromptError and the
+    engine's errors.
 
-    on_text: called with pieces of the first sequence's text as they come. generation: for `model.generate`.
+    on_text: called with pieces of the first sequence's text as they come. generation: for
+    `model.generate`.
     """
     if not prompts or not all(prompts):
-        raise PromptError("There is no prompt, or one is empty. Give at least one prompt of at least one token.")
+        raise PromptError(
+            "There is no prompt, or one is empty. Give at least one prompt of at least one token."
+        )
     if max_new_tokens < 1:
         raise PromptError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     inputs = _tokenize(tokenizer, prompts).to(model.device)
@@ -94,8 +104,8 @@ def run(
     width = inputs["input_ids"].shape[1]
     if limit is not None and width + max_new_tokens > limit:
         raise PromptError(
-            f"A prompt of {width} tokens and {max_new_tokens} new ones exceed the model's {limit} positions. "
-            "Shorten the prompt or lower max_new_tokens."
+            f"A prompt of {width} tokens and {max_new_tokens} new ones exceed the model's {limit}"
+            " positions. Shorten the prompt or lower max_new_tokens."
         )
     watch = Stopwatch(tokenizer, on_text)
     with kvpress.attach(model, policy, page_size=page_size) as engine, torch.inference_mode():
@@ -116,15 +126,28 @@ def run(
 
 
 def warm_up(model: Any) -> None:
-    """A short forward pass, so that the first measurement does not pay for thread pools and lazy loading."""
+    """A short forward pass, so that the first measurement does not pay for thread pools and lazy
+    loading.
+    """
     with torch.inference_mode():
         model(torch.ones(1, 64, dtype=torch.long, device=model.device), use_cache=False)
 
 
 def table(results: Sequence[Result]) -> Table:
     """One line per policy: tokens seen, slots kept, bytes, time to first token, speed."""
-    made = Table(title="Prompt attention is exact; only what is stored is compressed.", title_justify="left")
-    for title in ("policy", "tokens seen", "slots kept", "bytes full", "bytes held", "kept", "first token", "tokens/s"):
+    made = Table(
+        title="Prompt attention is exact; only what is stored is compressed.", title_justify="left"
+    )
+    for title in (
+        "policy",
+        "tokens seen",
+        "slots kept",
+        "bytes full",
+        "bytes held",
+        "kept",
+        "first token",
+        "tokens/s",
+    ):
         made.add_column(title, justify="left" if title == "policy" else "right", overflow="fold")
     for result in results:
         report = result.report
@@ -149,5 +172,9 @@ def _tokenize(tokenizer: Any, prompts: Sequence[str]) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer(
-        list(prompts), return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False
+        list(prompts),
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        return_token_type_ids=False,
     )

@@ -1,1 +1,4 @@
-"""Operators: one folder each, with its schema, its reference beside the formula, and its native backends."""
+"""Operators:
+
+one folder each, with its schema, its reference beside the formula, and its native backends.
+"""

@@ -1,9 +1,9 @@
 """A KV-cache compression engine for Hugging Face models that really frees the bytes.
 
-    import kvpress
-    with kvpress.attach(model, "keyformer:budget=0.5") as engine:
-        model.generate(**inputs, max_new_tokens=100)
-        print(engine.report().fraction)
+import kvpress
+with kvpress.attach(model, "keyformer:budget=0.5") as engine:
+    model.generate(**inputs, max_new_tokens=100)
+    print(engine.report().fraction)
 """
 
 from __future__ import annotations
@@ -22,11 +22,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Engine", "Policy", "__version__", "attach", "load_policy", "option"]
 
-_HOMES = {"attach": "engine", "Engine": "engine", "Policy": "policy", "load_policy": "policy", "option": "policy"}
+_HOMES = {
+    "attach": "engine",
+    "Engine": "engine",
+    "Policy": "policy",
+    "load_policy": "policy",
+    "option": "policy",
+}
 
 
 def _check_clash() -> None:
-    """Raises ImportClashError if the other distribution with this import name is installed beside us."""
+    """Raises ImportClashError if the other distribution with this import name is installed beside
+    us.
+    """
     try:
         importlib.metadata.distribution("kvpress")
         installed = True
@@ -34,9 +42,10 @@ def _check_clash() -> None:
         installed = importlib.util.find_spec("kvpress.presses") is not None
     if installed:
         raise ImportClashError(
-            "Two distributions own the import name 'kvpress' here: this one (kvpress-engine) and the one named "
-            "'kvpress'. One has overwritten files of the other. Run: pip uninstall -y kvpress kvpress-engine; then "
-            "install only the one you want, or put each into a virtual environment of its own."
+            "Two distributions own the import name 'kvpress' here: this one (kvpress-engine) and"
+            " the one named 'kvpress'. One has overwritten files of the other. Run: pip uninstall"
+            " -y kvpress kvpress-engine; then install only the one you want, or put each into a"
+            " virtual environment of its own."
         )
 
 

@@ -1,7 +1,8 @@
-"""Attaching to a transformers model: an attention and a mask function registered through the official interfaces.
+"""Attaching to a transformers model: an attention and a mask function registered through the
+official interfaces.
 
-Forward hooks put an engine cache where the model would use a fresh one of its own. Nothing is patched at import, and
-`Attachment.remove` leaves the model as it was.
+Forward hooks put an engine cache where the model would use a fresh one of its own. Nothing is
+patched at import, and `Attachment.remove` leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -42,20 +43,29 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: `[B, N, P, D]` queries in, `[B, P, N, D]` out.
 
-    Keys that an engine cache returned are attended from its store; without a cache attention is dense.
+    Keys that an engine cache returned are attended from its store; without a cache attention is
+    dense.
     """
-    given = [name for name in _REFUSED if kwargs.get(name) is not None and kwargs[name] is not False]
+    given = [
+        name for name in _REFUSED if kwargs.get(name) is not None and kwargs[name] is not False
+    ]
     if given or dropout:
         raise UnsupportedModelError(
-            f"The attention of {type(module).__name__} asks for {', '.join(given) or f'dropout={dropout}'}, which "
-            "this engine does not support. Drop the option (for dropout: model.eval()) or detach the engine."
+            f"The attention of {type(module).__name__} asks for"
+            f" {', '.join(given) or f'dropout={dropout}'}, which this engine does not support. Drop"
+            " the option (for dropout: model.eval()) or detach the engine."
         )
     if is_causal is False or getattr(module, "is_causal", True) is False:
-        raise UnsupportedModelError(f"{type(module).__name__} is not causal; only causal attention is supported.")
-    if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.dtype != torch.bool):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is not causal; only causal attention is supported."
+        )
+    if attention_mask is not None and (
+        attention_mask.dim() != 2 or attention_mask.dtype != torch.bool
+    ):
         raise MaskError(
-            f"The attention mask has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype}. Only 2-D "
-            "padding masks [batch, tokens] are supported: custom 4-D masks cannot be honoured by a ragged cache."
+            f"The attention mask has shape {tuple(attention_mask.shape)} and dtype"
+            f" {attention_mask.dtype}. Only 2-D padding masks [batch, tokens] are supported: custom"
+            " 4-D masks cannot be honoured by a ragged cache."
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = tagged_layer(key)
@@ -65,15 +75,21 @@ def attention(
         out = _dense(query, key, value, attention_mask, scale, softcap or 0.0, sliding_window)
     else:
         raise CacheError(
-            f"{type(module).__name__} attends to {key.shape[2]} keys that did not come from an engine cache while "
-            "the engine is attached. Pass past_key_values=engine.new_cache(), or none at all, and do not change "
-            "the keys after the cache returned them."
+            f"{type(module).__name__} attends to {key.shape[2]} keys that did not come from an"
+            " engine cache while the engine is attached. Pass past_key_values=engine.new_cache(),"
+            " or none at all, and do not change the keys after the cache returned them."
         )
     return out.transpose(1, 2).contiguous(), None
 
 
 def _dense(
-    query: Tensor, key: Tensor, value: Tensor, valid_BP: Tensor | None, scale: float, softcap: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid_BP: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int | None,
 ) -> Tensor:
     """Attention without a cache."""
     if valid_BP is None:
@@ -93,22 +109,26 @@ def new_token_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' mask function: which of the new tokens are real, `[B, P]` bool, or None if all are.
+    """transformers' mask function: which of the new tokens are real, `[B, P]` bool, or None if all
+    are.
 
-    Causality and sliding windows follow from logical positions; stored slots are real by construction.
+    Causality and sliding windows follow from logical positions; stored slots are real by
+    construction.
     """
     if not allow_is_causal_skip:
         raise MaskError(
-            "The model asks for an attention pattern that is not plain causal or sliding-window (packed sequences, "
-            "bidirectional blocks or a custom mask function). Only padding masks are supported."
+            "The model asks for an attention pattern that is not plain causal or sliding-window"
+            " (packed sequences, bidirectional blocks or a custom mask function). Only padding"
+            " masks are supported."
         )
     if attention_mask is None:
         return None
     if attention_mask.shape != (batch_size, kv_length):
         raise MaskError(
-            f"The attention mask has shape {tuple(attention_mask.shape)}, but {kv_length - q_length} cached + "
-            f"{q_length} new tokens of {batch_size} sequences need ({batch_size}, {kv_length}). Pass a mask that "
-            "covers every token seen, evicted ones included."
+            f"The attention mask has shape {tuple(attention_mask.shape)}, but"
+            f" {kv_length - q_length} cached + {q_length} new tokens of {batch_size} sequences need"
+            f" ({batch_size}, {kv_length}). Pass a mask that covers every token seen, evicted ones"
+            " included."
         )
     valid_BP = attention_mask[:, kv_length - q_length :].bool()
     return None if bool(valid_BP.all()) else valid_BP
@@ -127,12 +147,14 @@ class Attachment:
         model.set_attn_implementation(NAME)
         if model.config._attn_implementation != NAME:
             raise UnsupportedModelError(
-                f"{type(model).__name__} does not let its attention be replaced through transformers' attention "
-                "interface. Use a model that supports it."
+                f"{type(model).__name__} does not let its attention be replaced through"
+                " transformers' attention interface. Use a model that supports it."
             )
         self._hooks = []
         for module in {id(m): m for m in (model, model.base_model)}.values():
-            self._hooks.append(module.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+            self._hooks.append(
+                module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            )
             self._hooks.append(module.register_forward_hook(self._after_forward, with_kwargs=True))
 
     def remove(self) -> None:
@@ -163,8 +185,9 @@ class Attachment:
         if isinstance(cache, EngineCache):
             if cache.fingerprint != self.fingerprint:
                 raise CacheError(
-                    f"This cache was made for {cache.fingerprint}, but the model is {self.fingerprint}. Make a cache "
-                    "with engine.new_cache() of the engine attached to this model."
+                    f"This cache was made for {cache.fingerprint}, but the model is"
+                    f" {self.fingerprint}. Make a cache with engine.new_cache() of the engine"
+                    " attached to this model."
                 )
             return cache
         if cache is None:
@@ -173,26 +196,40 @@ class Attachment:
             return self._stand_ins[cache]
         if not isinstance(cache, DynamicCache) or cache.get_seq_length() or cache.offloading:
             raise CacheError(
-                f"past_key_values is a {type(cache).__name__} of {cache.get_seq_length()} tokens. While the engine is "
-                "attached, pass engine.new_cache(), an empty DynamicCache, or nothing."
+                f"past_key_values is a {type(cache).__name__} of {cache.get_seq_length()} tokens."
+                " While the engine is attached, pass engine.new_cache(), an empty DynamicCache, or"
+                " nothing."
             )
-        # An empty DynamicCache is what generate() makes when it is given none. Whoever passes it again means ours.
+        # An empty DynamicCache is what generate() makes when it is given none. Whoever passes it
+        # again means ours.
         self._stand_ins[cache] = self._new_cache()
         return self._stand_ins[cache]
 
     def _check_mask(self, cache: EngineCache, given: dict[str, Any]) -> None:
-        """Raises MaskError if a mask denies tokens that are stored, or revives padding. Once per prompt chunk."""
+        """Raises MaskError if a mask denies tokens that are stored, or revives padding.
+
+        Once per prompt chunk.
+        """
         mask = given.get("attention_mask")
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         seen = cache.get_seq_length()
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or tokens is None or tokens.shape[1] == 1 or not seen:
+        if (
+            not isinstance(mask, Tensor)
+            or mask.dim() != 2
+            or tokens is None
+            or tokens.shape[1] == 1
+            or not seen
+        ):
             return
         seen_B = mask[:, :seen].bool().sum(1).cpu()
-        if mask.shape[1] == seen + tokens.shape[1] and not torch.equal(seen_B, cache.layers[0].pipe.seen_B):
+        if mask.shape[1] == seen + tokens.shape[1] and not torch.equal(
+            seen_B, cache.pipes[0].seen_B
+        ):
             raise MaskError(
-                f"The attention mask marks {seen_B.tolist()} of the cached tokens as real, but the cache has seen "
-                f"{cache.layers[0].pipe.seen_B.tolist()}. Pass the same mask for them as before."
+                f"The attention mask marks {seen_B.tolist()} of the cached tokens as real, but the"
+                f" cache has seen {cache.pipes[0].seen_B.tolist()}. Pass the same mask for them as"
+                " before."
             )
 
     def _after_forward(
@@ -204,24 +241,33 @@ class Attachment:
 
 
 def check_model(model: Any) -> Fingerprint:
-    """The layer kinds of a model that the engine can be attached to. Raises AttachError or UnsupportedModelError."""
+    """The layer kinds of a model that the engine can be attached to.
+
+    Raises AttachError or UnsupportedModelError.
+    """
     if not isinstance(model, PreTrainedModel):
         raise AttachError(
             f"attach() takes a transformers model, got {type(model).__name__}. Load one with "
             "AutoModelForCausalLM.from_pretrained(...)."
         )
     if model.config._attn_implementation == NAME:
-        raise AttachError("An engine is already attached to this model. Detach it first: engine.detach().")
+        raise AttachError(
+            "An engine is already attached to this model. Detach it first: engine.detach()."
+        )
     name = type(model).__name__
     if not model._supports_attention_backend:
         raise UnsupportedModelError(
-            f"{name} does not use transformers' attention interface, so its cache cannot be compressed. Allowed are "
-            "models with _supports_attention_backend, such as Llama, Mistral, Qwen, Phi-3 and Gemma."
+            f"{name} does not use transformers' attention interface, so its cache cannot be"
+            " compressed. Allowed are models with _supports_attention_backend, such as Llama,"
+            " Mistral, Qwen, Phi-3 and Gemma."
         )
     if any(key.endswith(".sinks") for key, _ in model.named_parameters()):
-        raise UnsupportedModelError(f"{name} has learned attention sinks, which this engine does not support yet.")
+        raise UnsupportedModelError(
+            f"{name} has learned attention sinks, which this engine does not support yet."
+        )
     if model.dtype not in _DTYPES:
         raise UnsupportedModelError(
-            f"{name} computes in {model.dtype}. Allowed: {', '.join(map(str, _DTYPES))}. Load it with one of these."
+            f"{name} computes in {model.dtype}. Allowed: {', '.join(map(str, _DTYPES))}. Load it"
+            " with one of these."
         )
     return fingerprint(model.config)

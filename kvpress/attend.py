@@ -1,4 +1,7 @@
-"""Attention of the prompt phase: new tokens over what is stored plus themselves, exact and causal."""
+"""Attention of the prompt phase:
+
+new tokens over what is stored plus themselves, exact and causal.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,9 @@ def prompt_attention(
 ) -> Tensor:
     """Softmax attention `[B, N, P, D]` of the P tokens that own the last P slots, in order.
 
-    Query i sees slots 0 … S − P + i that hold a token and, with a sliding `window`, whose position is less than
-    `window` before its own. `position_BHS` None means that slot s holds position s in every row.
+    Query i sees slots 0 … S − P + i that hold a token and, with a sliding `window`, whose position
+    is less than `window` before its own. `position_BHS` None means that slot s holds position s in
+    every row.
     """
     slots, new = key_BHSD.shape[2], query_BNPD.shape[2]
     if new == 0:
@@ -35,10 +39,22 @@ def prompt_attention(
             query_BNPD, key_BHSD, value_BHSD, is_causal=new > 1, scale=scaling, enable_gqa=grouped
         )
     if position_BHS is None:
-        position_BHS = torch.arange(slots, device=key_BHSD.device).expand(*key_BHSD.shape[:2], slots)
+        position_BHS = torch.arange(slots, device=key_BHSD.device).expand(
+            *key_BHSD.shape[:2], slots
+        )
     step = max(1, BLOCK_ELEMENTS // max(1, query_BNPD.shape[0] * query_BNPD.shape[1] * slots))
     blocks = [
-        _block(query_BNPD[:, :, i : i + step], i, new, key_BHSD, value_BHSD, position_BHS, scaling, softcap, window)
+        _block(
+            query_BNPD[:, :, i : i + step],
+            i,
+            new,
+            key_BHSD,
+            value_BHSD,
+            position_BHS,
+            scaling,
+            softcap,
+            window,
+        )
         for i in range(0, new, step)
     ]
     return torch.cat(blocks, dim=2)
@@ -55,25 +71,39 @@ def _block(
     softcap: float,
     window: int | None,
 ) -> Tensor:
-    """The attention of queries `start` … of a prompt, over the slots that are not in the future of all of them."""
+    """The attention of queries `start` … of a prompt, over the slots that are not in the future of
+    all of them.
+    """
     batch, query_heads, queries, width = query_BNpD.shape
     heads, slots = position_BHS.shape[1:]
     first = slots - new + start
     seen = first + queries
-    key, value, position_BHs = key_BHSD[:, :, :seen], value_BHSD[:, :, :seen], position_BHS[..., :seen]
+    key, value, position_BHs = (
+        key_BHSD[:, :, :seen],
+        value_BHSD[:, :, :seen],
+        position_BHS[..., :seen],
+    )
     own_p = torch.arange(first, seen, device=position_BHS.device)
     visible = torch.arange(seen, device=own_p.device) <= own_p[:, None]
     visible_BHps = visible & (position_BHs != EMPTY)[:, :, None]
     if window is not None:
-        visible_BHps = visible_BHps & (position_BHs[:, :, None] > position_BHs[..., first:, None] - window)
+        visible_BHps = visible_BHps & (
+            position_BHs[:, :, None] > position_BHs[..., first:, None] - window
+        )
 
     group = query_heads // heads
-    query_BHMD = query_BNpD.reshape(batch, heads, group * queries, width)  # M = G·p: rows are read once
-    visible_BHMs = visible_BHps[:, :, None].expand(-1, -1, group, -1, -1).reshape(batch, heads, -1, seen)
+    query_BHMD = query_BNpD.reshape(
+        batch, heads, group * queries, width
+    )  # M = G·p: rows are read once
+    visible_BHMs = (
+        visible_BHps[:, :, None].expand(-1, -1, group, -1, -1).reshape(batch, heads, -1, seen)
+    )
     if softcap:
         logits = torch.tanh(torch.matmul(query_BHMD * scaling, key.mT).float() / softcap) * softcap
         weights = logits.masked_fill(~visible_BHMs, -torch.inf).softmax(-1)
         out = torch.matmul(weights.to(value.dtype), value)
     else:
-        out = F.scaled_dot_product_attention(query_BHMD, key, value, attn_mask=visible_BHMs, scale=scaling)
+        out = F.scaled_dot_product_attention(
+            query_BHMD, key, value, attn_mask=visible_BHMs, scale=scaling
+        )
     return out.reshape(batch, query_heads, queries, -1)

@@ -1,6 +1,7 @@
 """Budgets: the one place where a ratio, tokens or bytes become integer counts.
 
-A ratio is the fraction KEPT. A byte budget is per sequence and covers its rows in every compressed layer.
+A ratio is the fraction KEPT. A byte budget is per sequence and covers its rows in every compressed
+layer.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from kvpress.errors import BudgetError
 UNLIMITED = 2**62  # the quota of a budget that keeps everything, however long the text grows
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _ALLOWED = (
-    "Allowed: a fraction kept in (0, 1] written with a decimal point (0.5), a whole number of tokens "
-    "of at least 1 (2048), or bytes with a unit (256MiB)."
+    "Allowed: a fraction kept in (0, 1] written with a decimal point (0.5), a whole number of"
+    " tokens of at least 1 (2048), or bytes with a unit (256MiB)."
 )
 
 
@@ -47,7 +48,9 @@ def share(ratio: float | Fraction, count: int) -> int:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of the cache is kept, as a fraction of the tokens seen, in tokens per row or in bytes."""
+    """How much of the cache is kept, as a fraction of the tokens seen, in tokens per row or in
+    bytes.
+    """
 
     unit: Literal["fraction", "tokens", "bytes"]
     amount: Fraction
@@ -64,7 +67,9 @@ class Budget:
         number, exponent, unit = match.group(1), match.group(2) or "", match.group(3).upper()
         amount = Fraction(number + exponent)
         if unit and unit not in _UNITS:
-            raise BudgetError(f"budget={text!r} has the unknown unit {match.group(3)!r}. {_ALLOWED}")
+            raise BudgetError(
+                f"budget={text!r} has the unknown unit {match.group(3)!r}. {_ALLOWED}"
+            )
         if unit:
             amount = Fraction(int(amount * _UNITS[unit]))
         kind: Literal["fraction", "tokens", "bytes"]
@@ -86,9 +91,10 @@ class Budget:
         if slots < 1:
             needed = geometry.layers * geometry.heads * geometry.page_bytes
             raise BudgetError(
-                f"budget={self} is too small: {geometry.layers} layers × {geometry.heads} KV heads × one "
-                f"page of {geometry.page_slots} slots ({geometry.page_bytes} bytes) need {needed} bytes per "
-                f"sequence. Raise the budget to at least {needed}B or attach with a smaller page_size."
+                f"budget={self} is too small: {geometry.layers} layers × {geometry.heads} KV heads"
+                f" × one page of {geometry.page_slots} slots ({geometry.page_bytes} bytes) need"
+                f" {needed} bytes per sequence. Raise the budget to at least {needed}B or attach"
+                " with a smaller page_size."
             )
         return slots
 
@@ -103,7 +109,8 @@ class Limits:
     """A budget with its protected tokens and its rhythm.
 
     sink: first tokens that always stay. recent: last tokens that always stay, or, when None,
-    `recent_ratio` of the budget. interval: decoded tokens between two evictions; 0 evicts after prompts only.
+    `recent_ratio` of the budget. interval: decoded tokens between two evictions; 0 evicts after
+    prompts only.
     """
 
     budget: Budget
@@ -123,15 +130,17 @@ class Limits:
         fits = self.sink + recent <= slots
         if not fits and self.budget.unit != "fraction":
             raise BudgetError(
-                f"budget={self.budget} keeps {slots} tokens per row, below sink + recent = "
-                f"{self.sink} + {recent} protected tokens. Raise the budget or lower sink or recent."
+                f"budget={self.budget} keeps {slots} tokens per row, below sink + recent ="
+                f" {self.sink} + {recent} protected tokens. Raise the budget or lower sink or"
+                " recent."
             )
         return recent, fits
 
     def quota(self, seen: int, geometry: Geometry) -> Quota:
         """How many slots a row keeps after `seen` real tokens.
 
-        A fraction of a short prompt can fall below the protected tokens; they win then, and the quota says so.
+        A fraction of a short prompt can fall below the protected tokens; they win then, and the
+        quota says so.
         """
         slots = self.budget.slots(seen, geometry)
         recent, fits = self._protect(slots)

@@ -1,4 +1,7 @@
-"""The transformers side of the store: a `Cache` whose layers hold ragged rows and a logical length."""
+"""The transformers side of the store:
+
+a `Cache` whose layers hold ragged rows and a logical length.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,18 @@ from kvpress.policy import Recipe
 _TAG = "kvpress_layer"  # the attribute by which a returned key tensor names its cache layer
 
 
-class EngineLayer(CacheLayerMixin):  # type: ignore[misc]
+class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer: answers transformers' layer contract and hands the tokens to its pipe.
 
-    `update` returns the new keys and values only. The attention function finds this layer through the key tensor,
-    attends over the store, and clears `waiting`.
+    `update` returns the new keys and values only. The attention function finds this layer through
+    the key tensor, attends over the store, and clears `waiting`.
     """
 
     is_compileable = False
     supports_early_init = False
 
     def __init__(self, kind: LayerKind, run: Run) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.pipe = LayerPipe(kind, run)
         self.is_sliding = kind.window is not None
         self.waiting = False
@@ -37,8 +40,12 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[misc]
         """Nothing to do: the pipe makes its store with the first tokens."""
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes new keys and values `[B, H, P, D]` and returns them, tagged for the attention function."""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Takes new keys and values `[B, H, P, D]` and returns them, tagged for the attention
+        function.
+        """
         self._check(key_states, value_states)
         self.is_initialized = True
         self.waiting = True
@@ -46,7 +53,13 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[misc]
         return key_states, value_states
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, valid_BP: Tensor | None, scaling: float, softcap: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        valid_BP: Tensor | None,
+        scaling: float,
+        softcap: float,
     ) -> Tensor:
         """The attention output `[B, N, P, D]` of the tokens that `update` took."""
         self.waiting = False
@@ -68,7 +81,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[misc]
     get_max_cache_shape = get_max_length  # its name in older transformers
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether `crop` can take tokens back exactly."""
         return self.pipe.is_croppable
 
@@ -83,11 +96,14 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[misc]
         self.waiting = self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last `-tokens_to_remove` tokens. Raises CacheError where that cannot be exact."""
+        """Takes back the last `-tokens_to_remove` tokens.
+
+        Raises CacheError where that cannot be exact.
+        """
         if tokens_to_remove > 0:
             raise CacheError(
-                f"crop({tokens_to_remove}): give the number of tokens to remove as a negative integer, as "
-                "transformers 5 does."
+                f"crop({tokens_to_remove}): give the number of tokens to remove as a negative"
+                " integer, as transformers 5 does."
             )
         self.pipe.crop(-tokens_to_remove)
 
@@ -97,7 +113,9 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence `repeats` times."""
-        self.pipe.select_sequences([b for b in range(len(self.pipe.seen_B)) for _ in range(repeats)])
+        self.pipe.select_sequences(
+            [b for b in range(len(self.pipe.seen_B)) for _ in range(repeats)]
+        )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the sequences at `indices` (integers, or one boolean per sequence)."""
@@ -105,7 +123,9 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def offload(self) -> None:
         """Refused: tiers are the store's own business."""
-        raise CacheError("This cache cannot be offloaded by transformers. Do not pass offloading=True.")
+        raise CacheError(
+            "This cache cannot be offloaded by transformers. Do not pass offloading=True."
+        )
 
     prefetch = offload
 
@@ -113,8 +133,9 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[misc]
         store, kind = self.pipe.store, self.pipe.kind
         if self.waiting:
             raise CacheError(
-                f"Layer {kind.index} got new keys before the last ones were attended to. The cache works only with "
-                "the model its engine is attached to; see CacheError above or attach the engine first."
+                f"Layer {kind.index} got new keys before the last ones were attended to. The cache"
+                " works only with the model its engine is attached to; see CacheError above or"
+                " attach the engine first."
             )
         allowed = (key.shape[0], kind.heads, key.shape[3], value.shape[3], key.dtype)
         if store is not None:
@@ -123,27 +144,37 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[misc]
         given = (*key.shape[:2], key.shape[3], value.shape[3], key.dtype)
         if given != allowed:
             raise CacheError(
-                f"Layer {kind.index} got (batch, KV heads, key width, value width, dtype) = {given}, but this cache "
-                f"holds {allowed}. Make a new cache with engine.new_cache() for another model or batch."
+                f"Layer {kind.index} got (batch, KV heads, key width, value width, dtype) ="
+                f" {given}, but this cache holds {allowed}. Make a new cache with"
+                " engine.new_cache() for another model or batch."
             )
 
 
-class EngineCache(Cache):  # type: ignore[misc]
-    """A compressed cache. Made by `engine.new_cache()`; goes where transformers takes `past_key_values`."""
+class EngineCache(Cache):
+    """A compressed cache.
 
-    def __init__(self, shape: Fingerprint, recipe: Recipe, page_slots: int, horizon: int | None) -> None:
+    Made by `engine.new_cache()`; goes where transformers takes `past_key_values`.
+    """
+
+    def __init__(
+        self, shape: Fingerprint, recipe: Recipe, page_slots: int, horizon: int | None
+    ) -> None:
         self.fingerprint, self.recipe = shape, recipe
         self.meter = Meter()
         self.notes: dict[str, None] = {}
         compressed = sum(kind.window is None for kind in shape.kinds)
-        run = Run(recipe, compressed, page_slots, horizon or DEFAULT_HORIZON, self.meter, self.notes)
-        super().__init__(layers=[EngineLayer(kind, run) for kind in shape.kinds])
+        run = Run(
+            recipe, compressed, page_slots, horizon or DEFAULT_HORIZON, self.meter, self.notes
+        )
+        self._engine_layers = [EngineLayer(kind, run) for kind in shape.kinds]
+        super().__init__(layers=list(self._engine_layers))
         self._run, self._horizon = run, horizon
         if recipe.limits and compressed < len(shape.kinds):
             window = max(kind.window or 0 for kind in shape.kinds)
             self.notes[
-                f"{len(shape.kinds) - compressed} of {len(shape.kinds)} layers are sliding-window layers: they keep "
-                f"their window ({window} tokens) and are not compressed by the policy."
+                f"{len(shape.kinds) - compressed} of {len(shape.kinds)} layers are sliding-window"
+                f" layers: they keep their window ({window} tokens) and are not compressed by the"
+                " policy."
             ] = None
 
     def expect(self, new_tokens: int) -> None:
@@ -156,46 +187,54 @@ class EngineCache(Cache):  # type: ignore[misc]
         """Takes the new keys and values of one layer. Raises CacheError for another model's."""
         if layer_idx >= len(self.layers):
             raise CacheError(
-                f"Layer {layer_idx} does not exist in this cache of {self.fingerprint}. Make a cache with "
-                "engine.new_cache() of the engine attached to this model."
+                f"Layer {layer_idx} does not exist in this cache of {self.fingerprint}. Make a"
+                " cache with engine.new_cache() of the engine attached to this model."
             )
         self.check_attended()
-        updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        updated: tuple[Tensor, Tensor] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
         return updated
 
     def check_attended(self) -> None:
         """Raises CacheError if keys were taken that the engine's attention function never saw."""
-        for layer in self.layers:
+        for layer in self._engine_layers:
             if layer.waiting:
                 layer.waiting = False
                 raise CacheError(
-                    f"The keys of layer {layer.pipe.kind.index} did not reach the engine's attention function: the "
-                    "engine is not attached to this model, or the model changes the keys after the cache returned "
-                    "them, which this engine does not support. Attach the engine with kvpress.attach(model, ...)."
+                    f"The keys of layer {layer.pipe.kind.index} did not reach the engine's"
+                    " attention function: the engine is not attached to this model, or the model"
+                    " changes the keys after the cache returned them, which this engine does not"
+                    " support. Attach the engine with kvpress.attach(model, ...)."
                 )
 
     def kept_positions(self, layer: int, sequence: int = 0, head: int = 0) -> list[int]:
         """The sorted logical positions that one row still holds. Padding has no position."""
-        bounds = ((layer, len(self.layers), "layer"), (sequence, max(self._batch(), 0), "sequence"))
+        bounds = (
+            (layer, len(self.layers), "layer"),
+            (sequence, len(self.pipes[0].seen_B), "sequence"),
+        )
         for given, limit, name in (*bounds, (head, self.fingerprint.kinds[0].heads, "head")):
             if not 0 <= given < limit:
                 raise CacheError(f"{name}={given} does not exist: allowed are 0 to {limit - 1}.")
-        positions: list[int] = self.layers[layer].pipe.kept_positions(sequence, head)
-        return positions
+        return self.pipes[layer].kept_positions(sequence, head)
 
     def report(self, model: str = "") -> Report:
         """The ledger: slots and bytes per layer, seconds per stage, and notes."""
-        layers = [layer.pipe.report() for layer in self.layers]
+        layers = [pipe.report() for pipe in self.pipes]
         notes = list(self.notes)
-        if self._horizon is None and any(p.horizon is None for p in self.recipe.policies if hasattr(p, "horizon")):
+        if self._horizon is None and any(
+            p.horizon is None for p in self.recipe.policies if hasattr(p, "horizon")
+        ):
             notes.append(
-                f"The number of new tokens was not known: schedules used a horizon of {DEFAULT_HORIZON}. Use "
-                "engine.generate(), engine.new_cache(max_new_tokens=...) or the policy's option horizon."
+                "The number of new tokens was not known: schedules used a horizon of"
+                f" {DEFAULT_HORIZON}. Use engine.generate(), engine.new_cache(max_new_tokens=...)"
+                " or the policy's option horizon."
             )
         return Report(
             model=model or self.fingerprint.model_type,
             policy=str(self.recipe),
-            tokens_seen=self.layers[0].pipe.seen_B.tolist() if self.layers else [],
+            tokens_seen=self.pipes[0].seen_B.tolist(),
             layers=layers,
             bytes_held=sum(layer.bytes_held for layer in layers),
             bytes_full=sum(layer.bytes_full for layer in layers),
@@ -205,10 +244,12 @@ class EngineCache(Cache):  # type: ignore[misc]
 
     def check_integrity(self) -> bool:
         """True if the store of every layer is consistent. Raises CacheError otherwise."""
-        return all(layer.pipe.store.check_integrity() for layer in self.layers if layer.pipe.store is not None)
+        return all(pipe.store.check_integrity() for pipe in self.pipes if pipe.store is not None)
 
-    def _batch(self) -> int:
-        return len(self.layers[0].pipe.seen_B)
+    @property
+    def pipes(self) -> list[LayerPipe]:
+        """The pipe of every layer."""
+        return [layer.pipe for layer in self._engine_layers]
 
 
 DEFAULT_HORIZON = 256  # new tokens assumed by schedules when nobody said how many will be generated
@@ -217,5 +258,3 @@ DEFAULT_HORIZON = 256  # new tokens assumed by schedules when nobody said how ma
 def tagged_layer(key: Tensor) -> EngineLayer | None:
     """The cache layer that returned this key tensor, if it is one of ours."""
     return getattr(key, _TAG, None)
-
-

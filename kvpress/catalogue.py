@@ -1,4 +1,7 @@
-"""The table of policies, from their module docstrings: what `kvpress policies` and the README show."""
+"""The table of policies, from their module docstrings:
+
+what `kvpress policies` and the README show.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ _BEGIN, _END = "<!-- policies: made by scripts/lint -->", "<!-- end of policies 
 
 
 class Entry(NamedTuple):
-    """One policy: its name, the first line of its docstring, and its options with their defaults."""
+    """One policy:
+
+    its name, the first line of its docstring, and its options with their defaults.
+    """
 
     name: str
     summary: str
@@ -39,7 +45,9 @@ def update_readme(path: Path, check: bool) -> bool:
     """Writes the table into the README, or only checks it. True if the file was right already."""
     text = path.read_text(encoding="utf-8")
     if text.count(_BEGIN) != 1 or text.count(_END) != 1:
-        raise KVPressError(f"{path} must hold the lines '{_BEGIN}' and '{_END}' once, around the policy table.")
+        raise KVPressError(
+            f"{path} must hold the lines '{_BEGIN}' and '{_END}' once, around the policy table."
+        )
     head, rest = text.split(_BEGIN)
     made = f"{head}{_BEGIN}\n{markdown()}\n{_END}{rest.split(_END)[1]}"
     if made != text and not check:
@@ -49,7 +57,9 @@ def update_readme(path: Path, check: bool) -> bool:
 
 def _entry(name: str, cls: type[Policy]) -> Entry:
     doc = sys.modules[cls.__module__].__doc__ or ""
-    options = {f.name: (str(f.default), str(f.metadata.get("help", ""))) for f in dataclasses.fields(cls)}
+    options = {
+        f.name: (str(f.default), str(f.metadata.get("help", ""))) for f in dataclasses.fields(cls)
+    }
     return Entry(name, doc.split("\n", 1)[0].strip(), options)
 
 

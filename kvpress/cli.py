@@ -28,28 +28,43 @@ console, errors = Console(), Console(stderr=True)
 @app.command()
 def run(
     model: Annotated[str, typer.Option(help="'demo', a Hugging Face id, or a path.")] = "demo",
-    policy: Annotated[list[str] | None, typer.Option(help="name:key=value,… ; repeat to compare.")] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="name:key=value,… ; repeat to compare.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A text file that is the prompt.")] = None,
-    batch_file: Annotated[Path | None, typer.Option(help="A text file with one prompt per line.")] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the default prompt.", min=64)] = 4000,
-    question: Annotated[str | None, typer.Option(help="Question at the end of the default prompt.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="A text file that is the prompt.")
+    ] = None,
+    batch_file: Annotated[
+        Path | None, typer.Option(help="A text file with one prompt per line.")
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(help="Length of the default prompt.", min=64)
+    ] = 4000,
+    question: Annotated[
+        str | None, typer.Option(help="Question at the end of the default prompt.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     chat: Annotated[bool, typer.Option(help="Wrap prompts in the model's chat template.")] = True,
     sample: Annotated[bool, typer.Option(help="Sample instead of greedy decoding.")] = False,
     temperature: Annotated[float, typer.Option(help="For --sample.", min=0.01)] = 1.0,
     seed: Annotated[int, typer.Option(help="For --sample.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, … (default: a GPU if there is one)")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, … (default: a GPU if there is one)")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
     page_size: Annotated[int, typer.Option(help="Slots per page.")] = 16,
     stream: Annotated[bool, typer.Option(help="Show the text as it comes.")] = True,
     layers: Annotated[bool, typer.Option(help="Show the ledger layer by layer.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print results as JSON and nothing else.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print results as JSON and nothing else.")
+    ] = False,
 ) -> None:
     """Generate with one or more policies and compare bytes, slots and speed.
 
-    Without a prompt, about 4,000 tokens of Python's language reference are used, with a question at the end.
+    Without a prompt, about 4,000 tokens of Python's language reference are used, with a question at
+    the end.
     """
     import torch
 
@@ -91,7 +106,9 @@ def run(
         sys.stdout.write(json.dumps([result.to_dict() for result in results], indent=2) + "\n")
     else:
         console.print(bench.table(results))
-        for note in dict.fromkeys(f"{r.policy}: {note}" for r in results for note in r.report.notes):
+        for note in dict.fromkeys(
+            f"{r.policy}: {note}" for r in results for note in r.report.notes
+        ):
             console.print(f"Note: {note}", highlight=False, markup=False)
 
 
@@ -112,7 +129,9 @@ def policies(
         return
     table = Table("policy", "what it does", "options", show_lines=True)
     for entry in entries:
-        options = "\n".join(f"{n}={default}  {text}" for n, (default, text) in entry.options.items())
+        options = "\n".join(
+            f"{n}={default}  {text}" for n, (default, text) in entry.options.items()
+        )
         table.add_row(entry.name, entry.summary, options)
     console.print(table)
 
@@ -139,12 +158,17 @@ def _facts() -> dict[str, dict[str, Any]]:
     names = ("torch", "transformers", "accelerate", "safetensors", "triton", "gguf", "lm-eval")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "versions": {"kvpress-engine": __version__, "python": platform.python_version()} | {n: _version(n) for n in names},
+        "versions": (
+            {"kvpress-engine": __version__, "python": platform.python_version()}
+            | {n: _version(n) for n in names}
+        ),
         "devices": {
-            "cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+            "cpu": (
+                f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+            ),
             "cuda": ", ".join(gpus) or "none: torch sees no CUDA device",
         },
-        "operators": {name: "reference (native backends are not built yet)" for name in ops.names()},
+        "operators": dict.fromkeys(ops.names(), "reference (native backends are not built yet)"),
         "environment": {name: f"{_setting(name)} – {text}" for name, text in env.VARIABLES.items()},
     }
 
@@ -161,7 +185,9 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _prompts(prompt: str | None, prompt_file: Path | None, batch_file: Path | None) -> list[str] | None:
+def _prompts(
+    prompt: str | None, prompt_file: Path | None, batch_file: Path | None
+) -> list[str] | None:
     given = [source for source in (prompt, prompt_file, batch_file) if source is not None]
     if len(given) > 1:
         raise typer.BadParameter("give only one of --prompt, --prompt-file and --batch-file")
@@ -179,7 +205,9 @@ def _read(path: Path) -> str:
         raise typer.BadParameter(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
-def _wrap(texts: list[str] | None, tokenizer: Any, chat: bool, tokens: int, question: str | None) -> list[str]:
+def _wrap(
+    texts: list[str] | None, tokenizer: Any, chat: bool, tokens: int, question: str | None
+) -> list[str]:
     from kvpress.bench.prompt import QUESTION, as_chat, reference_prompt
 
     if texts is None:

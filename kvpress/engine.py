@@ -15,13 +15,19 @@ from kvpress.policy import Policy, Recipe, parse
 PAGE_SLOTS = 16
 
 
-def attach(model: Any, policy: str | Policy | Recipe | Sequence[str | Policy], *, page_size: int = PAGE_SLOTS) -> Engine:
-    """Attaches a policy to a transformers model and returns the engine, which is also a context manager.
+def attach(
+    model: Any,
+    policy: str | Policy | Recipe | Sequence[str | Policy],
+    *,
+    page_size: int = PAGE_SLOTS,
+) -> Engine:
+    """Attaches a policy to a transformers model and returns the engine, which is also a context
+    manager.
 
-    policy: `"keyformer:budget=0.5"`, a Policy, or several joined with `+` or in a list. page_size: slots per page.
-    Every `generate()` or forward call of the model then uses a compressed cache until `engine.detach()` or the end
-    of the `with` block. Raises PolicyError, BudgetError, AttachError or UnsupportedModelError; the model is then
-    untouched.
+    policy: `"keyformer:budget=0.5"`, a Policy, or several joined with `+` or in a list. page_size:
+    slots per page. Every `generate()` or forward call of the model then uses a compressed cache
+    until `engine.detach()` or the end of the `with` block. Raises PolicyError, BudgetError,
+    AttachError or UnsupportedModelError; the model is then untouched.
     """
     return Engine(model, parse(policy), page_size)
 
@@ -31,7 +37,9 @@ class Engine:
 
     def __init__(self, model: Any, recipe: Recipe, page_size: int) -> None:
         if not isinstance(page_size, int) or not 1 <= page_size <= 4096:
-            raise PolicyError(f"page_size={page_size!r} must be a whole number of slots from 1 to 4096.")
+            raise PolicyError(
+                f"page_size={page_size!r} must be a whole number of slots from 1 to 4096."
+            )
         self.model, self.recipe, self._page_slots = model, recipe, page_size
         self._cache: EngineCache | None = None
         self.fingerprint = check_model(model)
@@ -41,7 +49,10 @@ class Engine:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.detach()
 
@@ -51,13 +62,19 @@ class Engine:
         return self._attachment is not None
 
     def detach(self) -> None:
-        """Puts the model back as it was. The last cache stays readable; calling it twice is harmless."""
+        """Puts the model back as it was.
+
+        The last cache stays readable; calling it twice is harmless.
+        """
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
 
     def new_cache(self, max_new_tokens: int | None = None) -> EngineCache:
-        """An empty cache for `past_key_values`. max_new_tokens: what schedules of a policy should expect."""
+        """An empty cache for `past_key_values`.
+
+        max_new_tokens: what schedules of a policy should expect.
+        """
         self._cache = EngineCache(self.fingerprint, self.recipe, self._page_slots, max_new_tokens)
         return self._cache
 
@@ -65,16 +82,22 @@ class Engine:
     def cache(self) -> EngineCache:
         """The newest cache of this engine. Raises AttachError before the first call."""
         if self._cache is None:
-            raise AttachError("No cache yet: run generate() or a forward pass of the attached model first.")
+            raise AttachError(
+                "No cache yet: run generate() or a forward pass of the attached model first."
+            )
         return self._cache
 
-    def generate(self, *args: Any, past_key_values: EngineCache | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, *args: Any, past_key_values: EngineCache | None = None, **kwargs: Any
+    ) -> Any:
         """`model.generate(...)` with a compressed cache; takes and returns what transformers does.
 
         Pass the cache of an earlier call as `past_key_values` to go on from there.
         """
         if self._attachment is None:
-            raise AttachError("The engine is detached. Attach it again: kvpress.attach(model, policy).")
+            raise AttachError(
+                "The engine is detached. Attach it again: kvpress.attach(model, policy)."
+            )
         cache = self.new_cache() if past_key_values is None else past_key_values
         config = kwargs.get("generation_config") or self.model.generation_config
         expected = kwargs.get("max_new_tokens") or config.max_new_tokens

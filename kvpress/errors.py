@@ -1,4 +1,7 @@
-"""Every exception that the engine raises on purpose: say what was given, what is allowed, what to do."""
+"""Every exception that the engine raises on purpose:
+
+say what was given, what is allowed, what to do.
+"""
 
 from __future__ import annotations
 

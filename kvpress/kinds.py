@@ -1,4 +1,7 @@
-"""Which layers of a model the engine compresses, keeps to a window, or refuses: read from the config alone."""
+"""Which layers of a model the engine compresses, keeps to a window, or refuses:
+
+read from the config alone.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,17 @@ class Fingerprint(NamedTuple):
 
     def __str__(self) -> str:
         heads = sorted({kind.heads for kind in self.kinds})
-        return f"{self.model_type} with {len(self.kinds)} layers, KV heads {heads}, head size {self.key_width}"
+        return (
+            f"{self.model_type} with {len(self.kinds)} layers, KV heads {heads}, head size"
+            f" {self.key_width}"
+        )
 
 
 def fingerprint(config: Any) -> Fingerprint:
-    """The layer kinds of a transformers config. Raises UnsupportedModelError, naming what is refused."""
+    """The layer kinds of a transformers config.
+
+    Raises UnsupportedModelError, naming what is refused.
+    """
     name = getattr(config, "model_type", type(config).__name__)
     if getattr(config, "is_encoder_decoder", False):
         _refuse(name, "an encoder-decoder model")
@@ -71,6 +80,7 @@ def _kind(name: str, index: int, layer_type: str, heads: int, window: int | None
 
 def _refuse(name: str, what: str) -> None:
     raise UnsupportedModelError(
-        f"The model {name!r} has {what}, which this engine does not compress. Allowed: layers of type "
-        f"'full_attention' (compressed) and 'sliding_attention' (kept to their window). {_TODO}"
+        f"The model {name!r} has {what}, which this engine does not compress. Allowed: layers of"
+        " type 'full_attention' (compressed) and 'sliding_attention' (kept to their window)."
+        f" {_TODO}"
     )

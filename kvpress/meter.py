@@ -1,4 +1,7 @@
-"""The ledger: bytes counted from the storages themselves, slots kept, and the time of every stage."""
+"""The ledger:
+
+bytes counted from the storages themselves, slots kept, and the time of every stage.
+"""
 
 from __future__ import annotations
 
@@ -60,10 +63,10 @@ class LayerReport:
 class Report:
     """What a cache holds and what it cost.
 
-    tokens_seen: real tokens of each sequence, padding excluded. bytes_full: what an uncompressed cache of these
-    tokens would hold, in the model's dtype, sliding layers at their window. bytes_held: the live storages of
-    keys, values, positions, per-slot state and page tables. Prompt attention is always computed in full: only what
-    is stored is compressed.
+    tokens_seen: real tokens of each sequence, padding excluded. bytes_full: what an uncompressed
+    cache of these tokens would hold, in the model's dtype, sliding layers at their window.
+    bytes_held: the live storages of keys, values, positions, per-slot state and page tables. Prompt
+    attention is always computed in full: only what is stored is compressed.
     """
 
     model: str

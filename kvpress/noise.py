@@ -1,8 +1,8 @@
 """Counter-based noise: a value depends only on its coordinates, never on shapes, order or batch.
 
-The same (seed, layer, head, query position, key position) gives the same number in a blockwise pass, in
-a decode step, alone or in a batch. The mixing step is the 32-bit finaliser of MurmurHash3 (public
-domain), a bijection with full avalanche.
+The same (seed, layer, head, query position, key position) gives the same number in a blockwise
+pass, in a decode step, alone or in a batch. The mixing step is the 32-bit finaliser of MurmurHash3
+(public domain), a bijection with full avalanche.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ def _mix_(word: Tensor) -> Tensor:
 def uniform(seed: int, layer: int, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Uniform fp32 numbers in (0, 1), one per broadcast coordinate; 23 random bits each.
 
-    `head`, `query` and `key` are integer tensors that broadcast together; `query` may be `NO_QUERY`.
+    `head`, `query` and `key` are integer tensors that broadcast together; `query` may be
+    `NO_QUERY`.
     """
     stream = _signed(_mix(_mix(_mix(seed) + (seed >> 32)) + layer * _ODD))
     row = _mix_(head.to(torch.int32) * _signed(_ODD) + stream)
     row = _mix_(row + query.to(torch.int32) * _signed(_ODD))
     word = _mix_(row + key.to(torch.int32) * _signed(_ODD))
-    # 23 bits and a half are exact in fp32; with 24 the largest number would round to 1 and its logarithm to 0.
+    # 23 bits and a half are exact in fp32; with 24 the largest number would round to 1 and its
+    # logarithm to 0.
     return (word >> 9).bitwise_and_(0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
 
 

@@ -1,4 +1,7 @@
-"""Observation: what is recorded while attending, and how the sums over a prompt or a step are made."""
+"""Observation:
+
+what is recorded while attending, and how the sums over a prompt or a step are made.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,10 @@ NoiseKind = Literal["none", "frozen", "fresh"]
 class Observation:
     """Column sums of softmax attention, in fp32, summed over the query group of each KV head.
 
-    window: how many of the last queries of a prompt are summed; None sums all of them. A decode step has one.
-    noise: Gumbel noise on the logits, drawn once per key ("frozen") or per query and key ("fresh").
-    tau: temperature of the softmax. The attention output itself is never touched by either.
+    window: how many of the last queries of a prompt are summed; None sums all of them. A decode
+    step has one. noise: Gumbel noise on the logits, drawn once per key ("frozen") or per query and
+    key ("fresh"). tau: temperature of the softmax. The attention output itself is never touched by
+    either.
     """
 
     window: int | None = None
@@ -59,7 +63,8 @@ def prompt_sums(
 def step_sums(
     weights_BNS: Tensor, position_BHS: Tensor, seen_B: Tensor, layer: int, observation: Observation
 ) -> Tensor:
-    """Attention of one decoded token summed over the query group, from its softmax weights: fp32 `[B, H, S]`.
+    """Attention of one decoded token summed over the query group, from its softmax weights: fp32
+    `[B, H, S]`.
 
     The logarithm of a weight is its logit up to a constant, which a softmax ignores.
     """

@@ -1,6 +1,7 @@
 """The operators: schemas defined once, the reference as the default of every device.
 
-Native backends register for their device beside the reference and take precedence with no code here.
+Native backends register for their device beside the reference and take precedence with no code
+here.
 """
 
 from __future__ import annotations
@@ -30,12 +31,17 @@ def _library() -> torch.library.Library:
     """Defines every operator and registers its reference, once per process."""
     forced = env.backend()
     if forced is not None and forced not in BACKENDS:
-        raise KVPressError(f"KVPRESS_BACKEND={forced!r} names no backend.{did_you_mean(forced, BACKENDS)}")
+        raise KVPressError(
+            f"KVPRESS_BACKEND={forced!r} names no backend.{did_you_mean(forced, BACKENDS)}"
+        )
     library = torch.library.Library("kvpress", "DEF")
     for name in names():
-        library.define(importlib.import_module(f"kvpress.csrc.{name}").SCHEMA)
+        schema = importlib.import_module(f"kvpress.csrc.{name}").SCHEMA
+        library.define(schema)  # type: ignore[no-untyped-call]
         reference = getattr(importlib.import_module(f"kvpress.csrc.{name}.reference"), name)
-        library.impl(name, reference, "CompositeExplicitAutograd")
+        library.impl(  # type: ignore[no-untyped-call]
+            name, reference, "CompositeExplicitAutograd"
+        )
     return library
 
 

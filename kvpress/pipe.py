@@ -1,7 +1,7 @@
 """The pipe of one layer: append, attend, observe, accumulate, score, select, store.
 
-One object per layer of a cache. It knows no policy and no transformers; it answers `attend` with the attention
-output of the new tokens and leaves the store at the budget.
+One object per layer of a cache. It knows no policy and no transformers; it answers `attend` with
+the attention output of the new tokens and leaves the store at the budget.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvpress.errors import CacheError, PolicyError
 from kvpress.meter import LayerReport, Meter
 from kvpress.observe import prompt_sums, step_sums
 from kvpress.policy import Policy, Recipe
-from kvpress.select import drop_one, keep_top, kept_index, protect
+from kvpress.select import drop_one, kept_index, protect
 from kvpress.store import Column, PagedRows, Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
 from kvpress.types import EMPTY, Slots, Step
@@ -28,7 +28,10 @@ from kvpress.types import EMPTY, Slots, Step
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How a layer attends: to everything, or to a sliding window (which is all that is kept of it)."""
+    """How a layer attends:
+
+    to everything, or to a sliding window (which is all that is kept of it).
+    """
 
     index: int
     heads: int
@@ -93,7 +96,8 @@ class LayerPipe:
         scaling: float,
         softcap: float = 0.0,
     ) -> Tensor:
-        """Attention output `[B, N, P, D]` of new tokens; stores them and brings the rows to the budget.
+        """Attention output `[B, N, P, D]` of new tokens; stores them and brings the rows to the
+        budget.
 
         valid_BP: bool, False for padding; None means that all tokens are real.
         """
@@ -112,7 +116,8 @@ class LayerPipe:
         with torch.no_grad():
             return self._decode(*tokens)
 
-    # ---- prompt ---------------------------------------------------------------------------------------------
+    # ---- prompt
+    # ---------------------------------------------------------------------------------------------
 
     def _prompt(
         self,
@@ -128,21 +133,33 @@ class LayerPipe:
         batch = len(before_B)
         groups = [list(range(batch))]
         if valid_BP is not None or not self._uniform():
-            # Each sequence on its real tokens alone: a row alone equals a row in a batch by construction.
+            # Each sequence on its real tokens alone: a row alone equals a row in a batch by
+            # construction.
             groups = [[b] for b in range(batch)]
         self._set_quotas()
         out_BNPD = None
         survivors, evicted = [], False
         for group in groups:
-            real_P = None if valid_BP is None else valid_BP[group[0]].nonzero().flatten().to(query_BNPD.device)
+            real_P = (
+                None
+                if valid_BP is None
+                else valid_BP[group[0]].nonzero().flatten().to(query_BNPD.device)
+            )
             query, key, value = (
-                _take(x, group, real_P, whole=len(group) == batch) for x in (query_BNPD, key_BHPD, value_BHPD)
+                _take(x, group, real_P, whole=len(group) == batch)
+                for x in (query_BNPD, key_BHPD, value_BHPD)
             )
             columns = self._candidates(group, key, value, before_B)
             with self.run.meter.stage("prefill attention", key.device):
                 position = columns[POSITION] if columns[KEY].shape[2] > key.shape[2] else None
                 out = prompt_attention(
-                    query, columns[KEY], columns[VALUE], position, scaling, softcap, self.kind.window
+                    query,
+                    columns[KEY],
+                    columns[VALUE],
+                    position,
+                    scaling,
+                    softcap,
+                    self.kind.window,
                 )
             with torch.no_grad():
                 kept, dropped = self._compress_prompt(group, query, columns, scaling, softcap)
@@ -152,7 +169,9 @@ class LayerPipe:
                 out_BNPD = out
             else:
                 if out_BNPD is None:
-                    out_BNPD = out.new_zeros(batch, *out.shape[1:2], key_BHPD.shape[2], out.shape[-1])
+                    out_BNPD = out.new_zeros(
+                        batch, *out.shape[1:2], key_BHPD.shape[2], out.shape[-1]
+                    )
                 where = slice(None) if real_P is None else real_P
                 out_BNPD[group[0], :, where] = out[0]
         with torch.no_grad():
@@ -176,7 +195,12 @@ class LayerPipe:
         return {name: torch.cat([old[name].to(x.dtype), x], dim=2) for name, x in columns.items()}
 
     def _compress_prompt(
-        self, group: list[int], query_BNPD: Tensor, columns: dict[str, Tensor], scaling: float, softcap: float
+        self,
+        group: list[int],
+        query_BNPD: Tensor,
+        columns: dict[str, Tensor],
+        scaling: float,
+        softcap: float,
     ) -> tuple[Survivors, bool]:
         """The slots of some sequences that stay, and whether any was dropped."""
         position_BHS, device = columns[POSITION], query_BNPD.device
@@ -192,7 +216,13 @@ class LayerPipe:
             request = self.recipe.stage("observe").observe(self._step())
             if request is not None and query_BNPD.shape[2]:
                 sums = prompt_sums(
-                    query_BNPD, columns[KEY], position_BHS, self.kind.index, request, scaling, softcap
+                    query_BNPD,
+                    columns[KEY],
+                    position_BHS,
+                    self.kind.index,
+                    request,
+                    scaling,
+                    softcap,
                 )
                 slots = replace(slots, attention_BHS=sums)
             if MASS in columns and query_BNPD.shape[2]:
@@ -227,7 +257,10 @@ class LayerPipe:
         valid_BP: Tensor | None,
         before_B: Tensor,
     ) -> None:
-        """Puts a prompt into the store: appended where nothing was dropped, else refilled at its exact size."""
+        """Puts a prompt into the store:
+
+        appended where nothing was dropped, else refilled at its exact size.
+        """
         with self.run.meter.stage("store", key_BHPD.device):
             if evicted:
                 self.evicted_at = self.columns_seen
@@ -236,7 +269,8 @@ class LayerPipe:
                 return
             self._append(key_BHPD, value_BHPD, valid_BP, before_B)
 
-    # ---- decode ---------------------------------------------------------------------------------------------
+    # ---- decode
+    # ---------------------------------------------------------------------------------------------
 
     def _decode(
         self,
@@ -258,7 +292,13 @@ class LayerPipe:
         request = self.recipe.stage("observe").observe(self._step()) if due or accumulates else None
         with meter.stage("decode attention", device):
             out, _, weights = ops.decode_rows(
-                query_BN1D, store.pool(KEY), store.pool(VALUE), *store.operands(), scaling, softcap, request is not None
+                query_BN1D,
+                store.pool(KEY),
+                store.pool(VALUE),
+                *store.operands(),
+                scaling,
+                softcap,
+                request is not None,
             )
         if valid_B1 is not None:
             idle_B = ~valid_B1[:, 0].to(device)
@@ -278,7 +318,9 @@ class LayerPipe:
                 mass_BHS=store.dense(MASS) if accumulates else None,
             )
             if request is not None:
-                sums = step_sums(weights[:, :, 0], slots.position_BHS, slots.seen_B, self.kind.index, request)
+                sums = step_sums(
+                    weights[:, :, 0], slots.position_BHS, slots.seen_B, self.kind.index, request
+                )
                 slots = replace(slots, attention_BHS=sums)
             if accumulates:
                 mass = self.recipe.stage("accumulate").accumulate(slots).float()
@@ -309,7 +351,8 @@ class LayerPipe:
             columns[MASS] = _gather(slots.mass_BHS, index_BHK)
         self._store.fill([Survivors(tuple(everyone), columns, counts_BH)], self._headroom())
 
-    # ---- the layer contract ---------------------------------------------------------------------------------
+    # ---- the layer contract
+    # ---------------------------------------------------------------------------------
 
     def select_sequences(self, index: Sequence[int]) -> None:
         """Sequence i becomes a copy of sequence `index[i]`, with everything that belongs to it."""
@@ -321,19 +364,25 @@ class LayerPipe:
         self.recent_B = self.recent_B[chosen]
 
     def crop(self, tokens: int) -> None:
-        """Forgets the last `tokens` columns. Raises CacheError where tokens evicted since would have to come back."""
+        """Forgets the last `tokens` columns.
+
+        Raises CacheError where tokens evicted since would have to come back.
+        """
         if tokens == 0 or self.store is None:
             return
         length = self.columns_seen - tokens
         if length < 0:
-            raise CacheError(f"crop(-{tokens}) on a cache of {self.columns_seen} tokens: crop at most that many.")
+            raise CacheError(
+                f"crop(-{tokens}) on a cache of {self.columns_seen} tokens: crop at most that many."
+            )
         if length == 0:
             self.reset()
             return
         if length < self.evicted_at:
             raise CacheError(
-                f"crop(-{tokens}) would go back to {length} tokens, but layer {self.kind.index} evicted tokens at "
-                f"{self.evicted_at}, and they are gone. Crop less, or use a policy with interval=0 or 'full'."
+                f"crop(-{tokens}) would go back to {length} tokens, but layer {self.kind.index}"
+                f" evicted tokens at {self.evicted_at}, and they are gone. Crop less, or use a"
+                " policy with interval=0 or 'full'."
             )
         if length < self.padded_at:
             raise CacheError(
@@ -342,18 +391,23 @@ class LayerPipe:
             )
         if MASS in self.store.columns:
             raise CacheError(
-                f"crop(-{tokens}): the policy {self.recipe} accumulated attention of the cropped tokens, which "
-                "cannot be taken back. Use a policy without accumulated scores, such as 'snapkv' or 'full'."
+                f"crop(-{tokens}): the policy {self.recipe} accumulated attention of the cropped"
+                " tokens, which cannot be taken back. Use a policy without accumulated scores,"
+                " such as 'snapkv' or 'full'."
             )
         self.columns_seen = length
         self.seen_B = self.seen_B - tokens
         columns = self.store.dense_by_position(range(len(self.seen_B)))
         position_BHS = columns[POSITION]
-        kept_BHS = (position_BHS != EMPTY) & (position_BHS < self.seen_B.to(position_BHS.device)[:, None, None])
+        kept_BHS = (position_BHS != EMPTY) & (
+            position_BHS < self.seen_B.to(position_BHS.device)[:, None, None]
+        )
         counts_BH = kept_BHS.sum(-1).cpu()
         index_BHK = kept_index(kept_BHS, counts_BH)
         kept = {name: _gather(x, index_BHK) for name, x in columns.items()}
-        self.store.fill([Survivors(tuple(range(len(counts_BH))), kept, counts_BH)], self._headroom())
+        self.store.fill(
+            [Survivors(tuple(range(len(counts_BH))), kept, counts_BH)], self._headroom()
+        )
 
     @property
     def is_croppable(self) -> bool:
@@ -383,7 +437,8 @@ class LayerPipe:
             bytes_full=tokens * self.kind.heads * slot_bytes,
         )
 
-    # ---- small parts ----------------------------------------------------------------------------------------
+    # ---- small parts
+    # ----------------------------------------------------------------------------------------
 
     @property
     def _store(self) -> PagedRows:
@@ -433,12 +488,20 @@ class LayerPipe:
         self.quota_BH = torch.full((batch, heads), UNLIMITED)
         if self.limits is None:
             return
-        geometry = Geometry(self.run.layers, heads, self._store.page_slots, self._store.page_bytes(), self._headroom())
+        geometry = Geometry(
+            self.run.layers,
+            heads,
+            self._store.page_slots,
+            self._store.page_bytes(),
+            self._headroom(),
+        )
         allocate = self.recipe.stage("allocate").allocate
         for b, seen in enumerate(self.seen_B.tolist()):
             quota = self.limits.quota(seen, geometry)
             self.recent_B[b] = quota.recent
-            self.quota_BH[b] = torch.tensor(allocate(quota.slots, self.kind.index, self.run.layers, heads))
+            self.quota_BH[b] = torch.tensor(
+                allocate(quota.slots, self.kind.index, self.run.layers, heads)
+            )
             if self.kind.window is None:
                 self._explain(seen, quota)
 
@@ -447,12 +510,14 @@ class LayerPipe:
         budget = f"budget {self.limits.budget if self.limits else ''}"
         if quota.floored:
             line = (
-                f"The {budget} of {seen} tokens is below the protected tokens (sink {quota.sink}, recent "
-                f"{quota.recent}): {min(seen, quota.slots)} tokens were kept instead."
+                f"The {budget} of {seen} tokens is below the protected tokens (sink {quota.sink},"
+                f" recent {quota.recent}): {min(seen, quota.slots)} tokens were kept instead."
             )
             self.run.notes[line] = None
         elif seen <= quota.slots:
-            self.run.notes[f"A prompt of {seen} tokens is within its {budget}: nothing was evicted."] = None
+            self.run.notes[
+                f"A prompt of {seen} tokens is within its {budget}: nothing was evicted."
+            ] = None
 
     def _protected(self, slots: Slots, group: Sequence[int]) -> Tensor:
         assert self.limits is not None, "only layers with a budget select"
@@ -463,7 +528,9 @@ class LayerPipe:
         """True for the slots of some sequences that stay, by their quotas."""
         score_BHS = self.recipe.stage("score").score(slots)
         if self.decoded == 0 and bool(score_BHS.isnan().any()):
-            raise PolicyError(f"{self.recipe} gave NaN scores in layer {self.kind.index}; scores must be numbers.")
+            raise PolicyError(
+                f"{self.recipe} gave NaN scores in layer {self.kind.index}; scores must be numbers."
+            )
         select: Callable[..., Any] = self.recipe.stage("select").select
         keep_BH = self.quota_BH[group].to(slots.position_BHS.device)
         kept: Tensor = select(slots, score_BHS, self._protected(slots, group), keep_BH)
@@ -472,8 +539,9 @@ class LayerPipe:
     def _check_quota(self, counts_BH: Tensor, wanted_BH: Tensor) -> None:
         if not torch.equal(counts_BH, wanted_BH):
             raise PolicyError(
-                f"{self.recipe} kept {counts_BH.tolist()} slots in layer {self.kind.index}, but the budget asks for "
-                f"exactly {wanted_BH.tolist()}. The select stage must return that many per row."
+                f"{self.recipe} kept {counts_BH.tolist()} slots in layer {self.kind.index}, but the"
+                f" budget asks for exactly {wanted_BH.tolist()}. The select stage must return that"
+                " many per row."
             )
 
 

@@ -1,8 +1,8 @@
 """Policies: recipes that replace stages of the pipe. Reading, loading, checking and combining them.
 
-A policy is one file with one frozen dataclass derived from `Policy`: fields made with `option()` are its
-hyper-parameters, methods that it overrides are the stages that it replaces. Policies are stateless and
-shared freely; what belongs to a sequence lives with its slots in the store.
+A policy is one file with one frozen dataclass derived from `Policy`: fields made with `option()`
+are its hyper-parameters, methods that it overrides are the stages that it replaces. Policies are
+stateless and shared freely; what belongs to a sequence lives with its slots in the store.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def option(
     high: float | None = None,
     choices: Sequence[str] | None = None,
 ) -> Any:
-    """A hyper-parameter: its default, what it means with its unit, and the values that are allowed."""
+    """A hyper-parameter:
+
+    its default, what it means with its unit, and the values that are allowed.
+    """
     meta = {"help": help, "low": low, "high": high, "choices": tuple(choices or ())}
     return dataclasses.field(default=default, metadata=meta)
 
@@ -47,11 +50,13 @@ def option(
 class Policy:
     """Base of all policies. A subclass overrides the methods of the stages that it replaces.
 
-    Common options, read by the engine where a policy declares them: `budget`, `sink`, `recent` (tokens),
-    `recent_ratio` (share of the budget), `interval` (decoded tokens between evictions; 0: prompts only).
+    Common options, read by the engine where a policy declares them: `budget`, `sink`, `recent`
+    (tokens), `recent_ratio` (share of the budget), `interval` (decoded tokens between evictions; 0:
+    prompts only).
     """
 
-    # True: `accumulate` runs on every prompt chunk and decode step and its result stays with the slots.
+    # True: `accumulate` runs on every prompt chunk and decode step and its result stays with the
+    # slots.
     accumulates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -64,7 +69,10 @@ class Policy:
             limits.check()
 
     def allocate(self, slots: int, layer: int, layers: int, heads: int) -> Sequence[int]:
-        """Slots that each KV head of a layer keeps, given the budget of one row. Default: all the same."""
+        """Slots that each KV head of a layer keeps, given the budget of one row.
+
+        Default: all the same.
+        """
         return [slots] * heads
 
     def observe(self, step: Step) -> Observation | None:
@@ -72,15 +80,23 @@ class Policy:
         return None
 
     def accumulate(self, slots: Slots) -> Tensor:
-        """The new `mass_BHS` of every slot, kept with it from now on. Needs `accumulates = True`."""
+        """The new `mass_BHS` of every slot, kept with it from now on.
+
+        Needs `accumulates = True`.
+        """
         raise NotImplementedError
 
     def score(self, slots: Slots) -> Tensor:
         """How much each slot matters: fp32, any scale, `[B, H, S]`. Larger stays longer."""
         raise NotImplementedError
 
-    def select(self, slots: Slots, score_BHS: Tensor, protected_BHS: Tensor, keep_BH: Tensor) -> Tensor:
-        """True for the slots that stay: exactly `min(keep, stored)` of each row. Default: protected, then top-k."""
+    def select(
+        self, slots: Slots, score_BHS: Tensor, protected_BHS: Tensor, keep_BH: Tensor
+    ) -> Tensor:
+        """True for the slots that stay:
+
+        exactly `min(keep, stored)` of each row. Default: protected, then top-k.
+        """
         return keep_top(score_BHS, slots.position_BHS, protected_BHS, keep_BH)
 
     @property
@@ -120,13 +136,15 @@ class Recipe:
             for part in sorted(parts):
                 if part in owners:
                     raise PolicyError(
-                        f"{owners[part].name!r} and {policy.name!r} both replace the stage {part!r}. "
-                        "Policies combined with '+' must replace different stages: drop one of the two."
+                        f"{owners[part].name!r} and {policy.name!r} both replace the stage"
+                        f" {part!r}. Policies combined with '+' must replace different stages: drop"
+                        " one of the two."
                     )
                 owners[part] = policy
         if self.limits and "score" not in owners and "select" not in owners:
             raise PolicyError(
-                f"{self} has a budget but neither scores nor selects. Combine it with a policy that does."
+                f"{self} has a budget but neither scores nor selects. Combine it with a policy that"
+                " does."
             )
 
     def stage(self, name: str) -> Policy:
@@ -169,8 +187,9 @@ def parse(spec: str | Policy | Recipe | Sequence[str | Policy]) -> Recipe:
 def load_policy(name: str, **options: Any) -> Policy:
     """A policy by name with its options.
 
-    `name` is looked for in this order: a path ending in .py; `module:attribute`; `kvpress.policies.<name>`;
-    entry points of the group `kvpress.policies`. Options may be text, as on the command line.
+    `name` is looked for in this order: a path ending in .py; `module:attribute`;
+    `kvpress.policies.<name>`; entry points of the group `kvpress.policies`. Options may be text, as
+    on the command line.
     """
     cls = _find(name)
     known = {field.name for field in dataclasses.fields(cls)}
@@ -196,8 +215,8 @@ def _parse_one(part: str) -> Policy:
     name = name.removesuffix(":")
     if not name:
         raise PolicyError(
-            f"The policy specification {part!r} has no name. Write name:key=value,key=value and join several "
-            "policies with '+'."
+            f"The policy specification {part!r} has no name. Write name:key=value,key=value and"
+            " join several policies with '+'."
         )
     options: dict[str, str] = {}
     for item in filter(None, text.split(",")):
@@ -231,8 +250,8 @@ def _find(name: str) -> type[Policy]:
         loaded = theirs[name].load()
         return _only_policy(loaded, name) if isinstance(loaded, types.ModuleType) else loaded
     raise PolicyError(
-        f"Unknown policy {name!r}.{did_you_mean(name, ours | set(theirs))} A path ending in .py and "
-        "module:attribute work too."
+        f"Unknown policy {name!r}.{did_you_mean(name, ours | set(theirs))} A path ending in .py and"
+        " module:attribute work too."
     )
 
 
@@ -246,7 +265,8 @@ def _load_file(path: Path) -> types.ModuleType:
     if not path.is_file() or spec is None or spec.loader is None:
         raise PolicyError(f"There is no policy file {path}. Give the path of an existing .py file.")
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name while the class is made; a later import must not find it.
+    # Dataclasses look their module up by name while the class is made; a later import must not find
+    # it.
     before = sys.modules.get(path.stem)
     sys.modules[path.stem] = module
     try:
@@ -263,15 +283,20 @@ def _load_file(path: Path) -> types.ModuleType:
 
 def _policies_of(module: types.ModuleType) -> list[type[Policy]]:
     members = vars(module).values()
-    return [m for m in members if isinstance(m, type) and issubclass(m, Policy) and m.__module__ == module.__name__]
+    return [
+        m
+        for m in members
+        if isinstance(m, type) and issubclass(m, Policy) and m.__module__ == module.__name__
+    ]
 
 
 def _only_policy(module: types.ModuleType, name: str) -> type[Policy]:
     found = _policies_of(module)
     if len(found) != 1:
         raise PolicyError(
-            f"{name!r} defines {len(found)} policies ({', '.join(c.__name__ for c in found) or 'none'}); "
-            "a policy file defines exactly one class derived from kvpress.Policy."
+            f"{name!r} defines {len(found)} policies"
+            f" ({', '.join(c.__name__ for c in found) or 'none'}); a policy file defines exactly"
+            " one class derived from kvpress.Policy."
         )
     return found[0]
 
@@ -285,10 +310,16 @@ def _hints(cls: type[Policy]) -> dict[str, Any]:
 
 
 def _coerce(cls: type[Policy], field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
-    """An option's value in its declared type and range, from a value or from text. Raises PolicyError."""
+    """An option's value in its declared type and range, from a value or from text.
+
+    Raises PolicyError.
+    """
     if hint is Budget:
         return Budget.parse(value)
-    meta, where = field.metadata, f"Option {field.name}={value!s} of policy {cls.__module__.rpartition('.')[2]!r}"
+    meta, where = (
+        field.metadata,
+        f"Option {field.name}={value!s} of policy {cls.__module__.rpartition('.')[2]!r}",
+    )
     choices = meta.get("choices", ())
     if value in choices:
         return value
@@ -297,7 +328,9 @@ def _coerce(cls: type[Policy], field: dataclasses.Field[Any], hint: Any, value: 
         return None
     number = _number(value, kinds)
     if number is None:
-        wanted = [k.__name__ for k in kinds if k not in (str, type(None))] + [repr(c) for c in choices]
+        wanted = [k.__name__ for k in kinds if k not in (str, type(None))] + [
+            repr(c) for c in choices
+        ]
         near = did_you_mean(str(value), choices) if choices and isinstance(value, str) else ""
         raise PolicyError(f"{where} must be {' or '.join(wanted) or 'text'}.{near}")
     low, high = meta.get("low"), meta.get("high")
@@ -313,7 +346,9 @@ def _number(value: Any, kinds: Sequence[Any]) -> Any:
     if isinstance(value, bool):
         return None
     for kind in (int, float):
-        if kind not in kinds or (kind is int and isinstance(value, float) and not value.is_integer()):
+        if kind not in kinds or (
+            kind is int and isinstance(value, float) and not value.is_integer()
+        ):
             continue
         try:
             number = kind(value)

@@ -15,13 +15,15 @@ def protect(position_BHS: Tensor, seen_B: Tensor, sink: int, recent_B: Tensor) -
     return first | last
 
 
-def keep_top(score_BHS: Tensor, position_BHS: Tensor, protected_BHS: Tensor, keep_BH: Tensor) -> Tensor:
-    """True for the protected slots and the best of the others, `min(keep, stored)` slots in each row.
+def keep_top(
+    score_BHS: Tensor, position_BHS: Tensor, protected_BHS: Tensor, keep_BH: Tensor
+) -> Tensor:
+    """True for the protected slots and the best others: `min(keep, stored)` slots of each row.
 
-    Ties go to the lower position. Should a row have more protected slots than it keeps, its lowest
-    protected positions go first: quotas are checked before, so that happens only to recent tokens.
+    Ties go to the lower position. Only an allocation below the protected tokens drops any of them,
+    the lowest scores first.
     """
-    # Three stable sorts, least significant key first: position, score, class (protected, open, empty).
+    # Stable sorts, least significant key first: position, score, class (protected, open, empty).
     order = position_BHS.argsort(dim=-1, stable=True)
     rank = score_BHS.float().gather(-1, order).argsort(dim=-1, descending=True, stable=True)
     order = order.gather(-1, rank)
@@ -43,7 +45,7 @@ def kept_index(kept_BHS: Tensor, counts_BH: Tensor) -> Tensor:
 
 
 def drop_one(score_BHS: Tensor, position_BHS: Tensor, protected_BHS: Tensor) -> Tensor:
-    """The slot that `keep_top` would drop from each row if it had to drop one: int64 `[B, H]`, no sorting.
+    """The one slot of each row that `keep_top` would drop, found without sorting: int64 `[B, H]`.
 
     Every row must hold at least one unprotected slot.
     """

@@ -1,11 +1,11 @@
 """The words and the shape legend of the engine.
 
-Shape suffixes: B sequence, L layer, H KV head, G query heads per KV head, N query head (N = H·G), Q new
-token (query), T token, S slot, P page, R row (R = B·H), D head dimension, K kept slot.
+Shape suffixes: B sequence, L layer, H KV head, G query heads per KV head, N query head (N = H·G), Q
+new token (query), T token, S slot, P page, R row (R = B·H), D head dimension, K kept slot.
 `key_BHSD` is a tensor indexed by sequence, KV head, slot and channel.
 
-row: one (sequence, KV head). slot: one stored token of a row. page: a fixed number of slots of one row.
-position: the index of a token among the real tokens of its sequence (padding has none).
+row: one (sequence, KV head). slot: one stored token of a row. page: a fixed number of slots of one
+row. position: the index of a token among the real tokens of its sequence (padding has none).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Step:
 class Slots:
     """What the stages see of one layer: rows of slots, dense and padded with empty slots.
 
-    Slots are in increasing position order after a prompt and in any order while decoding. Keys and values are copied
-    from the pages only when they are asked for.
+    Slots are in increasing position order after a prompt and in any order while decoding. Keys and
+    values are copied from the pages only when they are asked for.
     """
 
     layer: int
@@ -64,5 +64,7 @@ class Slots:
     def kept_mass_BHS(self) -> Tensor:
         """The accumulated mass, where the policy keeps one."""
         if self.mass_BHS is None:
-            raise LookupError("No mass is kept with the slots: set `accumulates = True` in the policy.")
+            raise LookupError(
+                "No mass is kept with the slots: set `accumulates = True` in the policy."
+            )
         return self.mass_BHS

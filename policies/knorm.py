@@ -3,13 +3,15 @@
 1. The score of a token is −‖k‖₂ of its rotated key, per KV head (section 3).
 2. The largest scores stay.
 
-Differs from the paper: nothing. The first layers can be spared there; here every layer has the same budget.
+Differs from the paper: nothing. The first layers can be spared there; here every layer has the same
+budget.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kvpress.budget import Budget
@@ -22,7 +24,10 @@ class KNorm(Policy):
     budget: Budget = option(0.5, "kept: fraction, tokens per row, or bytes per sequence")
     sink: int = option(0, "first tokens that always stay", low=0)
     recent: int = option(0, "last tokens that always stay", low=0)
-    interval: int = option(1, "decoded tokens between evictions; 0 evicts after prompts only", low=0)
+    interval: int = option(
+        1, "decoded tokens between evictions; 0 evicts after prompts only", low=0
+    )
 
     def score(self, slots: Slots) -> Tensor:
-        return -slots.key_BHSD.float().norm(dim=-1)
+        norm_BHS: Tensor = torch.linalg.vector_norm(slots.key_BHSD.float(), dim=-1)
+        return -norm_BHS

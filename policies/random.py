@@ -24,10 +24,14 @@ class Random(Policy):
     budget: Budget = option(0.5, "kept: fraction, tokens per row, or bytes per sequence")
     sink: int = option(0, "first tokens that always stay", low=0)
     recent: int = option(1, "last tokens that always stay", low=0)
-    interval: int = option(1, "decoded tokens between evictions; 0 evicts after prompts only", low=0)
+    interval: int = option(
+        1, "decoded tokens between evictions; 0 evicts after prompts only", low=0
+    )
     seed: int = option(0, "of the draw", low=0)
 
     def score(self, slots: Slots) -> Tensor:
         position_BHS = slots.position_BHS
         head_H1 = torch.arange(position_BHS.shape[1], device=position_BHS.device)[:, None]
-        return uniform(self.seed, slots.layer, head_H1, torch.full_like(head_H1, NO_QUERY), position_BHS)
+        return uniform(
+            self.seed, slots.layer, head_H1, torch.full_like(head_H1, NO_QUERY), position_BHS
+        )

@@ -4,8 +4,9 @@
 2. Votes are max-pooled over `pool` neighbouring tokens, so that details come with their context.
 3. The best tokens of the prefix stay, and the window itself. Nothing is evicted while decoding.
 
-Differs from the paper: votes are summed over the query group, and the KV head keeps one set (the published code
-repeats the keys to query heads and stores those). Defaults are those of the code: window 32, pool 7.
+Differs from the paper: votes are summed over the query group, and the KV head keeps one set (the
+published code repeats the keys to query heads and stores those). Defaults are those of the code:
+window 32, pool 7.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class SnapKV(Policy):
     window: int = option(32, "last queries that vote; their tokens always stay (code: 32)", low=1)
     pool: int = option(7, "width of the max-pooling in tokens, odd (code: 7)", low=1)
     sink: int = option(0, "first tokens that always stay", low=0)
-    interval: int = option(0, "decoded tokens between evictions; 0 evicts after prompts only", low=0, high=0)
+    interval: int = option(
+        0, "decoded tokens between evictions; 0 evicts after prompts only", low=0, high=0
+    )
 
     @property
     def recent(self) -> int:

@@ -3,8 +3,8 @@
 1. The first `sink` tokens stay (section 3.2: four suffice).
 2. The rest of the budget holds the most recent tokens.
 
-Differs from the paper: kept keys keep the position they had in the text; the paper re-indexes positions inside the
-cache.
+Differs from the paper: kept keys keep the position they had in the text; the paper re-indexes
+positions inside the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from kvpress.types import Slots
 class StreamingLLM(Policy):
     budget: Budget = option(0.5, "kept: fraction, tokens per row, or bytes per sequence")
     sink: int = option(4, "first tokens that always stay (paper: 4)", low=0)
-    interval: int = option(1, "decoded tokens between evictions; 0 evicts after prompts only", low=0)
+    interval: int = option(
+        1, "decoded tokens between evictions; 0 evicts after prompts only", low=0
+    )
 
     def score(self, slots: Slots) -> Tensor:
         return slots.position_BHS

@@ -1,9 +1,11 @@
 """Token omission via attention (Oren et al., EMNLP 2024, arXiv 2401.06104).
 
-1. The score of a token is its attention weight from the last query alone, averaged over all heads (section 3.2).
+1. The score of a token is its attention weight from the last query alone, averaged over all heads
+   (section 3.2).
 2. All heads of a layer keep the same tokens: the largest scores.
 
-Differs from the paper: the newest token always stays (`recent=1`); in the paper it can be dropped at once.
+Differs from the paper: the newest token always stays (`recent=1`); in the paper it can be dropped
+at once.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ class TOVA(Policy):
     budget: Budget = option(0.5, "kept: fraction, tokens per row, or bytes per sequence")
     sink: int = option(0, "first tokens that always stay", low=0)
     recent: int = option(1, "last tokens that always stay", low=0)
-    interval: int = option(1, "decoded tokens between evictions; 0 evicts after prompts only", low=0)
+    interval: int = option(
+        1, "decoded tokens between evictions; 0 evicts after prompts only", low=0
+    )
 
     def observe(self, step: Step) -> Observation:
         return Observation(window=1)

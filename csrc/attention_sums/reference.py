@@ -1,4 +1,7 @@
-"""PyTorch reference of `attention_sums`: one pass over blocks of queries, O(S) memory per query of a block."""
+"""PyTorch reference of `attention_sums`:
+
+one pass over blocks of queries, O(S) memory per query of a block.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,11 @@ def attention_sums(
     seed: int,
     layer: int,
 ) -> Tensor:
-    """fp32 `[B, H, S]`: attention that each slot receives from the last `window` queries, summed over the group.
+    """fp32 `[B, H, S]`: attention that each slot receives from the last `window` queries, summed
+    over the group.
 
-    The P queries belong to the last P slots, in order; query i sees slots 0 … S − P + i that hold a token
-    (position >= 0). See README.md for the formulas of the three kinds of noise.
+    The P queries belong to the last P slots, in order; query i sees slots 0 … S − P + i that hold a
+    token (position >= 0). See README.md for the formulas of the three kinds of noise.
     """
     batch, query_heads, queries, width = query_BNPD.shape
     heads, slots = key_BHSD.shape[1:3]
@@ -59,7 +63,8 @@ def attention_sums(
             x_BHGps.masked_fill_(empty_BH11S[..., :seen], -torch.inf)
 
         if frozen_BHG1S is not None and tau == 1.0:
-            # N_q = Σ_j A_qj·exp(ζ_j), so that one ordinary softmax gives the noisy sums (README, identity).
+            # N_q = Σ_j A_qj·exp(ζ_j), so that one ordinary softmax gives the noisy sums (README,
+            # identity).
             w_BHGps = x_BHGps.softmax(-1)
             boost_BHG1s = frozen_BHG1S[..., :seen].reciprocal()
             norm_BHGp1 = torch.matmul(w_BHGps, boost_BHG1s.mT)

@@ -1,4 +1,7 @@
-"""PyTorch reference of `decode_rows`: correct, readable, not fast (it gathers the pages it reads)."""
+"""PyTorch reference of `decode_rows`:
+
+correct, readable, not fast (it gathers the pages it reads).
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,11 @@ def decode_rows(
     softcap: float,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output `[B, N, Q, D]`, natural-log LSE `[B, N, Q]` and, on demand, weights `[B, N, Q, S]`, both fp32.
+    """Output `[B, N, Q, D]`, natural-log LSE `[B, N, Q]` and, on demand, weights `[B, N, Q, S]`,
+    both fp32.
 
-    The Q queries belong to the last Q slots of each row, in order, and are causal among themselves. S is the
-    largest count. A query without a slot to attend to gets zeros and an LSE of -inf.
+    The Q queries belong to the last Q slots of each row, in order, and are causal among themselves.
+    S is the largest count. A query without a slot to attend to gets zeros and an LSE of -inf.
     """
     batch, query_heads, queries, width = query_BNQD.shape
     rows = table_RW.shape[0]
@@ -38,7 +42,9 @@ def decode_rows(
     hidden_RQS = slot_S > last_RQ[..., None]
     hidden_RMS = hidden_RQS[:, None].expand(rows, group, queries, slots).reshape_as(logits_RMS)
     logits_RMS = logits_RMS.masked_fill(hidden_RMS, -torch.inf)
-    lse_RM = logits_RMS.logsumexp(-1) if slots else logits_RMS.new_full(logits_RMS.shape[:2], -torch.inf)
+    lse_RM = (
+        logits_RMS.logsumexp(-1) if slots else logits_RMS.new_full(logits_RMS.shape[:2], -torch.inf)
+    )
     weights_RMS = (logits_RMS - lse_RM[..., None]).exp().masked_fill(hidden_RMS, 0.0)
     out_RMD = torch.matmul(weights_RMS.to(query_RMD.dtype), value_RSD.to(query_RMD.dtype))
 

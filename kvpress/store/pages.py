@@ -1,8 +1,9 @@
 """Ragged rows in one pool of pages: the device tier, in model dtype.
 
-Row r = b·H + h. Slot s of row r lies in page `table[r, s // page_slots]` at offset `s % page_slots`. The order of
-slots inside a row is free: keys are stored rotated, at their own positions, so that evicting one slot and appending
-a token is one overwrite. Counts and tables are mirrored on the host and never read back from the device.
+Row r = b·H + h. Slot s of row r lies in page `table[r, s // page_slots]` at offset `s %
+page_slots`. The order of slots inside a row is free: keys are stored rotated, at their own
+positions, so that evicting one slot and appending a token is one overwrite. Counts and tables are
+mirrored on the host and never read back from the device.
 """
 
 from __future__ import annotations
@@ -34,7 +35,12 @@ class PagedRows:
         page_slots: int,
         device: torch.device,
     ) -> None:
-        self.sequences, self.heads, self.page_slots, self.device = sequences, heads, page_slots, device
+        self.sequences, self.heads, self.page_slots, self.device = (
+            sequences,
+            heads,
+            page_slots,
+            device,
+        )
         self.columns = {**columns, POSITION: Column((), torch.int32)}
         self.counts = torch.zeros(sequences * heads, dtype=torch.int64)
         self._table = torch.zeros(sequences * heads, 0, dtype=torch.int32)
@@ -43,7 +49,8 @@ class PagedRows:
         self._free: list[int] = []
         self._pool = self._new_pool(0)
 
-    # ---- what is stored -------------------------------------------------------------------------------------
+    # ---- what is stored
+    # -------------------------------------------------------------------------------------
 
     @property
     def counts_BH(self) -> Tensor:
@@ -52,8 +59,13 @@ class PagedRows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storages that this store keeps alive: pools with their free pages, tables and counts."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}
+        """Bytes of the storages that this store keeps alive:
+
+        pools with their free pages, tables and counts.
+        """
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()
+        }
         return sum(storages.values())
 
     def tensors(self) -> Iterator[Tensor]:
@@ -66,7 +78,9 @@ class PagedRows:
         return self.page_slots * sum(column.slot_bytes for column in self.columns.values())
 
     def pool(self, name: str) -> Tensor:
-        """The pages of one column, `[P, page_slots, ...]`; with `table` and `counts`, what operators read."""
+        """The pages of one column, `[P, page_slots, ...]`; with `table` and `counts`, what
+        operators read.
+        """
         return self._pool[name]
 
     def operands(self) -> tuple[Tensor, Tensor]:
@@ -74,15 +88,22 @@ class PagedRows:
         return self._device_table, self.counts.to(self.device)
 
     def addresses(self) -> tuple[Tensor, Tensor]:
-        """The flat address of every slot and whether it is occupied: int64 and bool, `[R, S]`, S the largest count."""
+        """The flat address of every slot and whether it is occupied:
+
+        int64 and bool, `[R, S]`, S the largest count.
+        """
         slots = int(self.counts.max()) if self.counts.numel() else 0
         slot_S = torch.arange(slots, device=self.device)
         page_RS = self._device_table.long().index_select(1, slot_S // self.page_slots)
         held_RS = slot_S < self.counts.to(self.device)[:, None]
-        return (page_RS * self.page_slots + slot_S % self.page_slots).masked_fill_(~held_RS, 0), held_RS
+        return (page_RS * self.page_slots + slot_S % self.page_slots).masked_fill_(
+            ~held_RS, 0
+        ), held_RS
 
     def dense(self, name: str, sequences: Sequence[int] | None = None) -> Tensor:
-        """A dense copy of one column, `[b, H, S, ...]`; empty slots have position -1 and zeros elsewhere."""
+        """A dense copy of one column, `[b, H, S, ...]`; empty slots have position -1 and zeros
+        elsewhere.
+        """
         address_RS, held_RS = self.addresses()
         if sequences is not None:
             rows = self._rows(sequences).to(self.device)
@@ -94,7 +115,9 @@ class PagedRows:
         return flat.view(-1, self.heads, address_RS.shape[1], *self.columns[name].shape)
 
     def dense_by_position(self, sequences: Sequence[int]) -> dict[str, Tensor]:
-        """All columns of some sequences, dense, each row in increasing position order with its empty slots first."""
+        """All columns of some sequences, dense, each row in increasing position order with its
+        empty slots first.
+        """
         position_bHS = self.dense(POSITION, sequences)
         order_bHS = position_bHS.argsort(dim=-1, stable=True)
         columns = {}
@@ -104,12 +127,14 @@ class PagedRows:
             columns[name] = values.gather(2, index.expand(*order_bHS.shape, *column.shape))
         return columns
 
-    # ---- changes --------------------------------------------------------------------------------------------
+    # ---- changes
+    # --------------------------------------------------------------------------------------------
 
     def append(self, columns: Mapping[str, Tensor], valid_BT: Tensor | None = None) -> None:
         """Adds tokens to the rows of their sequences: each column `[B, H, T, ...]`.
 
-        valid_BT: host bool, False for padding, which is not stored. Columns that are not given start at zero.
+        valid_BT: host bool, False for padding, which is not stored. Columns that are not given
+        start at zero.
         """
         tokens = columns[POSITION].shape[2]
         if valid_BT is None:
@@ -129,29 +154,37 @@ class PagedRows:
                 flat.index_fill_(0, address_N, 0)
                 continue
             source = columns[name].detach().to(column.dtype)
-            source = source.expand(self.sequences, self.heads, tokens, *column.shape).reshape(-1, *column.shape)
+            source = source.expand(self.sequences, self.heads, tokens, *column.shape).reshape(
+                -1, *column.shape
+            )
             if not everything:
                 source = source[valid_RT.flatten().to(self.device)]
             flat.index_copy_(0, address_N, source)
         self.counts = counts
 
     def write(self, name: str, values_BHS: Tensor) -> None:
-        """Overwrites one column of every occupied slot from its dense form, as `dense` lays it out."""
+        """Overwrites one column of every occupied slot from the form that `dense` gives it."""
         address_RS, held_RS = self.addresses()
         flat = self._pool[name].flatten(0, 1)
         values = values_BHS.reshape(address_RS.shape).to(flat.dtype)
         flat[address_RS[held_RS]] = values[held_RS]
 
     def evict_one(self, slot_R: Tensor, rows_R: Tensor) -> None:
-        """Drops slot `slot_R` (int64, on the device) of the rows chosen by `rows_R` (bool, on the host).
+        """Drops slot `slot_R` (int64, on the device) of the rows chosen by `rows_R` (bool, on the
+        host).
 
         The last slot of each such row moves into the gap.
         """
         row_N = rows_R.nonzero().flatten()
         last_N = self.counts[row_N] - 1
         if bool((last_N < 0).any()):
-            raise CacheError("evict_one needs at least one slot in every chosen row: a row is empty.")
-        from_N = self._table[row_N, last_N // self.page_slots].long() * self.page_slots + last_N % self.page_slots
+            raise CacheError(
+                "evict_one needs at least one slot in every chosen row: a row is empty."
+            )
+        from_N = (
+            self._table[row_N, last_N // self.page_slots].long() * self.page_slots
+            + last_N % self.page_slots
+        )
         from_N, row_device_N = from_N.to(self.device), row_N.to(self.device)
         slot_N = slot_R.index_select(0, row_device_N)
         to_N = self._device_table[row_device_N, slot_N // self.page_slots].long() * self.page_slots
@@ -162,13 +195,16 @@ class PagedRows:
         self.counts = self.counts.index_copy(0, row_N, last_N)
 
     def fill(self, groups: Sequence[Survivors], headroom: int = 0) -> None:
-        """Replaces the whole contents: a pool of exactly the pages that the survivors and `headroom` slots need.
+        """Replaces the whole contents: a pool of exactly the pages that the survivors and
+        `headroom` slots need.
 
         Every sequence must stand in exactly one group. The old pool is freed first.
         """
         listed = sorted(b for group in groups for b in group.sequences)
         if listed != list(range(self.sequences)):
-            raise CacheError(f"fill needs each of the {self.sequences} sequences once, got {listed}.")
+            raise CacheError(
+                f"fill needs each of the {self.sequences} sequences once, got {listed}."
+            )
         counts = torch.zeros_like(self.counts)
         for group in groups:
             counts[self._rows(group.sequences)] = group.counts_BH.flatten()
@@ -194,11 +230,18 @@ class PagedRows:
         return chosen
 
     def check_integrity(self) -> bool:
-        """True if every page has exactly one owner and every row fits its pages. Raises CacheError otherwise."""
+        """True if every page has exactly one owner and every row fits its pages.
+
+        Raises CacheError otherwise.
+        """
         pages = self._pool[POSITION].shape[0]
-        owned = [int(p) for row, n in zip(self._table, self._owned, strict=True) for p in row[: int(n)]]
+        owned = [
+            int(p) for row, n in zip(self._table, self._owned, strict=True) for p in row[: int(n)]
+        ]
         if sorted(owned + self._free) != list(range(pages)):
-            raise CacheError(f"{pages} pages, but {len(owned)} owned and {len(self._free)} free do not add up.")
+            raise CacheError(
+                f"{pages} pages, but {len(owned)} owned and {len(self._free)} free do not add up."
+            )
         if bool((self.counts > self._owned * self.page_slots).any()):
             raise CacheError("A row holds more slots than its pages have room for.")
         position_BHS = self.dense(POSITION).cpu()
@@ -208,7 +251,8 @@ class PagedRows:
                 raise CacheError(f"A row of {int(count)} slots has the positions {held.tolist()}.")
         return True
 
-    # ---- pages ----------------------------------------------------------------------------------------------
+    # ---- pages
+    # ----------------------------------------------------------------------------------------------
 
     def _rows(self, sequences: Sequence[int]) -> Tensor:
         start = torch.tensor(list(sequences), dtype=torch.int64)[:, None] * self.heads
@@ -230,7 +274,9 @@ class PagedRows:
         counts_R = group.counts_BH.flatten()
         slots = int(counts_R.max()) if len(counts_R) else 0
         slot_S = torch.arange(slots)
-        address_RS = first_page_R[rows, None] * self.page_slots + slot_S  # a row's pages are consecutive here
+        address_RS = (
+            first_page_R[rows, None] * self.page_slots + slot_S
+        )  # a row's pages are consecutive here
         held_RS = slot_S < counts_R[:, None]
         everything = bool(held_RS.all())
         address_N = (address_RS.flatten() if everything else address_RS[held_RS]).to(self.device)
@@ -240,7 +286,12 @@ class PagedRows:
             if name not in group.columns:
                 flat.index_fill_(0, address_N, 0)
                 continue
-            source = group.columns[name][:, :, :slots].detach().to(column.dtype).reshape(-1, *column.shape)
+            source = (
+                group.columns[name][:, :, :slots]
+                .detach()
+                .to(column.dtype)
+                .reshape(-1, *column.shape)
+            )
             flat.index_copy_(0, address_N, source if everything else source[held_N])
 
     def _reserve(self, counts: Tensor) -> None:
@@ -266,7 +317,9 @@ class PagedRows:
         old = self._pool[POSITION].shape[0]
         new = old + max(pages, old // _GROWTH)
         for name, column in self.columns.items():
-            pool = torch.empty(new, self.page_slots, *column.shape, dtype=column.dtype, device=self.device)
+            pool = torch.empty(
+                new, self.page_slots, *column.shape, dtype=column.dtype, device=self.device
+            )
             pool[:old] = self._pool[name]
             self._pool[name] = pool
         self._free = list(range(new - 1, old - 1, -1)) + self._free
