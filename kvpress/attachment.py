@@ -224,11 +224,11 @@ class Attachment:
             return
         seen_B = mask[:, :seen].bool().sum(1).cpu()
         if mask.shape[1] == seen + tokens.shape[1] and not torch.equal(
-            seen_B, cache.pipes[0].seen_B
+            seen_B, cache.states[0].seen_B
         ):
             raise MaskError(
                 f"The attention mask marks {seen_B.tolist()} of the cached tokens as real, but the"
-                f" cache has seen {cache.pipes[0].seen_B.tolist()}. Pass the same mask for them as"
+                f" cache has seen {cache.states[0].seen_B.tolist()}. Pass the same mask for them as"
                 " before."
             )
 

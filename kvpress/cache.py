@@ -13,8 +13,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvpress.errors import CacheError
 from kvpress.kinds import Fingerprint
+from kvpress.layer import Layer, LayerKind, Run, Tokens
 from kvpress.meter import Meter, Report
-from kvpress.pipe import LayerKind, LayerPipe, Run
+from kvpress.pipe import attend
 from kvpress.policy import Recipe
 
 _TAG = "kvpress_layer"  # the attribute by which a returned key tensor names its cache layer
@@ -32,7 +33,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def __init__(self, kind: LayerKind, run: Run) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.pipe = LayerPipe(kind, run)
+        self.state = Layer(kind, run)
         self.is_sliding = kind.window is not None
         self.waiting = False
 
@@ -64,35 +65,36 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """The attention output `[B, N, P, D]` of the tokens that `update` took."""
         self.waiting = False
         delattr(key, _TAG)
-        return self.pipe.attend(query, key, value, valid_BP, scaling, softcap)
+        valid_BP = None if valid_BP is None else valid_BP.cpu()
+        return attend(self.state, Tokens(query, key, value, valid_BP, scaling, softcap))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Logical length after the new tokens, and offset 0: masks always cover everything seen."""
-        return self.pipe.columns_seen + query_length, 0
+        return self.state.columns_seen + query_length, 0
 
     def get_seq_length(self) -> int:
         """The logical length: columns seen, padding included, whatever is stored."""
-        return self.pipe.columns_seen
+        return self.state.columns_seen
 
     def get_max_length(self) -> int:
         """The window of a sliding layer, else -1: no maximum."""
-        return -1 if self.pipe.kind.window is None else self.pipe.kind.window
+        return -1 if self.state.kind.window is None else self.state.kind.window
 
     get_max_cache_shape = get_max_length  # its name in older transformers
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether `crop` can take tokens back exactly."""
-        return self.pipe.is_croppable
+        return self.state.is_croppable
 
     @property
     def batch_size(self) -> int:
         """Sequences held; -1 before the first tokens."""
-        return len(self.pipe.seen_B) or -1
+        return len(self.state.seen_B) or -1
 
     def reset(self) -> None:
         """Forgets every token."""
-        self.pipe.reset()
+        self.state.reset()
         self.waiting = self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -105,21 +107,21 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 f"crop({tokens_to_remove}): give the number of tokens to remove as a negative"
                 " integer, as transformers 5 does."
             )
-        self.pipe.crop(-tokens_to_remove)
+        self.state.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes what sequence `beam_idx[i]` was."""
-        self.pipe.select_sequences(beam_idx.tolist())
+        self.state.select_sequences(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence `repeats` times."""
-        self.pipe.select_sequences(
-            [b for b in range(len(self.pipe.seen_B)) for _ in range(repeats)]
+        self.state.select_sequences(
+            [b for b in range(len(self.state.seen_B)) for _ in range(repeats)]
         )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the sequences at `indices` (integers, or one boolean per sequence)."""
-        self.pipe.select_sequences(torch.arange(len(self.pipe.seen_B))[indices.cpu()].tolist())
+        self.state.select_sequences(torch.arange(len(self.state.seen_B))[indices.cpu()].tolist())
 
     def offload(self) -> None:
         """Refused: tiers are the store's own business."""
@@ -130,7 +132,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     prefetch = offload
 
     def _check(self, key: Tensor, value: Tensor) -> None:
-        store, kind = self.pipe.store, self.pipe.kind
+        store, kind = self.state.store, self.state.kind
         if self.waiting:
             raise CacheError(
                 f"Layer {kind.index} got new keys before the last ones were attended to. The cache"
@@ -202,7 +204,7 @@ class EngineCache(Cache):
             if layer.waiting:
                 layer.waiting = False
                 raise CacheError(
-                    f"The keys of layer {layer.pipe.kind.index} did not reach the engine's"
+                    f"The keys of layer {layer.state.kind.index} did not reach the engine's"
                     " attention function: the engine is not attached to this model, or the model"
                     " changes the keys after the cache returned them, which this engine does not"
                     " support. Attach the engine with kvpress.attach(model, ...)."
@@ -212,16 +214,16 @@ class EngineCache(Cache):
         """The sorted logical positions that one row still holds. Padding has no position."""
         bounds = (
             (layer, len(self.layers), "layer"),
-            (sequence, len(self.pipes[0].seen_B), "sequence"),
+            (sequence, len(self.states[0].seen_B), "sequence"),
         )
         for given, limit, name in (*bounds, (head, self.fingerprint.kinds[0].heads, "head")):
             if not 0 <= given < limit:
                 raise CacheError(f"{name}={given} does not exist: allowed are 0 to {limit - 1}.")
-        return self.pipes[layer].kept_positions(sequence, head)
+        return self.states[layer].kept_positions(sequence, head)
 
     def report(self, model: str = "") -> Report:
         """The ledger: slots and bytes per layer, seconds per stage, and notes."""
-        layers = [pipe.report() for pipe in self.pipes]
+        layers = [state.report() for state in self.states]
         notes = list(self.notes)
         if self._horizon is None and any(
             p.horizon is None for p in self.recipe.policies if hasattr(p, "horizon")
@@ -234,7 +236,7 @@ class EngineCache(Cache):
         return Report(
             model=model or self.fingerprint.model_type,
             policy=str(self.recipe),
-            tokens_seen=self.pipes[0].seen_B.tolist(),
+            tokens_seen=self.states[0].seen_B.tolist(),
             layers=layers,
             bytes_held=sum(layer.bytes_held for layer in layers),
             bytes_full=sum(layer.bytes_full for layer in layers),
@@ -244,12 +246,14 @@ class EngineCache(Cache):
 
     def check_integrity(self) -> bool:
         """True if the store of every layer is consistent. Raises CacheError otherwise."""
-        return all(pipe.store.check_integrity() for pipe in self.pipes if pipe.store is not None)
+        return all(
+            state.store.check_integrity() for state in self.states if state.store is not None
+        )
 
     @property
-    def pipes(self) -> list[LayerPipe]:
-        """The pipe of every layer."""
-        return [layer.pipe for layer in self._engine_layers]
+    def states(self) -> list[Layer]:
+        """The state of every layer."""
+        return [layer.state for layer in self._engine_layers]
 
 
 DEFAULT_HORIZON = 256  # new tokens assumed by schedules when nobody said how many will be generated

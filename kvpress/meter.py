@@ -29,7 +29,10 @@ class Meter:
     def stage(self, name: str, device: torch.device) -> Iterator[None]:
         """Adds the time of the block to a stage."""
         if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = (
+                torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                for _ in range(2)
+            )
             begin.record()
             yield
             end.record()

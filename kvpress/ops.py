@@ -34,7 +34,7 @@ def _library() -> torch.library.Library:
         raise KVPressError(
             f"KVPRESS_BACKEND={forced!r} names no backend.{did_you_mean(forced, BACKENDS)}"
         )
-    library = torch.library.Library("kvpress", "DEF")
+    library = torch.library.Library("kvpress", "DEF")  # type: ignore[no-untyped-call]
     for name in names():
         schema = importlib.import_module(f"kvpress.csrc.{name}").SCHEMA
         library.define(schema)  # type: ignore[no-untyped-call]

@@ -44,6 +44,13 @@ def kept_index(kept_BHS: Tensor, counts_BH: Tensor) -> Tensor:
     return kept_BHS.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :width]
 
 
+def gather(column_BHSX: Tensor, index_BHK: Tensor) -> Tensor:
+    """The slots at `index_BHK` of a dense column: `[B, H, K, ...]`."""
+    extra = column_BHSX.shape[3:]
+    index = index_BHK.view(*index_BHK.shape, *[1] * len(extra))
+    return column_BHSX.gather(2, index.expand(*index_BHK.shape, *extra))
+
+
 def drop_one(score_BHS: Tensor, position_BHS: Tensor, protected_BHS: Tensor) -> Tensor:
     """The one slot of each row that `keep_top` would drop, found without sorting: int64 `[B, H]`.
 

@@ -32,6 +32,10 @@ def decode_rows(
     key_RSD = key_PSD[pages].flatten(1, 2)[:, :slots]
     value_RSD = value_PSD[pages].flatten(1, 2)[:, :slots]
 
+    beyond_RS = torch.arange(slots, device=counts_R.device) >= counts_R[:, None]
+    if bool(beyond_RS.any()):  # memory that was never written may hold NaN, and 0 · NaN is NaN
+        value_RSD = value_RSD.masked_fill(beyond_RS[..., None], 0)
+
     group = query_heads * batch // max(rows, 1)
     query_RMD = query_BNQD.reshape(rows, group * queries, width)  # M = G·Q
     logits_RMS = torch.matmul(query_RMD * scaling, key_RSD.to(query_RMD.dtype).mT).float()

@@ -37,3 +37,4 @@ class Survivors:
     sequences: tuple[int, ...]
     columns: Mapping[str, Tensor]  # each [b, H, K, ...]; b = len(sequences)
     counts_BH: Tensor  # int64, on the host
+    evicted: bool = False  # whether some of the sequences' slots were dropped

@@ -1,0 +1,296 @@
+"""One layer of one cache: its rows, its logical length, its quotas, and the layer contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpress.budget import UNLIMITED, Budget, Geometry, Limits, Quota
+from kvpress.errors import CacheError, PolicyError
+from kvpress.meter import LayerReport, Meter
+from kvpress.policy import Policy, Recipe
+from kvpress.select import gather, kept_index, protect
+from kvpress.store import Column, PagedRows, Survivors
+from kvpress.store.base import KEY, MASS, POSITION, VALUE
+from kvpress.types import EMPTY, Slots, Step
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How a layer attends: to everything, or to a sliding window (then only that is kept)."""
+
+    index: int
+    heads: int  # KV heads
+    window: int | None = None
+
+    @property
+    def name(self) -> str:
+        """`full` or `sliding`."""
+        return "full" if self.window is None else "sliding"
+
+
+class Tokens(NamedTuple):
+    """New tokens of one layer, and how they attend."""
+
+    query_BNPD: Tensor
+    key_BHPD: Tensor
+    value_BHPD: Tensor
+    valid_BP: Tensor | None  # host bool, False for padding; None: all tokens are real
+    scaling: float
+    softcap: float
+
+
+@dataclass
+class Run:
+    """What the layers of one cache share."""
+
+    recipe: Recipe
+    layers: int  # compressed layers
+    page_slots: int
+    horizon: int
+    meter: Meter
+    notes: dict[str, None]  # an ordered set of lines for the report
+
+
+class Newest(Policy):
+    """What a sliding-window layer keeps."""
+
+    def score(self, slots: Slots) -> Tensor:
+        """Later is better."""
+        return slots.position_BHS
+
+
+class Layer:
+    """The state of one layer. The phases in prompt.py and decode.py work on it."""
+
+    def __init__(self, kind: LayerKind, run: Run) -> None:
+        self.kind, self.run = kind, run
+        self.store: PagedRows | None = None  # made with the first tokens
+        self.reset()
+        if kind.window is None:
+            self.recipe, self.limits = run.recipe, run.recipe.limits
+        else:
+            keep = kind.window - 1  # the next token attends to itself and to window − 1 before it
+            self.recipe = Recipe((Newest(),))
+            self.limits = Limits(Budget.parse(keep), recent=keep)
+
+    def reset(self) -> None:
+        """Forgets every token."""
+        self.store = None
+        self.columns_seen = 0  # logical length: columns of the batch, padding included
+        self.seen_B = torch.zeros(0, dtype=torch.int64)  # real tokens of each sequence, on the host
+        self.decoded = 0
+        self.evicted_at = 0  # logical length when tokens were last evicted
+        self.padded_at = 0  # logical length after the last padded column
+        self.quota_BH = torch.zeros(0, self.kind.heads, dtype=torch.int64)
+        self.recent_B = torch.zeros(0, dtype=torch.int64)  # protected last tokens of each sequence
+
+    # The layer contract
+
+    def select_sequences(self, index: Sequence[int]) -> None:
+        """Sequence i becomes a copy of sequence `index[i]`, with everything that belongs to it."""
+        if self.store is None:
+            return
+        chosen = list(index)
+        self.store = self.store.select_sequences(chosen, self.headroom)
+        self.seen_B, self.quota_BH = self.seen_B[chosen], self.quota_BH[chosen]
+        self.recent_B = self.recent_B[chosen]
+
+    def crop(self, tokens: int) -> None:
+        """Forgets the last `tokens` columns.
+
+        Raises CacheError where tokens evicted since would have to come back.
+        """
+        if tokens == 0 or self.store is None:
+            return
+        length = self.columns_seen - tokens
+        if length < 0:
+            raise CacheError(
+                f"crop(-{tokens}) on a cache of {self.columns_seen} tokens: crop at most that many."
+            )
+        if length == 0:
+            self.reset()
+            return
+        if length < self.evicted_at:
+            raise CacheError(
+                f"crop(-{tokens}) would go back to {length} tokens, but layer {self.kind.index}"
+                f" evicted tokens at {self.evicted_at}, and they are gone. Crop less, or use a"
+                " policy with interval=0 or 'full'."
+            )
+        if length < self.padded_at:
+            raise CacheError(
+                f"crop(-{tokens}) would go back to {length} columns, behind the last padded column "
+                f"({self.padded_at}). Crop less, or run the sequences without padding."
+            )
+        if MASS in self.store.columns:
+            raise CacheError(
+                f"crop(-{tokens}): the policy {self.recipe} accumulated attention of the cropped"
+                " tokens, which cannot be taken back. Use a policy without accumulated scores,"
+                " such as 'snapkv' or 'full'."
+            )
+        self.columns_seen = length
+        self.seen_B = self.seen_B - tokens
+        columns = self.store.dense_by_position(range(len(self.seen_B)))
+        position_BHS = columns[POSITION]
+        kept_BHS = (position_BHS != EMPTY) & (
+            position_BHS < self.seen_B.to(position_BHS.device)[:, None, None]
+        )
+        counts_BH = kept_BHS.sum(-1).cpu()
+        index_BHK = kept_index(kept_BHS, counts_BH)
+        kept = {name: gather(x, index_BHK) for name, x in columns.items()}
+        self.store.fill([Survivors(tuple(range(len(counts_BH))), kept, counts_BH)], self.headroom)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens fed from now on can be taken back exactly."""
+        decode_evicts = self.limits is not None and self.limits.interval > 0
+        return not decode_evicts and not self.recipe.accumulates
+
+    def kept_positions(self, sequence: int, head: int) -> list[int]:
+        """The sorted logical positions of one row; padding has no position."""
+        if self.store is None:
+            return []
+        position_S = self.store.dense(POSITION, [sequence])[0, head]
+        return sorted(int(p) for p in position_S[position_S != EMPTY])
+
+    def report(self) -> LayerReport:
+        """The ledger of this layer."""
+        if self.store is None:
+            return LayerReport(self.kind.index, self.kind.name, [], 0, 0)
+        limit = torch.iinfo(torch.int64).max if self.kind.window is None else self.kind.window - 1
+        slot_bytes = self.store.columns[KEY].slot_bytes + self.store.columns[VALUE].slot_bytes
+        tokens = int(self.seen_B.clamp_max(limit).sum())
+        return LayerReport(
+            index=self.kind.index,
+            kind=self.kind.name,
+            slots_kept=self.store.counts_BH.tolist(),
+            bytes_held=self.store.nbytes,
+            bytes_full=tokens * self.kind.heads * slot_bytes,
+        )
+
+    def advance(self, columns: int, seen_B: Tensor, padded: bool) -> None:
+        """Counts new columns, and the real tokens among them."""
+        self.columns_seen += columns
+        self.seen_B = seen_B
+        if padded:
+            self.padded_at = self.columns_seen
+
+    # What the phases need
+
+    @property
+    def rows(self) -> PagedRows:
+        """The store, which exists once tokens were fed."""
+        assert self.store is not None, "start() makes the store"
+        return self.store
+
+    def start(self, key_BHPD: Tensor, value_BHPD: Tensor) -> None:
+        """Makes the store for rows of this shape."""
+        batch, heads, _, key_width = key_BHPD.shape
+        columns = {
+            KEY: Column((key_width,), key_BHPD.dtype),
+            VALUE: Column((value_BHPD.shape[-1],), value_BHPD.dtype),
+        }
+        if self.recipe.accumulates:
+            columns[MASS] = Column((), torch.float32)
+        self.store = PagedRows(batch, heads, columns, self.run.page_slots, key_BHPD.device)
+        self.seen_B = torch.zeros(batch, dtype=torch.int64)
+
+    @property
+    def headroom(self) -> int:
+        """Slots that rows may grow beyond their quota between two evictions."""
+        return self.limits.interval if self.limits else 0
+
+    @property
+    def due(self) -> bool:
+        """Whether this decode step may evict."""
+        return self.headroom > 0 and self.decoded % self.headroom == 0
+
+    def step(self) -> Step:
+        """Where this layer is, for policies."""
+        return Step(self.kind.index, self.decoded, self.run.horizon)
+
+    def append(self, tokens: Tokens, before_B: Tensor) -> None:
+        """Stores new tokens behind those that are there; padding is skipped."""
+        if tokens.valid_BP is None:
+            offset_BP = torch.arange(tokens.key_BHPD.shape[2]).expand(len(before_B), -1)
+        else:
+            offset_BP = tokens.valid_BP.cumsum(1) - 1
+        position_BH1P = (before_B[:, None] + offset_BP)[:, None].to(tokens.key_BHPD.device)
+        columns = {KEY: tokens.key_BHPD, VALUE: tokens.value_BHPD, POSITION: position_BH1P}
+        self.rows.append(columns, tokens.valid_BP)
+
+    def refill(self, survivors: Sequence[Survivors]) -> None:
+        """Replaces the rows by what survived, in pages of exactly the size that they need."""
+        self.rows.fill(survivors, self.headroom)
+
+    def set_quotas(self, seen_B: Tensor) -> None:
+        """Decides how many slots every row may keep after `seen_B` tokens. Raises BudgetError."""
+        recent_B = torch.zeros_like(seen_B)
+        quota_BH = torch.full((len(seen_B), self.kind.heads), UNLIMITED)
+        if self.limits is not None:
+            geometry = Geometry(
+                layers=self.run.layers,
+                heads=self.kind.heads,
+                page_slots=self.rows.page_slots,
+                page_bytes=self.rows.page_bytes(),
+                headroom=self.headroom,
+            )
+            allocate = self.recipe.stage("allocate").allocate
+            place = (self.kind.index, self.run.layers, self.kind.heads)
+            for b, seen in enumerate(seen_B.tolist()):
+                quota = self.limits.quota(seen, geometry)
+                recent_B[b] = quota.recent
+                quota_BH[b] = torch.tensor(allocate(quota.slots, *place))
+                self._explain(seen, quota)
+        self.recent_B, self.quota_BH = recent_B, quota_BH
+
+    def protected(self, slots: Slots, group: Sequence[int]) -> Tensor:
+        """True for the slots of some sequences that no policy may drop."""
+        assert self.limits is not None, "only layers with a budget select"
+        recent_b = self.recent_B[group].to(slots.position_BHS.device)
+        return protect(slots.position_BHS, slots.seen_B, self.limits.sink, recent_b)
+
+    def select(
+        self, slots: Slots, group: Sequence[int], stored_BH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """True for the slots of some sequences that stay, and how many stay of each row (host).
+
+        Raises PolicyError if the policy gives scores that are not numbers, or misses the quota.
+        """
+        score_BHS = self.recipe.stage("score").score(slots)
+        if bool(score_BHS.isnan().any()):
+            raise PolicyError(
+                f"{self.recipe} gave NaN scores in layer {self.kind.index}; scores must be numbers."
+            )
+        keep_BH = self.quota_BH[group].to(slots.position_BHS.device)
+        policy = self.recipe.stage("select")
+        kept_BHS = policy.select(slots, score_BHS, self.protected(slots, group), keep_BH)
+        counts_BH = kept_BHS.sum(-1).cpu()  # the one synchronisation after a prompt
+        wanted_BH = torch.minimum(stored_BH, self.quota_BH[group])
+        if not torch.equal(counts_BH, wanted_BH):
+            raise PolicyError(
+                f"{self.recipe} kept {counts_BH.tolist()} slots in layer {self.kind.index}, but the"
+                f" budget asks for exactly {wanted_BH.tolist()}. The select stage must return that"
+                " many per row."
+            )
+        return kept_BHS, counts_BH
+
+    def _explain(self, seen: int, quota: Quota) -> None:
+        """Notes for the report where a budget evicts less than its fraction promises."""
+        if self.kind.window is not None:
+            return
+        budget = f"budget {self.limits.budget if self.limits else ''}"
+        if quota.floored:
+            line = (
+                f"The {budget} of {seen} tokens is below the protected tokens (sink {quota.sink},"
+                f" recent {quota.recent}): {min(seen, quota.slots)} tokens were kept instead."
+            )
+            self.run.notes[line] = None
+        elif seen <= quota.slots:
+            self.run.notes[
+                f"A prompt of {seen} tokens is within its {budget}: nothing was evicted."
+            ] = None

@@ -1,0 +1,123 @@
+"""`full` gives transformers' own tokens and logits, in every family and with padding."""
+
+from __future__ import annotations
+
+import helpers
+import pytest
+import torch
+from transformers import DynamicCache
+
+import kvpress
+
+
+@pytest.mark.parametrize("family", list(helpers.FAMILIES))
+def test_greedy_generate_equals_transformers(family: str) -> None:
+    model, ids = helpers.tiny(family), helpers.prompt(2, 37)
+    arguments = {"max_new_tokens": 24, "do_sample": False}
+    expected = model.generate(ids, **arguments)
+    with kvpress.attach(model, "full") as engine:
+        assert torch.equal(engine.generate(ids, **arguments), expected)
+        assert torch.equal(model.generate(ids, **arguments), expected)
+        cache = engine.new_cache()
+        assert torch.equal(model.generate(ids, past_key_values=cache, **arguments), expected)
+        assert cache.check_integrity()
+
+
+@pytest.mark.parametrize("family", list(helpers.FAMILIES))
+def test_logits_equal_transformers_within_rounding(family: str) -> None:
+    model, ids = helpers.tiny(family), helpers.prompt(1, 40)
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        expected = [
+            model(chunk, past_key_values=cache).logits for chunk in ids.split([30, 1, 1, 8], 1)
+        ]
+        with kvpress.attach(model, "full") as engine:
+            ours = engine.new_cache()
+            given = [
+                model(chunk, past_key_values=ours).logits for chunk in ids.split([30, 1, 1, 8], 1)
+            ]
+    for a, b in zip(given, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+def test_every_group_size(group: int) -> None:
+    model, ids = helpers.tiny(query_heads=2 * group, kv_heads=2), helpers.prompt(2, 33)
+    expected = model.generate(ids, max_new_tokens=16, do_sample=False)
+    with kvpress.attach(model, "full"):
+        assert torch.equal(model.generate(ids, max_new_tokens=16, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma2", "gemma3"])
+def test_row_in_a_padded_batch_equals_the_row_alone(family: str, side: str) -> None:
+    model, lengths = helpers.tiny(family), [29, 1, 13, 22]
+    ids, mask = helpers.padded(lengths, side)
+    with kvpress.attach(model, "full") as engine:
+        together = helpers.greedy(model, ids, mask, 16, engine.new_cache())
+    for row in range(len(lengths)):
+        alone = ids[row : row + 1][:, mask[row].bool()]
+        cache = DynamicCache(config=model.config)
+        expected = helpers.greedy(model, alone, torch.ones_like(alone), 16, cache)
+        assert torch.equal(together[row : row + 1], expected), f"row {row}"
+
+
+def test_left_padded_generate_equals_transformers() -> None:
+    model = helpers.tiny()
+    ids, mask = helpers.padded([29, 7, 13, 22], "left")
+    arguments = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False}
+    expected = model.generate(ids, **arguments)
+    with kvpress.attach(model, "full"):
+        assert torch.equal(model.generate(ids, **arguments), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral-sliding"])
+def test_forward_without_a_cache_equals_transformers(family: str) -> None:
+    model = helpers.tiny(family)
+    ids, mask = helpers.padded([29, 7], "left")
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        with kvpress.attach(model, "full"):
+            given = model(ids, attention_mask=mask, use_cache=False).logits
+    real = mask.bool()
+    torch.testing.assert_close(given[real], expected[real], rtol=1e-4, atol=2e-5)
+
+
+def test_second_turn_feeds_only_the_new_tokens() -> None:
+    model, first, second = helpers.tiny(), helpers.prompt(1, 20), helpers.prompt(1, 9, seed=5)
+    with kvpress.attach(model, "full") as engine:
+        cache = engine.new_cache()
+        answer = engine.generate(first, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        chat = torch.cat([answer, second], dim=1)
+        given = engine.generate(chat, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    assert torch.equal(given, model.generate(chat, max_new_tokens=6, do_sample=False))
+
+
+def test_beams_samples_and_repeated_sequences_equal_transformers() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(2, 21)
+    for arguments in (
+        {"num_beams": 3, "do_sample": False},
+        {"do_sample": True, "num_return_sequences": 2, "top_k": 5},
+        {"prompt_lookup_num_tokens": 3, "do_sample": False},
+    ):
+        batch = ids[:1] if "prompt_lookup_num_tokens" in arguments else ids
+        torch.manual_seed(3)
+        expected = model.generate(batch, max_new_tokens=12, **arguments)
+        with kvpress.attach(model, "full"):
+            torch.manual_seed(3)
+            assert torch.equal(model.generate(batch, max_new_tokens=12, **arguments), expected)
+
+
+@pytest.mark.real_model
+def test_real_model_gives_the_same_128_tokens_after_2000(demo: tuple) -> None:
+    from kvpress.bench.prompt import reference_prompt
+
+    model, tokenizer = demo
+    ids = tokenizer(reference_prompt(tokenizer, 2000), return_tensors="pt")["input_ids"]
+    arguments = {"max_new_tokens": 128, "min_new_tokens": 128, "do_sample": False}
+    mask = torch.ones_like(ids)
+    expected = model.generate(ids, attention_mask=mask, **arguments)
+    with kvpress.attach(model, "full") as engine:
+        given = engine.generate(ids, attention_mask=mask, **arguments)
+    assert given.shape[1] - ids.shape[1] == 128
+    assert torch.equal(given, expected)
