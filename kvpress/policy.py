@@ -107,11 +107,10 @@ class Policy:
     @property
     def limits(self) -> Limits | None:
         """The budget with its protected tokens; None for a policy without a budget."""
-        names = {field.name for field in dataclasses.fields(self)}
-        if "budget" not in names:
+        if not hasattr(self, "budget"):
             return None
         common = [field.name for field in dataclasses.fields(Limits)]
-        return Limits(**{name: getattr(self, name) for name in common if name in names})
+        return Limits(**{name: getattr(self, name) for name in common if hasattr(self, name)})
 
     def replaces(self) -> set[str]:
         """The stages that this policy replaces."""

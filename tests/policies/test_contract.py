@@ -1,0 +1,168 @@
+"""What every policy must hold. The list is the folder: a new policy is tested by being there."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import helpers
+import pytest
+import torch
+
+import kvpress
+from kvpress.policy import available, load_policy
+
+PROMPT, NEW, BUDGET = 61, 12, 29
+POLICIES = sorted(available())
+EVICTING = [name for name in POLICIES if load_policy(name).limits is not None]
+
+
+def policy(name: str, **options: Any) -> Any:
+    """A policy with protected tokens that fit a small budget."""
+    cls = available()[name]
+    small = {"window": 8, "recent": 5} if name == "snapkv" else {}
+    known = cls.__dataclass_fields__
+    return load_policy(name, **{k: v for k, v in (small | options).items() if k in known})
+
+
+def run(model: Any, recipe: Any, ids: torch.Tensor, mask: torch.Tensor, new: int = NEW) -> Any:
+    """The tokens and the cache after a prompt and `new` decoded tokens."""
+    with kvpress.attach(model, recipe) as engine:
+        cache = engine.new_cache(max_new_tokens=new)
+        return helpers.greedy(model, ids, mask, new, cache), cache
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("budget", [0.5, 17])
+@pytest.mark.parametrize("name", POLICIES)
+def test_row_in_a_padded_batch_equals_the_row_alone(name: str, budget: Any, side: str) -> None:
+    model, lengths = helpers.tiny(), [PROMPT, 1, 23, 40]
+    ids, mask = helpers.padded(lengths, side)
+    recipe = policy(name, budget=budget)
+    together, cache = run(model, recipe, ids, mask)
+    assert cache.check_integrity()
+    for row in range(len(lengths)):
+        alone = ids[row : row + 1][:, mask[row].bool()]
+        expected, own = run(model, recipe, alone, torch.ones_like(alone))
+        assert torch.equal(together[row : row + 1], expected), f"tokens of row {row}"
+        assert helpers.positions(cache, row) == helpers.positions(own), f"positions of row {row}"
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize("budget", [0.5, 0.29, BUDGET, 1.0])
+@pytest.mark.parametrize("name", EVICTING)
+def test_kept_counts_equal_the_budget_after_prompt_and_decode(
+    name: str, budget: Any, interval: int
+) -> None:
+    recipe = policy(name, budget=budget, **({} if name == "snapkv" else {"interval": interval}))
+    kept = {0.5: 30, 0.29: 17, BUDGET: BUDGET, 1.0: PROMPT}[budget]
+    ids = helpers.prompt(2, PROMPT)
+    for new in (1, NEW):
+        _, cache = run(helpers.tiny(), recipe, ids, torch.ones_like(ids), new)
+        decoded = new - 1
+        grown = decoded % interval if recipe.limits.interval and budget != 1.0 else decoded
+        for state in cache.states:
+            assert state.store.counts_BH.tolist() == [[kept + grown] * 2] * 2
+        for row in (row for heads in helpers.positions(cache) for row in heads):
+            assert all(a < b for a, b in pairwise(row))
+            assert row[-1] == PROMPT + decoded - 1 or recipe.limits.recent == 0
+        assert cache.check_integrity()
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_protected_tokens_survive(name: str) -> None:
+    recipe = policy(name, budget=BUDGET, sink=3, recent=7)
+    ids = helpers.prompt(1, PROMPT)
+    _, cache = run(helpers.tiny(), recipe, ids, torch.ones_like(ids))
+    seen = PROMPT + NEW - 1
+    recent = recipe.limits.recent or 0
+    last = seen if recipe.limits.interval else PROMPT  # without decode eviction all later ones stay
+    for row in (row for heads in helpers.positions(cache) for row in heads):
+        assert set(range(3)) <= set(row)
+        assert set(range(last - recent, seen)) <= set(row)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_kept_keys_and_values_are_bit_identical_to_the_originals(name: str) -> None:
+    model, ids = helpers.tiny(), helpers.prompt(2, PROMPT)
+    caches = {}
+    for key, recipe in (("full", "full"), ("own", policy(name, budget=0.5))):
+        with kvpress.attach(model, recipe) as engine, torch.no_grad():
+            caches[key] = engine.new_cache()
+            model(ids, past_key_values=caches[key])
+    first = caches["own"].states[0].store  # layer 0: deeper layers are equal too before decoding
+    for layer, state in enumerate(caches["own"].states):
+        reference = caches["full"].states[layer].store
+        position = state.store.dense("position").long()
+        index = position[..., None].expand(*position.shape, 16)
+        for column in ("key", "value"):
+            assert torch.equal(state.store.dense(column), reference.dense(column).gather(2, index))
+    assert first.dense("position").shape[2] == (PROMPT if name == "full" else PROMPT // 2)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_prompt_shorter_than_the_protected_tokens_works(name: str, tokens: int) -> None:
+    recipe = policy(name, budget=0.5, sink=4, recent=9)
+    ids = helpers.prompt(1, tokens)
+    given, cache = run(helpers.tiny(), recipe, ids, torch.ones_like(ids), 6)
+    assert given.shape == (1, 6)
+    assert cache.check_integrity()
+    assert cache.report().tokens_seen == [tokens + 5]
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_a_budget_that_evicts_nothing_changes_nothing(name: str) -> None:
+    model, ids = helpers.tiny(), helpers.prompt(2, 20)
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)
+    with kvpress.attach(model, policy(name, budget=1.0)) as engine:
+        assert torch.equal(engine.generate(ids, max_new_tokens=8, do_sample=False), expected)
+        assert any("nothing was evicted" in note for note in engine.report().notes)
+    with kvpress.attach(model, policy(name, budget=200)) as engine:
+        assert torch.equal(engine.generate(ids, max_new_tokens=8, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_byte_budgets_are_met_in_bytes(name: str) -> None:
+    model, ids = helpers.tiny(), helpers.prompt(2, PROMPT)
+    with kvpress.attach(model, policy(name, budget="48KiB"), page_size=4) as engine:
+        engine.generate(ids, max_new_tokens=8, do_sample=False)
+        report = engine.report()
+    pools = sum(p.nbytes for s in engine.cache.states for p in s.store._pool.values())
+    if engine.recipe.limits.interval:
+        assert 0.7 * 2 * 48 * 1024 < pools <= 2 * 48 * 1024
+    assert len({slots for layer in report.slots_kept for row in layer for slots in row}) == 1
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_same_run_twice_is_the_same(name: str) -> None:
+    ids = helpers.prompt(1, PROMPT)
+    runs = [
+        run(helpers.tiny(), policy(name, budget=0.5), ids, torch.ones_like(ids)) for _ in range(2)
+    ]
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert helpers.positions(runs[0][1]) == helpers.positions(runs[1][1])
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_a_second_prompt_chunk_is_compressed_with_the_first(name: str) -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, PROMPT)
+    with kvpress.attach(model, policy(name, budget=0.5)) as engine, torch.no_grad():
+        cache = engine.new_cache()
+        for chunk in ids.split([30, 31], dim=1):
+            model(chunk, past_key_values=cache)
+        assert cache.report().slots_kept == [[[PROMPT // 2] * 2]] * 3
+        assert cache.check_integrity()
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_sliding_layers_keep_their_window_and_say_so(name: str) -> None:
+    model, ids = helpers.tiny("gemma3", num_hidden_layers=4), helpers.prompt(1, PROMPT)
+    layers = ["sliding_attention", "full_attention"] * 2
+    model = helpers.tiny("gemma3", num_hidden_layers=4, layer_types=layers)
+    with kvpress.attach(model, policy(name, budget=0.5)) as engine:
+        engine.generate(ids, max_new_tokens=1, do_sample=False)
+        report = engine.report()
+    assert [layer.kind for layer in report.layers] == ["sliding", "full"] * 2
+    assert report.slots_kept == [[[8] * 2], [[30] * 2]] * 2
+    assert any("sliding-window" in note for note in report.notes)
