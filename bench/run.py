@@ -15,6 +15,9 @@ from kvpress.errors import KVPressError
 from kvpress.meter import Report, size, span
 
 
+BASELINE = "full"  # the policy that everything is compared with
+
+
 class PromptError(KVPressError, ValueError):
     """A prompt or generation setting that cannot be run."""
 

@@ -1,7 +1,7 @@
 """A KV-cache compression engine for Hugging Face models that really frees the bytes.
 
 import kvpress
-with kvpress.attach(model, "keyformer:budget=0.5") as engine:
+with kvpress.attach(model, "name:budget=0.5") as engine:
     model.generate(**inputs, max_new_tokens=100)
     print(engine.report().fraction)
 """

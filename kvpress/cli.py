@@ -72,7 +72,7 @@ def run(
     from kvpress.bench import run as bench
     from kvpress.policy import parse
 
-    recipes = policy or ["full"]
+    recipes = policy or [bench.BASELINE]
     for recipe in recipes:
         parse(recipe)  # refuse a wrong policy before a model is loaded
     texts = _prompts(prompt, prompt_file, batch_file)

@@ -24,7 +24,7 @@ def attach(
     """Attaches a policy to a transformers model and returns the engine, which is also a context
     manager.
 
-    policy: `"keyformer:budget=0.5"`, a Policy, or several joined with `+` or in a list. page_size:
+    policy: `"name:budget=0.5"`, a Policy, or several joined with `+` or in a list. page_size:
     slots per page. Every `generate()` or forward call of the model then uses a compressed cache
     until `engine.detach()` or the end of the `with` block. Raises PolicyError, BudgetError,
     AttachError or UnsupportedModelError; the model is then untouched.

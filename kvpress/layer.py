@@ -119,7 +119,7 @@ class Layer:
             raise CacheError(
                 f"crop(-{tokens}) would go back to {length} tokens, but layer {self.kind.index}"
                 f" evicted tokens at {self.evicted_at}, and they are gone. Crop less, or use a"
-                " policy with interval=0 or 'full'."
+                " policy that evicts after prompts only (interval=0)."
             )
         if length < self.padded_at:
             raise CacheError(
@@ -129,8 +129,7 @@ class Layer:
         if MASS in self.store.columns:
             raise CacheError(
                 f"crop(-{tokens}): the policy {self.recipe} accumulated attention of the cropped"
-                " tokens, which cannot be taken back. Use a policy without accumulated scores,"
-                " such as 'snapkv' or 'full'."
+                " tokens, which cannot be taken back. Use a policy without accumulated scores."
             )
         self.columns_seen = length
         self.seen_B = self.seen_B - tokens

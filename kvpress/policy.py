@@ -178,7 +178,7 @@ def parse(spec: str | Policy | Recipe | Sequence[str | Policy]) -> Recipe:
     if isinstance(spec, Sequence) and spec:
         return Recipe(tuple(policy for part in spec for policy in parse(part).policies))
     raise PolicyError(
-        f"policy={spec!r} is not a policy. Give a specification such as 'keyformer:budget=0.5', "
+        f"policy={spec!r} is not a policy. Give a specification such as 'name:budget=0.5', "
         "a Policy object, or a non-empty list of these."
     )
 

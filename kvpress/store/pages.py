@@ -112,7 +112,8 @@ class PagedRows:
         flat = ops.gather_slots(self._pool[name], address_RS.flatten())
         empty = EMPTY if name == POSITION else 0
         flat.masked_fill_(~held_RS.flatten().view(-1, *[1] * len(self.columns[name].shape)), empty)
-        return flat.view(-1, self.heads, address_RS.shape[1], *self.columns[name].shape)
+        batch = self.sequences if sequences is None else len(sequences)
+        return flat.view(batch, self.heads, address_RS.shape[1], *self.columns[name].shape)
 
     def dense_by_position(self, sequences: Sequence[int]) -> dict[str, Tensor]:
         """All columns of some sequences, dense, each row in increasing position order with its

@@ -1,0 +1,153 @@
+"""The rules of the repository that a reader relies on."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+ENGINE = sorted((ROOT / "kvpress").rglob("*.py"))
+POLICIES = [path.stem for path in (ROOT / "policies").glob("*.py") if path.stem != "__init__"]
+
+# A module may import only from its own line and the lines above it.
+LAYERS = [
+    {"errors", "env", "types", "noise"},
+    {"budget", "ops"},
+    {"select", "observe"},
+    {"policy"},
+    {"store.base", "store.pages", "store"},
+    {"attend", "meter"},
+    {"layer"},
+    {"prompt", "decode"},
+    {"pipe", "kinds"},
+    {"cache"},
+    {"attachment"},
+    {"engine", "catalogue"},
+    {"__init__"},
+    {"bench", "csrc", "policies"},
+    {"cli"},
+]
+RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT / "kvpress").with_suffix("").parts
+    name = ".".join(parts)
+    return name.removesuffix(".__init__") if len(parts) > 1 else name
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the engine that a file imports, below `kvpress`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kvpress":
+            tail = node.module.removeprefix("kvpress").removeprefix(".")
+            names = [f"{tail}.{alias.name}".strip(".") for alias in node.names]
+            found |= {n if n in RANK else tail or "__init__" for n in names}
+        if isinstance(node, ast.Import):
+            found |= {
+                alias.name.removeprefix("kvpress").removeprefix(".") or "__init__"
+                for alias in node.names
+                if alias.name.split(".")[0] == "kvpress"
+            }
+    folders = {"bench", "csrc", "policies"}
+    return {name.split(".")[0] if name.split(".")[0] in folders else name for name in found}
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=module_name)
+def test_imports_run_one_way(path: Path) -> None:
+    own = module_name(path)
+    assert own in RANK, f"{own} has no place in the import order"
+    if own == "__init__":
+        return  # lazy imports of the public names
+    for name in imports(path) - {"__init__"}:
+        assert name in RANK, f"{own} imports the unknown module {name}"
+        assert RANK[name] <= RANK[own], f"{own} imports {name}, which is above it"
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=module_name)
+def test_only_the_adapter_imports_transformers(path: Path) -> None:
+    uses = re.search(r"^\s*(from|import) transformers\b", path.read_text(encoding="utf-8"), re.M)
+    assert not uses or module_name(path) in {"cache", "attachment"}
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=module_name)
+def test_the_engine_names_no_policy(path: Path) -> None:
+    """Not even in a docstring. Two names are also ordinary words: there a quoted name is forbidden."""
+    text = path.read_text(encoding="utf-8").lower()
+    words = {"full", "random"}
+    for name in POLICIES:
+        pattern = f"[\"']{name}[\"':]" if name in words else rf"\b{name}\b"
+        found = re.findall(pattern, text)
+        assert not found or (module_name(path), name) == ("layer", "full")  # a layer kind
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_import_only_the_engine_and_torch(name: str) -> None:
+    tree = ast.parse((ROOT / "policies" / f"{name}.py").read_text(encoding="utf-8"))
+    allowed = {"kvpress", "torch", "dataclasses", "typing", "math", "__future__"}
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for module in names:
+            assert module.split(".")[0] in allowed
+            assert not module.startswith(("kvpress.policies", "kvpress.bench"))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policy_files_are_small_and_cite_their_source(name: str) -> None:
+    text = (ROOT / "policies" / f"{name}.py").read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    doc = ast.get_docstring(tree) or ""
+    assert "Differs from the paper:" in doc
+    code = [line for line in text.replace(doc, "").splitlines() if line.strip(' "')]
+    assert len([line for line in code if not line.strip().startswith("#")]) <= 60
+
+
+def test_package_list_equals_the_folders() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = set(settings["tool"]["setuptools"]["packages"])
+    mapping = settings["tool"]["setuptools"]["package-dir"]
+    found = set()
+    for package, folder in mapping.items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            tail = init.parent.relative_to(ROOT / folder).parts
+            found.add(".".join((package, *tail)))
+    assert listed == found
+
+
+def test_every_environment_variable_is_declared_and_documented() -> None:
+    from kvpress import env
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    folders = ("kvpress", "policies", "csrc", "bench")
+    texts = [p.read_text("utf-8") for folder in folders for p in (ROOT / folder).rglob("*.py")]
+    used = {name for text in texts for name in re.findall(r"KVPRESS_[A-Z]+", text)}
+    assert used == set(env.VARIABLES)
+    assert all(name in readme for name in used)
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=module_name)
+def test_functions_fit_a_screen(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            body = [n for n in node.body if not isinstance(n, ast.Expr) or node.body.index(n)]
+            lines = (body[-1].end_lineno - body[0].lineno + 1) if body else 0
+            assert lines <= 50, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=module_name)
+def test_user_errors_are_exceptions_of_the_engine(path: Path) -> None:
+    """No bare Exception, ValueError or RuntimeError is raised."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            name = getattr(node.exc.func, "id", getattr(node.exc.func, "attr", ""))
+            assert name not in {"Exception", "ValueError", "RuntimeError", "TypeError", "KeyError"}
