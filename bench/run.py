@@ -14,7 +14,6 @@ import kvpress
 from kvpress.errors import KVPressError
 from kvpress.meter import Report, size, span
 
-
 BASELINE = "full"  # the policy that everything is compared with
 
 

@@ -100,7 +100,7 @@ class Budget:
 
     def __str__(self) -> str:
         if self.unit == "fraction":
-            return f"{float(self.amount):g}"
+            return str(float(self.amount))  # with a decimal point, so that it reads as a fraction
         return f"{int(self.amount)}{'B' if self.unit == 'bytes' else ''}"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvpress.errors import KVPressError
-from kvpress.policy import Policy, available
+from kvpress.policy import Policy, as_text, available
 
 _BEGIN, _END = "<!-- policies: made by scripts/lint -->", "<!-- end of policies -->"
 
@@ -58,7 +58,8 @@ def update_readme(path: Path, check: bool) -> bool:
 def _entry(name: str, cls: type[Policy]) -> Entry:
     doc = sys.modules[cls.__module__].__doc__ or ""
     options = {
-        f.name: (str(f.default), str(f.metadata.get("help", ""))) for f in dataclasses.fields(cls)
+        f.name: (as_text(f.default), str(f.metadata.get("help", "")))
+        for f in dataclasses.fields(cls)
     }
     return Entry(name, doc.split("\n", 1)[0].strip(), options)
 

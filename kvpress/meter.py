@@ -97,7 +97,15 @@ class Report:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title=f"{self.policy} on {self.model}", title_justify="left")
-        for title in ("layer", "kind", "tokens seen", "slots kept", "held", "full", "fraction"):
+        for title in (
+            "layer",
+            "kind",
+            "tokens seen",
+            "slots kept",
+            "bytes held",
+            "bytes full",
+            "fraction",
+        ):
             table.add_column(title, justify="left" if title == "kind" else "right")
         for layer in self.layers:
             flat = [slots for rows in layer.slots_kept for slots in rows]

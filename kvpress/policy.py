@@ -117,7 +117,7 @@ class Policy:
         return {s for s in STAGES if getattr(type(self), s) is not getattr(Policy, s)}
 
     def __str__(self) -> str:
-        options = (f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
+        options = (f"{f.name}={as_text(getattr(self, f.name))}" for f in dataclasses.fields(self))
         text = ",".join(options)
         return f"{self.name}:{text}" if text else self.name
 
@@ -199,6 +199,11 @@ def load_policy(name: str, **options: Any) -> Policy:
         return cls(**options)
     except BudgetError as error:
         raise BudgetError(f"Policy {name!r}: {error}") from None
+
+
+def as_text(value: Any) -> str:
+    """An option's value as a specification writes it: `none`, `true`, `0.5`."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def available() -> dict[str, type[Policy]]:
@@ -323,13 +328,11 @@ def _coerce(cls: type[Policy], field: dataclasses.Field[Any], hint: Any, value: 
     if value in choices:
         return value
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if type(None) in kinds and (value is None or value == "none"):
+    if type(None) in kinds and str(value).lower() == "none":
         return None
     number = _number(value, kinds)
     if number is None:
-        wanted = [k.__name__ for k in kinds if k not in (str, type(None))] + [
-            repr(c) for c in choices
-        ]
+        wanted = [k.__name__ for k in (bool, int, float) if k in kinds] + [repr(c) for c in choices]
         near = did_you_mean(str(value), choices) if choices and isinstance(value, str) else ""
         raise PolicyError(f"{where} must be {' or '.join(wanted) or 'text'}.{near}")
     low, high = meta.get("low"), meta.get("high")

@@ -81,7 +81,7 @@ def test_only_the_adapter_imports_transformers(path: Path) -> None:
 
 @pytest.mark.parametrize("path", ENGINE, ids=module_name)
 def test_the_engine_names_no_policy(path: Path) -> None:
-    """Not even in a docstring. Two names are also ordinary words: there a quoted name is forbidden."""
+    """Not even in a docstring. Two names are ordinary words too: there quoting it is forbidden."""
     text = path.read_text(encoding="utf-8").lower()
     words = {"full", "random"}
     for name in POLICIES:
