@@ -138,19 +138,13 @@ def warm_up(model: Any) -> None:
 def table(results: Sequence[Result]) -> Table:
     """One line per policy: tokens seen, slots kept, bytes, time to first token, speed."""
     made = Table(
-        title="Prompt attention is exact; only what is stored is compressed.", title_justify="left"
+        title="Prompt attention is exact; only what is stored is compressed.",
+        title_justify="left",
+        padding=(0, 0, 0, 1),
     )
-    for title in (
-        "policy",
-        "tokens seen",
-        "slots kept",
-        "bytes full",
-        "bytes held",
-        "kept",
-        "first token",
-        "tokens/s",
-    ):
-        made.add_column(title, justify="left" if title == "policy" else "right", overflow="fold")
+    made.add_column("policy", overflow="fold", min_width=14)
+    for title in ("seen", "kept", "full", "held", "share", "1st token", "tok/s"):
+        made.add_column(title, justify="right", no_wrap=True)
     for result in results:
         report = result.report
         rows = [slots for layer in report.slots_kept for heads in layer for slots in heads]

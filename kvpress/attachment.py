@@ -254,7 +254,7 @@ def check_model(model: Any) -> Fingerprint:
         raise AttachError(
             "An engine is already attached to this model. Detach it first: engine.detach()."
         )
-    name = type(model).__name__
+    name, shape = type(model).__name__, fingerprint(model.config)
     if not model._supports_attention_backend:
         raise UnsupportedModelError(
             f"{name} does not use transformers' attention interface, so its cache cannot be"
@@ -270,4 +270,4 @@ def check_model(model: Any) -> Fingerprint:
             f"{name} computes in {model.dtype}. Allowed: {', '.join(map(str, _DTYPES))}. Load it"
             " with one of these."
         )
-    return fingerprint(model.config)
+    return shape

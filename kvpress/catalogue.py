@@ -61,7 +61,7 @@ def _entry(name: str, cls: type[Policy]) -> Entry:
         f.name: (as_text(f.default), str(f.metadata.get("help", "")))
         for f in dataclasses.fields(cls)
     }
-    return Entry(name, doc.split("\n", 1)[0].strip(), options)
+    return Entry(name, " ".join(doc.split("\n\n")[0].split()), options)
 
 
 if __name__ == "__main__":

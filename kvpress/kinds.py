@@ -45,7 +45,9 @@ def fingerprint(config: Any) -> Fingerprint:
         _refuse(name, "layers that share their keys and values (KV sharing)")
     if getattr(text, "use_bidirectional_attention", False) or not getattr(text, "is_causal", True):
         _refuse(name, "bidirectional attention")
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0)
+    if not heads or not getattr(text, "num_hidden_layers", 0):
+        _refuse(name, "a config without num_attention_heads or num_hidden_layers")
     kinds = tuple(
         _kind(name, index, kind, heads, getattr(text, "sliding_window", None))
         for index, kind in enumerate(_layer_types(text))

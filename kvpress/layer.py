@@ -145,9 +145,8 @@ class Layer:
 
     @property
     def is_croppable(self) -> bool:
-        """Whether tokens fed from now on can be taken back exactly."""
-        decode_evicts = self.limits is not None and self.limits.interval > 0
-        return not decode_evicts and not self.recipe.accumulates
+        """Whether any tokens fed from now on can be taken back exactly: nothing is ever evicted."""
+        return self.limits is None and not self.recipe.accumulates
 
     def kept_positions(self, sequence: int, head: int) -> list[int]:
         """The sorted logical positions of one row; padding has no position."""

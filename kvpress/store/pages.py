@@ -18,7 +18,7 @@ from kvpress.errors import CacheError
 from kvpress.store.base import POSITION, Column, Survivors
 from kvpress.types import EMPTY
 
-_GROWTH = 16  # a full pool grows by at least 1/16, so that appending costs amortised O(1) copies
+_GROWTH = 32  # a full pool grows by at least 1/32, so that appending costs amortised O(1) copies
 
 
 class PagedRows:

@@ -11,7 +11,7 @@ from kvpress import ops
 def dense(
     query: torch.Tensor, key: torch.Tensor, position: torch.Tensor, cap: float, window: int
 ) -> torch.Tensor:
-    batch, heads, slots, _ = key.shape
+    _, heads, slots, _ = key.shape
     new = query.shape[2]
     x = (
         torch.einsum("bhgqd,bhkd->bhgqk", query.unflatten(1, (heads, -1)).double(), key.double())

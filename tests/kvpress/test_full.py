@@ -95,7 +95,7 @@ def test_beams_samples_and_repeated_sequences_equal_transformers() -> None:
     for arguments in (
         {"num_beams": 3, "do_sample": False},
         {"do_sample": True, "num_return_sequences": 2, "top_k": 5},
-        {"prompt_lookup_num_tokens": 3, "do_sample": False},
+        {"prompt_lookup_num_tokens": 3, "do_sample": False, "eos_token_id": 96},
     ):
         batch = ids[:1] if "prompt_lookup_num_tokens" in arguments else ids
         torch.manual_seed(3)

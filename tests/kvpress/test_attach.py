@@ -1,0 +1,347 @@
+"""Attaching and detaching: nothing patched, nothing leaked, everything wrong refused by name."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import helpers
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, StaticCache, pipeline
+
+import kvpress
+from kvpress.errors import (
+    AttachError,
+    BudgetError,
+    CacheError,
+    KVPressError,
+    MaskError,
+    PolicyError,
+    UnsupportedModelError,
+)
+
+RECIPE = "keyformer:budget=0.5"
+
+
+def snapshot(model: Any) -> dict[str, Any]:
+    """Every attribute of the model, its modules and its config, by name."""
+    found = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key not in ("_parameters", "_buffers", "_modules", "config"):
+                found[f"{name}.{key}"] = copy.copy(value) if isinstance(value, dict) else value
+    found["config"] = copy.deepcopy(vars(model.config))
+    found["generation"] = copy.deepcopy(vars(model.generation_config))
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_after_detach_the_model_is_as_before(family: str) -> None:
+    model = helpers.tiny(family)
+    ids = helpers.prompt(1, 30)
+    model.generate(ids, max_new_tokens=2, do_sample=False)  # what transformers itself leaves behind
+    before = snapshot(model)
+    with kvpress.attach(model, RECIPE) as engine:
+        model.generate(ids, max_new_tokens=4, do_sample=False)
+        assert engine.attached
+        assert snapshot(model) != before
+    assert snapshot(model) == before
+    assert not engine.attached
+    engine.detach()
+    assert engine.report().tokens_seen == [33]  # the last cache stays readable
+
+
+def test_nothing_is_patched_at_import() -> None:
+    code = (
+        "from transformers import AttentionInterface as A, AttentionMaskInterface as M\n"
+        "import transformers.models.llama.modeling_llama as m\n"
+        "state = lambda: (dict(A._global_mapping), dict(M._global_mapping), dict(vars(m)))\n"
+        "before = state()\n"
+        "import kvpress, kvpress.engine, kvpress.cli\n"
+        "assert state() == before\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_the_ways_in_give_the_same() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(2, 40)
+    arguments = {"max_new_tokens": 10, "do_sample": False}
+    with kvpress.attach(model, "h2o:budget=0.5") as engine:
+        first = engine.generate(ids, **arguments)
+        assert torch.equal(model.generate(ids, **arguments), first)
+        cache = engine.new_cache()
+        assert torch.equal(model.generate(ids, past_key_values=cache, **arguments), first)
+        assert cache.report().slots_kept == [[[20] * 2] * 2] * 3
+        assert engine.cache is cache
+        manual = helpers.greedy(model, ids, torch.ones_like(ids), 10, engine.new_cache())
+        assert torch.equal(manual, first[:, 40:])
+        own = DynamicCache(config=model.config)
+        assert torch.equal(helpers.greedy(model, ids, torch.ones_like(ids), 10, own), manual)
+        assert engine.report().slots_kept == [[[20] * 2] * 2] * 3
+        assert own.get_seq_length() == 0  # the caller's empty cache stood for the engine's
+    assert torch.equal(model.generate(ids, **arguments)[:, :41], first[:, :41])
+
+
+def test_a_forward_pass_returns_the_engine_cache_and_continues_from_it() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 30)
+    with kvpress.attach(model, "tova:budget=0.5") as engine:
+        out = model(ids)  # with gradients enabled, as a notebook user does
+        assert out.past_key_values is engine.cache
+        model(ids[:, :1], past_key_values=out.past_key_values)
+        assert model.model(ids).past_key_values is engine.cache  # the base model is covered too
+        assert model(ids, use_cache=False).past_key_values is None
+        assert model(inputs_embeds=model.model.embed_tokens(ids)).past_key_values is engine.cache
+        assert model(ids, None, None, engine.new_cache()).past_key_values is engine.cache
+
+
+def test_a_text_generation_pipeline_uses_the_engine(demo: tuple) -> None:
+    model, tokenizer = demo
+    with kvpress.attach(model, "streaming_llm:budget=0.5") as engine:
+        generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        text = generator("The capital of France is", max_new_tokens=4, do_sample=False)
+        assert text[0]["generated_text"].startswith("The capital of France is")
+        assert engine.report().policy.startswith("streaming_llm")
+
+
+def test_two_threads_and_two_models_share_nothing() -> None:
+    ids = [helpers.prompt(1, 50, seed) for seed in range(4)]
+    model, other = helpers.tiny(), helpers.tiny("qwen2")
+    results: dict[int, torch.Tensor] = {}
+    with kvpress.attach(model, RECIPE) as first, kvpress.attach(other, "h2o") as second:
+        engines = [first, first, second, second]
+        expected = [
+            engine.generate(x, max_new_tokens=20, do_sample=False)
+            for engine, x in zip(engines, ids, strict=True)
+        ]
+
+        def work(index: int) -> None:
+            engine = engines[index]
+            results[index] = engine.generate(ids[index], max_new_tokens=20, do_sample=False)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(results[i], expected[i]) for i in range(4))
+
+
+def test_horizon_is_taken_from_the_call_or_said_to_be_unknown() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 30)
+    with kvpress.attach(model, RECIPE) as engine:
+        engine.generate(ids, max_new_tokens=5, do_sample=False)
+        assert engine.cache.states[0].run.horizon == 5
+        assert not any("horizon" in note for note in engine.report().notes)
+        model.generate(ids, max_new_tokens=5, do_sample=False)
+        assert any("horizon of 256" in note for note in engine.report().notes)
+    with kvpress.attach(model, RECIPE + ",horizon=7") as engine:
+        model.generate(ids, max_new_tokens=5, do_sample=False)
+        assert not any("horizon" in note for note in engine.report().notes)
+
+
+# ---- refused when attaching, with nothing left behind
+
+
+def unsupported() -> list[Any]:
+    common = {"num_hidden_layers": 2, "vocab_size": 50, "hidden_size": 32}
+    return [
+        pytest.param(
+            lambda: transformers.T5ForConditionalGeneration(
+                transformers.T5Config(num_layers=1, d_model=16, d_ff=16, num_heads=2, vocab_size=50)
+            ),
+            "attention interface|encoder-decoder",
+            id="encoder-decoder",
+        ),
+        pytest.param(
+            lambda: transformers.BartForConditionalGeneration(
+                transformers.BartConfig(
+                    d_model=16,
+                    encoder_layers=1,
+                    decoder_layers=1,
+                    vocab_size=50,
+                    encoder_attention_heads=2,
+                    decoder_attention_heads=2,
+                )
+            ),
+            "encoder-decoder",
+            id="encoder-decoder-with-attention-interface",
+        ),
+        pytest.param(
+            lambda: transformers.DeepseekV3ForCausalLM(
+                transformers.DeepseekV3Config(
+                    **common,
+                    num_attention_heads=2,
+                    num_key_value_heads=2,
+                    intermediate_size=16,
+                    moe_intermediate_size=16,
+                    n_routed_experts=4,
+                    n_group=1,
+                    topk_group=1,
+                    num_experts_per_tok=1,
+                )
+            ),
+            r"latent attention \(MLA",
+            id="mla",
+        ),
+        pytest.param(
+            lambda: transformers.BloomForCausalLM(
+                transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=2)
+            ),
+            "does not use transformers' attention interface",
+            id="no-attention-interface",
+        ),
+        pytest.param(
+            lambda: helpers.tiny(
+                "qwen2", layer_types=["full_attention", "linear_attention", "conv"]
+            ),
+            "layer 1 of type 'linear_attention'",
+            id="linear-attention",
+        ),
+        pytest.param(
+            lambda: helpers.tiny("mistral", sliding_window=1),
+            "sliding_window=1",
+            id="window-of-one",
+        ),
+        pytest.param(lambda: helpers.tiny().double(), "torch.float64", id="dtype"),
+        pytest.param(lambda: torch.nn.Linear(2, 2), "takes a transformers model", id="no-model"),
+    ]
+
+
+@pytest.mark.parametrize(("make", "message"), unsupported())
+def test_unsupported_models_are_refused_by_name(make: Any, message: str) -> None:
+    try:
+        model = make()
+    except KeyError:
+        pytest.skip("this transformers validates layer types itself")
+    before = snapshot(model) if hasattr(model, "config") else None
+    with pytest.raises(AttachError, match=message):
+        kvpress.attach(model, RECIPE)
+    assert before is None or snapshot(model) == before
+
+
+def test_a_second_attach_is_refused_and_the_first_stays() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 30)
+    with kvpress.attach(model, RECIPE) as engine:
+        with pytest.raises(AttachError, match=r"already attached.*Detach it first"):
+            kvpress.attach(model, "full")
+        engine.generate(ids, max_new_tokens=2, do_sample=False)
+    with kvpress.attach(model, "full"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("recipe", "page_size", "error"),
+    [("nothing", 16, PolicyError), ("h2o:budget=0", 16, BudgetError), ("full", 0, PolicyError)],
+)
+def test_wrong_options_leave_the_model_untouched(recipe: str, page_size: int, error: Any) -> None:
+    model = helpers.tiny()
+    before = snapshot(model)
+    with pytest.raises(error):
+        kvpress.attach(model, recipe, page_size=page_size)
+    assert snapshot(model) == before
+
+
+# ---- refused while running
+
+
+def test_a_mask_of_the_wrong_length_is_refused() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(2, 20)
+    with kvpress.attach(model, RECIPE) as engine:
+        with pytest.raises(MaskError, match=r"\(2, 19\).*need \(2, 20\)"):
+            model(ids, attention_mask=torch.ones(2, 19))
+        cache = model(ids).past_key_values
+        with pytest.raises(MaskError, match="20 cached"):
+            model(ids[:, :1], attention_mask=torch.ones(2, 11), past_key_values=cache)
+        assert engine.attached
+
+
+def test_a_mask_that_denies_stored_tokens_is_refused() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 20)
+    with kvpress.attach(model, RECIPE):
+        cache = model(ids).past_key_values
+        mask = torch.ones(1, 25)
+        mask[0, :3] = 0
+        with pytest.raises(MaskError, match=r"marks \[17\].*has seen \[20\]"):
+            model(ids[:, :5], attention_mask=mask, past_key_values=cache)
+
+
+def test_custom_masks_and_attention_outputs_are_refused() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 20)
+    with kvpress.attach(model, RECIPE):
+        with pytest.raises(MaskError, match="custom 4-D masks"):
+            model(ids, attention_mask=torch.zeros(1, 1, 20, 20))
+        with pytest.raises((KVPressError, ValueError), match="output_attentions"):
+            model(ids, output_attentions=True)
+        packed = torch.cat([torch.arange(10), torch.arange(10)])[None]
+        with pytest.raises(MaskError, match="packed sequences"):
+            model(ids, position_ids=packed, use_cache=False)
+
+
+def test_dropout_while_training_is_refused() -> None:
+    model = helpers.tiny(attention_dropout=0.1).train()
+    with (
+        kvpress.attach(model, RECIPE),
+        pytest.raises(UnsupportedModelError, match=r"dropout=0.1.*model.eval\(\)"),
+    ):
+        model(helpers.prompt(1, 20))
+
+
+@pytest.mark.parametrize("fields", [{"num_hidden_layers": 2}, {"kv_heads": 3}, {"head_dim": 32}])
+def test_a_cache_of_another_model_is_refused(fields: dict[str, Any]) -> None:
+    model, other, ids = helpers.tiny(), helpers.tiny(**fields), helpers.prompt(1, 20)
+    with (
+        kvpress.attach(model, RECIPE) as engine,
+        kvpress.attach(other, RECIPE),
+        pytest.raises(CacheError, match="was made for llama with 3 layers"),
+    ):
+        other(ids, past_key_values=engine.new_cache())
+
+
+def test_a_cache_of_another_batch_is_refused() -> None:
+    model = helpers.tiny()
+    with kvpress.attach(model, RECIPE):
+        cache = model(helpers.prompt(2, 20)).past_key_values
+        with pytest.raises(CacheError, match="this cache holds"):
+            model(helpers.prompt(3, 1), past_key_values=cache)
+
+
+def test_foreign_caches_are_refused() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 20)
+    full = model(ids).past_key_values
+    with kvpress.attach(model, RECIPE):
+        with pytest.raises(CacheError, match="DynamicCache of 20 tokens"):
+            model(ids[:, :1], past_key_values=full)
+        with pytest.raises(CacheError, match="StaticCache"):
+            model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=64))
+
+
+def test_a_cache_without_its_engine_is_refused() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 20)
+    with kvpress.attach(model, RECIPE) as engine:
+        cache = engine.new_cache()
+    with pytest.raises(CacheError, match="not attached to this model"):
+        model(ids, past_key_values=cache)
+    with pytest.raises(AttachError, match="detached"):
+        engine.generate(ids)
+
+
+def test_a_report_before_the_first_call_is_refused() -> None:
+    with (
+        kvpress.attach(helpers.tiny(), "full") as engine,
+        pytest.raises(AttachError, match="No cache yet"),
+    ):
+        engine.report()
+
+
+def test_a_byte_budget_too_small_for_a_page_is_refused_and_loses_nothing() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 30)
+    with kvpress.attach(model, "h2o:budget=2KiB") as engine:
+        with pytest.raises(BudgetError, match=r"one page of 16 slots.*Raise the budget"):
+            engine.generate(ids, max_new_tokens=2)
+        assert engine.cache.get_seq_length() == 0
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 32)

@@ -1,0 +1,134 @@
+"""The ledger counts live storages, and memory is really freed."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import helpers
+import pytest
+import torch
+
+import kvpress
+
+RECIPES = ["full", "keyformer:budget=0.5", "streaming_llm:budget=0.2", "snapkv:budget=0.3,window=8"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_bytes_held_are_those_of_all_tensors_that_the_cache_keeps_alive(
+    recipe: str, family: str
+) -> None:
+    model, (ids, mask) = helpers.tiny(family), helpers.padded([90, 41], "left")
+    with kvpress.attach(model, recipe) as engine:
+        cache = engine.new_cache()
+        for new in (1, 20):
+            cache.reset()
+            helpers.greedy(model, ids, mask, new, cache)
+            per_layer = [helpers.live_storages(state.store) for state in cache.states]
+            report = cache.report()
+            assert [layer.bytes_held for layer in report.layers] == per_layer
+            assert report.bytes_held == sum(per_layer)
+            books = sum(
+                t.untyped_storage().nbytes()
+                for state in cache.states
+                for t in (state.seen_B, state.quota_BH, state.recent_B)
+            )  # per-sequence counters outside the store
+            assert helpers.live_storages(cache) == report.bytes_held + books
+
+
+def test_the_report_is_an_object_a_dictionary_and_a_table() -> None:
+    from rich.console import Console
+
+    model = helpers.tiny()
+    with kvpress.attach(model, "keyformer:budget=0.5") as engine:
+        engine.generate(helpers.prompt(2, 64), max_new_tokens=3, do_sample=False)
+        report = engine.report()
+    assert report.tokens_seen == [66, 66]
+    assert report.slots_kept == [[[32] * 2] * 2] * 3
+    assert report.bytes_full == 66 * 2 * 2 * 3 * 2 * 16 * 4
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["slots_kept"] == report.slots_kept
+    assert data["fraction"] == pytest.approx(report.bytes_held / report.bytes_full)
+    assert set(data["stages"]) == {
+        "prefill attention", "observe", "select", "store", "decode attention",
+    }  # fmt: skip
+    assert all(seconds > 0 for seconds in data["stages"].values())
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(report)
+    assert "keyformer" in console.export_text()
+
+
+def test_short_prompts_are_explained() -> None:
+    model = helpers.tiny()
+    with kvpress.attach(model, "snapkv:budget=0.5,window=16") as engine:
+        engine.generate(helpers.prompt(1, 20), max_new_tokens=1, do_sample=False)
+        report = engine.report()
+    assert report.slots_kept == [[[16] * 2]] * 3
+    assert any("below the protected tokens (sink 0, recent 16)" in note for note in report.notes)
+
+
+def test_a_cache_is_freed_with_its_last_reference() -> None:
+    import gc
+    import weakref
+
+    model, ids = helpers.tiny(), helpers.prompt(1, 30)
+    with kvpress.attach(model, "h2o") as engine:
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+        pool = weakref.ref(engine.cache.states[0].store)
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+        gc.collect()
+        assert pool() is None
+
+
+@pytest.mark.real_model
+def test_keyformer_holds_half_of_the_real_cache(demo: tuple) -> None:
+    from kvpress.bench.prompt import reference_prompt
+
+    model, tokenizer = demo
+    ids = tokenizer(reference_prompt(tokenizer, 4000), return_tensors="pt")["input_ids"]
+    with kvpress.attach(model, "keyformer:budget=0.5") as engine, torch.inference_mode():
+        model(ids, logits_to_keep=1)
+        report, cache = engine.report(), engine.cache
+    assert 3900 <= report.tokens_seen[0] <= 4100
+    assert {s for layer in report.slots_kept for row in layer for s in row} == {ids.shape[1] // 2}
+    assert report.bytes_full == ids.shape[1] * 45 * 1024  # 30 layers × 3 heads × 2 × 64 × 4 bytes
+    assert report.bytes_held == sum(helpers.live_storages(s.store) for s in cache.states)
+    assert report.fraction <= 0.52
+    assert cache.check_integrity()
+
+
+GROWTH = """
+import ctypes, gc, sys, torch, kvpress
+from kvpress.bench import models, prompt
+model, tokenizer = models.load("demo")
+ids = tokenizer(prompt.reference_prompt(tokenizer, 4000), return_tensors="pt")["input_ids"]
+def resident():
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * 4096
+with kvpress.attach(model, sys.argv[1]) as engine, torch.inference_mode():
+    model(ids[:, :512], logits_to_keep=1)
+    engine.cache.reset()
+    before = resident()
+    model(ids, logits_to_keep=1)
+    print(resident() - before, engine.report().bytes_held)
+"""
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_resident_memory_grows_by_what_is_kept(demo: tuple) -> None:
+    growth = {}
+    for recipe in ("full", "streaming_llm:budget=0.1"):
+        command = [sys.executable, "-c", GROWTH, recipe]
+        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        growth[recipe] = [int(number) for number in out.split()]
+    (full, full_held), (small, small_held) = growth.values()
+    print(f"resident growth {full / 2**20:.0f} and {small / 2**20:.0f} MiB")
+    assert full_held > 9 * small_held
+    assert full > 0.9 * full_held  # the measurement sees the cache
+    assert small < full / 3
