@@ -19,7 +19,7 @@ _BEGIN, _END = "<!-- policies: made by scripts/lint -->", "<!-- end of policies 
 class Entry(NamedTuple):
     """One policy:
 
-    its name, the first line of its docstring, and its options with their defaults.
+    its name, the first paragraph of its docstring, and its options with their defaults.
     """
 
     name: str

@@ -45,7 +45,7 @@ def fingerprint(config: Any) -> Fingerprint:
         _refuse(name, "layers that share their keys and values (KV sharing)")
     if getattr(text, "use_bidirectional_attention", False) or not getattr(text, "is_causal", True):
         _refuse(name, "bidirectional attention")
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0)
+    heads: int = getattr(text, "num_key_value_heads", 0) or getattr(text, "num_attention_heads", 0)
     if not heads or not getattr(text, "num_hidden_layers", 0):
         _refuse(name, "a config without num_attention_heads or num_hidden_layers")
     kinds = tuple(

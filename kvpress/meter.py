@@ -56,7 +56,7 @@ class LayerReport:
     """One layer of a report. Bytes are those of its storages."""
 
     index: int
-    kind: str  # "full" (compressed) or "sliding" (kept to its window)
+    kind: str  # the name of its LayerKind
     slots_kept: list[list[int]]  # [sequence][KV head]
     bytes_held: int
     bytes_full: int
