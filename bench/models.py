@@ -78,9 +78,7 @@ def demo_folder() -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Writes an ordinary float32 checkpoint and its tokenizer beside the target, then renames it
-    into place.
-    """
+    """Writes a float32 checkpoint and its tokenizer beside the target, then renames it."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits
     from tokenizers.pre_tokenizers import Sequence as PreTokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -10,9 +10,7 @@ TOKENS = 4000
 
 
 def reference_prompt(tokenizer: Any, tokens: int = TOKENS, question: str = QUESTION) -> str:
-    """About `tokens` tokens of Python's language reference, with a question at the end, as a chat
-    where possible.
-    """
+    """About `tokens` tokens of Python's language reference and a question, as a chat."""
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     text = "\n\n".join(topics.values())
     overhead = len(tokenizer(as_chat(tokenizer, question))["input_ids"])

@@ -42,10 +42,7 @@ class Result:
 
 
 class Stopwatch:
-    """A streamer for `generate`:
-
-    notes the time of every token and passes new text on as soon as it is complete.
-    """
+    """A streamer for `generate` that times every token and passes text on once it is whole."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
         self.times: list[float] = []
@@ -89,11 +86,10 @@ def run(
     on_text: Callable[[str], None] | None = None,
     **generation: Any,
 ) -> Result:
-    """Generates from the prompts as one left-padded batch with a policy. Raises PromptError and the
-    engine's errors.
+    """Generates from the prompts, one left-padded batch, with a policy.
 
-    on_text: called with pieces of the first sequence's text as they come. generation: for
-    `model.generate`.
+    Raises PromptError and the engine's errors. on_text is called with pieces of the first sequence's
+    text as they come; generation goes to `model.generate`.
     """
     if not prompts or not all(prompts):
         raise PromptError(
@@ -128,9 +124,7 @@ def run(
 
 
 def warm_up(model: Any) -> None:
-    """A short forward pass, so that the first measurement does not pay for thread pools and lazy
-    loading.
-    """
+    """A short forward pass, so that the first measurement does not pay for lazy loading."""
     with torch.inference_mode():
         model(torch.ones(1, 64, dtype=torch.long, device=model.device), use_cache=False)
 

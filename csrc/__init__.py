@@ -1,4 +1,1 @@
-"""Operators:
-
-one folder each, with its schema, its reference beside the formula, and its native backends.
-"""
+"""Operators: one folder each, with schema, reference beside the formula, and backends."""

@@ -32,9 +32,7 @@ _HOMES = {
 
 
 def _check_clash() -> None:
-    """Raises ImportClashError if the other distribution with this import name is installed beside
-    us.
-    """
+    """Raises ImportClashError if the other distribution of this import name is installed too."""
     try:
         importlib.metadata.distribution("kvpress")
         installed = True

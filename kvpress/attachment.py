@@ -1,8 +1,8 @@
-"""Attaching to a transformers model: an attention and a mask function registered through the
-official interfaces.
+"""Attaching to a transformers model through its official interfaces.
 
-Forward hooks put an engine cache where the model would use a fresh one of its own. Nothing is
-patched at import, and `Attachment.remove` leaves the model as it was.
+An attention and a mask function are registered; forward hooks put an engine cache where the model
+would use a fresh one of its own. Nothing is patched at import, and `Attachment.remove` leaves the
+model as it was.
 """
 
 from __future__ import annotations
@@ -109,8 +109,7 @@ def new_token_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' mask function: which of the new tokens are real, `[B, P]` bool, or None if all
-    are.
+    """transformers' mask function: `[B, P]` bool, which new tokens are real; None if all are.
 
     Causality and sliding windows follow from logical positions; stored slots are real by
     construction.

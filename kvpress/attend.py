@@ -1,7 +1,4 @@
-"""Attention of the prompt phase:
-
-new tokens over what is stored plus themselves, exact and causal.
-"""
+"""Attention of the prompt phase: new tokens over what is stored plus themselves, exact."""
 
 from __future__ import annotations
 
@@ -71,9 +68,7 @@ def _block(
     softcap: float,
     window: int | None,
 ) -> Tensor:
-    """The attention of queries `start` … of a prompt, over the slots that are not in the future of
-    all of them.
-    """
+    """The attention of the queries from `start` on, over the slots that some of them see."""
     batch, query_heads, queries, width = query_BNpD.shape
     heads, slots = position_BHS.shape[1:]
     first = slots - new + start

@@ -48,9 +48,7 @@ def share(ratio: float | Fraction, count: int) -> int:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of the cache is kept, as a fraction of the tokens seen, in tokens per row or in
-    bytes.
-    """
+    """How much of the cache is kept: a fraction of the tokens seen, tokens per row, or bytes."""
 
     unit: Literal["fraction", "tokens", "bytes"]
     amount: Fraction

@@ -1,7 +1,4 @@
-"""The transformers side of the store:
-
-a `Cache` whose layers hold ragged rows and a logical length.
-"""
+"""A transformers `Cache` whose layers hold ragged rows and a logical length."""
 
 from __future__ import annotations
 
@@ -44,9 +41,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Takes new keys and values `[B, H, P, D]` and returns them, tagged for the attention
-        function.
-        """
+        """Takes keys and values `[B, H, P, D]`; returns them tagged for the attention function."""
         self._check(key_states, value_states)
         self.is_initialized = True
         self.waiting = True
@@ -249,6 +244,11 @@ class EngineCache(Cache):
         return all(
             state.store.check_integrity() for state in self.states if state.store is not None
         )
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take any tokens back exactly."""
+        return all(state.is_croppable for state in self.states)
 
     @property
     def states(self) -> list[Layer]:

@@ -1,7 +1,4 @@
-"""The table of policies, from their module docstrings:
-
-what `kvpress policies` and the README show.
-"""
+"""The table of policies that `kvpress policies` and the README show, from their docstrings."""
 
 from __future__ import annotations
 
@@ -17,10 +14,7 @@ _BEGIN, _END = "<!-- policies: made by scripts/lint -->", "<!-- end of policies 
 
 
 class Entry(NamedTuple):
-    """One policy:
-
-    its name, the first paragraph of its docstring, and its options with their defaults.
-    """
+    """A policy: its name, the first paragraph of its docstring, its options and defaults."""
 
     name: str
     summary: str

@@ -21,8 +21,7 @@ def attach(
     *,
     page_size: int = PAGE_SLOTS,
 ) -> Engine:
-    """Attaches a policy to a transformers model and returns the engine, which is also a context
-    manager.
+    """Attaches a policy to a transformers model; the engine is also a context manager.
 
     policy: `"name:budget=0.5"`, a Policy, or several joined with `+` or in a list. page_size:
     slots per page. Every `generate()` or forward call of the model then uses a compressed cache

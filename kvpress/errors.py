@@ -1,7 +1,4 @@
-"""Every exception that the engine raises on purpose:
-
-say what was given, what is allowed, what to do.
-"""
+"""The exceptions of the engine. Each says what was given, what is allowed, and what to do."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Which layers of a model the engine compresses, keeps to a window, or refuses:
-
-read from the config alone.
-"""
+"""Which layers of a model are compressed, kept to a window, or refused, by its config."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The ledger:
-
-bytes counted from the storages themselves, slots kept, and the time of every stage.
-"""
+"""The ledger: bytes counted from the storages, slots kept, and the time of every stage."""
 
 from __future__ import annotations
 

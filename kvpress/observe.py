@@ -1,7 +1,4 @@
-"""Observation:
-
-what is recorded while attending, and how the sums over a prompt or a step are made.
-"""
+"""What is recorded while attending, and how the sums over a prompt or a step are made."""
 
 from __future__ import annotations
 
@@ -63,10 +60,10 @@ def prompt_sums(
 def step_sums(
     weights_BNS: Tensor, position_BHS: Tensor, seen_B: Tensor, layer: int, observation: Observation
 ) -> Tensor:
-    """Attention of one decoded token summed over the query group, from its softmax weights: fp32
-    `[B, H, S]`.
+    """Attention of one decoded token, from its softmax weights, summed over the query group.
 
-    The logarithm of a weight is its logit up to a constant, which a softmax ignores.
+    fp32 `[B, H, S]`. The logarithm of a weight is its logit up to a constant, which a softmax
+    ignores.
     """
     batch, heads, slots = position_BHS.shape
     weights_BHGS = weights_BNS.view(batch, heads, -1, slots)

@@ -38,10 +38,7 @@ def option(
     high: float | None = None,
     choices: Sequence[str] | None = None,
 ) -> Any:
-    """A hyper-parameter:
-
-    its default, what it means with its unit, and the values that are allowed.
-    """
+    """A hyper-parameter: its default, its meaning with its unit, and the allowed values."""
     meta = {"help": help, "low": low, "high": high, "choices": tuple(choices or ())}
     return dataclasses.field(default=default, metadata=meta)
 
@@ -93,9 +90,9 @@ class Policy:
     def select(
         self, slots: Slots, score_BHS: Tensor, protected_BHS: Tensor, keep_BH: Tensor
     ) -> Tensor:
-        """True for the slots that stay:
+        """True for the slots that stay, exactly `min(keep, stored)` of each row.
 
-        exactly `min(keep, stored)` of each row. Default: protected, then top-k.
+        Default: the protected ones, then the largest scores.
         """
         return keep_top(score_BHS, slots.position_BHS, protected_BHS, keep_BH)
 

@@ -1,7 +1,4 @@
-"""PyTorch reference of `attention_sums`:
-
-one pass over blocks of queries, O(S) memory per query of a block.
-"""
+"""PyTorch reference of `attention_sums`: one pass over blocks of queries."""
 
 from __future__ import annotations
 
@@ -25,11 +22,11 @@ def attention_sums(
     seed: int,
     layer: int,
 ) -> Tensor:
-    """fp32 `[B, H, S]`: attention that each slot receives from the last `window` queries, summed
-    over the group.
+    """Attention that each slot receives from the last `window` queries: fp32 `[B, H, S]`.
 
-    The P queries belong to the last P slots, in order; query i sees slots 0 … S − P + i that hold a
-    token (position >= 0). See README.md for the formulas of the three kinds of noise.
+    Summed over the query group. The P queries belong to the last P slots, in order; query i sees
+    slots 0 … S − P + i that hold a token (position >= 0). See README.md for the formulas of the
+    three kinds of noise.
     """
     batch, query_heads, queries, width = query_BNPD.shape
     heads, slots = key_BHSD.shape[1:3]

@@ -1,7 +1,4 @@
-"""PyTorch reference of `decode_rows`:
-
-correct, readable, not fast (it gathers the pages it reads).
-"""
+"""PyTorch reference of `decode_rows`: readable, not fast (it gathers the pages it reads)."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ def decode_rows(
     softcap: float,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output `[B, N, Q, D]`, natural-log LSE `[B, N, Q]` and, on demand, weights `[B, N, Q, S]`,
-    both fp32.
+    """Output `[B, N, Q, D]`, LSE `[B, N, Q]` and, on demand, weights `[B, N, Q, S]`.
 
-    The Q queries belong to the last Q slots of each row, in order, and are causal among themselves.
-    S is the largest count. A query without a slot to attend to gets zeros and an LSE of -inf.
+    LSE (natural logarithm) and weights are fp32. The Q queries belong to the last Q slots of each
+    row, in order, and are causal among themselves. S is the largest count. A query without a slot
+    to attend to gets zeros and an LSE of -inf.
     """
     batch, query_heads, queries, width = query_BNQD.shape
     rows = table_RW.shape[0]

@@ -29,10 +29,7 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Survivors:
-    """Slots of some sequences that are to be stored, dense:
-
-    row (b, h) holds its first `counts_BH[b, h]` slots.
-    """
+    """Slots to be stored, dense: row (b, h) holds its first `counts_BH[b, h]` slots."""
 
     sequences: tuple[int, ...]
     columns: Mapping[str, Tensor]  # each [b, H, K, ...]; b = len(sequences)

@@ -59,10 +59,7 @@ class PagedRows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storages that this store keeps alive:
-
-        pools with their free pages, tables and counts.
-        """
+        """Bytes of the storages kept alive: pools with their free pages, tables and counts."""
         storages = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()
         }
@@ -78,9 +75,7 @@ class PagedRows:
         return self.page_slots * sum(column.slot_bytes for column in self.columns.values())
 
     def pool(self, name: str) -> Tensor:
-        """The pages of one column, `[P, page_slots, ...]`; with `table` and `counts`, what
-        operators read.
-        """
+        """The pages of one column, `[P, page_slots, ...]`, as operators read them."""
         return self._pool[name]
 
     def operands(self) -> tuple[Tensor, Tensor]:
@@ -88,10 +83,7 @@ class PagedRows:
         return self._device_table, self.counts.to(self.device)
 
     def addresses(self) -> tuple[Tensor, Tensor]:
-        """The flat address of every slot and whether it is occupied:
-
-        int64 and bool, `[R, S]`, S the largest count.
-        """
+        """The flat address of every slot and whether it is occupied, `[R, S]`: int64 and bool."""
         slots = int(self.counts.max()) if self.counts.numel() else 0
         slot_S = torch.arange(slots, device=self.device)
         page_RS = self._device_table.long().index_select(1, slot_S // self.page_slots)
@@ -101,9 +93,7 @@ class PagedRows:
         ), held_RS
 
     def dense(self, name: str, sequences: Sequence[int] | None = None) -> Tensor:
-        """A dense copy of one column, `[b, H, S, ...]`; empty slots have position -1 and zeros
-        elsewhere.
-        """
+        """A dense copy of one column, `[b, H, S, ...]`; empty slots hold position -1 and zeros."""
         address_RS, held_RS = self.addresses()
         if sequences is not None:
             rows = self._rows(sequences).to(self.device)
@@ -116,9 +106,7 @@ class PagedRows:
         return flat.view(batch, self.heads, address_RS.shape[1], *self.columns[name].shape)
 
     def dense_by_position(self, sequences: Sequence[int]) -> dict[str, Tensor]:
-        """All columns of some sequences, dense, each row in increasing position order with its
-        empty slots first.
-        """
+        """All columns of some sequences, dense: each row by position, its empty slots first."""
         position_bHS = self.dense(POSITION, sequences)
         order_bHS = position_bHS.argsort(dim=-1, stable=True)
         columns = {}
@@ -171,10 +159,9 @@ class PagedRows:
         flat[address_RS[held_RS]] = values[held_RS]
 
     def evict_one(self, slot_R: Tensor, rows_R: Tensor) -> None:
-        """Drops slot `slot_R` (int64, on the device) of the rows chosen by `rows_R` (bool, on the
-        host).
+        """Drops slot `slot_R` (int64, device) of the rows that `rows_R` (bool, host) chooses.
 
-        The last slot of each such row moves into the gap.
+        The last slot of each such row moves into the gap. Raises CacheError for an empty row.
         """
         row_N = rows_R.nonzero().flatten()
         last_N = self.counts[row_N] - 1
@@ -196,8 +183,7 @@ class PagedRows:
         self.counts = self.counts.index_copy(0, row_N, last_N)
 
     def fill(self, groups: Sequence[Survivors], headroom: int = 0) -> None:
-        """Replaces the whole contents: a pool of exactly the pages that the survivors and
-        `headroom` slots need.
+        """Replaces the contents, in exactly the pages that survivors and `headroom` slots need.
 
         Every sequence must stand in exactly one group. The old pool is freed first.
         """
