@@ -88,7 +88,7 @@ def run(
 ) -> Result:
     """Generates from the prompts, one left-padded batch, with a policy.
 
-    Raises PromptError and the engine's errors. on_text is called with pieces of the first sequence's
+    Raises PromptError and the engine's errors. on_text is called with pieces of the first
     text as they come; generation goes to `model.generate`.
     """
     if not prompts or not all(prompts):
