@@ -137,7 +137,7 @@ def table(results: Sequence[Result]) -> Table:
         padding=(0, 0, 0, 1),
     )
     made.add_column("policy", overflow="fold", min_width=14)
-    for title in ("seen", "kept", "full", "held", "share", "1st token", "tok/s"):
+    for title in ("seen", "kept", "full", "held", "share", "TTFT s", "tok/s"):
         made.add_column(title, justify="right", no_wrap=True)
     for result in results:
         report = result.report
@@ -150,7 +150,7 @@ def table(results: Sequence[Result]) -> Table:
             size(report.bytes_full),
             size(report.bytes_held),
             f"{report.fraction:.1%}",
-            f"{result.first_token_seconds:.2f} s",
+            f"{result.first_token_seconds:.2f}",
             "–" if speed is None else f"{speed:.2f}",
         )
     return made

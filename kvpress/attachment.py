@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -69,6 +69,11 @@ def attention(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = tagged_layer(key)
+    if layer is not None and layer.state.kind.window != sliding_window:
+        raise UnsupportedModelError(
+            f"Layer {layer.state.kind.index} attends with sliding_window={sliding_window}, but its"
+            f" config says {layer.state.kind.window}. The layer kinds of this model cannot be read."
+        )
     if layer is not None:
         out = layer.attend(query, key, value, attention_mask, scale, softcap or 0.0)
     elif key.shape[2] == query.shape[2]:
@@ -142,7 +147,7 @@ class Attachment:
         AttentionMaskInterface.register(NAME, new_token_mask)
         self._model, self._new_cache = model, new_cache
         self._before = model.config._attn_implementation
-        self._stand_ins: WeakKeyDictionary[Cache, EngineCache] = WeakKeyDictionary()
+        self._replaced: WeakSet[Cache] = WeakSet()  # empty caches of callers that ours stood for
         model.set_attn_implementation(NAME)
         if model.config._attn_implementation != NAME:
             raise UnsupportedModelError(
@@ -176,6 +181,7 @@ class Attachment:
         if cache is None and not (config.use_cache if use_cache is None else use_cache):
             return args, kwargs
         given["past_key_values"] = cache = self._cache_for(cache)
+        cache.check_whole()
         self._check_mask(cache, given)
         return (), given
 
@@ -191,44 +197,43 @@ class Attachment:
             return cache
         if cache is None:
             return self._new_cache()
-        if cache in self._stand_ins:
-            return self._stand_ins[cache]
-        if not isinstance(cache, DynamicCache) or cache.get_seq_length() or cache.offloading:
+        usable = isinstance(cache, DynamicCache) and not cache.offloading
+        if not usable or cache.get_seq_length():
+            length = f" of {cache.get_seq_length()} tokens" if isinstance(cache, Cache) else ""
             raise CacheError(
-                f"past_key_values is a {type(cache).__name__} of {cache.get_seq_length()} tokens."
-                " While the engine is attached, pass engine.new_cache(), an empty DynamicCache, or"
-                " nothing."
+                f"past_key_values is a {type(cache).__name__}{length}. While the engine is"
+                " attached, pass engine.new_cache(), an empty DynamicCache, or nothing."
             )
-        # An empty DynamicCache is what generate() makes when it is given none. Whoever passes it
-        # again means ours.
-        self._stand_ins[cache] = self._new_cache()
-        return self._stand_ins[cache]
+        # An empty DynamicCache is what generate() makes when it is given none.
+        if cache in self._replaced:
+            raise CacheError(
+                "This DynamicCache stayed empty: while the engine is attached, its own cache is"
+                " used instead. Go on with the past_key_values of the last output, or pass"
+                " engine.new_cache() from the start."
+            )
+        self._replaced.add(cache)
+        return self._new_cache()
 
     def _check_mask(self, cache: EngineCache, given: dict[str, Any]) -> None:
         """Raises MaskError if a mask denies tokens that are stored, or revives padding.
 
-        Once per prompt chunk.
+        On a GPU only prompt chunks are checked: reading the mask would make every step wait.
         """
-        mask = given.get("attention_mask")
-        tokens = given.get("input_ids")
+        mask, tokens = given.get("attention_mask"), given.get("input_ids")
+        seen = cache.columns_seen
         tokens = given.get("inputs_embeds") if tokens is None else tokens
-        seen = cache.get_seq_length()
-        if (
-            not isinstance(mask, Tensor)
-            or mask.dim() != 2
-            or tokens is None
-            or tokens.shape[1] == 1
-            or not seen
-        ):
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or tokens is None or not seen:
+            return
+        if tokens.shape[1] == 1 and mask.device.type != "cpu":
             return
         seen_B = mask[:, :seen].bool().sum(1).cpu()
-        if mask.shape[1] == seen + tokens.shape[1] and not torch.equal(
-            seen_B, cache.states[0].seen_B
+        known_B = cache.states[0].seen_B
+        if mask.shape == (len(known_B), seen + tokens.shape[1]) and not torch.equal(
+            seen_B, known_B
         ):
             raise MaskError(
                 f"The attention mask marks {seen_B.tolist()} of the cached tokens as real, but the"
-                f" cache has seen {cache.states[0].seen_B.tolist()}. Pass the same mask for them as"
-                " before."
+                f" cache has seen {known_B.tolist()}. Pass the same mask for them as before."
             )
 
     def _after_forward(
@@ -251,7 +256,8 @@ def check_model(model: Any) -> Fingerprint:
         )
     if model.config._attn_implementation == NAME:
         raise AttachError(
-            "An engine is already attached to this model. Detach it first: engine.detach()."
+            "An engine is already attached to this model, or to one that shares its config object. "
+            "Detach it first: engine.detach()."
         )
     name, shape = type(model).__name__, fingerprint(model.config)
     if not model._supports_attention_backend:

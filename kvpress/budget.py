@@ -27,7 +27,8 @@ class Geometry(NamedTuple):
     layers: int  # layers that share the budget
     heads: int  # rows of one sequence in this layer
     page_slots: int
-    page_bytes: int  # bytes of one page: keys, values, positions and per-slot state
+    page_bytes: int  # bytes of one page: keys, values, positions, per-slot state, table entry
+    row_bytes: int  # bytes of a row besides its pages
     headroom: int  # slots that must stay free for tokens appended before the next eviction
 
 
@@ -83,18 +84,20 @@ class Budget:
         if self.unit == "fraction":
             return max(1, share(self.amount, seen))
         if self.unit == "tokens":
-            return int(self.amount)
-        row_bytes = int(self.amount) // (geometry.layers * geometry.heads)
-        slots = row_bytes // geometry.page_bytes * geometry.page_slots - geometry.headroom
+            return min(int(self.amount), UNLIMITED)
+        rows = geometry.layers * geometry.heads
+        pages = (int(self.amount) // rows - geometry.row_bytes) // geometry.page_bytes
+        slots = pages * geometry.page_slots - geometry.headroom
         if slots < 1:
-            needed = geometry.layers * geometry.heads * geometry.page_bytes
+            least = -(-(1 + geometry.headroom) // geometry.page_slots)
+            needed = rows * (least * geometry.page_bytes + geometry.row_bytes)
             raise BudgetError(
                 f"budget={self} is too small: {geometry.layers} layers × {geometry.heads} KV heads"
-                f" × one page of {geometry.page_slots} slots ({geometry.page_bytes} bytes) need"
-                f" {needed} bytes per sequence. Raise the budget to at least {needed}B or attach"
-                " with a smaller page_size."
+                f" × {least} page(s) of {geometry.page_slots} slots ({geometry.page_bytes} bytes)"
+                f" need {needed} bytes per sequence. Raise the budget to at least {needed}B, or"
+                " lower page_size or interval."
             )
-        return slots
+        return min(slots, UNLIMITED)
 
     def __str__(self) -> str:
         if self.unit == "fraction":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.state = Layer(kind, run)
         self.is_sliding = kind.window is not None
-        self.waiting = False
+        self.waiting: Tensor | None = None  # the values that wait for the attention function
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the pipe makes its store with the first tokens."""
@@ -44,7 +45,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Takes keys and values `[B, H, P, D]`; returns them tagged for the attention function."""
         self._check(key_states, value_states)
         self.is_initialized = True
-        self.waiting = True
+        self.waiting = value_states
         setattr(key_states, _TAG, self)
         return key_states, value_states
 
@@ -57,11 +58,17 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         scaling: float,
         softcap: float,
     ) -> Tensor:
-        """The attention output `[B, N, P, D]` of the tokens that `update` took."""
-        self.waiting = False
-        delattr(key, _TAG)
+        """The attention output `[B, N, P, D]` of the tokens that `update` took, once."""
+        if self.waiting is not value:
+            again = "a second time" if self.waiting is None else "with other values"
+            raise CacheError(
+                f"Layer {self.state.kind.index} is attended to {again} in one forward pass: the"
+                " model splits its attention or changes the values after the cache returned them,"
+                " which this engine does not support. Use another model."
+            )
+        self.waiting = None
         valid_BP = None if valid_BP is None else valid_BP.cpu()
-        return attend(self.state, Tokens(query, key, value, valid_BP, scaling, softcap))
+        return attend(self.state, Tokens(query, key, value, scaling, softcap), valid_BP)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Logical length after the new tokens, and offset 0: masks always cover everything seen."""
@@ -90,7 +97,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Forgets every token."""
         self.state.reset()
-        self.waiting = self.is_initialized = False
+        self.waiting, self.is_initialized = None, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens.
@@ -116,7 +123,9 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the sequences at `indices` (integers, or one boolean per sequence)."""
-        self.state.select_sequences(torch.arange(len(self.state.seen_B))[indices.cpu()].tolist())
+        self.state.select_sequences(
+            torch.arange(len(self.state.seen_B))[torch.as_tensor(indices).cpu()].tolist()
+        )
 
     def offload(self) -> None:
         """Refused: tiers are the store's own business."""
@@ -128,12 +137,6 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         store, kind = self.state.store, self.state.kind
-        if self.waiting:
-            raise CacheError(
-                f"Layer {kind.index} got new keys before the last ones were attended to. The cache"
-                " works only with the model its engine is attached to; see CacheError above or"
-                " attach the engine first."
-            )
         allowed = (key.shape[0], kind.heads, key.shape[3], value.shape[3], key.dtype)
         if store is not None:
             widths = (store.columns["key"].shape[0], store.columns["value"].shape[0])
@@ -147,6 +150,16 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
 
 
+@dataclass
+class Lease:
+    """Whether the engine that made a cache is still attached. Copies of a cache share it."""
+
+    active: bool = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
+        return self
+
+
 class EngineCache(Cache):
     """A compressed cache.
 
@@ -154,7 +167,12 @@ class EngineCache(Cache):
     """
 
     def __init__(
-        self, shape: Fingerprint, recipe: Recipe, page_slots: int, horizon: int | None
+        self,
+        shape: Fingerprint,
+        recipe: Recipe,
+        page_slots: int,
+        horizon: int | None,
+        lease: Lease | None = None,
     ) -> None:
         self.fingerprint, self.recipe = shape, recipe
         self.meter = Meter()
@@ -165,7 +183,7 @@ class EngineCache(Cache):
         )
         self._engine_layers = [EngineLayer(kind, run) for kind in shape.kinds]
         super().__init__(layers=list(self._engine_layers))
-        self._run, self._horizon = run, horizon
+        self._run, self._horizon, self._lease = run, horizon, lease or Lease()
         if recipe.limits and compressed < len(shape.kinds):
             window = max(kind.window or 0 for kind in shape.kinds)
             self.notes[
@@ -187,6 +205,11 @@ class EngineCache(Cache):
                 f"Layer {layer_idx} does not exist in this cache of {self.fingerprint}. Make a"
                 " cache with engine.new_cache() of the engine attached to this model."
             )
+        if not self._lease.active:
+            raise CacheError(
+                "The engine that made this cache is not attached to this model any more. Attach it"
+                " again and make a new cache with engine.new_cache()."
+            )
         self.check_attended()
         updated: tuple[Tensor, Tensor] = super().update(
             key_states, value_states, layer_idx, *args, **kwargs
@@ -196,14 +219,43 @@ class EngineCache(Cache):
     def check_attended(self) -> None:
         """Raises CacheError if keys were taken that the engine's attention function never saw."""
         for layer in self._engine_layers:
-            if layer.waiting:
-                layer.waiting = False
+            if layer.waiting is not None:
+                layer.waiting = None
                 raise CacheError(
                     f"The keys of layer {layer.state.kind.index} did not reach the engine's"
                     " attention function: the engine is not attached to this model, or the model"
                     " changes the keys after the cache returned them, which this engine does not"
                     " support. Attach the engine with kvpress.attach(model, ...)."
                 )
+
+    @property
+    def columns_seen(self) -> int:
+        """The logical length: columns of the batch, padding included."""
+        return self.states[0].columns_seen
+
+    def check_whole(self) -> None:
+        """Raises CacheError if an interrupted forward pass left layers of different lengths."""
+        lengths = {state.columns_seen for state in self.states}
+        if len(lengths) > 1:
+            raise CacheError(
+                f"The layers of this cache have seen {sorted(lengths)} tokens: a forward pass was"
+                " interrupted. Its contents are lost: call reset() or make a new cache."
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last `-tokens_to_remove` tokens of every layer, or of none at all."""
+        for state in self.states:
+            state.check_crop(max(0, -tokens_to_remove))
+        super().crop(tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        """What generate() calls before decoding speculatively. Refused where tokens are evicted."""
+        if not self.is_croppable:
+            raise CacheError(
+                "Assisted and prompt-lookup decoding take rejected tokens back, but layers of this "
+                f"cache evict tokens for good (policy {self.recipe}, or sliding windows). Use a "
+                "policy that keeps everything on a model of full-attention layers."
+            )
 
     def kept_positions(self, layer: int, sequence: int = 0, head: int = 0) -> list[int]:
         """The sorted logical positions that one row still holds. Padding has no position."""

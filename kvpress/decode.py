@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,82 +18,82 @@ from kvpress.types import Slots
 
 
 @torch.no_grad()
-def run_decode(layer: Layer, tokens: Tokens, before_B: Tensor) -> Tensor:
-    """Attention output `[B, N, 1, D]` of one new token per sequence; rows end at their quotas."""
-    rows, meter, device = layer.rows, layer.run.meter, tokens.key_BHPD.device
-    layer.decoded += 1
+def run_decode(layer: Layer, group: list[int], tokens: Tokens, before_b: Tensor) -> Tensor:
+    """Attention output `[b, N, 1, D]` of one new token per sequence; rows end at their quotas."""
+    rows, meter, device = layer.rows, layer.run.meter, tokens.key_bHPD.device
+    layer.decoded_B[group] += 1
     with meter.stage("store", device):
-        layer.append(tokens, before_B)
-    excess_BH = rows.counts_BH - layer.quota_BH
-    evicts = layer.due and bool((excess_BH > 0).any())
+        layer.append(tokens, group, before_b)
+    excess_bH = rows.counts_BH[group] - layer.quota_BH[group]
+    evicts = _is_due(layer, group) and bool((excess_bH > 0).any())
     looks = evicts or layer.recipe.accumulates
-    request = layer.recipe.stage("observe").observe(layer.step()) if looks else None
+    request = layer.recipe.stage("observe").observe(layer.step(group)) if looks else None
     with meter.stage("decode attention", device):
-        out_BN1D, weights_BNS = _attend(layer, tokens, request is not None)
-    if not looks:
-        return out_BN1D
-    with meter.stage("observe", device):
-        slots = _observe(layer, weights_BNS, request)
+        out_bN1D, _, weights_bN1S = ops.decode_rows(
+            tokens.query_bNPD,
+            rows.pool(KEY),
+            rows.pool(VALUE),
+            *rows.operands(_some(layer, group)),
+            tokens.scaling,
+            tokens.softcap,
+            request is not None,
+        )
+    if looks:
+        with meter.stage("observe", device):
+            slots = _observe(layer, group, weights_bN1S, request)
     if evicts:
         with meter.stage("select", device):
-            _evict(layer, slots, excess_BH)
-    return out_BN1D
+            _evict(layer, group, slots, excess_bH)
+    return out_bN1D
 
 
-def _attend(layer: Layer, tokens: Tokens, need_weights: bool) -> tuple[Tensor, Tensor]:
-    """Output and weights; zeros for a sequence whose new column is padding."""
-    rows = layer.rows
-    out_BN1D, _, weights_BN1S = ops.decode_rows(
-        tokens.query_BNPD,
-        rows.pool(KEY),
-        rows.pool(VALUE),
-        *rows.operands(),
-        tokens.scaling,
-        tokens.softcap,
-        need_weights,
-    )
-    if tokens.valid_BP is not None:
-        idle_B111 = ~tokens.valid_BP.to(out_BN1D.device)[:, :, None, None]
-        out_BN1D = out_BN1D.masked_fill(idle_B111, 0)
-        if need_weights:
-            weights_BN1S = weights_BN1S.masked_fill(idle_B111, 0)
-    return out_BN1D, weights_BN1S[:, :, 0] if need_weights else weights_BN1S
+def _is_due(layer: Layer, group: list[int]) -> bool:
+    """Whether this step of the sequences is one that may evict."""
+    interval = layer.limits.interval if layer.limits else 0
+    return interval > 0 and int(layer.decoded_B[group[0]]) % interval == 0
 
 
-def _observe(layer: Layer, weights_BNS: Tensor, request: Observation | None) -> Slots:
+def _some(layer: Layer, group: list[int]) -> list[int] | None:
+    """The group for the store, or None for everybody, which saves the store an index."""
+    return None if len(group) == len(layer.seen_B) else group
+
+
+def _observe(
+    layer: Layer, group: list[int], weights_bN1S: Tensor, request: Observation | None
+) -> Slots:
     """The slots with what the policy asked to observe; what it accumulates is written back."""
-    rows, accumulates = layer.rows, layer.recipe.accumulates
+    rows, accumulates, some = layer.rows, layer.recipe.accumulates, _some(layer, group)
     slots = Slots(
         layer=layer.kind.index,
-        position_BHS=rows.dense(POSITION).long(),
-        seen_B=layer.seen_B.to(rows.device),
+        position_BHS=rows.dense(POSITION, some).long(),
+        seen_B=layer.seen_B[group].to(rows.device),
         new_tokens=1,
-        fetch=rows.dense,
-        mass_BHS=rows.dense(MASS) if accumulates else None,
+        fetch=partial(rows.dense, sequences=some),
+        mass_BHS=rows.dense(MASS, some) if accumulates else None,
     )
     if request is not None:
         sums_BHS = step_sums(
-            weights_BNS, slots.position_BHS, slots.seen_B, layer.kind.index, request
+            weights_bN1S[:, :, 0], slots.position_BHS, slots.seen_B, layer.kind.index, request
         )
         slots = replace(slots, attention_BHS=sums_BHS)
     if accumulates:
         mass_BHS = layer.recipe.stage("accumulate").accumulate(slots).float()
-        rows.write(MASS, mass_BHS)
+        rows.write(MASS, mass_BHS, some)
         slots = replace(slots, mass_BHS=mass_BHS)
     return slots
 
 
-def _evict(layer: Layer, slots: Slots, excess_BH: Tensor) -> None:
+def _evict(layer: Layer, group: list[int], slots: Slots, excess_bH: Tensor) -> None:
     """Brings every row back to its quota: by one overwrite each where one slot is over."""
     layer.evicted_at = layer.columns_seen
-    everyone = list(range(len(layer.seen_B)))
     ordinary = "select" not in layer.recipe.stage("select").replaces()
-    if ordinary and int(excess_BH.max()) == 1:
-        score_BHS = layer.recipe.stage("score").score(slots)
-        victim_BH = drop_one(score_BHS, slots.position_BHS, layer.protected(slots, everyone))
-        layer.rows.evict_one(victim_BH.flatten(), (excess_BH > 0).flatten())
+    if ordinary and int(excess_bH.max()) == 1:
+        victim_bH = drop_one(layer.score(slots), slots.position_BHS, layer.protected(slots, group))
+        over_r = (excess_bH > 0).flatten().nonzero().flatten()
+        row_N = layer.rows.row_index(group)[over_r]
+        layer.rows.evict_one(row_N, victim_bH.flatten()[over_r.to(victim_bH.device)])
         return
-    kept_BHS, counts_BH = layer.select(slots, everyone, layer.rows.counts_BH)
-    index_BHK = kept_index(kept_BHS, counts_BH)
+    kept_BHS, counts_bH = layer.select(slots, group, layer.rows.counts_BH[group])
+    index_BHK = kept_index(kept_BHS, counts_bH)
     columns = {name: gather(slots.fetch(name), index_BHK) for name in layer.rows.columns}
-    layer.refill([Survivors(tuple(everyone), columns, counts_BH)])
+    layer.refill([Survivors(tuple(group), columns, counts_bH)])

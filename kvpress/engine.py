@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import Any
 
 from kvpress.attachment import Attachment, check_model
-from kvpress.cache import EngineCache
-from kvpress.errors import AttachError, PolicyError
+from kvpress.cache import EngineCache, Lease
+from kvpress.errors import AttachError, CacheError, PolicyError
 from kvpress.meter import Report
 from kvpress.policy import Policy, Recipe, parse
 
@@ -41,6 +41,7 @@ class Engine:
             )
         self.model, self.recipe, self._page_slots = model, recipe, page_size
         self._cache: EngineCache | None = None
+        self._lease = Lease()
         self.fingerprint = check_model(model)
         self._attachment: Attachment | None = Attachment(model, self.new_cache)
 
@@ -68,13 +69,16 @@ class Engine:
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
+            self._lease.active = False
 
     def new_cache(self, max_new_tokens: int | None = None) -> EngineCache:
         """An empty cache for `past_key_values`.
 
         max_new_tokens: what schedules of a policy should expect.
         """
-        self._cache = EngineCache(self.fingerprint, self.recipe, self._page_slots, max_new_tokens)
+        self._cache = EngineCache(
+            self.fingerprint, self.recipe, self._page_slots, max_new_tokens, self._lease
+        )
         return self._cache
 
     @property
@@ -98,6 +102,11 @@ class Engine:
                 "The engine is detached. Attach it again: kvpress.attach(model, policy)."
             )
         cache = self.new_cache() if past_key_values is None else past_key_values
+        if not isinstance(cache, EngineCache):
+            raise CacheError(
+                f"engine.generate() continues from caches made by engine.new_cache(), got "
+                f"{type(cache).__name__}. Leave past_key_values out to start a new one."
+            )
         config = kwargs.get("generation_config") or self.model.generation_config
         expected = kwargs.get("max_new_tokens") or config.max_new_tokens
         if expected is not None:

@@ -34,7 +34,7 @@ def fingerprint(config: Any) -> Fingerprint:
     if getattr(config, "is_encoder_decoder", False):
         _refuse(name, "an encoder-decoder model")
     text = config.get_text_config(decoder=True)
-    if getattr(text, "add_cross_attention", False):
+    if getattr(text, "add_cross_attention", False) or getattr(text, "cross_attention_layers", None):
         _refuse(name, "a decoder with cross-attention layers")
     if getattr(text, "kv_lora_rank", None):
         _refuse(name, "latent attention (MLA, kv_lora_rank)")

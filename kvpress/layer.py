@@ -34,12 +34,11 @@ class LayerKind:
 
 
 class Tokens(NamedTuple):
-    """New tokens of one layer, and how they attend."""
+    """New tokens of some sequences of one layer, all real, and how they attend."""
 
-    query_BNPD: Tensor
-    key_BHPD: Tensor
-    value_BHPD: Tensor
-    valid_BP: Tensor | None  # host bool, False for padding; None: all tokens are real
+    query_bNPD: Tensor
+    key_bHPD: Tensor
+    value_bHPD: Tensor
     scaling: float
     softcap: float
 
@@ -83,7 +82,7 @@ class Layer:
         self.store = None
         self.columns_seen = 0  # logical length: columns of the batch, padding included
         self.seen_B = torch.zeros(0, dtype=torch.int64)  # real tokens of each sequence, on the host
-        self.decoded = 0
+        self.decoded_B = torch.zeros(0, dtype=torch.int64)  # tokens decoded since the last prompt
         self.evicted_at = 0  # logical length when tokens were last evicted
         self.padded_at = 0  # logical length after the last padded column
         self.quota_BH = torch.zeros(0, self.kind.heads, dtype=torch.int64)
@@ -96,52 +95,55 @@ class Layer:
         if self.store is None:
             return
         chosen = list(index)
-        self.store = self.store.select_sequences(chosen, self.headroom)
+        self.store = self.store.select_sequences(chosen, self._room)
         self.seen_B, self.quota_BH = self.seen_B[chosen], self.quota_BH[chosen]
-        self.recent_B = self.recent_B[chosen]
+        self.recent_B, self.decoded_B = self.recent_B[chosen], self.decoded_B[chosen]
+        self._limit_pages()
 
-    def crop(self, tokens: int) -> None:
-        """Forgets the last `tokens` columns.
-
-        Raises CacheError where tokens evicted since would have to come back.
-        """
-        if tokens == 0 or self.store is None:
-            return
+    def check_crop(self, tokens: int) -> None:
+        """Raises CacheError where forgetting the last `tokens` columns cannot be exact."""
         length = self.columns_seen - tokens
         if length < 0:
             raise CacheError(
                 f"crop(-{tokens}) on a cache of {self.columns_seen} tokens: crop at most that many."
             )
-        if length == 0:
-            self.reset()
+        if tokens == 0 or length == 0 or self.store is None:
             return
         if length < self.evicted_at:
             raise CacheError(
                 f"crop(-{tokens}) would go back to {length} tokens, but layer {self.kind.index}"
                 f" evicted tokens at {self.evicted_at}, and they are gone. Crop less, or use a"
-                " policy that evicts after prompts only (interval=0)."
+                " policy and a model that evict nothing after that."
             )
         if length < self.padded_at:
             raise CacheError(
                 f"crop(-{tokens}) would go back to {length} columns, behind the last padded column "
                 f"({self.padded_at}). Crop less, or run the sequences without padding."
             )
-        if MASS in self.store.columns:
+        if self.recipe.accumulates:
             raise CacheError(
                 f"crop(-{tokens}): the policy {self.recipe} accumulated attention of the cropped"
                 " tokens, which cannot be taken back. Use a policy without accumulated scores."
             )
-        self.columns_seen = length
+
+    def crop(self, tokens: int) -> None:
+        """Forgets the last `tokens` columns. Raises CacheError where that cannot be exact."""
+        self.check_crop(tokens)
+        if tokens == 0 or self.store is None:
+            return
+        if tokens == self.columns_seen:
+            self.reset()
+            return
+        self.columns_seen -= tokens
         self.seen_B = self.seen_B - tokens
         columns = self.store.dense_by_position(range(len(self.seen_B)))
         position_BHS = columns[POSITION]
-        kept_BHS = (position_BHS != EMPTY) & (
-            position_BHS < self.seen_B.to(position_BHS.device)[:, None, None]
-        )
+        end_B11 = self.seen_B.to(position_BHS.device)[:, None, None]
+        kept_BHS = (position_BHS != EMPTY) & (position_BHS < end_B11)
         counts_BH = kept_BHS.sum(-1).cpu()
         index_BHK = kept_index(kept_BHS, counts_BH)
         kept = {name: gather(x, index_BHK) for name, x in columns.items()}
-        self.store.fill([Survivors(tuple(range(len(counts_BH))), kept, counts_BH)], self.headroom)
+        self.refill([Survivors(tuple(range(len(counts_BH))), kept, counts_BH)])
 
     @property
     def is_croppable(self) -> bool:
@@ -196,61 +198,92 @@ class Layer:
             columns[MASS] = Column((), torch.float32)
         self.store = PagedRows(batch, heads, columns, self.run.page_slots, key_BHPD.device)
         self.seen_B = torch.zeros(batch, dtype=torch.int64)
+        self.decoded_B, self.recent_B = torch.zeros_like(self.seen_B), torch.zeros_like(self.seen_B)
+        self.quota_BH = torch.full((batch, heads), UNLIMITED)
 
     @property
     def headroom(self) -> int:
-        """Slots that rows may grow beyond their quota between two evictions."""
+        """Slots by which rows may exceed their quota between two evictions."""
         return self.limits.interval if self.limits else 0
 
     @property
-    def due(self) -> bool:
-        """Whether this decode step may evict."""
-        return self.headroom > 0 and self.decoded % self.headroom == 0
+    def _room(self) -> int:
+        """Free slots that a refilled row gets at once; more pages come when they are needed."""
+        return min(self.headroom, self.run.page_slots)
 
-    def step(self) -> Step:
-        """Where this layer is, for policies."""
-        return Step(self.kind.index, self.decoded, self.run.horizon)
+    def step(self, group: Sequence[int]) -> Step:
+        """Where some sequences of this layer are, for policies."""
+        return Step(self.kind.index, int(self.decoded_B[group[0]]), self.run.horizon)
 
-    def append(self, tokens: Tokens, before_B: Tensor) -> None:
-        """Stores new tokens behind those that are there; padding is skipped."""
-        if tokens.valid_BP is None:
-            offset_BP = torch.arange(tokens.key_BHPD.shape[2]).expand(len(before_B), -1)
-        else:
-            offset_BP = tokens.valid_BP.cumsum(1) - 1
-        position_BH1P = (before_B[:, None] + offset_BP)[:, None].to(tokens.key_BHPD.device)
-        columns = {KEY: tokens.key_BHPD, VALUE: tokens.value_BHPD, POSITION: position_BH1P}
-        self.rows.append(columns, tokens.valid_BP)
+    def append(self, tokens: Tokens, group: Sequence[int], before_b: Tensor) -> None:
+        """Stores new tokens of some sequences behind those that are there."""
+        offset_P = torch.arange(tokens.key_bHPD.shape[2])
+        position_b1P = (before_b[:, None] + offset_P)[:, None].to(tokens.key_bHPD.device)
+        columns = {KEY: tokens.key_bHPD, VALUE: tokens.value_bHPD, POSITION: position_b1P}
+        self.rows.append(columns, group)
 
     def refill(self, survivors: Sequence[Survivors]) -> None:
-        """Replaces the rows by what survived, in pages of exactly the size that they need."""
-        self.rows.fill(survivors, self.headroom)
+        """Replaces the rows of some sequences by what survived, in pages of the exact size."""
+        self.rows.fill(survivors, self._room)
+        self._limit_pages()
 
-    def set_quotas(self, seen_B: Tensor) -> None:
-        """Decides how many slots every row may keep after `seen_B` tokens. Raises BudgetError."""
-        recent_B = torch.zeros_like(seen_B)
-        quota_BH = torch.full((len(seen_B), self.kind.heads), UNLIMITED)
-        if self.limits is not None:
-            geometry = Geometry(
-                layers=self.run.layers,
-                heads=self.kind.heads,
-                page_slots=self.rows.page_slots,
-                page_bytes=self.rows.page_bytes(),
-                headroom=self.headroom,
+    def set_quotas(self, group: Sequence[int], seen_b: Tensor) -> None:
+        """Decides how many slots rows may keep after `seen_b` tokens. Raises BudgetError."""
+        if self.limits is None or not group:
+            return
+        geometry = Geometry(
+            layers=self.run.layers,
+            heads=self.kind.heads,
+            page_slots=self.rows.page_slots,
+            page_bytes=self.rows.page_bytes(),
+            row_bytes=self.rows.row_bytes(),
+            headroom=self.headroom,
+        )
+        quotas = [self.limits.quota(seen, geometry) for seen in seen_b.tolist()]
+        slots = [self._allocate(quota) for quota in quotas]
+        self.recent_B[group] = torch.tensor([quota.recent for quota in quotas])
+        self.quota_BH[group] = torch.tensor(slots)
+        for seen, quota in zip(seen_b.tolist(), quotas, strict=True):
+            self._explain(seen, quota)
+
+    def _allocate(self, quota: Quota) -> list[int]:
+        """Slots of every KV head.
+
+        Raises PolicyError if a policy allocates less than it protects.
+        """
+        heads, least = self.kind.heads, max(1, quota.sink + quota.recent)
+        policy = self.recipe.stage("allocate")
+        slots = [
+            int(n) for n in policy.allocate(quota.slots, self.kind.index, self.run.layers, heads)
+        ]
+        if len(slots) != heads or min(slots) < min(least, quota.slots):
+            raise PolicyError(
+                f"{policy} allocates {slots} slots in layer {self.kind.index}; it must give {heads}"
+                f" numbers of at least {min(least, quota.slots)}, the protected tokens."
             )
-            allocate = self.recipe.stage("allocate").allocate
-            place = (self.kind.index, self.run.layers, self.kind.heads)
-            for b, seen in enumerate(seen_B.tolist()):
-                quota = self.limits.quota(seen, geometry)
-                recent_B[b] = quota.recent
-                quota_BH[b] = torch.tensor(allocate(quota.slots, *place))
-                self._explain(seen, quota)
-        self.recent_B, self.quota_BH = recent_B, quota_BH
+        return slots
+
+    def _limit_pages(self) -> None:
+        """Tells the pool how many pages rows at their quotas can ever need."""
+        if self.limits is not None and self.limits.interval:
+            most_BH = self.quota_BH.clamp_max(2**40) + self.headroom
+            self.rows.most_pages = int((-(-most_BH // self.rows.page_slots)).sum())
 
     def protected(self, slots: Slots, group: Sequence[int]) -> Tensor:
         """True for the slots of some sequences that no policy may drop."""
         assert self.limits is not None, "only layers with a budget select"
-        recent_b = self.recent_B[group].to(slots.position_BHS.device)
+        recent_b = self.recent_B[list(group)].to(slots.position_BHS.device)
         return protect(slots.position_BHS, slots.seen_B, self.limits.sink, recent_b)
+
+    def score(self, slots: Slots) -> Tensor:
+        """The policy's scores. Raises PolicyError if they are not one number per slot."""
+        score_BHS = self.recipe.stage("score").score(slots)
+        if score_BHS.shape != slots.position_BHS.shape:
+            raise PolicyError(
+                f"{self.recipe} gave scores of shape {tuple(score_BHS.shape)} for slots of shape "
+                f"{tuple(slots.position_BHS.shape)}; the score stage returns one number per slot."
+            )
+        return score_BHS
 
     def select(
         self, slots: Slots, group: Sequence[int], stored_BH: Tensor
@@ -259,16 +292,17 @@ class Layer:
 
         Raises PolicyError if the policy gives scores that are not numbers, or misses the quota.
         """
-        score_BHS = self.recipe.stage("score").score(slots)
+        score_BHS = self.score(slots)
         if bool(score_BHS.isnan().any()):
             raise PolicyError(
                 f"{self.recipe} gave NaN scores in layer {self.kind.index}; scores must be numbers."
             )
-        keep_BH = self.quota_BH[group].to(slots.position_BHS.device)
+        quota_BH = self.quota_BH[list(group)]
+        keep_BH = quota_BH.to(slots.position_BHS.device)
         policy = self.recipe.stage("select")
         kept_BHS = policy.select(slots, score_BHS, self.protected(slots, group), keep_BH)
         counts_BH = kept_BHS.sum(-1).cpu()  # the one synchronisation after a prompt
-        wanted_BH = torch.minimum(stored_BH, self.quota_BH[group])
+        wanted_BH = torch.minimum(stored_BH, quota_BH)
         if not torch.equal(counts_BH, wanted_BH):
             raise PolicyError(
                 f"{self.recipe} kept {counts_BH.tolist()} slots in layer {self.kind.index}, but the"

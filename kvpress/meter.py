@@ -145,6 +145,7 @@ def size(count: int) -> str:
     amount = float(count)
     for unit in ("B", "KiB", "MiB"):
         if amount < 1024:
-            return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+            digits = 0 if unit == "B" or amount >= 100 else 1
+            return f"{amount:.{digits}f} {unit}"
         amount /= 1024
     return f"{amount:.2f} GiB"

@@ -1,27 +1,93 @@
-"""The pipe of one layer: new tokens in, attention output out, rows at their quotas."""
+"""The pipe of one layer: new tokens in, attention output out, rows at their quotas.
+
+A forward pass may mean different things to the sequences of a batch: a prompt chunk to one, a
+decode step to another, nothing but padding to a third. Each is treated as if it were alone.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from kvpress.decode import run_decode
 from kvpress.layer import Layer, Tokens
-from kvpress.prompt import run_prompt
+from kvpress.prompt import run_prompt, store_prompt
 
 
-def attend(layer: Layer, tokens: Tokens) -> Tensor:
+class Group(NamedTuple):
+    """Sequences that take the same path together, with the same number of new tokens."""
+
+    sequences: list[int]
+    decodes: bool
+
+
+def attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     """Attention output `[B, N, P, D]` of new tokens, which are then stored and compressed.
 
-    One new token per sequence is a decode step unless a sequence has no token yet; everything else
-    is a prompt. Raises BudgetError before anything changes.
+    valid_BP: host bool, False for padding, whose output is zero; None means that all tokens are
+    real. One new token of a sequence that has seen others is a decode step, everything else is a
+    prompt. Raises BudgetError before anything changes.
     """
     if layer.store is None:
-        layer.start(tokens.key_BHPD, tokens.value_BHPD)
-    new, before_B = tokens.key_BHPD.shape[2], layer.seen_B
-    after_B = before_B + (new if tokens.valid_BP is None else tokens.valid_BP.sum(1))
-    decoding = new == 1 and bool((before_B > 0).all())
-    if not decoding:
-        layer.set_quotas(after_B)
-    layer.advance(new, after_B, padded=tokens.valid_BP is not None)
-    run = run_decode if decoding else run_prompt
-    return run(layer, tokens, before_B)
+        layer.start(tokens.key_bHPD, tokens.value_bHPD)
+    before_B, columns = layer.seen_B, tokens.key_bHPD.shape[2]
+    new_B = torch.full_like(before_B, columns) if valid_BP is None else valid_BP.sum(1)
+    groups = _groups(layer, new_B, padded=valid_BP is not None)
+    prompts = [b for group in groups if not group.decodes for b in group.sequences]
+    layer.set_quotas(prompts, (before_B + new_B)[prompts])
+    layer.advance(columns, before_B + new_B, padded=valid_BP is not None)
+
+    outputs, survivors, chunks = [], [], []
+    for group in groups:
+        part = _take(tokens, group.sequences, valid_BP)
+        before_b = before_B[group.sequences]
+        if group.decodes:
+            outputs.append(run_decode(layer, group.sequences, part, before_b))
+            continue
+        out, kept = run_prompt(layer, group.sequences, part, before_b)
+        outputs.append(out)
+        survivors.append(kept)
+        chunks.append((part, before_b))
+    store_prompt(layer, survivors, chunks)
+    if valid_BP is None and len(groups) == 1:
+        return outputs[0]
+    return _scatter(tokens, groups, outputs, valid_BP)
+
+
+def _groups(layer: Layer, new_B: Tensor, padded: bool) -> list[Group]:
+    """Who goes together: everybody where all are alike, otherwise each sequence alone."""
+    decodes_B = (new_B == 1) & (layer.seen_B > 0)
+    state_BX = torch.cat(
+        [layer.seen_B[:, None], layer.rows.counts_BH], dim=1
+    )  # prompts that start alike are one batch
+    if bool(decodes_B.all()):
+        state_BX = layer.decoded_B[:, None]  # rows of any length decode together
+    if not padded and bool((state_BX == state_BX[:1]).all()):
+        return [Group(list(range(len(new_B))), bool(decodes_B.all()))]
+    return [Group([b], bool(decodes_B[b])) for b in range(len(new_B)) if new_B[b] > 0]
+
+
+def _take(tokens: Tokens, group: list[int], valid_BP: Tensor | None) -> Tokens:
+    """The real tokens of some sequences, which are all of them or one."""
+    query, key, value = tokens.query_bNPD, tokens.key_bHPD, tokens.value_bHPD
+    if len(group) < len(key):
+        query, key, value = (x[group[0] : group[0] + 1] for x in (query, key, value))
+    if valid_BP is not None:
+        real_P = valid_BP[group[0]].nonzero().flatten().to(key.device)
+        query, key, value = (x.index_select(2, real_P) for x in (query, key, value))
+    return Tokens(query, key, value, tokens.scaling, tokens.softcap)
+
+
+def _scatter(
+    tokens: Tokens, groups: list[Group], outputs: list[Tensor], valid_BP: Tensor | None
+) -> Tensor:
+    """The outputs of sequences that went alone, at the columns of their tokens; zeros elsewhere."""
+    width = tokens.value_bHPD.shape[-1]
+    out_BNPD = tokens.query_bNPD.new_zeros(*tokens.query_bNPD.shape[:3], width)
+    for group, out in zip(groups, outputs, strict=True):
+        (b,) = group.sequences
+        columns = slice(None) if valid_BP is None else valid_BP[b].to(out.device)
+        out_BNPD[b, :, columns] = out[0]
+    return out_BNPD

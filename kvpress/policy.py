@@ -27,6 +27,7 @@ from kvpress.select import keep_top
 from kvpress.types import Slots, Step
 
 PACKAGE = "kvpress.policies"  # also the entry-point group of third-party policies
+_LARGEST = 2**53  # of a whole number in an option: beyond it tensors overflow
 STAGES = ("allocate", "observe", "accumulate", "score", "select")
 
 
@@ -128,6 +129,11 @@ class Recipe:
     def __post_init__(self) -> None:
         owners: dict[str, Policy] = {}
         for policy in self.policies:
+            if policy.accumulates and "accumulate" not in policy.replaces():
+                raise PolicyError(
+                    f"{policy.name!r} says accumulates = True but has no accumulate(). Write it,"
+                    " or drop the declaration."
+                )
             parts = policy.replaces() | ({"budget"} if policy.limits else set())
             for part in sorted(parts):
                 if part in owners:
@@ -274,6 +280,10 @@ def _load_file(path: Path) -> types.ModuleType:
         spec.loader.exec_module(module)
         for cls in _policies_of(module):
             _hints(cls)
+    except Exception as error:
+        raise PolicyError(
+            f"The policy file {path} fails: {type(error).__name__}: {error}."
+        ) from error
     finally:
         if before is None:
             del sys.modules[path.stem]
@@ -296,8 +306,13 @@ def _only_policy(module: types.ModuleType, name: str) -> type[Policy]:
     if len(found) != 1:
         raise PolicyError(
             f"{name!r} defines {len(found)} policies"
-            f" ({', '.join(c.__name__ for c in found) or 'none'}); a policy file defines exactly"
-            " one class derived from kvpress.Policy."
+            f" ({', '.join(cls.__name__ for cls in found) or 'none'}); a policy file defines"
+            " exactly one class derived from kvpress.Policy."
+        )
+    if "__dataclass_fields__" not in vars(found[0]):
+        raise PolicyError(
+            f"{found[0].__name__} in {name!r} is no dataclass, so that its options are not seen."
+            " Put @dataclass(frozen=True, kw_only=True) above it."
         )
     return found[0]
 
@@ -333,6 +348,7 @@ def _coerce(cls: type[Policy], field: dataclasses.Field[Any], hint: Any, value: 
         near = did_you_mean(str(value), choices) if choices and isinstance(value, str) else ""
         raise PolicyError(f"{where} must be {' or '.join(wanted) or 'text'}.{near}")
     low, high = meta.get("low"), meta.get("high")
+    high = _LARGEST if high is None and isinstance(number, int) else high
     if (low is not None and number < low) or (high is not None and number > high):
         raise PolicyError(f"{where} is out of range: allowed are values from {low} to {high}.")
     return number

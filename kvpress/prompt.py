@@ -20,51 +20,53 @@ from kvpress.store.base import KEY, MASS, POSITION, VALUE
 from kvpress.types import EMPTY, Slots
 
 
-def run_prompt(layer: Layer, tokens: Tokens, before_B: Tensor) -> Tensor:
-    """Attention output `[B, N, P, D]` of a prompt chunk; zeros for padding. Stores what stays."""
-    layer.decoded = 0
-    batch, device = len(before_B), tokens.key_BHPD.device
-    together = tokens.valid_BP is None and _uniform(layer, before_B)
-    # Otherwise each sequence goes alone, on its real tokens: a row alone equals a row in a batch.
-    groups = [list(range(batch))] if together else [[b] for b in range(batch)]
-    outputs, survivors = [], []
-    for group in groups:
-        part = tokens if together else _alone(tokens, group[0])
-        columns = _candidates(layer, group, part, before_B)
-        with layer.run.meter.stage("prefill attention", device):
-            outputs.append(_attend(layer, part, columns))
-        with torch.no_grad():
-            survivors.append(_compress(layer, group, part, columns))
-    with torch.no_grad(), layer.run.meter.stage("store", device):
-        _store(layer, tokens, survivors, before_B)
-    return outputs[0] if together else _scatter(outputs, tokens)
+def run_prompt(
+    layer: Layer, group: list[int], tokens: Tokens, before_b: Tensor
+) -> tuple[Tensor, Survivors]:
+    """Attention output `[b, N, P, D]` of a prompt chunk, and the slots that stay."""
+    layer.decoded_B[group] = 0
+    columns = _candidates(layer, group, tokens, before_b)
+    with layer.run.meter.stage("prefill attention", tokens.key_bHPD.device):
+        out_bNPD = prompt_attention(
+            tokens.query_bNPD,
+            columns[KEY],
+            columns[VALUE],
+            None if columns[KEY] is tokens.key_bHPD else columns[POSITION],
+            tokens.scaling,
+            tokens.softcap,
+            layer.kind.window,
+        )
+    with torch.no_grad():
+        return out_bNPD, _compress(layer, group, tokens, columns)
 
 
-def _uniform(layer: Layer, before_B: Tensor) -> bool:
-    """Whether all sequences have seen and hold the same number of tokens."""
-    counts_BH = layer.rows.counts_BH
-    return bool((counts_BH == counts_BH[:1]).all() and (before_B == before_B[:1]).all())
-
-
-def _alone(tokens: Tokens, b: int) -> Tokens:
-    """The real tokens of one sequence."""
-    states = [x[b : b + 1] for x in (tokens.query_BNPD, tokens.key_BHPD, tokens.value_BHPD)]
-    if tokens.valid_BP is not None:
-        real_P = tokens.valid_BP[b].nonzero().flatten().to(tokens.key_BHPD.device)
-        states = [x.index_select(2, real_P) for x in states]
-    query, key, value = states
-    return Tokens(query, key, value, None, tokens.scaling, tokens.softcap)
+@torch.no_grad()
+def store_prompt(
+    layer: Layer, survivors: list[Survivors], chunks: list[tuple[Tokens, Tensor]]
+) -> None:
+    """Appends prompt chunks where nothing else changed; otherwise refills their rows."""
+    if not survivors:
+        return
+    with layer.run.meter.stage("store", chunks[0][0].key_bHPD.device):
+        evicted = any(kept.evicted for kept in survivors)
+        if evicted:
+            layer.evicted_at = layer.columns_seen
+        if evicted or layer.recipe.accumulates or not bool(layer.rows.counts.any()):
+            layer.refill(survivors)
+            return
+        for kept, (tokens, before_b) in zip(survivors, chunks, strict=True):
+            layer.append(tokens, kept.sequences, before_b)
 
 
 def _candidates(
-    layer: Layer, group: list[int], tokens: Tokens, before_B: Tensor
+    layer: Layer, group: list[int], tokens: Tokens, before_b: Tensor
 ) -> dict[str, Tensor]:
     """What is stored of some sequences, in position order, followed by their new tokens: dense."""
-    batch, heads, new = tokens.key_BHPD.shape[:3]
-    device = tokens.key_BHPD.device
-    position_BP = torch.arange(new) + before_B[group, None]
-    position_BHP = position_BP.to(device)[:, None].expand(batch, heads, new)
-    columns = {KEY: tokens.key_BHPD, VALUE: tokens.value_BHPD, POSITION: position_BHP}
+    batch, heads, new = tokens.key_bHPD.shape[:3]
+    device = tokens.key_bHPD.device
+    position_bP = torch.arange(new) + before_b[:, None]
+    position_bHP = position_bP.to(device)[:, None].expand(batch, heads, new)
+    columns = {KEY: tokens.key_bHPD, VALUE: tokens.value_bHPD, POSITION: position_bHP}
     if layer.recipe.accumulates:
         columns[MASS] = torch.zeros(batch, heads, new, device=device)
     if not bool((layer.rows.counts_BH[group] > 0).any()):
@@ -73,24 +75,11 @@ def _candidates(
     return {name: torch.cat([old[name].to(x.dtype), x], dim=2) for name, x in columns.items()}
 
 
-def _attend(layer: Layer, tokens: Tokens, columns: dict[str, Tensor]) -> Tensor:
-    fresh = columns[KEY] is tokens.key_BHPD
-    return prompt_attention(
-        tokens.query_BNPD,
-        columns[KEY],
-        columns[VALUE],
-        None if fresh else columns[POSITION],
-        tokens.scaling,
-        tokens.softcap,
-        layer.kind.window,
-    )
-
-
 def _compress(
     layer: Layer, group: list[int], tokens: Tokens, columns: dict[str, Tensor]
 ) -> Survivors:
     """The slots of some sequences that stay, after observation and selection."""
-    meter, device = layer.run.meter, tokens.key_BHPD.device
+    meter, device = layer.run.meter, tokens.key_bHPD.device
     with meter.stage("observe", device):
         slots = _observe(layer, group, tokens, columns)
         if slots.mass_BHS is not None:
@@ -113,17 +102,15 @@ def _observe(layer: Layer, group: list[int], tokens: Tokens, columns: dict[str, 
     slots = Slots(
         layer=layer.kind.index,
         position_BHS=columns[POSITION],
-        seen_B=layer.seen_B[group].to(tokens.key_BHPD.device),
-        new_tokens=tokens.query_BNPD.shape[2],
+        seen_B=layer.seen_B[group].to(tokens.key_bHPD.device),
+        new_tokens=tokens.query_bNPD.shape[2],
         fetch=columns.__getitem__,
         mass_BHS=columns.get(MASS),
     )
-    if slots.new_tokens == 0:
-        return slots
-    request = layer.recipe.stage("observe").observe(layer.step())
+    request = layer.recipe.stage("observe").observe(layer.step(group))
     if request is not None:
         sums_BHS = prompt_sums(
-            tokens.query_BNPD,
+            tokens.query_bNPD,
             columns[KEY],
             columns[POSITION],
             layer.kind.index,
@@ -136,26 +123,3 @@ def _observe(layer: Layer, group: list[int], tokens: Tokens, columns: dict[str, 
         mass_BHS = layer.recipe.stage("accumulate").accumulate(slots).float()
         slots = replace(slots, mass_BHS=mass_BHS)
     return slots
-
-
-def _store(layer: Layer, tokens: Tokens, survivors: list[Survivors], before_B: Tensor) -> None:
-    """Appends the prompt where nothing else changed; otherwise refills the rows."""
-    evicted = any(group.evicted for group in survivors)
-    if evicted:
-        layer.evicted_at = layer.columns_seen
-    if evicted or layer.recipe.accumulates or not bool(layer.rows.counts.any()):
-        layer.refill(survivors)
-    else:
-        layer.append(tokens, before_B)
-
-
-def _scatter(outputs: list[Tensor], tokens: Tokens) -> Tensor:
-    """The outputs of sequences that went alone, back at the columns of their tokens."""
-    shape = (len(outputs), *tokens.query_BNPD.shape[1:3], outputs[0].shape[-1])
-    out_BNPD = outputs[0].new_zeros(shape)
-    for b, out in enumerate(outputs):
-        if tokens.valid_BP is None:
-            out_BNPD[b] = out[0]
-        else:
-            out_BNPD[b, :, tokens.valid_BP[b].to(out.device)] = out[0]
-    return out_BNPD

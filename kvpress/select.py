@@ -54,9 +54,11 @@ def gather(column_BHSX: Tensor, index_BHK: Tensor) -> Tensor:
 def drop_one(score_BHS: Tensor, position_BHS: Tensor, protected_BHS: Tensor) -> Tensor:
     """The one slot of each row that `keep_top` would drop, found without sorting: int64 `[B, H]`.
 
-    Every row must hold at least one unprotected slot.
+    Every row must hold at least one unprotected slot. A score that is no number counts as the
+    lowest: checking for it would make every step wait for the device.
     """
     open_BHS = ~protected_BHS & (position_BHS != EMPTY)
-    score = score_BHS.float().masked_fill(~open_BHS, torch.inf)
+    score = score_BHS.float().nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    score = score.masked_fill(~open_BHS, torch.inf)
     worst = open_BHS & (score == score.amin(-1, keepdim=True))
     return torch.where(worst, position_BHS, EMPTY).argmax(-1)

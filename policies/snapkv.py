@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvpress.budget import Budget
+from kvpress.errors import PolicyError
 from kvpress.observe import Observation
 from kvpress.policy import Policy, option
 from kvpress.types import EMPTY, Slots, Step
@@ -32,6 +33,11 @@ class SnapKV(Policy):
     interval: int = option(
         0, "decoded tokens between evictions; 0 evicts after prompts only", low=0, high=0
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pool % 2 == 0:
+            raise PolicyError(f"pool={self.pool} must be odd, so that a window has a middle token.")
 
     @property
     def recent(self) -> int:

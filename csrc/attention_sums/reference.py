@@ -31,7 +31,8 @@ def attention_sums(
     batch, query_heads, queries, width = query_BNPD.shape
     heads, slots = key_BHSD.shape[1:3]
     group = query_heads // heads
-    query_BHGPD = query_BNPD.reshape(batch, heads, group, queries, width)
+    key_BHSD = key_BHSD.float()  # scores are fp32 whatever the model computes in
+    query_BHGPD = query_BNPD.float().reshape(batch, heads, group, queries, width)
     head_HG11 = torch.arange(query_heads, device=query_BNPD.device).view(heads, group, 1, 1)
     key_position_BH11S = position_BHS[:, :, None, None]
     empty_BH11S = key_position_BH11S < 0
@@ -49,7 +50,7 @@ def attention_sums(
         seen = slots - queries + stop  # later slots are in the future of the whole block
         # The group is folded into the queries, so that the matrix product never expands the keys.
         block_BHMD = (query_BHGPD[:, :, :, start:stop] * scaling).flatten(2, 3)
-        x_BHGps = torch.matmul(block_BHMD, key_BHSD[:, :, :seen].mT).float()
+        x_BHGps = torch.matmul(block_BHMD, key_BHSD[:, :, :seen].mT)
         x_BHGps = x_BHGps.view(batch, heads, group, stop - start, seen)
         if softcap:
             x_BHGps = torch.tanh(x_BHGps / softcap) * softcap

@@ -34,8 +34,8 @@ def decode_rows(
         value_RSD = value_RSD.masked_fill(beyond_RS[..., None], 0)
 
     group = query_heads * batch // max(rows, 1)
-    query_RMD = query_BNQD.reshape(rows, group * queries, width)  # M = G·Q
-    logits_RMS = torch.matmul(query_RMD * scaling, key_RSD.to(query_RMD.dtype).mT).float()
+    query_RMD = query_BNQD.float().reshape(rows, group * queries, width)  # M = G·Q
+    logits_RMS = torch.matmul(query_RMD * scaling, key_RSD.float().mT)
     if softcap:
         logits_RMS = torch.tanh(logits_RMS / softcap) * softcap
     slot_S = torch.arange(slots, device=counts_R.device)
@@ -47,7 +47,7 @@ def decode_rows(
         logits_RMS.logsumexp(-1) if slots else logits_RMS.new_full(logits_RMS.shape[:2], -torch.inf)
     )
     weights_RMS = (logits_RMS - lse_RM[..., None]).exp().masked_fill(hidden_RMS, 0.0)
-    out_RMD = torch.matmul(weights_RMS.to(query_RMD.dtype), value_RSD.to(query_RMD.dtype))
+    out_RMD = torch.matmul(weights_RMS, value_RSD.float()).to(query_BNQD.dtype)
 
     shape = (batch, query_heads, queries)
     weights = weights_RMS.view(*shape, slots) if need_weights else weights_RMS.new_empty(0)

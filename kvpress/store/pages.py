@@ -47,10 +47,8 @@ class PagedRows:
         self._device_table = self._table.to(device)
         self._owned = torch.zeros(sequences * heads, dtype=torch.int64)  # pages of each row
         self._free: list[int] = []
+        self.most_pages = 2**62  # the pool is never grown beyond what rows may come to need
         self._pool = self._new_pool(0)
-
-    # ---- what is stored
-    # -------------------------------------------------------------------------------------
 
     @property
     def counts_BH(self) -> Tensor:
@@ -71,39 +69,49 @@ class PagedRows:
         yield from (self.counts, self._table, self._device_table, self._owned)
 
     def page_bytes(self) -> int:
-        """Bytes of one page over all columns."""
-        return self.page_slots * sum(column.slot_bytes for column in self.columns.values())
+        """Bytes that one more page costs: its slots and its entry in the page table."""
+        copies = 1 if self.device.type == "cpu" else 2  # the host mirrors the device's table
+        entries = self._table.element_size() * copies
+        return self.page_slots * sum(c.slot_bytes for c in self.columns.values()) + entries
+
+    def row_bytes(self) -> int:
+        """Bytes that a row costs besides its pages: its counters."""
+        return self.counts.element_size() + self._owned.element_size()
 
     def pool(self, name: str) -> Tensor:
         """The pages of one column, `[P, page_slots, ...]`, as operators read them."""
         return self._pool[name]
 
-    def operands(self) -> tuple[Tensor, Tensor]:
-        """The page table (int32 `[R, W]`) and the counts (int64 `[R]`) on the store's device."""
-        return self._device_table, self.counts.to(self.device)
+    def operands(self, sequences: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Page table (int32 `[R, W]`) and counts (int64 `[R]`) of some rows, on the device."""
+        if sequences is None:
+            return self._device_table, self.counts.to(self.device)
+        row_R = self.row_index(sequences)
+        return self._device_table[row_R.to(self.device)], self.counts[row_R].to(self.device)
 
-    def addresses(self) -> tuple[Tensor, Tensor]:
-        """The flat address of every slot and whether it is occupied, `[R, S]`: int64 and bool."""
-        slots = int(self.counts.max()) if self.counts.numel() else 0
+    def addresses(self, sequences: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """The flat address of every slot and whether it is occupied, `[R, S]`: int64 and bool.
+
+        S is the largest count of the sequences. Unoccupied slots have the address 0.
+        """
+        table_RW, counts_R = self.operands(sequences)
+        host_R = self.counts if sequences is None else self.counts[self.row_index(sequences)]
+        slots = int(host_R.max()) if host_R.numel() else 0
         slot_S = torch.arange(slots, device=self.device)
-        page_RS = self._device_table.long().index_select(1, slot_S // self.page_slots)
-        held_RS = slot_S < self.counts.to(self.device)[:, None]
-        return (page_RS * self.page_slots + slot_S % self.page_slots).masked_fill_(
-            ~held_RS, 0
-        ), held_RS
+        page_RS = table_RW.long().index_select(1, slot_S // self.page_slots)
+        held_RS = slot_S < counts_R[:, None]
+        address_RS = page_RS * self.page_slots + slot_S % self.page_slots
+        return address_RS.masked_fill_(~held_RS, 0), held_RS
 
     def dense(self, name: str, sequences: Sequence[int] | None = None) -> Tensor:
         """A dense copy of one column, `[b, H, S, ...]`; empty slots hold position -1 and zeros."""
-        address_RS, held_RS = self.addresses()
-        if sequences is not None:
-            rows = self._rows(sequences).to(self.device)
-            width = int(self.counts_BH[list(sequences)].max()) if len(sequences) else 0
-            address_RS, held_RS = address_RS[rows, :width], held_RS[rows, :width]
+        address_RS, held_RS = self.addresses(sequences)
         flat = ops.gather_slots(self._pool[name], address_RS.flatten())
+        shape = self.columns[name].shape
         empty = EMPTY if name == POSITION else 0
-        flat.masked_fill_(~held_RS.flatten().view(-1, *[1] * len(self.columns[name].shape)), empty)
+        flat.masked_fill_(~held_RS.flatten().view(-1, *[1] * len(shape)), empty)
         batch = self.sequences if sequences is None else len(sequences)
-        return flat.view(batch, self.heads, address_RS.shape[1], *self.columns[name].shape)
+        return flat.view(batch, self.heads, address_RS.shape[1], *shape)
 
     def dense_by_position(self, sequences: Sequence[int]) -> dict[str, Tensor]:
         """All columns of some sequences, dense: each row by position, its empty slots first."""
@@ -116,85 +124,66 @@ class PagedRows:
             columns[name] = values.gather(2, index.expand(*order_bHS.shape, *column.shape))
         return columns
 
-    # ---- changes
-    # --------------------------------------------------------------------------------------------
+    def append(self, columns: Mapping[str, Tensor], sequences: Sequence[int] | None = None) -> None:
+        """Adds T tokens to every row of some sequences: each column `[b, H, T, ...]`.
 
-    def append(self, columns: Mapping[str, Tensor], valid_BT: Tensor | None = None) -> None:
-        """Adds tokens to the rows of their sequences: each column `[B, H, T, ...]`.
-
-        valid_BT: host bool, False for padding, which is not stored. Columns that are not given
-        start at zero.
+        Columns that are not given start at zero.
         """
-        tokens = columns[POSITION].shape[2]
-        if valid_BT is None:
-            valid_BT = torch.ones(self.sequences, tokens, dtype=torch.bool)
-        valid_RT = valid_BT.repeat_interleave(self.heads, dim=0)
-        slot_RT = self.counts[:, None] + valid_RT.cumsum(1) - 1
-        counts = self.counts + valid_RT.sum(1)
+        chosen = range(self.sequences) if sequences is None else sequences
+        row_R, tokens = self.row_index(chosen), columns[POSITION].shape[2]
+        slot_RT = self.counts[row_R, None] + torch.arange(tokens)
+        counts = self.counts.index_add(0, row_R, torch.full_like(row_R, tokens))
         self._reserve(counts)
-        row_RT = torch.arange(len(counts))[:, None].expand_as(slot_RT)
-        slot_N, row_N = slot_RT[valid_RT], row_RT[valid_RT]
-        address_N = self._table[row_N, slot_N // self.page_slots].long() * self.page_slots
-        address_N = (address_N + slot_N % self.page_slots).to(self.device)
-        everything = bool(valid_RT.all())
+        address_N = self._host_address(row_R[:, None], slot_RT).flatten().to(self.device)
         for name, column in self.columns.items():
             flat = self._pool[name].flatten(0, 1)
             if name not in columns:
                 flat.index_fill_(0, address_N, 0)
                 continue
-            source = columns[name].detach().to(column.dtype)
-            source = source.expand(self.sequences, self.heads, tokens, *column.shape).reshape(
-                -1, *column.shape
-            )
-            if not everything:
-                source = source[valid_RT.flatten().to(self.device)]
-            flat.index_copy_(0, address_N, source)
+            shape = (len(chosen), self.heads, tokens, *column.shape)
+            source = columns[name].detach().to(column.dtype).expand(shape)
+            flat.index_copy_(0, address_N, source.reshape(-1, *column.shape))
         self.counts = counts
 
-    def write(self, name: str, values_BHS: Tensor) -> None:
+    def write(self, name: str, values_bHS: Tensor, sequences: Sequence[int] | None = None) -> None:
         """Overwrites one column of every occupied slot from the form that `dense` gives it."""
-        address_RS, held_RS = self.addresses()
+        address_RS, held_RS = self.addresses(sequences)
         flat = self._pool[name].flatten(0, 1)
-        values = values_BHS.reshape(address_RS.shape).to(flat.dtype)
-        flat[address_RS[held_RS]] = values[held_RS]
+        values_RS = values_bHS.reshape(address_RS.shape).to(flat.dtype)
+        flat[address_RS[held_RS]] = values_RS[held_RS]
 
-    def evict_one(self, slot_R: Tensor, rows_R: Tensor) -> None:
-        """Drops slot `slot_R` (int64, device) of the rows that `rows_R` (bool, host) chooses.
+    def evict_one(self, row_N: Tensor, slot_N: Tensor) -> None:
+        """Drops one slot (int64, on the device) of each of some rows (int64, on the host).
 
         The last slot of each such row moves into the gap. Raises CacheError for an empty row.
         """
-        row_N = rows_R.nonzero().flatten()
         last_N = self.counts[row_N] - 1
         if bool((last_N < 0).any()):
-            raise CacheError(
-                "evict_one needs at least one slot in every chosen row: a row is empty."
-            )
-        from_N = (
-            self._table[row_N, last_N // self.page_slots].long() * self.page_slots
-            + last_N % self.page_slots
-        )
-        from_N, row_device_N = from_N.to(self.device), row_N.to(self.device)
-        slot_N = slot_R.index_select(0, row_device_N)
-        to_N = self._device_table[row_device_N, slot_N // self.page_slots].long() * self.page_slots
-        to_N = to_N + slot_N % self.page_slots
+            raise CacheError("evict_one needs at least one slot in every row: a row is empty.")
+        from_N = self._host_address(row_N, last_N).to(self.device)
+        page_N = self._device_table[row_N.to(self.device), slot_N // self.page_slots].long()
+        to_N = page_N * self.page_slots + slot_N % self.page_slots
         for pool in self._pool.values():
             flat = pool.flatten(0, 1)
             flat.index_copy_(0, to_N, flat.index_select(0, from_N))
         self.counts = self.counts.index_copy(0, row_N, last_N)
 
     def fill(self, groups: Sequence[Survivors], headroom: int = 0) -> None:
-        """Replaces the contents, in exactly the pages that survivors and `headroom` slots need.
+        """Replaces what some sequences hold, in exactly the pages that all rows then need.
 
-        Every sequence must stand in exactly one group. The old pool is freed first.
+        Sequences that stand in no group keep what they hold; none may stand in two. Every row gets
+        room for `headroom` more slots. The old pool is freed before the new one is made.
         """
-        listed = sorted(b for group in groups for b in group.sequences)
-        if listed != list(range(self.sequences)):
-            raise CacheError(
-                f"fill needs each of the {self.sequences} sequences once, got {listed}."
-            )
+        listed = [b for group in groups for b in group.sequences]
+        others = [b for b in range(self.sequences) if b not in listed]
+        if len(listed) != len(set(listed)) or not set(listed) <= set(range(self.sequences)):
+            raise CacheError(f"fill takes each of {self.sequences} sequences once, got {listed}.")
+        if others:
+            held = {name: self.dense(name, others) for name in self.columns}
+            groups = [*groups, Survivors(tuple(others), held, self.counts_BH[others])]
         counts = torch.zeros_like(self.counts)
         for group in groups:
-            counts[self._rows(group.sequences)] = group.counts_BH.flatten()
+            counts[self.row_index(group.sequences)] = group.counts_BH.flatten()
         self._pool.clear()
         pages = -(-(counts + headroom) // self.page_slots)
         pages[counts == 0] = 0
@@ -238,12 +227,15 @@ class PagedRows:
                 raise CacheError(f"A row of {int(count)} slots has the positions {held.tolist()}.")
         return True
 
-    # ---- pages
-    # ----------------------------------------------------------------------------------------------
-
-    def _rows(self, sequences: Sequence[int]) -> Tensor:
+    def row_index(self, sequences: Sequence[int]) -> Tensor:
+        """The rows of some sequences: int64, on the host."""
         start = torch.tensor(list(sequences), dtype=torch.int64)[:, None] * self.heads
         return (start + torch.arange(self.heads)).flatten()
+
+    def _host_address(self, row: Tensor, slot: Tensor) -> Tensor:
+        """Flat addresses from rows and slots that the host knows."""
+        page = self._table[row, slot // self.page_slots].long()
+        return page * self.page_slots + slot % self.page_slots
 
     def _new_pool(self, pages: int) -> dict[str, Tensor]:
         shape = (pages, self.page_slots)
@@ -257,7 +249,7 @@ class PagedRows:
         self._device_table = self._table.to(self.device)
 
     def _fill_group(self, group: Survivors, first_page_R: Tensor) -> None:
-        rows = self._rows(group.sequences)
+        rows = self.row_index(group.sequences)
         counts_R = group.counts_BH.flatten()
         slots = int(counts_R.max()) if len(counts_R) else 0
         slot_S = torch.arange(slots)
@@ -302,7 +294,8 @@ class PagedRows:
     def _grow(self, pages: int) -> None:
         """Enlarges the pool by at least `pages` free pages, one column at a time."""
         old = self._pool[POSITION].shape[0]
-        new = old + max(pages, old // _GROWTH)
+        spare = min(old // _GROWTH, self.most_pages - old)
+        new = old + max(pages, spare)
         for name, column in self.columns.items():
             pool = torch.empty(
                 new, self.page_slots, *column.shape, dtype=column.dtype, device=self.device

@@ -44,3 +44,13 @@ def test_sums_of_a_half_precision_model_are_fp32() -> None:
     given = ops.attention_sums(query, key, position, 0.3, 0.0, 9, "fresh", 1.0, 0, 0)
     assert given.dtype == torch.float32
     torch.testing.assert_close(given.sum(-1), torch.full((1, 2), 9.0))
+
+
+def test_half_precision_states_are_multiplied_in_fp32() -> None:
+    query, key = torch.randn(1, 2, 64, 64).bfloat16() * 4, torch.randn(1, 2, 64, 64).bfloat16()
+    position = torch.arange(64).expand(1, 2, 64)
+    given = ops.attention_sums(query, key, position, 0.3, 0.0, 64, "none", 1.0, 0, 0)
+    exact = ops.attention_sums(
+        query.float(), key.float(), position, 0.3, 0.0, 64, "none", 1.0, 0, 0
+    )
+    assert torch.equal(given, exact)

@@ -81,9 +81,9 @@ def test_the_ways_in_give_the_same() -> None:
         manual = helpers.greedy(model, ids, torch.ones_like(ids), 10, engine.new_cache())
         assert torch.equal(manual, first[:, 40:])
         own = DynamicCache(config=model.config)
-        assert torch.equal(helpers.greedy(model, ids, torch.ones_like(ids), 10, own), manual)
-        assert engine.report().slots_kept == [[[20] * 2] * 2] * 3
-        assert own.get_seq_length() == 0  # the caller's empty cache stood for the engine's
+        assert model(ids, past_key_values=own).past_key_values is engine.cache
+        with pytest.raises(CacheError, match="This DynamicCache stayed empty"):
+            model(ids[:, :1], past_key_values=own)
     assert torch.equal(model.generate(ids, **arguments)[:, :41], first[:, :41])
 
 
@@ -341,7 +341,99 @@ def test_a_report_before_the_first_call_is_refused() -> None:
 def test_a_byte_budget_too_small_for_a_page_is_refused_and_loses_nothing() -> None:
     model, ids = helpers.tiny(), helpers.prompt(1, 30)
     with kvpress.attach(model, "h2o:budget=2KiB") as engine:
-        with pytest.raises(BudgetError, match=r"one page of 16 slots.*Raise the budget"):
+        with pytest.raises(BudgetError, match=r"page\(s\) of 16 slots.*Raise the budget"):
             engine.generate(ids, max_new_tokens=2)
         assert engine.cache.get_seq_length() == 0
     assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 32)
+
+
+def test_a_dynamic_cache_that_stays_empty_is_not_fed_twice() -> None:
+    model, ids, own = helpers.tiny(), helpers.prompt(1, 20), DynamicCache()
+    with kvpress.attach(model, "full"):
+        model.generate(ids, past_key_values=own, max_new_tokens=4, do_sample=False)
+        with pytest.raises(CacheError, match="This DynamicCache stayed empty"):
+            model.generate(ids, past_key_values=own, max_new_tokens=4, do_sample=False)
+
+
+@pytest.mark.parametrize("wrong", [(), [], "cache"])
+def test_what_is_no_cache_is_refused(wrong: Any) -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 20)
+    with kvpress.attach(model, "full") as engine:
+        with pytest.raises(CacheError, match=f"past_key_values is a {type(wrong).__name__}"):
+            model(ids, past_key_values=wrong)
+        with pytest.raises(CacheError, match=r"made by engine\.new_cache"):
+            engine.generate(ids, past_key_values=wrong)
+
+
+def test_a_model_that_splits_its_attention_is_refused() -> None:
+    config = transformers.DiffLlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.DiffLlamaForCausalLM(config).eval()
+    with kvpress.attach(model, "full"), pytest.raises(CacheError, match="with other values"):
+        model(helpers.prompt(1, 20))
+
+
+def test_a_window_that_the_config_does_not_explain_is_refused() -> None:
+    model, ids = helpers.tiny("mistral-sliding"), helpers.prompt(1, 20)
+    with kvpress.attach(model, "full"):
+        model.config.sliding_window = 5  # as a model whose attention is not what its config says
+        with pytest.raises(UnsupportedModelError, match="attends with sliding_window=5"):
+            model(ids)
+
+
+def test_a_cache_is_refused_once_its_engine_is_detached_even_in_a_one_layer_model() -> None:
+    model, ids = helpers.tiny(num_hidden_layers=1), helpers.prompt(1, 20)
+    with kvpress.attach(model, "full"):
+        cache = model(ids).past_key_values
+    with pytest.raises(CacheError, match="not attached to this model any more"):
+        model(ids[:, :1], past_key_values=cache)
+
+
+def test_an_interrupted_forward_pass_is_noticed() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 20)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with kvpress.attach(model, "full") as engine:
+        cache = engine.new_cache()
+        handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids, past_key_values=cache)
+        handle.remove()
+        with pytest.raises(CacheError, match=r"seen \[0, 20\] tokens: a forward pass was"):
+            model(ids, past_key_values=cache)
+        cache.reset()
+        model(ids, past_key_values=cache)
+
+
+def test_a_mask_that_changes_the_past_in_a_decode_step_is_refused() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 20)
+    with kvpress.attach(model, "full"):
+        cache = model(ids).past_key_values
+        mask = torch.ones(1, 21)
+        mask[0, 3] = 0
+        with pytest.raises(MaskError, match=r"marks \[19\]"):
+            model(ids[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize(("family", "recipe"), [("gemma3", "full"), ("llama", "snapkv")])
+def test_speculative_decoding_is_refused_at_once_where_tokens_are_gone(
+    family: str, recipe: str
+) -> None:
+    model, ids = helpers.tiny(family), helpers.prompt(1, 20).repeat(1, 2)
+    with kvpress.attach(model, recipe) as engine:
+        with pytest.raises(CacheError, match="take rejected tokens back"):
+            engine.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=8, eos_token_id=96)
+        assert engine.cache.get_seq_length() == 0 or recipe == "full"
+
+
+def test_a_crop_that_one_layer_refuses_changes_no_layer() -> None:
+    model = helpers.tiny("gemma3")
+    with kvpress.attach(model, "full") as engine:
+        model(helpers.prompt(1, 20))
+        with pytest.raises(CacheError, match="evicted tokens at 20"):
+            engine.cache.crop(-3)
+        assert [state.columns_seen for state in engine.cache.states] == [20] * 3

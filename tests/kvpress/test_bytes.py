@@ -34,7 +34,7 @@ def test_bytes_held_are_those_of_all_tensors_that_the_cache_keeps_alive(
             books = sum(
                 t.untyped_storage().nbytes()
                 for state in cache.states
-                for t in (state.seen_B, state.quota_BH, state.recent_B)
+                for t in (state.seen_B, state.quota_BH, state.recent_B, state.decoded_B)
             )  # per-sequence counters outside the store
             assert helpers.live_storages(cache) == report.bytes_held + books
 
@@ -132,3 +132,26 @@ def test_resident_memory_grows_by_what_is_kept(demo: tuple) -> None:
     assert full_held > 9 * small_held
     assert full > 0.9 * full_held  # the measurement sees the cache
     assert small < full / 3
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("interval", [1, 7])
+def test_a_byte_budget_holds_at_every_step(page_size: int, interval: int) -> None:
+    model, budget = helpers.tiny(), 60 * 1024
+    recipe = f"h2o:budget={budget}B,interval={interval}"
+    with kvpress.attach(model, recipe, page_size=page_size) as engine, torch.no_grad():
+        cache, token = engine.new_cache(), helpers.prompt(2, 1)
+        model(helpers.prompt(2, 4), past_key_values=cache)
+        held = []
+        for _ in range(150):
+            model(token, past_key_values=cache)
+            held.append(cache.report().bytes_held)
+    assert max(held) <= 2 * budget
+    assert max(held) > 0.85 * 2 * budget
+
+
+def test_a_long_interval_allocates_no_more_than_a_page_in_advance() -> None:
+    model = helpers.tiny()
+    with kvpress.attach(model, "h2o:budget=0.5,interval=100000") as engine, torch.no_grad():
+        model(helpers.prompt(1, 64))
+        assert engine.report().fraction < 0.85

@@ -130,3 +130,51 @@ def test_a_budget_that_nobody_can_meet_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="neither scores nor selects"):
         parse(str(path))
     assert Recipe(parse("full").policies).limits is None
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("    accumulates = True\n", "has no accumulate"),
+        ("    def score(self, slots):\n        return slots.seen_B\n", "one number per slot"),
+        ("    def score(self, slots):\n        return slots.position_BHS / 0 * 0\n", "NaN scores"),
+        ("    def allocate(self, *a):\n        return [9]\n    score = None\n", "must give 2"),
+        ("    def allocate(self, *a):\n        return [-3, 9]\n    score = None\n", "at least 1"),
+        (
+            "    def score(self, slots):\n        return slots.position_BHS\n"
+            "    def select(self, slots, score, protected, keep):\n        return protected | True\n",
+            "asks for exactly",
+        ),
+    ],
+)
+def test_policies_that_misbehave_are_caught(body: str, message: str, tmp_path: Path) -> None:
+    import helpers
+
+    import kvpress
+
+    path = tmp_path / "wild.py"
+    path.write_text(FILE[: FILE.index("    flip")] + body)
+    with (
+        pytest.raises(PolicyError, match=message),
+        kvpress.attach(helpers.tiny(), str(path)) as engine,
+    ):
+        engine.generate(helpers.prompt(1, 30), max_new_tokens=2)
+
+
+def test_policy_files_that_cannot_be_run_say_why(tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("1 / 0")
+    with pytest.raises(PolicyError, match="fails: ZeroDivisionError"):
+        parse(str(path))
+    path.write_text(FILE.replace("@dataclass(frozen=True, kw_only=True)", ""))
+    with pytest.raises(PolicyError, match="is no dataclass"):
+        parse(str(path))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [f"keyformer:seed={2**63}", f"h2o:sink={10**30}", "snapkv:pool=4", f"tova:recent={2**60}"],
+)
+def test_numbers_that_cannot_work_are_refused_early(spec: str) -> None:
+    with pytest.raises(PolicyError, match=r"out of range|must be odd"):
+        parse(spec)

@@ -72,7 +72,9 @@ def test_random_sequences_of_operations_equal_a_list_of_slots(data: st.DataObjec
             flags = st.lists(st.booleans(), min_size=tokens, max_size=tokens)
             valid = torch.tensor([data.draw(flags) for _ in range(sequences)], dtype=torch.bool)
             valid = valid.view(sequences, tokens)
-            store.append(columns, valid)
+            for b in range(sequences):
+                real = valid[b].nonzero().flatten()
+                store.append({n: x[b : b + 1, :, real] for n, x in columns.items()}, [b])
             model.append(columns, valid)
             seen += tokens
         elif action == "evict":
@@ -83,7 +85,8 @@ def test_random_sequences_of_operations_equal_a_list_of_slots(data: st.DataObjec
                 row = model.rows[r // heads][r % heads]
                 gone = int(victims[r, slot[r]])
                 model.rows[r // heads][r % heads] = [s for s in row if s[0] != gone]
-            store.evict_one(slot, chosen)
+            row = chosen.nonzero().flatten()
+            store.evict_one(row, slot[row])
         elif action == "compact":
             columns = store.dense_by_position(range(sequences))
             width = columns["position"].shape[2]
@@ -123,20 +126,25 @@ def test_bytes_are_those_of_the_storages_and_shrink_with_compaction() -> None:
     store.fill([Survivors((0, 1), columns, torch.full((2, 3), 10))])
     assert store.nbytes == helpers.live_storages(store)
     slot = 4 * WIDTH + 2 * 3 + 4 + 4
-    assert store.page_bytes() == 4 * slot
+    assert store.page_bytes() == 4 * slot + 4  # and an entry in the page table
     assert store.nbytes < 0.15 * before
     assert store.pool("key").shape[0] == 6 * 3  # ten slots need three pages of four in each row
 
 
-def test_fill_needs_every_sequence_exactly_once() -> None:
-    store = rows()
-    with pytest.raises(CacheError, match="each of the 2 sequences once"):
-        store.fill([Survivors((0,), fresh(1, 3, 2, 0), torch.full((1, 3), 2))])
+def test_fill_leaves_other_sequences_alone_and_takes_none_twice() -> None:
+    store, first = rows(), fresh(2, 3, 7, 0)
+    store.append(first)
+    part = Survivors((0,), fresh(1, 3, 2, 0), torch.full((1, 3), 2))
+    store.fill([part])
+    assert store.counts_BH.tolist() == [[2] * 3, [7] * 3]
+    assert torch.equal(store.dense("key", [1]), first["key"][1:])
+    with pytest.raises(CacheError, match="each of 2 sequences once"):
+        store.fill([part, part])
 
 
 def test_evicting_from_an_empty_row_is_refused() -> None:
     with pytest.raises(CacheError, match="row is empty"):
-        rows().evict_one(torch.zeros(6, dtype=torch.long), torch.ones(6, dtype=torch.bool))
+        rows().evict_one(torch.arange(6), torch.zeros(6, dtype=torch.long))
 
 
 def test_integrity_notices_a_page_with_two_owners() -> None:
