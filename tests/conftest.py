@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `import helpers` from every folder of tests
+# Not this folder itself: its folder `kvpress` would be taken for the package.
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
 
 
 @pytest.fixture(autouse=True)

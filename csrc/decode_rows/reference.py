@@ -25,10 +25,9 @@ def decode_rows(
     batch, query_heads, queries, width = query_BNQD.shape
     rows = table_RW.shape[0]
     slots = int(counts_R.max()) if rows else 0
-    pages = table_RW[:, : -(-slots // key_PSD.shape[1])].long()
-    key_RSD = key_PSD[pages].flatten(1, 2)[:, :slots]
-    value_RSD = value_PSD[pages].flatten(1, 2)[:, :slots]
-
+    table_RW = table_RW[:, : -(-slots // key_PSD.shape[1])].long()
+    key_RSD = _read(key_PSD, table_RW)[:, :slots]
+    value_RSD = _read(value_PSD, table_RW)[:, :slots]
     beyond_RS = torch.arange(slots, device=counts_R.device) >= counts_R[:, None]
     if bool(beyond_RS.any()):  # memory that was never written may hold NaN, and 0 · NaN is NaN
         value_RSD = value_RSD.masked_fill(beyond_RS[..., None], 0)
@@ -52,3 +51,18 @@ def decode_rows(
     shape = (batch, query_heads, queries)
     weights = weights_RMS.view(*shape, slots) if need_weights else weights_RMS.new_empty(0)
     return out_RMD.view(*shape, value_PSD.shape[-1]), lse_RM.view(shape), weights
+
+
+def _read(pool_PSD: Tensor, table_RW: Tensor) -> Tensor:
+    """The pages of every row, `[R, W·S, D]`:
+
+    in place where they are consecutive, as after a prompt.
+    """
+    rows, pages = table_RW.shape
+    flat_N = table_RW.flatten()
+    consecutive = torch.arange(len(flat_N), device=flat_N.device)
+    if len(flat_N) and torch.equal(flat_N, consecutive + flat_N[0]):
+        read = pool_PSD[int(flat_N[0]) :][: len(flat_N)]
+    else:
+        read = pool_PSD.index_select(0, flat_N)
+    return read.reshape(rows, pages * pool_PSD.shape[1], pool_PSD.shape[2])

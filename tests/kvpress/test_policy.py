@@ -142,7 +142,7 @@ def test_a_budget_that_nobody_can_meet_is_refused(tmp_path: Path) -> None:
         ("    def allocate(self, *a):\n        return [-3, 9]\n    score = None\n", "at least 1"),
         (
             "    def score(self, slots):\n        return slots.position_BHS\n"
-            "    def select(self, slots, score, protected, keep):\n        return protected | True\n",
+            "    def select(self, slots, score, shield, keep):\n        return shield | True\n",
             "asks for exactly",
         ),
     ],
