@@ -171,10 +171,10 @@ class Attachment:
     def _before_forward(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-        given = dict(bound.arguments)
-        extra = given.pop("kwargs", {})
-        given |= extra
+        given = dict(kwargs)
+        if args:
+            bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+            given = {**bound.pop("kwargs", {}), **bound}
         cache = given.get("past_key_values")
         use_cache = given.get("use_cache")
         config = self._model.config.get_text_config(decoder=True)
@@ -260,6 +260,11 @@ def check_model(model: Any) -> Fingerprint:
             "Detach it first: engine.detach()."
         )
     name, shape = type(model).__name__, fingerprint(model.config)
+    if model.config.get_text_config(decoder=True) is not model.config:
+        raise UnsupportedModelError(
+            f"{name} is made of several models (text with images or sound), which this engine does"
+            " not support yet. Load its text model alone, with its family's ...ForCausalLM class."
+        )
     if not model._supports_attention_backend:
         raise UnsupportedModelError(
             f"{name} does not use transformers' attention interface, so its cache cannot be"

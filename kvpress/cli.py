@@ -88,17 +88,18 @@ def run(
         torch.manual_seed(seed)
         if not quiet:
             console.rule(f"[bold]{recipe}", align="left")
-        result = bench.run(
-            loaded,
-            tokenizer,
-            wrapped,
-            recipe,
-            max_new_tokens=max_new_tokens,
-            page_size=page_size,
-            on_text=_show if stream and not quiet else None,
-            do_sample=sample,
-            **({"temperature": temperature} if sample else {}),
-        )
+        with _Waiting("Reading the prompt …", hidden=quiet) as waiting:
+            result = bench.run(
+                loaded,
+                tokenizer,
+                wrapped,
+                recipe,
+                max_new_tokens=max_new_tokens,
+                page_size=page_size,
+                on_text=waiting.show if stream and not quiet else None,
+                do_sample=sample,
+                **({"temperature": temperature} if sample else {}),
+            )
         results.append(result)
         if not quiet:
             _finish(result, stream, layers)
@@ -215,8 +216,26 @@ def _wrap(
     return [as_chat(tokenizer, text) for text in texts] if chat else texts
 
 
-def _show(text: str) -> None:
-    console.print(text, end="", highlight=False, markup=False, soft_wrap=True)
+class _Waiting:
+    """A spinner until the first text comes, or until the block ends."""
+
+    def __init__(self, message: str, hidden: bool) -> None:
+        self._status = None if hidden else console.status(message)
+
+    def __enter__(self) -> _Waiting:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def show(self, text: str) -> None:
+        """Prints a piece of the answer as it comes."""
+        self.__exit__()
+        console.print(text, end="", highlight=False, markup=False, soft_wrap=True)
 
 
 def _finish(result: Any, streamed: bool, layers: bool) -> None:

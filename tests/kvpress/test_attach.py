@@ -147,6 +147,16 @@ def test_horizon_is_taken_from_the_call_or_said_to_be_unknown() -> None:
 # ---- refused when attaching, with nothing left behind
 
 
+def multimodal() -> Any:
+    text = {"num_hidden_layers": 1, "vocab_size": 50, "hidden_size": 32, "intermediate_size": 32}
+    vision = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "image_size": 28}
+    config = transformers.Gemma3Config(
+        text_config=text | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+        vision_config=vision | {"num_attention_heads": 2, "patch_size": 14},
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
 def unsupported() -> list[Any]:
     common = {"num_hidden_layers": 2, "vocab_size": 50, "hidden_size": 32}
     return [
@@ -207,6 +217,7 @@ def unsupported() -> list[Any]:
             "sliding_window=1",
             id="window-of-one",
         ),
+        pytest.param(multimodal, "made of several models", id="multimodal"),
         pytest.param(lambda: helpers.tiny().double(), "torch.float64", id="dtype"),
         pytest.param(lambda: torch.nn.Linear(2, 2), "takes a transformers model", id="no-model"),
     ]
