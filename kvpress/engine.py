@@ -76,10 +76,11 @@ class Engine:
 
         max_new_tokens: what schedules of a policy should expect.
         """
-        self._cache = EngineCache(
+        cache = EngineCache(
             self.fingerprint, self.recipe, self._page_slots, max_new_tokens, self._lease
         )
-        return self._cache
+        self._cache = cache  # what is returned stays this call's own when threads share an engine
+        return cache
 
     @property
     def cache(self) -> EngineCache:

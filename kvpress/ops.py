@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+import threading
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from kvpress import env
 from kvpress.errors import KVPressError, did_you_mean
 
 BACKENDS = ("reference",)
+_LOCK = threading.Lock()
 
 
 def names() -> list[str]:
@@ -46,7 +48,8 @@ def _library() -> torch.library.Library:
 
 
 def _call(name: str, *args: Any) -> Any:
-    _library()
+    with _LOCK:  # two threads must not define the operators twice
+        _library()
     return getattr(torch.ops.kvpress, name)(*args)
 
 

@@ -448,3 +448,23 @@ def test_a_crop_that_one_layer_refuses_changes_no_layer() -> None:
         with pytest.raises(CacheError, match="evicted tokens at 20"):
             engine.cache.crop(-3)
         assert [state.columns_seen for state in engine.cache.states] == [20] * 3
+
+
+def test_threads_that_share_an_engine_never_get_the_same_cache() -> None:
+    found: list[list[Any]] = [[], []]
+    interval = sys.getswitchinterval()
+    with kvpress.attach(helpers.tiny(), "full") as engine:
+
+        def work(mine: list[Any]) -> None:
+            mine.extend(engine.new_cache() for _ in range(1500))
+
+        threads = [threading.Thread(target=work, args=(mine,)) for mine in found]
+        sys.setswitchinterval(1e-6)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+    assert len({id(cache) for mine in found for cache in mine}) == 3000
