@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,3 +67,12 @@ def test_protected_tokens_beyond_a_fraction_win_and_say_so() -> None:
     assert (quota.slots, quota.recent, quota.floored) == (12, 8, True)
     quota = Limits(Budget.parse(0.5), sink=4, recent_ratio=0.3).quota(100, GEOMETRY)
     assert (quota.slots, quota.recent, quota.floored) == (50, 15, False)
+
+
+def test_the_bytes_that_an_error_asks_for_are_enough() -> None:
+    geometry = GEOMETRY._replace(headroom=100, row_bytes=16)
+    with pytest.raises(BudgetError) as error:
+        Budget.parse("9600B").slots(50, geometry)
+    enough = re.search(r"at least (\d+B)", str(error.value))
+    assert enough is not None
+    assert Budget.parse(enough.group(1)).slots(50, geometry) >= 1

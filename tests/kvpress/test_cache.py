@@ -46,7 +46,7 @@ def test_rows_move_with_everything_that_belongs_to_them(recipe: str) -> None:
     cache.reorder_cache(torch.tensor([1, 2, 0]))
     cache.batch_repeat_interleave(2)
     assert [helpers.positions(cache, b) for b in range(6)] == [before[b // 2] for b in range(6)]
-    cache.batch_select_indices(torch.tensor([4, 0, 1, 2]))
+    cache.batch_select_indices([4, 0, 1, 2])
     assert [helpers.positions(cache, b) for b in range(4)] == [before[b] for b in index]
     assert cache.check_integrity()
     step = torch.tensor([[5], [6], [6], [7]])

@@ -60,3 +60,9 @@ def test_protection_follows_positions_not_slots() -> None:
     assert kept.tolist() == [[[True, True, False, False, True, True]]]
     short = protect(position, torch.tensor([9]), 0, torch.tensor([100]))
     assert short.tolist() == [[[True, True, True, False, True, True]]]
+
+
+def test_a_score_that_is_no_number_goes_first() -> None:
+    score = torch.tensor([[[3.0, 1.0, torch.nan, -torch.inf]]])
+    position, none = torch.arange(4)[None, None], torch.zeros(1, 1, 4, dtype=torch.bool)
+    assert int(drop_one(score[..., :3], position[..., :3], none[..., :3])) == 2
