@@ -17,7 +17,8 @@ from kvpress.errors import ImportClashError
 
 if TYPE_CHECKING:
     from kvpress.engine import Engine, attach
-    from kvpress.policy import Policy, load_policy, option
+    from kvpress.loading import load_policy
+    from kvpress.policy import Policy, option
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "Policy", "__version__", "attach", "load_policy", "option"]
@@ -26,7 +27,7 @@ _HOMES = {
     "attach": "engine",
     "Engine": "engine",
     "Policy": "policy",
-    "load_policy": "policy",
+    "load_policy": "loading",
     "option": "policy",
 }
 

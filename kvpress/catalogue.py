@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvpress.errors import KVPressError
-from kvpress.policy import Policy, as_text, available
+from kvpress.loading import available
+from kvpress.policy import Policy, as_text
 
 _BEGIN, _END = "<!-- policies: made by scripts/lint -->", "<!-- end of policies -->"
 

@@ -70,7 +70,7 @@ def run(
 
     from kvpress.bench import models
     from kvpress.bench import run as bench
-    from kvpress.policy import parse
+    from kvpress.loading import parse
 
     recipes = policy or [bench.BASELINE]
     for recipe in recipes:

@@ -9,8 +9,9 @@ from typing import Any
 from kvpress.attachment import Attachment, check_model
 from kvpress.cache import EngineCache, Lease
 from kvpress.errors import AttachError, CacheError, PolicyError
+from kvpress.loading import parse
 from kvpress.meter import Report
-from kvpress.policy import Policy, Recipe, parse
+from kvpress.policy import Policy, Recipe
 
 PAGE_SLOTS = 16
 

@@ -23,6 +23,7 @@ LAYERS = [
     {"budget", "ops"},
     {"select", "observe"},
     {"policy"},
+    {"loading"},
     {"store.base", "store.pages", "store"},
     {"attend", "meter"},
     {"layer"},

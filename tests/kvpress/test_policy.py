@@ -10,7 +10,8 @@ import pytest
 
 from kvpress.budget import Budget
 from kvpress.errors import BudgetError, PolicyError
-from kvpress.policy import Recipe, available, load_policy, parse
+from kvpress.loading import available, load_policy, parse
+from kvpress.policy import Recipe
 
 FILE = '''
 """A policy of a user's own."""
@@ -112,7 +113,7 @@ def test_a_policy_from_module_and_attribute() -> None:
 
 def test_a_policy_from_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     point = importlib.metadata.EntryPoint("mine", "kvpress.policies.tova:TOVA", "kvpress.policies")
-    monkeypatch.setattr("kvpress.policy._entry_points", lambda: [point])
+    monkeypatch.setattr("kvpress.loading._entry_points", lambda: [point])
     assert type(parse("mine").policies[0]).__name__ == "TOVA"
     assert "mine" in available()
 

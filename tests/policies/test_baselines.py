@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kvpress
-from kvpress.policy import load_policy
+from kvpress.loading import load_policy
 from kvpress.types import Slots
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kvpress
-from kvpress.policy import available, load_policy
+from kvpress.loading import available, load_policy
 
 PROMPT, NEW, BUDGET = 61, 12, 29
 POLICIES = sorted(available())

@@ -11,9 +11,9 @@ import torch
 
 import kvpress
 from kvpress import ops
+from kvpress.loading import load_policy
 from kvpress.noise import NO_QUERY, gumbel
 from kvpress.observe import Observation, step_sums
-from kvpress.policy import load_policy
 from kvpress.select import drop_one, keep_top, protect
 from kvpress.types import Slots, Step
 
