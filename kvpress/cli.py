@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from pathlib import Path
@@ -138,6 +139,14 @@ def policies(
 
 
 @app.command()
+def build() -> None:
+    """Compile the CPU operators now, for images and for measurements that must not wait."""
+    from kvpress import native
+
+    console.print(f"The CPU operators are built: {native.build()}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
     """Show versions, devices, operators with their backends, and why a backend is not there."""
     facts = _facts()
@@ -169,14 +178,17 @@ def _facts() -> dict[str, dict[str, Any]]:
             ),
             "cuda": ", ".join(gpus) or "none: torch sees no CUDA device",
         },
-        "operators": dict.fromkeys(ops.names(), "reference (native backends are not built yet)"),
+        "operators": {
+            f"{name} on {device}": backend
+            for device, backend in ops.backends().items()
+            for name in ops.names()
+        },
         "environment": {name: f"{_setting(name)} – {text}" for name, text in env.VARIABLES.items()},
     }
 
 
 def _setting(name: str) -> str:
-    value = {"KVPRESS_CACHE": env.cache_folder(), "KVPRESS_BACKEND": env.backend()}[name]
-    return "not set" if value is None else str(value)
+    return str(env.cache_folder()) if name == "KVPRESS_CACHE" else os.environ.get(name, "not set")
 
 
 def _version(name: str) -> str:

@@ -1,4 +1,7 @@
-"""The decode step of one layer: append, attend over the pages, observe, evict what is over."""
+"""The decode step of one layer: append, attend over the pages, observe, evict what is over.
+
+Where what a policy adds up and ranks by is declared, the whole step is one operator call.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,85 @@ from kvpress.types import Slots
 
 
 @torch.no_grad()
-def run_decode(layer: Layer, group: list[int], tokens: Tokens, before_b: Tensor) -> Tensor:
-    """Attention output `[b, N, 1, D]` of one new token per sequence; rows end at their quotas."""
+def run_decode(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
+    """Attention output `[b, N, 1, D]` of one new token per sequence; rows end at their quotas.
+
+    group: the sequences, None for all of them.
+    """
+    if group is None:
+        layer.decoded_B += 1
+        due = _is_due(layer, 0)
+        # How far the fullest row will be above its quota once the token is there.
+        over = int((layer.rows.counts_BH - layer.quota_BH).max()) + 1 if due else 0
+        observation = _fusable(layer, over)
+        if observation is not None:
+            with layer.run.meter.stage("decode attention", tokens.key_bHPD.device):
+                return _run_fused(layer, tokens, over > 0, observation)
+        group = list(range(len(layer.seen_B)))
+    else:
+        layer.decoded_B[group] += 1
+        due = _is_due(layer, group[0])
+    return _run_stages(layer, group, tokens, due)
+
+
+def _is_due(layer: Layer, sequence: int) -> bool:
+    """Whether this step of a sequence is one that may evict."""
+    interval = layer.limits.interval if layer.limits else 0
+    return interval > 0 and int(layer.decoded_B[sequence]) % interval == 0
+
+
+def _fusable(layer: Layer, over: int) -> Observation | None:
+    """What to observe, if one operator call can do the whole step; otherwise None."""
+    recipe = layer.recipe
+    if recipe.accumulates and not recipe.adds_attention:
+        return None
+    if over > (0 if recipe.rank is None else 1):
+        return None
+    if not recipe.accumulates:
+        return _NOTHING
+    observation = recipe.stage("observe").observe(layer.step(0, 1))
+    return None if observation is None or observation.weight != 1.0 else observation
+
+
+def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observation) -> Tensor:
+    rows, recipe = layer.rows, layer.recipe
+    rows.reserve_one()
+    seen_B, quota_R, recent_B = layer.bounds()
+    out_BN1D = ops.decode_step(
+        *tokens[:3],
+        rows.pool(KEY),
+        rows.pool(VALUE),
+        rows.pool(POSITION),
+        rows.pool(MASS) if recipe.accumulates else None,
+        *rows.operands(),
+        seen_B,
+        quota_R,
+        recent_B,
+        layer.limits.sink if layer.limits else 0,
+        evicts,
+        recipe.rank or "position",
+        observation.noise,
+        observation.tau,
+        observation.seed,
+        layer.kind.index,
+        tokens.scaling,
+        tokens.softcap,
+    )
+    rows.count_step(layer.quota_BH.view(-1) if evicts else None)
+    if evicts:
+        layer.evicted_at = layer.columns_seen
+    return out_BN1D
+
+
+def _run_stages(layer: Layer, group: list[int], tokens: Tokens, due: bool) -> Tensor:
+    """The step in its parts, for policies with code of their own and for parts of a batch."""
     rows, meter, device = layer.rows, layer.run.meter, tokens.key_bHPD.device
-    layer.decoded_B[group] += 1
     with meter.stage("store", device):
-        layer.append(tokens, group, before_b)
+        layer.append(tokens, group, layer.seen_B[group] - 1)
     excess_bH = rows.counts_BH[group] - layer.quota_BH[group]
-    evicts = _is_due(layer, group) and bool((excess_bH > 0).any())
+    evicts = due and bool((excess_bH > 0).any())
     looks = evicts or layer.recipe.accumulates
-    request = layer.recipe.stage("observe").observe(layer.step(group)) if looks else None
+    request = layer.recipe.stage("observe").observe(layer.step(group[0], 1)) if looks else None
     with meter.stage("decode attention", device):
         out_bN1D, _, weights_bN1S = ops.decode_rows(
             tokens.query_bNPD,
@@ -45,12 +117,6 @@ def run_decode(layer: Layer, group: list[int], tokens: Tokens, before_b: Tensor)
         with meter.stage("select", device):
             _evict(layer, group, slots, excess_bH)
     return out_bN1D
-
-
-def _is_due(layer: Layer, group: list[int]) -> bool:
-    """Whether this step of the sequences is one that may evict."""
-    interval = layer.limits.interval if layer.limits else 0
-    return interval > 0 and int(layer.decoded_B[group[0]]) % interval == 0
 
 
 def _some(layer: Layer, group: list[int]) -> list[int] | None:
@@ -72,8 +138,13 @@ def _observe(
         mass_BHS=rows.dense(MASS, some) if accumulates else None,
     )
     if request is not None:
+        held = slots.position_BHS.shape[-1]
         sums_BHS = step_sums(
-            weights_bN1S[:, :, 0], slots.position_BHS, slots.seen_B, layer.kind.index, request
+            weights_bN1S[:, :, 0, :held],
+            slots.position_BHS,
+            slots.seen_B,
+            layer.kind.index,
+            request,
         )
         slots = replace(slots, attention_BHS=sums_BHS)
     if accumulates:
@@ -97,3 +168,6 @@ def _evict(layer: Layer, group: list[int], slots: Slots, excess_bH: Tensor) -> N
     index_BHK = kept_index(kept_BHS, counts_bH)
     columns = {name: gather(slots.fetch(name), index_BHK) for name in layer.rows.columns}
     layer.refill([Survivors(tuple(group), columns, counts_bH)])
+
+
+_NOTHING = Observation()  # for steps that keep no mass: the operator then observes nothing

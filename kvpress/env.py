@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 VARIABLES = {
-    "KVPRESS_CACHE": "folder for converted models (default: the user's cache folder + /kvpress)",
-    "KVPRESS_BACKEND": "force one operator backend: reference (the only one yet)",
+    "KVPRESS_CACHE": "folder for converted models and compiled operators (default: the user's cache"
+    " folder + /kvpress)",
+    "KVPRESS_BACKEND": "force one operator backend: reference, cpu or triton",
+    "KVPRESS_CPU": "the CPU instruction set to use at most: avx512, avx2 or portable",
 }
 
 

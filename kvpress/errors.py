@@ -34,6 +34,14 @@ class MaskError(KVPressError, ValueError):
     """An attention mask that the engine cannot honour."""
 
 
+class OperatorError(KVPressError, RuntimeError):
+    """Operands that an operator cannot work on."""
+
+
+class BackendError(KVPressError, RuntimeError):
+    """A backend that was asked for and cannot run."""
+
+
 class ImportClashError(KVPressError, ImportError):
     """Another distribution owns the import name ``kvpress`` in this environment."""
 

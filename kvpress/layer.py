@@ -13,7 +13,7 @@ from kvpress.budget import UNLIMITED, Budget, Geometry, Limits, Quota
 from kvpress.errors import CacheError, PolicyError
 from kvpress.meter import LayerReport, Meter
 from kvpress.policy import Policy, Recipe
-from kvpress.select import gather, kept_index, protect
+from kvpress.select import Rank, gather, kept_index, protect
 from kvpress.store import Column, PagedRows, Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
 from kvpress.types import EMPTY, Slots, Step
@@ -58,9 +58,10 @@ class Run:
 class Newest(Policy):
     """What a sliding-window layer keeps."""
 
-    def score(self, slots: Slots) -> Tensor:
+    @property
+    def rank(self) -> Rank:
         """Later is better."""
-        return slots.position_BHS
+        return "position"
 
 
 class Layer:
@@ -87,6 +88,7 @@ class Layer:
         self.padded_at = 0  # logical length after the last padded column
         self.quota_BH = torch.zeros(0, self.kind.heads, dtype=torch.int64)
         self.recent_B = torch.zeros(0, dtype=torch.int64)  # protected last tokens of each sequence
+        self._in_step: bool | None = None  # None: not known
 
     # The layer contract
 
@@ -98,6 +100,7 @@ class Layer:
         self.store = self.store.select_sequences(chosen, self._room)
         self.seen_B, self.quota_BH = self.seen_B[chosen], self.quota_BH[chosen]
         self.recent_B, self.decoded_B = self.recent_B[chosen], self.decoded_B[chosen]
+        self._in_step = None
         self._limit_pages()
 
     def check_crop(self, tokens: int) -> None:
@@ -172,8 +175,14 @@ class Layer:
             bytes_full=tokens * self.kind.heads * slot_bytes,
         )
 
+    def advance_one(self) -> None:
+        """Counts one decoded token of every sequence."""
+        self.columns_seen += 1
+        self.seen_B = self.seen_B + 1
+
     def advance(self, columns: int, seen_B: Tensor, padded: bool) -> None:
         """Counts new columns, and the real tokens among them."""
+        self._in_step = None
         self.columns_seen += columns
         self.seen_B = seen_B
         if padded:
@@ -191,7 +200,7 @@ class Layer:
         """Makes the store for rows of this shape."""
         batch, heads, _, key_width = key_BHPD.shape
         columns = {
-            KEY: Column((key_width,), key_BHPD.dtype),
+            KEY: Column((key_width,), key_BHPD.dtype, slot_last=True),
             VALUE: Column((value_BHPD.shape[-1],), value_BHPD.dtype),
         }
         if self.recipe.accumulates:
@@ -211,9 +220,26 @@ class Layer:
         """Free slots that a refilled row gets at once; more pages come when they are needed."""
         return min(self.headroom, self.run.page_slots)
 
-    def step(self, group: Sequence[int]) -> Step:
-        """Where some sequences of this layer are, for policies."""
-        return Step(self.kind.index, int(self.decoded_B[group[0]]), self.run.horizon)
+    def step(self, sequence: int, new_tokens: int) -> Step:
+        """Where a sequence of this layer is, for policies."""
+        return Step(self.kind.index, int(self.decoded_B[sequence]), new_tokens, self.run.horizon)
+
+    def bounds(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens seen, quotas of rows, and protected last tokens, where the operators are."""
+        quota_R = self.quota_BH.view(-1)
+        if self.rows.device.type == "cpu":
+            return self.seen_B, quota_R, self.recent_B
+        device = self.rows.device
+        return self.seen_B.to(device), quota_R.to(device), self.recent_B.to(device)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether every sequence has seen tokens and decoded as many of them as the others."""
+        if self._in_step is None:
+            decoded_B = self.decoded_B
+            same = bool((decoded_B == decoded_B[:1]).all())
+            self._in_step = same and bool((self.seen_B > 0).all())
+        return self._in_step
 
     def append(self, tokens: Tokens, group: Sequence[int], before_b: Tensor) -> None:
         """Stores new tokens of some sequences behind those that are there."""

@@ -21,13 +21,14 @@ class Observation:
     window: how many of the last queries of a prompt are summed; None sums all of them. A decode
     step has one. noise: Gumbel noise on the logits, drawn once per key ("frozen") or per query and
     key ("fresh"). tau: temperature of the softmax. The attention output itself is never touched by
-    either.
+    either. weight: how many queries each summed one stands for.
     """
 
     window: int | None = None
     noise: NoiseKind = "none"
     tau: float = 1.0
     seed: int = 0
+    weight: float = 1.0
 
 
 def prompt_sums(
@@ -43,7 +44,7 @@ def prompt_sums(
 
     The chunk's own tokens are the last P slots, in order.
     """
-    return ops.attention_sums(
+    sums_BHS = ops.attention_sums(
         query_BNPD,
         key_BHSD,
         position_BHS,
@@ -55,6 +56,7 @@ def prompt_sums(
         observation.seed,
         layer,
     )
+    return sums_BHS if observation.weight == 1.0 else sums_BHS * observation.weight
 
 
 def step_sums(
@@ -66,9 +68,9 @@ def step_sums(
     ignores.
     """
     batch, heads, slots = position_BHS.shape
-    weights_BHGS = weights_BNS.view(batch, heads, -1, slots)
+    weights_BHGS = weights_BNS.reshape(batch, heads, -1, slots)
     if observation.noise == "none" and observation.tau == 1.0:
-        return weights_BHGS.sum(2)
+        return weights_BHGS.sum(2) * observation.weight
     logits = weights_BHGS.log()
     if observation.noise != "none":
         group = weights_BHGS.shape[2]
@@ -79,4 +81,4 @@ def step_sums(
             query_B111 = torch.full_like(query_B111, NO_QUERY)
         logits += gumbel(observation.seed, layer, head_HG1, query_B111, position_BH1S)
     noisy = torch.softmax(logits / observation.tau, dim=-1)
-    return noisy.nan_to_num_().sum(2)  # a row without a slot has no weights
+    return noisy.nan_to_num_().sum(2) * observation.weight  # a row without a slot has no weights

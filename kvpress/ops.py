@@ -1,13 +1,16 @@
 """The operators: schemas defined once, the reference as the default of every device.
 
-Native backends register for their device beside the reference and take precedence with no code
-here.
+A native backend registers for its device beside the reference and takes precedence: `cpu` for CPU
+tensors where a compiler is found, `triton` for CUDA tensors where Triton can be imported.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import logging
+import os
 import pkgutil
 import threading
 from typing import Any
@@ -15,57 +18,129 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpress import env
-from kvpress.errors import KVPressError, did_you_mean
+from kvpress import env, native
+from kvpress.errors import BackendError, KVPressError, did_you_mean
 
-BACKENDS = ("reference",)
-_LOCK = threading.Lock()
+BACKENDS = ("reference", "cpu", "triton")
+_LOCK = threading.RLock()
+_LOG = logging.getLogger("kvpress")
 
 
 def names() -> list[str]:
-    """The operators that exist: the folders of `kvpress.csrc`."""
+    """The operators that exist: the folders of `kvpress.csrc` that hold a schema."""
     found = pkgutil.iter_modules(importlib.import_module("kvpress.csrc").__path__)
     return sorted(module.name for module in found if module.ispkg)
 
 
 @functools.cache
-def _library() -> torch.library.Library:
-    """Defines every operator and registers its reference, once per process."""
+def backends() -> dict[str, str]:
+    """Device type -> the backend that answers there, with the reason where it is the reference.
+
+    The first call defines the operators and may compile the native ones. Raises BackendError if
+    `KVPRESS_BACKEND` forces one that cannot run.
+    """
+    with _LOCK:
+        return _load()
+
+
+def _load() -> dict[str, str]:
     forced = env.backend()
     if forced is not None and forced not in BACKENDS:
         raise KVPressError(
             f"KVPRESS_BACKEND={forced!r} names no backend.{did_you_mean(forced, BACKENDS)}"
         )
+    _define()
+    chosen = {"cpu": "reference", "cuda": "reference"}
+    if forced in (None, "cpu"):
+        chosen["cpu"] = _native(forced)
+    if forced in (None, "triton"):
+        chosen |= _triton(forced)
+    for device, backend in chosen.items():
+        _LOG.info("operators on %s: %s", device, backend)
+    return chosen
+
+
+@functools.cache
+def _define() -> torch.library.Library:
+    """Defines every operator with its reference, once per process."""
     library = torch.library.Library("kvpress", "DEF")  # type: ignore[no-untyped-call]
     for name in names():
-        schema = importlib.import_module(f"kvpress.csrc.{name}").SCHEMA
-        library.define(schema)  # type: ignore[no-untyped-call]
-        reference = getattr(importlib.import_module(f"kvpress.csrc.{name}.reference"), name)
+        module = importlib.import_module(f"kvpress.csrc.{name}")
+        library.define(module.SCHEMA)  # type: ignore[no-untyped-call]
         library.impl(  # type: ignore[no-untyped-call]
-            name, reference, "CompositeExplicitAutograd"
+            name, implementation(name, "reference"), "CompositeExplicitAutograd"
         )
+        torch.library.register_fake(f"kvpress::{name}", module.fake, lib=library)
     return library
 
 
-def _call(name: str, *args: Any) -> Any:
-    with _LOCK:  # two threads must not define the operators twice
-        _library()
-    return getattr(torch.ops.kvpress, name)(*args)
+def _native(forced: str | None) -> str:
+    try:
+        torch.ops.load_library(native.build())  # type: ignore[no-untyped-call]
+    except BackendError as error:
+        if forced:
+            raise
+        _LOG.warning("The CPU operators run as PyTorch references: %s", error)
+        return f"reference: {error}"
+    return "cpu"
+
+
+def _triton(forced: str | None) -> dict[str, str]:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    reason = ""
+    if importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed: pip install triton."
+    elif not interpreted and not torch.cuda.is_available():
+        reason = "there is no CUDA device, and TRITON_INTERPRET=1 is not set."
+    if reason:
+        if forced:
+            raise BackendError(f"KVPRESS_BACKEND=triton cannot run: {reason}")
+        return {"cuda": f"reference: {reason}"}
+    if interpreted and not forced:
+        return {}
+    key, device = ("CPU", "cpu") if interpreted else ("CUDA", "cuda")
+    for name in names():
+        _define().impl(name, implementation(name, "triton_kernel"), key)  # type: ignore[no-untyped-call]
+    return {device: "triton"}
+
+
+def implementation(name: str, kind: str) -> Any:
+    """The Python function of an operator: `kind` is `reference` or `triton_kernel`."""
+    return getattr(importlib.import_module(f"kvpress.csrc.{name}.{kind}"), name)
+
+
+@functools.cache
+def _operator(name: str) -> Any:
+    backends()
+    return getattr(torch.ops.kvpress, name).default
 
 
 def decode_rows(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of new queries over ragged paged rows; see csrc/decode_rows."""
-    out, lse, weights = _call("decode_rows", *args)
+    out, lse, weights = _operator("decode_rows")(*args)
     return out, lse, weights
+
+
+def decode_step(*args: Any) -> Tensor:
+    """Append, attend, observe and evict in one call; see csrc/decode_step."""
+    out: Tensor = _operator("decode_step")(*args)
+    return out
 
 
 def attention_sums(*args: Any) -> Tensor:
     """Column sums of a prompt's attention; see csrc/attention_sums."""
-    sums: Tensor = _call("attention_sums", *args)
+    sums: Tensor = _operator("attention_sums")(*args)
     return sums
 
 
-def gather_slots(pool_PSX: Tensor, address_N: Tensor) -> Tensor:
+def gather_slots(pool_PX: Tensor, address_N: Tensor, slot_last: bool = False) -> Tensor:
     """Dense copies of slots; see csrc/gather_slots."""
-    slots: Tensor = _call("gather_slots", pool_PSX, address_N)
+    slots: Tensor = _operator("gather_slots")(pool_PX, address_N, slot_last)
     return slots
+
+
+def scatter_slots(
+    pool_PX: Tensor, address_N: Tensor, slots_NX: Tensor, slot_last: bool = False
+) -> None:
+    """Writes slots into a pool; see csrc/scatter_slots."""
+    _operator("scatter_slots")(pool_PX, address_N, slots_NX, slot_last)

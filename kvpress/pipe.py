@@ -32,7 +32,11 @@ def attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     """
     if layer.store is None:
         layer.start(tokens.key_bHPD, tokens.value_bHPD)
-    before_B, columns = layer.seen_B, tokens.key_bHPD.shape[2]
+    columns = tokens.key_bHPD.shape[2]
+    if columns == 1 and valid_BP is None and layer.in_step:
+        layer.advance_one()
+        return run_decode(layer, None, tokens)
+    before_B = layer.seen_B
     new_B = torch.full_like(before_B, columns) if valid_BP is None else valid_BP.sum(1)
     groups = _groups(layer, new_B, padded=valid_BP is not None)
     prompts = [b for group in groups if not group.decodes for b in group.sequences]
@@ -42,10 +46,10 @@ def attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     outputs, survivors, chunks = [], [], []
     for group in groups:
         part = _take(tokens, group.sequences, valid_BP)
-        before_b = before_B[group.sequences]
         if group.decodes:
-            outputs.append(run_decode(layer, group.sequences, part, before_b))
+            outputs.append(run_decode(layer, group.sequences, part))
             continue
+        before_b = before_B[group.sequences]
         out, kept = run_prompt(layer, group.sequences, part, before_b)
         outputs.append(out)
         survivors.append(kept)

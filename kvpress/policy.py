@@ -18,7 +18,7 @@ from torch import Tensor
 from kvpress.budget import Budget, Limits
 from kvpress.errors import PolicyError, did_you_mean
 from kvpress.observe import Observation
-from kvpress.select import keep_top
+from kvpress.select import Rank, keep_top, ranking
 from kvpress.types import Slots, Step
 
 _LARGEST = 2**53  # of a whole number in an option: beyond it tensors overflow
@@ -47,8 +47,7 @@ class Policy:
     prompts only).
     """
 
-    # True: `accumulate` runs on every prompt chunk and decode step and its result stays with the
-    # slots.
+    # True: a mass stays with the slots; `accumulate` renews it with every chunk and decode step.
     accumulates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -72,15 +71,28 @@ class Policy:
         return None
 
     def accumulate(self, slots: Slots) -> Tensor:
-        """The new `mass_BHS` of every slot, kept with it from now on.
+        """The new `mass_BHS` of every slot, kept with it from now on where `accumulates` is True.
 
-        Needs `accumulates = True`.
+        Default: the observed attention is added.
         """
-        raise NotImplementedError
+        return slots.kept_mass_BHS + slots.observed_BHS
+
+    @property
+    def rank(self) -> Rank | None:
+        """What is stored with a slot and ranks it, for policies that need no `score` of their own.
+
+        A decode step that adds attention and ranks by this is one operator call per layer.
+        """
+        return None
 
     def score(self, slots: Slots) -> Tensor:
-        """How much each slot matters: fp32, any scale, `[B, H, S]`. Larger stays longer."""
-        raise NotImplementedError
+        """How much each slot matters: fp32, any scale, `[B, H, S]`. Larger stays longer.
+
+        Default: by `rank`.
+        """
+        if self.rank is None:
+            raise NotImplementedError
+        return ranking(self.rank, slots.position_BHS, slots.mass_BHS, slots.seen_B)
 
     def select(
         self, slots: Slots, score_BHS: Tensor, protected_BHS: Tensor, keep_BH: Tensor
@@ -106,7 +118,16 @@ class Policy:
 
     def replaces(self) -> set[str]:
         """The stages that this policy replaces."""
-        return {s for s in STAGES if getattr(type(self), s) is not getattr(Policy, s)}
+        stages = {s for s in STAGES if self.overrides(s)}
+        if self.rank is not None:
+            stages.add("score")
+        if self.accumulates:
+            stages.add("accumulate")
+        return stages
+
+    def overrides(self, stage: str) -> bool:
+        """Whether this policy brings code of its own for a stage."""
+        return getattr(type(self), stage) is not getattr(Policy, stage)
 
     def __str__(self) -> str:
         options = (f"{f.name}={as_text(getattr(self, f.name))}" for f in dataclasses.fields(self))
@@ -123,11 +144,6 @@ class Recipe:
     def __post_init__(self) -> None:
         owners: dict[str, Policy] = {}
         for policy in self.policies:
-            if policy.accumulates and "accumulate" not in policy.replaces():
-                raise PolicyError(
-                    f"{policy.name!r} says accumulates = True but has no accumulate(). Write it,"
-                    " or drop the declaration."
-                )
             parts = policy.replaces() | ({"budget"} if policy.limits else set())
             for part in sorted(parts):
                 if part in owners:
@@ -161,6 +177,19 @@ class Recipe:
     def accumulates(self) -> bool:
         """Whether a per-slot mass is kept in the store."""
         return any(p.accumulates for p in self.policies)
+
+    @functools.cached_property
+    def adds_attention(self) -> bool:
+        """Whether the mass is the plain sum of the observed attention, which kernels can keep."""
+        return self.accumulates and not self.stage("accumulate").overrides("accumulate")
+
+    @functools.cached_property
+    def rank(self) -> Rank | None:
+        """What ranks the slots, where that and the usual selection are all there is to it."""
+        scorer, selector = self.stage("score"), self.stage("select")
+        if scorer.overrides("score") or selector.overrides("select"):
+            return None
+        return scorer.rank
 
     def __str__(self) -> str:
         return "+".join(str(p) for p in self.policies)

@@ -107,7 +107,9 @@ def _observe(layer: Layer, group: list[int], tokens: Tokens, columns: dict[str, 
         fetch=columns.__getitem__,
         mass_BHS=columns.get(MASS),
     )
-    request = layer.recipe.stage("observe").observe(layer.step(group))
+    request = layer.recipe.stage("observe").observe(
+        layer.step(group[0], tokens.query_bNPD.shape[2])
+    )
     if request is not None:
         sums_BHS = prompt_sums(
             tokens.query_bNPD,

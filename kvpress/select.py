@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from kvpress.types import EMPTY
+
+Rank = Literal["mass", "mass_per_age", "position"]
+
+
+def ranking(rank: Rank, position_BHS: Tensor, mass_BHS: Tensor | None, seen_B: Tensor) -> Tensor:
+    """The score of every slot by what is stored with it: fp32 `[B, H, S]`, larger stays longer.
+
+    mass_per_age: the mass divided by the number of queries that could see the token.
+    """
+    if rank == "position":
+        return position_BHS.float()
+    if mass_BHS is None:
+        raise LookupError(f"rank {rank!r} needs a mass: set `accumulates = True` in the policy.")
+    if rank == "mass":
+        return mass_BHS
+    return mass_BHS / (seen_B[:, None, None] - position_BHS).clamp_min(1)
 
 
 def protect(position_BHS: Tensor, seen_B: Tensor, sink: int, recent_B: Tensor) -> Tensor:

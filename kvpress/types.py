@@ -24,6 +24,7 @@ class Step:
 
     layer: int
     decoded: int  # tokens decoded since the last prompt; 0 while a prompt is processed
+    new_tokens: int  # tokens of this prompt chunk, or 1 while decoding
     horizon: int  # tokens that the caller expects to decode
 
 

@@ -16,12 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from kvpress.budget import Budget
 from kvpress.observe import Observation
 from kvpress.policy import Policy, option
-from kvpress.types import Slots, Step
+from kvpress.select import Rank
+from kvpress.types import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +36,9 @@ class H2O(Policy):
         1, "decoded tokens between evictions; 0 evicts after prompts only", low=0
     )
 
+    @property
+    def rank(self) -> Rank:
+        return "mass"
+
     def observe(self, step: Step) -> Observation:
         return Observation()
-
-    def accumulate(self, slots: Slots) -> Tensor:
-        return slots.kept_mass_BHS + slots.observed_BHS
-
-    def score(self, slots: Slots) -> Tensor:
-        return slots.kept_mass_BHS

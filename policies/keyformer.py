@@ -19,13 +19,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
 from kvpress.budget import Budget
 from kvpress.observe import NoiseKind, Observation
 from kvpress.policy import Policy, option
-from kvpress.types import Slots, Step
+from kvpress.select import Rank
+from kvpress.types import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +48,20 @@ class Keyformer(Policy):
     )
     seed: int = option(0, "of the noise", low=0)
 
+    @property
+    def rank(self) -> Rank:
+        return "mass_per_age" if self.normalise_age else "mass"
+
     def observe(self, step: Step) -> Observation:
         horizon = self.horizon or step.horizon
         tau = self.tau_init + min(step.decoded / horizon, 1.0) * (self.tau_end - self.tau_init)
-        window = None if self.window == "all" else self.window
-        return Observation(window=window, noise=self.noise, tau=tau, seed=self.seed)
-
-    def accumulate(self, slots: Slots) -> Tensor:
-        # The last W queries stand for all queries of the prompt: without the factor decode steps
-        # would weigh n/W more.
-        scored = slots.new_tokens if self.window == "all" else min(self.window, slots.new_tokens)
-        return slots.kept_mass_BHS + slots.observed_BHS * (slots.new_tokens / scored)
-
-    def score(self, slots: Slots) -> Tensor:
-        if not self.normalise_age:
-            return slots.kept_mass_BHS
-        age_BHS = slots.seen_B[:, None, None] - slots.position_BHS
-        return slots.kept_mass_BHS / torch.clamp(age_BHS, min=1)
+        # The last W queries stand for all queries of the prompt: without the weight decode steps
+        # would count n/W times as much.
+        scored = step.new_tokens if self.window == "all" else min(self.window, step.new_tokens)
+        return Observation(
+            window=None if self.window == "all" else self.window,
+            noise=self.noise,
+            tau=tau,
+            seed=self.seed,
+            weight=step.new_tokens / scored,
+        )

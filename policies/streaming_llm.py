@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from kvpress.budget import Budget
 from kvpress.policy import Policy, option
-from kvpress.types import Slots
+from kvpress.select import Rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,5 +24,6 @@ class StreamingLLM(Policy):
         1, "decoded tokens between evictions; 0 evicts after prompts only", low=0
     )
 
-    def score(self, slots: Slots) -> Tensor:
-        return slots.position_BHS
+    @property
+    def rank(self) -> Rank:
+        return "position"

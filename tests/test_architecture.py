@@ -20,7 +20,8 @@ POLICIES = [path.stem for path in (ROOT / "policies").glob("*.py") if path.stem 
 # A module may import only from its own line and the lines above it.
 LAYERS = [
     {"errors", "env", "types", "noise"},
-    {"budget", "ops"},
+    {"budget", "native", "shapes"},
+    {"ops"},
     {"select", "observe"},
     {"policy"},
     {"loading"},

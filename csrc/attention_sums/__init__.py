@@ -1,6 +1,18 @@
 """Column sums of softmax attention over the queries of a prompt, without the P×S matrix."""
 
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
 SCHEMA = (
     "attention_sums(Tensor query_BNPD, Tensor key_BHSD, Tensor position_BHS, float scaling, float"
     " softcap, int window, str noise, float tau, int seed, int layer) -> Tensor sums_BHS"
 )
+
+
+def fake(query_BNPD: Tensor, key_BHSD: Tensor, *args: Any) -> Tensor:
+    """An empty result of the right shape and dtype."""
+    return key_BHSD.new_empty(key_BHSD.shape[:3], dtype=torch.float32)

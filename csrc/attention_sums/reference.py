@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from kvpress.csrc.decode_step.reference import check_noise
 from torch import Tensor
 
+from kvpress import shapes
 from kvpress.noise import NO_QUERY, exponential
 
 BLOCK_ELEMENTS = 1 << 20  # logits per block: 4 MiB in fp32, which stays near the cores
@@ -26,8 +28,9 @@ def attention_sums(
 
     Summed over the query group. The P queries belong to the last P slots, in order; query i sees
     slots 0 … S − P + i that hold a token (position >= 0). See README.md for the formulas of the
-    three kinds of noise.
+    three kinds of noise. Raises OperatorError.
     """
+    check(query_BNPD, key_BHSD, position_BHS, softcap, window, noise, tau)
     batch, query_heads, queries, width = query_BNPD.shape
     heads, slots = key_BHSD.shape[1:3]
     group = query_heads // heads
@@ -80,3 +83,34 @@ def attention_sums(
             x_BHGps /= tau
         sums_BHS[..., :seen] += x_BHGps.softmax(-1).sum((2, 3))
     return sums_BHS
+
+
+def check(
+    query_BNPD: Tensor,
+    key_BHSD: Tensor,
+    position_BHS: Tensor,
+    softcap: float,
+    window: int,
+    noise: str,
+    tau: float,
+) -> None:
+    """Raises OperatorError for operands that do not fit together."""
+    op = "attention_sums"
+    named = {"query_BNPD": query_BNPD, "key_BHSD": key_BHSD}
+    lengths = shapes.bind(op, {**named, "position_BHS": position_BHS})
+    shapes.floating(op, named)
+    if position_BHS.dtype != torch.int64:
+        shapes.refuse(op, f"position_BHS is {position_BHS.dtype}; it must be torch.int64")
+    if not lengths["H"] or lengths["N"] % lengths["H"]:
+        shapes.refuse(
+            op, f"{lengths['H']} KV heads of key_BHSD do not divide {lengths['N']} query heads"
+        )
+    if lengths["P"] > lengths["S"]:
+        shapes.refuse(op, f"{lengths['P']} queries own the last of only {lengths['S']} slots")
+    if lengths["D"] > shapes.MOST_WIDTH:
+        shapes.refuse(
+            op, f"heads of {lengths['D']} channels; at most {shapes.MOST_WIDTH} are supported"
+        )
+    if window < 0:
+        shapes.refuse(op, f"window is {window}; it must not be negative")
+    check_noise(op, noise, tau, softcap)

@@ -13,10 +13,19 @@ KEY, VALUE, POSITION, MASS = "key", "value", "position", "mass"
 
 
 class Column(NamedTuple):
-    """One field of every slot: `shape` is what follows the slot dimension."""
+    """One field of every slot: `shape` is that of one slot's value.
+
+    slot_last: pages are `[*shape, page_slots]`, so that a channel of neighbouring slots lies side
+    by side, as kernels read keys; otherwise `[page_slots, *shape]`.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    slot_last: bool = False
+
+    def page_shape(self, page_slots: int) -> tuple[int, ...]:
+        """The shape of one page."""
+        return (*self.shape, page_slots) if self.slot_last else (page_slots, *self.shape)
 
     @property
     def slot_bytes(self) -> int:

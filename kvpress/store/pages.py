@@ -3,7 +3,7 @@
 Row r = b·H + h. Slot s of row r lies in page `table[r, s // page_slots]` at offset `s %
 page_slots`. The order of slots inside a row is free: keys are stored rotated, at their own
 positions, so that evicting one slot and appending a token is one overwrite. Counts and tables are
-mirrored on the host and never read back from the device.
+known to the host, which never reads them back from the device.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class PagedRows:
         self.counts = torch.zeros(sequences * heads, dtype=torch.int64)
         self._table = torch.zeros(sequences * heads, 0, dtype=torch.int32)
         self._device_table = self._table.to(device)
+        self._device_counts: Tensor | None = None  # a copy of `counts`, unless it is outdated
         self._owned = torch.zeros(sequences * heads, dtype=torch.int64)  # pages of each row
+        self._spare = 0  # tokens that surely fit into every row
         self._free: list[int] = []
         self.most_pages = 2**62  # the pool is never grown beyond what rows may come to need
         self._pool = self._new_pool(0)
@@ -67,6 +69,8 @@ class PagedRows:
         """Every tensor that the store owns."""
         yield from self._pool.values()
         yield from (self.counts, self._table, self._device_table, self._owned)
+        if self._device_counts is not None:
+            yield self._device_counts
 
     def page_bytes(self) -> int:
         """Bytes that one more page costs: its slots and its entry in the page table."""
@@ -76,18 +80,44 @@ class PagedRows:
 
     def row_bytes(self) -> int:
         """Bytes that a row costs besides its pages: its counters."""
-        return self.counts.element_size() + self._owned.element_size()
+        copies = 1 if self.device.type == "cpu" else 2
+        return self.counts.element_size() * copies + self._owned.element_size()
 
     def pool(self, name: str) -> Tensor:
-        """The pages of one column, `[P, page_slots, ...]`, as operators read them."""
+        """The pages of one column, `[P, *page_shape]`, as operators read them."""
         return self._pool[name]
 
     def operands(self, sequences: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Page table (int32 `[R, W]`) and counts (int64 `[R]`) of some rows, on the device."""
         if sequences is None:
-            return self._device_table, self.counts.to(self.device)
+            return self._device_table, self.device_counts
         row_R = self.row_index(sequences)
         return self._device_table[row_R.to(self.device)], self.counts[row_R].to(self.device)
+
+    @property
+    def device_counts(self) -> Tensor:
+        """The counts of all rows where the operators are: `counts` itself on the CPU."""
+        if self.device.type == "cpu":
+            return self.counts
+        if self._device_counts is None:
+            self._device_counts = self.counts.to(self.device)
+        return self._device_counts
+
+    def reserve_one(self) -> None:
+        """Makes room for one more slot in every row."""
+        if self._spare == 0:
+            self._reserve(self.counts + 1)
+            self._spare = int((self._owned * self.page_slots - self.counts).min())
+        self._spare -= 1
+
+    def count_step(self, quota_R: Tensor | None) -> None:
+        """Counts what the operator `decode_step` did to the counts on the device.
+
+        One token came to every row; rows above `quota_R` lost one slot.
+        """
+        if self.device.type != "cpu":  # there the operator changed `counts` itself
+            counts = self.counts + 1
+            self.counts = counts if quota_R is None else counts - (counts > quota_R).long()
 
     def addresses(self, sequences: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """The flat address of every slot and whether it is occupied, `[R, S]`: int64 and bool.
@@ -106,8 +136,8 @@ class PagedRows:
     def dense(self, name: str, sequences: Sequence[int] | None = None) -> Tensor:
         """A dense copy of one column, `[b, H, S, ...]`; empty slots hold position -1 and zeros."""
         address_RS, held_RS = self.addresses(sequences)
-        flat = ops.gather_slots(self._pool[name], address_RS.flatten())
-        shape = self.columns[name].shape
+        shape, slot_last = self.columns[name].shape, self.columns[name].slot_last
+        flat = ops.gather_slots(self._pool[name], address_RS.flatten(), slot_last)
         empty = EMPTY if name == POSITION else 0
         flat.masked_fill_(~held_RS.flatten().view(-1, *[1] * len(shape)), empty)
         batch = self.sequences if sequences is None else len(sequences)
@@ -136,21 +166,15 @@ class PagedRows:
         self._reserve(counts)
         address_N = self._host_address(row_R[:, None], slot_RT).flatten().to(self.device)
         for name, column in self.columns.items():
-            flat = self._pool[name].flatten(0, 1)
-            if name not in columns:
-                flat.index_fill_(0, address_N, 0)
-                continue
             shape = (len(chosen), self.heads, tokens, *column.shape)
-            source = columns[name].detach().to(column.dtype).expand(shape)
-            flat.index_copy_(0, address_N, source.reshape(-1, *column.shape))
-        self.counts = counts
+            source = columns.get(name, torch.zeros((), device=self.device)).detach().expand(shape)
+            self._scatter(name, address_N, source)
+        self._set_counts(counts)
 
     def write(self, name: str, values_bHS: Tensor, sequences: Sequence[int] | None = None) -> None:
         """Overwrites one column of every occupied slot from the form that `dense` gives it."""
         address_RS, held_RS = self.addresses(sequences)
-        flat = self._pool[name].flatten(0, 1)
-        values_RS = values_bHS.reshape(address_RS.shape).to(flat.dtype)
-        flat[address_RS[held_RS]] = values_RS[held_RS]
+        self._scatter(name, address_RS[held_RS], values_bHS.reshape(address_RS.shape)[held_RS])
 
     def evict_one(self, row_N: Tensor, slot_N: Tensor) -> None:
         """Drops one slot (int64, on the device) of each of some rows (int64, on the host).
@@ -163,10 +187,10 @@ class PagedRows:
         from_N = self._host_address(row_N, last_N).to(self.device)
         page_N = self._device_table[row_N.to(self.device), slot_N // self.page_slots].long()
         to_N = page_N * self.page_slots + slot_N % self.page_slots
-        for pool in self._pool.values():
-            flat = pool.flatten(0, 1)
-            flat.index_copy_(0, to_N, flat.index_select(0, from_N))
-        self.counts = self.counts.index_copy(0, row_N, last_N)
+        for name, column in self.columns.items():
+            moved = ops.gather_slots(self._pool[name], from_N, column.slot_last)
+            ops.scatter_slots(self._pool[name], to_N, moved, column.slot_last)
+        self._set_counts(self.counts.index_copy(0, row_N, last_N))
 
     def fill(self, groups: Sequence[Survivors], headroom: int = 0) -> None:
         """Replaces what some sequences hold, in exactly the pages that all rows then need.
@@ -188,7 +212,8 @@ class PagedRows:
         pages = -(-(counts + headroom) // self.page_slots)
         pages[counts == 0] = 0
         self._pool = self._new_pool(int(pages.sum()))
-        self._free, self._owned, self.counts = [], pages, counts
+        self._free, self._owned = [], pages
+        self._set_counts(counts)
         first = pages.cumsum(0) - pages
         width = torch.arange(int(pages.max()) if len(pages) else 0)
         table = torch.where(width < pages[:, None], first[:, None] + width, 0)
@@ -237,12 +262,22 @@ class PagedRows:
         page = self._table[row, slot // self.page_slots].long()
         return page * self.page_slots + slot % self.page_slots
 
+    def _scatter(self, name: str, address_N: Tensor, values: Tensor) -> None:
+        """Writes values `[..., *shape]` of one column to the addresses, in the column's dtype."""
+        column = self.columns[name]
+        slots_NX = values.to(column.dtype).reshape(-1, *column.shape).contiguous()
+        ops.scatter_slots(self._pool[name], address_N, slots_NX, column.slot_last)
+
     def _new_pool(self, pages: int) -> dict[str, Tensor]:
-        shape = (pages, self.page_slots)
-        return {
-            name: torch.empty(*shape, *column.shape, dtype=column.dtype, device=self.device)
-            for name, column in self.columns.items()
-        }
+        return {name: self._new_pages(name, pages) for name in self.columns}
+
+    def _new_pages(self, name: str, pages: int) -> Tensor:
+        column = self.columns[name]
+        shape = (pages, *column.page_shape(self.page_slots))
+        return torch.empty(shape, dtype=column.dtype, device=self.device)
+
+    def _set_counts(self, counts: Tensor) -> None:
+        self.counts, self._device_counts, self._spare = counts, None, 0
 
     def _set_table(self, table_RW: Tensor) -> None:
         self._table = table_RW.contiguous()
@@ -261,17 +296,12 @@ class PagedRows:
         address_N = (address_RS.flatten() if everything else address_RS[held_RS]).to(self.device)
         held_N = held_RS.flatten().to(self.device)
         for name, column in self.columns.items():
-            flat = self._pool[name].flatten(0, 1)
-            if name not in group.columns:
-                flat.index_fill_(0, address_N, 0)
-                continue
-            source = (
-                group.columns[name][:, :, :slots]
-                .detach()
-                .to(column.dtype)
-                .reshape(-1, *column.shape)
-            )
-            flat.index_copy_(0, address_N, source if everything else source[held_N])
+            shape = (len(group.sequences), self.heads, slots, *column.shape)
+            absent = torch.zeros((), device=self.device).expand(shape)
+            source = group.columns.get(name, absent)[:, :, :slots].detach()
+            if not everything:
+                source = source.reshape(-1, *column.shape)[held_N]
+            self._scatter(name, address_N, source)
 
     def _reserve(self, counts: Tensor) -> None:
         """Gives every row the pages that `counts` slots need."""
@@ -296,10 +326,8 @@ class PagedRows:
         old = self._pool[POSITION].shape[0]
         spare = min(old // _GROWTH, self.most_pages - old)
         new = old + max(pages, spare)
-        for name, column in self.columns.items():
-            pool = torch.empty(
-                new, self.page_slots, *column.shape, dtype=column.dtype, device=self.device
-            )
+        for name in self.columns:
+            pool = self._new_pages(name, new)
             pool[:old] = self._pool[name]
             self._pool[name] = pool
         self._free = list(range(new - 1, old - 1, -1)) + self._free

@@ -14,7 +14,10 @@ def paged(
 ) -> PagedRows:
     """Ragged rows in a pool whose unused memory is poisoned with NaN."""
     heads = len(counts[0])
-    columns = {"key": Column((width,), dtype), "value": Column((value_width,), dtype)}
+    columns = {
+        "key": Column((width,), dtype, slot_last=True),
+        "value": Column((value_width,), dtype),
+    }
     store = PagedRows(len(counts), heads, columns, page, torch.device("cpu"))
     store._reserve(torch.tensor(counts).flatten() + 3)
     for name in ("key", "value"):
@@ -23,8 +26,12 @@ def paged(
         for h, count in enumerate(row):
             r = b * heads + h
             address = [int(store._table[r, s // page]) * page + s % page for s in range(count)]
-            for name, size in (("key", width), ("value", value_width)):
-                store.pool(name).flatten(0, 1)[address] = torch.randn(count, size).to(dtype)
+            page_N, slot_N = (
+                torch.tensor(address).long() // page,
+                torch.tensor(address).long() % page,
+            )
+            store.pool("key")[page_N, :, slot_N] = torch.randn(count, width).to(dtype)
+            store.pool("value")[page_N, slot_N] = torch.randn(count, value_width).to(dtype)
     store.counts = torch.tensor(counts).flatten()
     return store
 
@@ -85,7 +92,10 @@ def test_the_order_of_slots_does_not_matter_for_one_query() -> None:
     key, value = torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30, 16)
     outputs = []
     for index in (torch.arange(30), order):
-        columns = {"key": Column((16,), torch.float32), "value": Column((16,), torch.float32)}
+        columns = {
+            "key": Column((16,), torch.float32, slot_last=True),
+            "value": Column((16,), torch.float32),
+        }
         store = PagedRows(1, 2, columns, 4, torch.device("cpu"))
         position = index.expand(1, 2, 30)
         store.append({"key": key[:, :, index], "value": value[:, :, index], "position": position})

@@ -136,7 +136,6 @@ def test_a_budget_that_nobody_can_meet_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("    accumulates = True\n", "has no accumulate"),
         ("    def score(self, slots):\n        return slots.seen_B\n", "one number per slot"),
         ("    def score(self, slots):\n        return slots.position_BHS / 0 * 0\n", "NaN scores"),
         ("    def allocate(self, *a):\n        return [9]\n    score = None\n", "must give 2"),

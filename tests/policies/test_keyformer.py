@@ -13,7 +13,7 @@ import kvpress
 from kvpress import ops
 from kvpress.loading import load_policy
 from kvpress.noise import NO_QUERY, gumbel
-from kvpress.observe import Observation, step_sums
+from kvpress.observe import Observation, prompt_sums, step_sums
 from kvpress.select import drop_one, keep_top, protect
 from kvpress.types import Slots, Step
 
@@ -36,7 +36,9 @@ def sums(logits: torch.Tensor, noise: str = "none", tau: float = 1.0, **kw: Any)
     position = torch.arange(logits.shape[1])[None, None]
     window = kw.get("window", logits.shape[0])
     seed, layer = kw.get("seed", 0), kw.get("layer", 0)
-    return ops.attention_sums(query, key, position, 1.0, 0.0, window, noise, tau, seed, layer)[0, 0]
+    # The reference, so that tests can put the worked example's noise in place of the generator's.
+    reference = ops.implementation("attention_sums", "reference")
+    return reference(query, key, position, 1.0, 0.0, window, noise, tau, seed, layer)[0, 0]
 
 
 @pytest.fixture
@@ -79,7 +81,7 @@ def test_worked_example_with_frozen_noise_promotes_token_3(frozen: None) -> None
     kept = keep_top(f[None, None], position, protected, torch.tensor([[3]]))
     assert kept[0, 0].nonzero().flatten().tolist() == [0, 2, 3]
 
-    request = policy.observe(Step(layer=0, decoded=1, horizon=99))
+    request = policy.observe(Step(layer=0, decoded=1, new_tokens=1, horizon=99))
     assert request.tau == pytest.approx(1.25)
     held = [0, 2, 3, 4]
     weights = torch.softmax(torch.tensor([0.5, 0.0, 5.0, 2.0]), -1)[None, None]
@@ -140,9 +142,9 @@ def test_without_noise_and_temperature_it_is_h2o() -> None:
 def test_temperature_is_linear_and_clamped() -> None:
     """Property 4."""
     policy = load_policy("keyformer")
-    tau = [policy.observe(Step(0, t, 8)).tau for t in (0, 2, 4, 8, 80)]
+    tau = [policy.observe(Step(0, t, 1, 8)).tau for t in (0, 2, 4, 8, 80)]
     assert tau == [1.0, 1.25, 1.5, 2.0, 2.0]
-    assert load_policy("keyformer", horizon=4).observe(Step(0, 2, 8)).tau == 1.5
+    assert load_policy("keyformer", horizon=4).observe(Step(0, 2, 1, 8)).tau == 1.5
 
 
 def test_shift_and_scale_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +230,8 @@ def test_blockwise_equals_dense(noise: str, tau: float, monkeypatch: pytest.Monk
     dense = x.softmax(-1).sum((2, 3)).float()
     for elements in (1, 5 * batch * heads * group * tokens, 1 << 30):
         monkeypatch.setattr(reference, "BLOCK_ELEMENTS", elements)
-        given = ops.attention_sums(query, key, position, 0.25, 0.0, tokens, noise, tau, 7, 4)
+        sums = ops.implementation("attention_sums", "reference")
+        given = sums(query, key, position, 0.25, 0.0, tokens, noise, tau, 7, 4)
         torch.testing.assert_close(given, dense, rtol=1e-5, atol=1e-6)
 
 
@@ -318,12 +321,13 @@ def test_group_of_one_equals_multi_head_attention() -> None:
 
 def test_scoring_a_window_weighs_it_like_the_whole_prompt() -> None:
     policy = load_policy("keyformer", window=4)
-    assert policy.observe(Step(0, 0, 1)).window == 4
-    slots = Slots(
-        0, torch.arange(10)[None, None], torch.tensor([10]), 10, {}.__getitem__,
-        torch.ones(1, 1, 10), torch.zeros(1, 1, 10),
-    )  # fmt: skip
-    assert policy.accumulate(slots).tolist() == [[[2.5] * 10]]
+    observation = policy.observe(Step(0, 0, 10, 1))
+    assert (observation.window, observation.weight) == (4, 2.5)
+    query, key = torch.randn(1, 2, 10, 8), torch.randn(1, 1, 10, 8)
+    position = torch.arange(10)[None, None]
+    total = prompt_sums(query, key, position, 0, observation, 0.3, 0.0).sum()
+    torch.testing.assert_close(total, torch.tensor(20.0))
+    assert policy.observe(Step(0, 5, 1, 9)).weight == 1.0
 
 
 def test_age_normalisation_divides_by_the_queries_that_could_see_a_token() -> None:

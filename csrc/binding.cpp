@@ -1,0 +1,329 @@
+// The CPU operators for PyTorch, through its stable ABI: checks, allocation, choice of the instruction set.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdlib>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "include/args.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace kvpress {
+
+namespace avx512 { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+namespace portable { extern const Kernels kernels; }
+
+namespace {
+
+// Errors name the operator, the tensor, what was given and what is allowed.
+template <class... Parts>
+[[noreturn]] void refuse(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << "kvpress::" << op << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+std::string shape_of(const Tensor& x) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < x.dim(); i++) text << (i ? ", " : "") << x.size(i);
+  return text.str() + "]";
+}
+
+// Lengths by letter, bound by the first tensor that shows them: shape(x, "key_PDS") checks the rest.
+class Shapes {
+ public:
+  explicit Shapes(const char* op) : op_(op) {}
+
+  void bind(const Tensor& x, const char* name) {
+    if (x.device().type() != torch::headeronly::DeviceType::CPU) refuse(op_, name, " must be on the CPU like the others");
+    const char* letters = name + std::string(name).rfind('_') + 1;
+    const int64_t dims = int64_t(std::string(letters).size());
+    if (x.dim() != dims) refuse(op_, name, " has ", x.dim(), " dimensions ", shape_of(x), ", its name says which ", dims, " are allowed");
+    for (int64_t i = 0; i < dims; i++) {
+      int64_t& length = lengths_[size_t(letters[i])];
+      if (letters[i] == '1' && x.size(i) != 1) refuse(op_, name, " has shape ", shape_of(x), "; dimension ", i, " must be 1");
+      if (letters[i] == '1') continue;
+      if (length < 0) length = x.size(i);
+      if (length != x.size(i))
+        refuse(op_, name, " has shape ", shape_of(x), ", but ", letters[i], " is ", length, " in another tensor");
+    }
+  }
+  int64_t operator[](char letter) const { return lengths_[size_t(letter)]; }
+
+ private:
+  struct Lengths {
+    int64_t of[128];
+    Lengths() { for (auto& x : of) x = -1; }
+    int64_t& operator[](size_t i) { return of[i]; }
+    const int64_t& operator[](size_t i) const { return of[i]; }
+  };
+  const char* op_;
+  Lengths lengths_;
+};
+
+Type type_of(const char* op, const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Type::kFloat32;
+    case ScalarType::BFloat16: return Type::kBFloat16;
+    case ScalarType::Half: return Type::kFloat16;
+    default: refuse(op, name, " must be float32, bfloat16 or float16");
+  }
+}
+
+void expect(const char* op, const Tensor& x, const char* name, ScalarType type, const char* text) {
+  if (x.scalar_type() != type) refuse(op, name, " must be ", text);
+  if (!x.is_contiguous()) refuse(op, name, " must be contiguous; call .contiguous()");
+}
+
+// A tensor [B, N, T, D]; the returned copy owns its memory where the last dimension was not contiguous.
+struct Strided {
+  Tensor tensor;
+  Heads heads;
+  Strided(const char* op, const Tensor& x, const char* name)
+      : tensor(x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x)),
+        heads{tensor.data_ptr(), type_of(op, x, name), tensor.stride(0), tensor.stride(1), tensor.stride(2)} {}
+};
+
+constexpr int64_t kMostWidth = 256, kMostQueries = 32;
+
+// The fastest kernels that this machine runs, or those that KVPRESS_CPU names.
+const Kernels& kernels() {
+  static const Kernels* chosen = [] {
+    const char* wanted = std::getenv("KVPRESS_CPU");
+    const std::string most = wanted ? wanted : "";
+    if (!most.empty() && most != "avx512" && most != "avx2" && most != "portable")
+      refuse("operators", "KVPRESS_CPU='", most, "' is unknown; allowed: avx512, avx2, portable");
+#if defined(KERNELS_FOR_AVX512)
+    if ((most.empty() || most == "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      return &avx512::kernels;
+#endif
+#if defined(KERNELS_FOR_AVX2)
+    if (most != "portable" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
+      return &avx2::kernels;
+#endif
+    return &portable::kernels;
+  }();
+  return *chosen;
+}
+
+Threads threads() {
+  return {int64_t(torch::stable::get_num_threads()), [](int64_t workers, const std::function<void(int64_t)>& work) {
+            torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; i++) work(i);
+            });
+          }};
+}
+
+// Checks and fills what decode_rows and decode_step share.
+DecodeRows rows_of(const char* op, Shapes& shapes, const Strided& query, const Tensor& key, const Tensor& value,
+                   const Tensor& table, const Tensor& counts, double scaling, double softcap, bool appends) {
+  shapes.bind(key, "key_PDS");
+  shapes.bind(value, "value_PSE");
+  shapes.bind(table, "table_RW");
+  shapes.bind(counts, "counts_R");
+  expect(op, table, "table_RW", ScalarType::Int, "int32");
+  expect(op, counts, "counts_R", ScalarType::Long, "int64");
+  expect(op, key, "key_PDS", key.scalar_type(), "");
+  expect(op, value, "value_PSE", key.scalar_type(), "of the same dtype as key_PDS");
+  const int64_t batch = shapes['B'], query_heads = shapes['N'], rows = shapes['R'];
+  if (shapes['D'] > kMostWidth || shapes['E'] > kMostWidth)
+    refuse(op, "heads of ", shapes['D'], " and ", shapes['E'], " channels; at most ", kMostWidth, " are supported");
+  if (batch == 0 || rows % batch || rows == 0 || query_heads % (rows / batch))
+    refuse(op, "table_RW has ", rows, " rows; query_BNQD of shape ", shape_of(query.tensor),
+           " needs a multiple of B whose number of KV heads divides N");
+  if (softcap < 0) refuse(op, "softcap is ", softcap, "; it must be positive, or 0 for none");
+  const Pages pages{key.data_ptr(), value.data_ptr(), type_of(op, key, "key_PDS"), shapes['P'], shapes['S'],
+                    shapes['D'], shapes['E'], static_cast<const int32_t*>(table.data_ptr()), shapes['W']};
+  const auto* count = static_cast<const int64_t*>(counts.data_ptr());
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t slots = count[r] + appends, needed = (slots + pages.page_slots - 1) / pages.page_slots;
+    if (count[r] < 0 || needed > pages.table_width)
+      refuse(op, "row ", r, " holds ", slots, " slots, but table_RW has room for ", pages.table_width * pages.page_slots);
+    for (int64_t w = 0; w < needed; w++)
+      if (const int32_t page = pages.table[r * pages.table_width + w]; page < 0 || page >= pages.pages)
+        refuse(op, "table_RW names page ", page, " in row ", r, "; pages 0 to ", pages.pages - 1, " exist");
+  }
+  DecodeRows a{};
+  a.query = query.heads;
+  a.pages = pages;
+  a.counts = count;
+  a.batch = batch;
+  a.heads = rows / batch;
+  a.group = query_heads / a.heads;
+  a.logits = {scaling, softcap};
+  return a;
+}
+
+std::tuple<Tensor, Tensor, Tensor> decode_rows(Tensor query, Tensor key, Tensor value, Tensor table, Tensor counts,
+                                               double scaling, double softcap, bool need_weights) {
+  const char* op = "decode_rows";
+  Shapes shapes(op);
+  shapes.bind(query, "query_BNQD");
+  if (shapes['Q'] < 1 || shapes['Q'] > kMostQueries)
+    refuse(op, "query_BNQD has ", shapes['Q'], " queries; 1 to ", kMostQueries, " are allowed");
+  const Strided queries(op, query, "query_BNQD");
+  DecodeRows a = rows_of(op, shapes, queries, key, value, table, counts, scaling, softcap, false);
+  a.queries = shapes['Q'];
+  const int64_t slots = a.pages.table_width * a.pages.page_slots;
+  Tensor out = torch::stable::new_empty(query, {shapes['B'], shapes['N'], a.queries, a.pages.value_width});
+  Tensor lse = torch::stable::new_empty(query, {shapes['B'], shapes['N'], a.queries}, ScalarType::Float);
+  Tensor weights = need_weights ? torch::stable::new_empty(query, {shapes['B'], shapes['N'], a.queries, slots}, ScalarType::Float)
+                                : torch::stable::new_empty(query, {0}, ScalarType::Float);
+  a.out = out.data_ptr();
+  a.lse = static_cast<float*>(lse.data_ptr());
+  a.weights = need_weights ? static_cast<float*>(weights.data_ptr()) : nullptr;
+  kernels().decode_rows(a, threads());
+  return {out, lse, weights};
+}
+
+template <class Enum>
+Enum one_of(const char* op, const char* name, const std::string& given, std::initializer_list<const char*> allowed) {
+  int i = 0;
+  for (const char* text : allowed) {
+    if (given == text) return Enum(i);
+    i++;
+  }
+  std::ostringstream list;
+  for (const char* text : allowed) list << " " << text;
+  refuse(op, name, "='", given, "' is unknown; allowed:", list.str());
+}
+
+Observation observation_of(const char* op, const std::string& noise, double tau, int64_t seed, int64_t layer) {
+  if (!(tau > 0)) refuse(op, "tau is ", tau, "; it must be positive");
+  return {one_of<Noise>(op, "noise", noise, {"none", "frozen", "fresh"}), tau, seed, layer};
+}
+
+Tensor decode_step(Tensor query, Tensor key, Tensor value, Tensor key_pool, Tensor value_pool, Tensor position_pool,
+                   std::optional<Tensor> mass_pool, Tensor table, Tensor counts, Tensor seen, Tensor quota,
+                   Tensor recent, int64_t sink, bool evict, std::string rank, std::string noise, double tau,
+                   int64_t seed, int64_t layer, double scaling, double softcap) {
+  const char* op = "decode_step";
+  Shapes shapes(op);
+  shapes.bind(query, "query_BN1D");
+  shapes.bind(key, "key_BH1D");
+  shapes.bind(value, "value_BH1E");
+  const Strided queries(op, query, "query_BN1D"), keys(op, key, "key_BH1D"), values(op, value, "value_BH1E");
+  DecodeStep a{};
+  a.attend = rows_of(op, shapes, queries, key_pool, value_pool, table, counts, scaling, softcap, true);
+  if (a.attend.heads != shapes['H']) refuse(op, "key_BH1D has ", shapes['H'], " heads, table_RW has ", a.attend.heads);
+  a.attend.queries = 1;
+  a.key = keys.heads;
+  a.value = values.heads;
+  shapes.bind(position_pool, "position_PS");
+  expect(op, position_pool, "position_PS", ScalarType::Int, "int32");
+  a.position = static_cast<int32_t*>(position_pool.data_ptr());
+  if (mass_pool) {
+    shapes.bind(*mass_pool, "mass_PS");
+    expect(op, *mass_pool, "mass_PS", ScalarType::Float, "float32");
+    a.mass = static_cast<float*>(mass_pool->data_ptr());
+  }
+  shapes.bind(seen, "seen_B");
+  shapes.bind(quota, "quota_R");
+  shapes.bind(recent, "recent_B");
+  for (const Tensor* x : {&seen, &quota, &recent}) expect(op, *x, "seen_B, quota_R and recent_B", ScalarType::Long, "int64");
+  a.counts = static_cast<int64_t*>(counts.data_ptr());
+  a.seen = static_cast<const int64_t*>(seen.data_ptr());
+  a.quota = static_cast<const int64_t*>(quota.data_ptr());
+  a.recent = static_cast<const int64_t*>(recent.data_ptr());
+  a.sink = sink;
+  a.evict = evict;
+  a.rank = one_of<Rank>(op, "rank", rank, {"mass", "mass_per_age", "position"});
+  if (evict && !a.mass && a.rank != Rank::kPosition) refuse(op, "rank='", rank, "' needs mass_PS");
+  a.observation = observation_of(op, noise, tau, seed, layer);
+  Tensor out = torch::stable::new_empty(query, {shapes['B'], shapes['N'], 1, shapes['E']});
+  a.attend.out = out.data_ptr();
+  kernels().decode_step(a, threads());
+  return out;
+}
+
+Tensor attention_sums(Tensor query, Tensor key, Tensor position, double scaling, double softcap, int64_t window,
+                      std::string noise, double tau, int64_t seed, int64_t layer) {
+  const char* op = "attention_sums";
+  Shapes shapes(op);
+  shapes.bind(query, "query_BNPD");
+  shapes.bind(key, "key_BHSD");
+  shapes.bind(position, "position_BHS");
+  if (position.scalar_type() != ScalarType::Long) refuse(op, "position_BHS must be int64");
+  if (shapes['H'] == 0 || shapes['N'] % shapes['H'])
+    refuse(op, "the ", shapes['H'], " KV heads of key_BHSD do not divide the ", shapes['N'], " heads of query_BNPD");
+  if (shapes['P'] > shapes['S']) refuse(op, shapes['P'], " queries own the last slots, but key_BHSD has ", shapes['S']);
+  if (shapes['D'] > kMostWidth) refuse(op, "heads of ", shapes['D'], " channels; at most ", kMostWidth, " are supported");
+  if (window < 0) refuse(op, "window is ", window, "; it must not be negative");
+  if (softcap < 0) refuse(op, "softcap is ", softcap, "; it must be positive, or 0 for none");
+  const Strided queries(op, query, "query_BNPD"), keys(op, key, "key_BHSD");
+  const Tensor positions = torch::stable::contiguous(position);
+  Tensor sums = torch::stable::new_empty(query, {shapes['B'], shapes['H'], shapes['S']}, ScalarType::Float);
+  AttentionSums a{queries.heads, keys.heads, static_cast<const int64_t*>(positions.data_ptr()), shapes['B'], shapes['H'],
+                  shapes['N'] / shapes['H'], shapes['P'], shapes['S'], shapes['D'], window, {scaling, softcap},
+                  observation_of(op, noise, tau, seed, layer), static_cast<float*>(sums.data_ptr())};
+  kernels().attention_sums(a, threads());
+  return sums;
+}
+
+// Checks what gather_slots and scatter_slots share; `slots` is filled in by them.
+CopySlots copy_of(const char* op, const Tensor& pool, const Tensor& address, bool slot_last) {
+  const int64_t dims = pool.dim();
+  if (dims < 2 || (slot_last && dims != 3)) refuse(op, "pool_PX has shape ", shape_of(pool), "; [P, S, ...] or [P, D, S]");
+  if (address.dim() != 1) refuse(op, "address_N has shape ", shape_of(address), "; it must be a list");
+  expect(op, pool, "pool_PX", pool.scalar_type(), "");
+  expect(op, address, "address_N", ScalarType::Long, "int64");
+  CopySlots a{};
+  a.pool = pool.data_ptr();
+  a.address = static_cast<const int64_t*>(address.data_ptr());
+  a.count = address.numel();
+  a.page_slots = slot_last ? pool.size(2) : pool.size(1);
+  a.width = 1;
+  for (int64_t i = 1; i < dims; i++) a.width *= slot_last ? (i == 1 ? pool.size(i) : 1) : (i > 1 ? pool.size(i) : 1);
+  a.item_bytes = int64_t(pool.element_size());
+  a.slot_last = slot_last;
+  const int64_t slots = pool.size(0) * a.page_slots;
+  for (int64_t n = 0; n < a.count; n++)
+    if (a.address[n] < 0 || a.address[n] >= slots)
+      refuse(op, "address_N names slot ", a.address[n], "; slots 0 to ", slots - 1, " exist");
+  return a;
+}
+
+Tensor gather_slots(Tensor pool, Tensor address, bool slot_last) {
+  CopySlots a = copy_of("gather_slots", pool, address, slot_last);
+  std::vector<int64_t> shape{a.count};
+  for (int64_t i = slot_last ? 1 : 2; i < (slot_last ? 2 : pool.dim()); i++) shape.push_back(pool.size(i));
+  Tensor slots = torch::stable::new_empty(pool, shape);
+  a.slots = slots.data_ptr();
+  a.gather = true;
+  kernels().copy_slots(a, threads());
+  return slots;
+}
+
+void scatter_slots(Tensor pool, Tensor address, Tensor slots, bool slot_last) {
+  const char* op = "scatter_slots";
+  CopySlots a = copy_of(op, pool, address, slot_last);
+  expect(op, slots, "slots_NX", pool.scalar_type(), "of the dtype of pool_PX");
+  if (slots.size(0) != a.count || slots.numel() != a.count * a.width)
+    refuse(op, "slots_NX has shape ", shape_of(slots), "; it must hold ", a.count, " slots of ", a.width, " elements");
+  a.slots = slots.data_ptr();
+  kernels().copy_slots(a, threads());
+}
+
+}  // namespace
+}  // namespace kvpress
+
+STABLE_TORCH_LIBRARY_IMPL(kvpress, CPU, library) {
+  library.impl("decode_rows", TORCH_BOX(&kvpress::decode_rows));
+  library.impl("decode_step", TORCH_BOX(&kvpress::decode_step));
+  library.impl("attention_sums", TORCH_BOX(&kvpress::attention_sums));
+  library.impl("gather_slots", TORCH_BOX(&kvpress::gather_slots));
+  library.impl("scatter_slots", TORCH_BOX(&kvpress::scatter_slots));
+}

@@ -1,0 +1,282 @@
+// Attention of new queries over ragged paged rows. Formula, bytes and numerics: README.md.
+//
+// A row is cut into chunks of kChunk slots, always at the same places, whatever the batch and the number of threads:
+// the result of a row depends on that row alone, to the last bit. Whoever finishes the last chunk of a row joins them.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../include/tasks.h"
+#include "../include/tiles.h"
+
+namespace kvpress::KERNEL_ISA {
+
+constexpr int64_t kBlock = 64;   // slots between two looks at the running maximum; their keys and values fit in L1
+constexpr int64_t kChunk = 512;  // slots of one task
+
+inline void read_floats(const void* from, Type type, int64_t offset, int64_t count, float factor, float* to) {
+  const auto read = [&](auto* typed) {
+    for (int64_t i = 0; i < count; i++) to[i] = to_float(typed[offset + i]) * factor;
+  };
+  if (type == Type::kFloat32) read(static_cast<const float*>(from));
+  if (type == Type::kBFloat16) read(static_cast<const BFloat16*>(from));
+  if (type == Type::kFloat16) read(static_cast<const Float16*>(from));
+}
+
+inline void write_floats(const float* from, int64_t count, void* to, Type type, int64_t offset) {
+  const auto write = [&](auto* typed) {
+    for (int64_t i = 0; i < count; i++) from_float(from[i], typed + offset + i);
+  };
+  if (type == Type::kFloat32) write(static_cast<float*>(to));
+  if (type == Type::kBFloat16) write(static_cast<BFloat16*>(to));
+  if (type == Type::kFloat16) write(static_cast<Float16*>(to));
+}
+
+// Softmax over a chunk: its largest logit, the sum of exponentials and, behind them, the weighted values.
+struct Partial {
+  float largest, total;
+};
+
+// Extra is what an operator does besides: before_last_chunk(row) and after_row(row, count, LSE, logits).
+template <class E, class Extra>
+class RowsAttention {
+ public:
+  // counts: slots of every row as the queries see them. logits: [R, M, logits_stride] or null.
+  RowsAttention(const DecodeRows& a, const int64_t* counts, float* logits, int64_t logits_stride, Extra& extra)
+      : a_(a), counts_(counts), logits_(logits), logits_stride_(logits_stride), extra_(extra) {
+    rows_ = a.batch * a.heads;
+    m_ = a.group * a.queries;
+    width_ = a.pages.key_width;
+    value_width_ = a.pages.value_width;
+    record_ = 2 + value_width_;
+  }
+
+  void run(const Threads& threads) {
+    std::vector<int64_t>& first = *scratch_vector();
+    first.resize(rows_ + 1);
+    int64_t slots = 0;
+    first[0] = 0;
+    for (int64_t r = 0; r < rows_; r++) {
+      first[r + 1] = first[r] + std::max<int64_t>(1, (counts_[r] + kChunk - 1) / kChunk);
+      slots += counts_[r];
+    }
+    const int64_t chunks = first[rows_];
+    query_ = scratch<float, struct Queries>(rows_ * m_ * width_);
+    partial_ = scratch<float, struct Partials>(chunks * m_ * record_);
+    auto* left = scratch<std::atomic<int32_t>, struct Counters>(rows_);
+    for (int64_t r = 0; r < rows_; r++) {
+      left[r].store(int32_t(first[r + 1] - first[r]), std::memory_order_relaxed);
+      read_queries(r);
+    }
+    const bool worthwhile = slots * (width_ + value_width_) * m_ > 1 << 17;
+    const auto chunk_of = [&](int64_t i) {
+      const int64_t r = std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1;
+      return Chunk{r, (i - first[r]) * kChunk};
+    };
+    const auto attend = [&](int64_t i, int64_t following) {
+      const Chunk chunk = chunk_of(i);
+      const int64_t r = chunk.row;
+      if (i + 1 == first[r + 1]) extra_.before_last_chunk(r);
+      attend_chunk(chunk, chunk_of(following), partial_ + i * m_ * record_);
+      if (left[r].fetch_sub(1, std::memory_order_acq_rel) == 1) join(r, first[r], first[r + 1]);
+    };
+    // Neighbouring chunks together, so that the start of the next one is fetched during the end of the last.
+    const int64_t together = std::max<int64_t>(1, chunks / (threads.count * 8));
+    share(threads, (chunks + together - 1) / together, worthwhile, [&](int64_t i) {
+      const int64_t end = std::min(chunks, (i + 1) * together);
+      for (int64_t c = i * together; c < end; c++) attend(c, std::min(c + 1, end - 1));
+    });
+  }
+
+ private:
+  struct Chunk {
+    int64_t row, begin;
+  };
+
+  static std::vector<int64_t>* scratch_vector() {
+    static thread_local std::vector<int64_t> first;
+    return &first;
+  }
+
+  // Query m = g·Q + q of row r = b·H + h stands at [b, h·G + g, q], which is [r, m] where that is contiguous.
+  int64_t head_of(int64_t r, int64_t m) const { return r % a_.heads * a_.group + m / a_.queries; }
+
+  void read_queries(int64_t r) {
+    for (int64_t m = 0; m < m_; m++) {
+      const int64_t offset = r / a_.heads * a_.query.batch_stride + head_of(r, m) * a_.query.head_stride +
+                             m % a_.queries * a_.query.token_stride;
+      read_floats(a_.query.data, a_.query.type, offset, width_, float(a_.logits.scaling),
+                  query_ + (r * m_ + m) * width_);
+    }
+  }
+
+  // The first slot that query m of a row does not see.
+  int64_t seen_by(int64_t r, int64_t m) const { return counts_[r] - a_.queries + m % a_.queries + 1; }
+
+  // The tiles of at most kBlock slots.
+  struct Block {
+    int64_t slots = 0;
+    const E *key[kBlock / kTile], *value[kBlock / kTile];
+  };
+
+  void attend_chunk(Chunk chunk, Chunk following, float* records) {
+    for (int64_t m = 0; m < m_; m++) {
+      float* record = records + m * record_;
+      record[0] = -INFINITY;
+      std::fill(record + 1, record + record_, 0.0f);
+    }
+    const int64_t end = std::min(chunk.begin + kChunk, counts_[chunk.row]);
+    Block next = find_tiles(chunk.row, chunk.begin);
+    for (int64_t s = chunk.begin; s < end; s += kBlock) {
+      const Block block = next;
+      next = s + kBlock < end ? find_tiles(chunk.row, s + kBlock) : find_tiles(following.row, following.begin);
+      for (int64_t m = 0; m < m_; m += kQueries)
+        with_queries(int(std::min<int64_t>(kQueries, m_ - m)), [&](auto M) {
+          attend_block<M()>(chunk.row, m, s, block, m == 0 && in_place() ? &next : nullptr, records + m * record_);
+        });
+    }
+  }
+
+  bool in_place() const { return a_.pages.page_slots % kTile == 0; }
+
+  // Where the tiles of a block lie: in the pages, or in a copy where pages do not hold whole tiles.
+  Block find_tiles(int64_t r, int64_t begin) const {
+    Block block;
+    block.slots = std::min(kBlock, counts_[r] - begin);
+    const int64_t page_slots = a_.pages.page_slots;
+    const int32_t* table = a_.pages.table + r * a_.pages.table_width;
+    const auto* keys = static_cast<const E*>(a_.pages.key);
+    const auto* values = static_cast<const E*>(a_.pages.value);
+    if (in_place()) {
+      for (int64_t t = 0; t * kTile < block.slots; t++) {
+        const int64_t slot = begin + t * kTile, page = table[slot / page_slots], offset = slot % page_slots;
+        block.key[t] = keys + page * page_slots * width_ + offset;
+        block.value[t] = values + (page * page_slots + offset) * value_width_;
+      }
+      return block;
+    }
+    E* copy = scratch<E, struct Copies>(2 * kBlock * (width_ + value_width_));
+    if (begin / kBlock % 2) copy += kBlock * (width_ + value_width_);  // two blocks are in use at a time
+    for (int64_t i = 0; i < block.slots; i++) {
+      const int64_t slot = begin + i, page = table[slot / page_slots], offset = slot % page_slots;
+      E* tile = copy + i / kTile * kTile * width_;
+      for (int64_t d = 0; d < width_; d++) tile[d * kTile + i % kTile] = keys[(page * width_ + d) * page_slots + offset];
+      std::copy_n(values + (page * page_slots + offset) * value_width_, value_width_,
+                  copy + kBlock * width_ + i * value_width_);
+    }
+    for (int64_t t = 0; t * kTile < block.slots; t++) {
+      block.key[t] = copy + t * kTile * width_;
+      block.value[t] = copy + kBlock * width_ + t * kTile * value_width_;
+    }
+    return block;
+  }
+
+  template <int M>
+  void attend_block(int64_t r, int64_t m0, int64_t begin, const Block& block, const Block* next, float* records) {
+    alignas(64) float x[M][kBlock];
+    const int64_t slots = block.slots, channel_stride = in_place() ? a_.pages.page_slots : kTile;
+    const int tiles = int((slots + kTile - 1) / kTile);
+    if (next && next->slots < slots) next = nullptr;
+    logits_of_tiles<M>(query_ + (r * m_ + m0) * width_, width_, block.key, next ? next->key : nullptr, tiles,
+                       channel_stride, width_, x[0], kBlock);
+    const float cap = float(a_.logits.softcap);
+    for (int m = 0; m < M; m++) {
+      float* record = records + m * record_;
+      const int64_t visible = std::min(slots, seen_by(r, m0 + m) - begin);
+      Vec largest = splat(-INFINITY);
+      for (int64_t i = 0; i < tiles * kTile; i += kWidth) {
+        Vec logit = load(x[m] + i);
+        if (cap != 0.0f) logit = capped(logit, cap);
+        logit = lanes() < splat(int32_t(visible - i)) ? logit : splat(-INFINITY);
+        largest = max(logit, largest);
+        store(x[m] + i, logit);
+      }
+      if (logits_) std::copy_n(x[m], slots, logits_ + (r * m_ + m0 + m) * logits_stride_ + begin);
+      const float top = max(largest);
+      if (top > record[0]) {
+        const float shrink = std::exp(record[0] - top);
+        for (int64_t d = 1; d < record_; d++) record[d] *= shrink;
+        record[0] = top;
+      }
+      Vec total{};
+      if (record[0] != -INFINITY) {
+        for (int64_t i = 0; i < tiles * kTile; i += kWidth) {
+          const Vec weight = exp(load(x[m] + i) - record[0]);
+          total += weight;
+          store(x[m] + i, weight);
+        }
+      } else {
+        std::fill_n(x[m], kBlock, 0.0f);
+      }
+      record[1] += sum(total);
+    }
+    add_all_values<M>(x[0], kBlock, block.value, next ? next->value : nullptr, slots, value_width_, records + 2, record_);
+  }
+
+  void join(int64_t r, int64_t first, int64_t end) {
+    float* lse = scratch<float, struct Lse>(m_ + value_width_);
+    float* out = lse + m_;
+    for (int64_t m = 0; m < m_; m++) {
+      float largest = -INFINITY, total = 0;
+      for (int64_t i = first; i < end; i++) largest = std::max(largest, partial_[(i * m_ + m) * record_]);
+      std::fill_n(out, value_width_, 0.0f);
+      for (int64_t i = first; i < end && largest != -INFINITY; i++) {
+        const float* record = partial_ + (i * m_ + m) * record_;
+        const float share = std::exp(record[0] - largest);
+        total += share * record[1];
+        for (int64_t d = 0; d < value_width_; d++) out[d] += share * record[2 + d];
+      }
+      for (int64_t d = 0; d < value_width_ && total != 0; d++) out[d] /= total;
+      lse[m] = largest + std::log(total);
+      write_floats(out, value_width_, a_.out, a_.query.type, (r * m_ + m) * value_width_);
+      if (a_.lse) a_.lse[r * m_ + m] = lse[m];
+    }
+    extra_.after_row(r, counts_[r], lse, logits_ + (logits_ ? r * m_ * logits_stride_ : 0));
+  }
+
+  const DecodeRows& a_;
+  const int64_t* counts_;
+  float* logits_;
+  int64_t logits_stride_;
+  Extra& extra_;
+  int64_t rows_, m_, width_, value_width_, record_;
+  float *query_, *partial_;
+};
+
+template <class Extra>
+void attend_rows(const DecodeRows& a, const int64_t* counts, float* logits, int64_t logits_stride, Extra& extra,
+                 const Threads& threads) {
+  if (a.pages.type == Type::kFloat32) RowsAttention<float, Extra>(a, counts, logits, logits_stride, extra).run(threads);
+  if (a.pages.type == Type::kBFloat16)
+    RowsAttention<BFloat16, Extra>(a, counts, logits, logits_stride, extra).run(threads);
+  if (a.pages.type == Type::kFloat16)
+    RowsAttention<Float16, Extra>(a, counts, logits, logits_stride, extra).run(threads);
+}
+
+// Turns the logits of a row into weights; slots beyond its count weigh nothing.
+struct Weights {
+  float* weights;  // [R, M, stride]
+  int64_t m, stride;
+  void before_last_chunk(int64_t) {}
+  void after_row(int64_t r, int64_t slots, const float* lse, float*) {
+    if (!weights) return;
+    for (int64_t i = 0; i < m; i++) {
+      const int64_t count = lse[i] == -INFINITY ? 0 : slots;  // a query may see nothing
+      float* row = weights + (r * m + i) * stride;
+      int64_t s = 0;
+      for (; s + kWidth <= count; s += kWidth) store(row + s, exp(load(row + s) - lse[i]));
+      for (; s < count; s++) row[s] = exp(splat(row[s] - lse[i]))[0];
+      std::fill(row + count, row + stride, 0.0f);
+    }
+  }
+};
+
+inline void decode_rows(const DecodeRows& a, const Threads& threads) {
+  const int64_t stride = a.pages.table_width * a.pages.page_slots;
+  Weights extra{a.weights, a.group * a.queries, stride};
+  attend_rows(a, a.counts, a.weights, stride, extra, threads);
+}
+
+}  // namespace kvpress::KERNEL_ISA

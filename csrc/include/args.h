@@ -1,0 +1,97 @@
+// What the binding hands to the kernels: plain pointers, sizes and strides in elements. Letters: see kvpress/types.py.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace kvpress {
+
+enum class Type { kFloat32, kBFloat16, kFloat16 };
+
+// Calls work(i) for i < workers, as far as possible at the same time.
+using Parallel = std::function<void(int64_t workers, const std::function<void(int64_t)>& work)>;
+
+struct Threads {
+  int64_t count;
+  Parallel parallel;
+};
+
+// A tensor [B, N, T, D] whose last dimension is contiguous.
+struct Heads {
+  void* data;
+  Type type;
+  int64_t batch_stride, head_stride, token_stride;
+};
+
+// The pages of one layer: keys [P, D, S], values [P, S, D'].
+struct Pages {
+  void* key;
+  void* value;
+  Type type;
+  int64_t pages, page_slots, key_width, value_width;
+  const int32_t* table;  // [R, W]
+  int64_t table_width;
+};
+
+struct Logits {
+  double scaling, softcap;
+};
+
+struct DecodeRows {
+  Heads query;  // [B, N, Q, D]
+  Pages pages;
+  const int64_t* counts;  // [R]
+  int64_t batch, heads, group, queries;
+  Logits logits;
+  void* out;       // [B, N, Q, D'], contiguous, of the query's type
+  float* lse;      // [B, N, Q]
+  float* weights;  // [B, N, Q, W·S] or null
+};
+
+enum class Noise { kNone, kFrozen, kFresh };
+enum class Rank { kMass, kMassPerAge, kPosition };
+
+struct Observation {
+  Noise noise;
+  double tau;
+  int64_t seed, layer;
+};
+
+struct DecodeStep {
+  DecodeRows attend;  // counts are those before the new token
+  Heads key, value;   // of the new token: [B, H, 1, D], [B, H, 1, D']
+  int32_t* position;  // [P, S]
+  float* mass;        // [P, S] or null
+  int64_t* counts;
+  const int64_t *seen, *quota, *recent;  // [B], [R], [B]
+  int64_t sink;
+  bool evict;
+  Rank rank;
+  Observation observation;
+};
+
+struct AttentionSums {
+  Heads query, key;         // [B, N, P, D], [B, H, S, D]
+  const int64_t* position;  // [B, H, S]
+  int64_t batch, heads, group, queries, slots, width, window;
+  Logits logits;
+  Observation observation;
+  float* sums;  // [B, H, S]
+};
+
+struct CopySlots {
+  void* pool;              // [P, S, width], or [P, width, S] where slot_last
+  const int64_t* address;  // [N]: page · S + slot
+  void* slots;             // [N, width]
+  int64_t count, width, page_slots, item_bytes;
+  bool slot_last, gather;  // gather: from the pool, otherwise into it
+};
+
+struct Kernels {
+  void (*decode_rows)(const DecodeRows&, const Threads&);
+  void (*decode_step)(const DecodeStep&, const Threads&);
+  void (*attention_sums)(const AttentionSums&, const Threads&);
+  void (*copy_slots)(const CopySlots&, const Threads&);
+};
+
+}  // namespace kvpress

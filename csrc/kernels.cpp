@@ -1,0 +1,12 @@
+// All kernels for one instruction set: compiled once with each set of flags, with KERNEL_ISA as its name.
+#include "attention_sums/cpu.h"
+#include "decode_rows/cpu.h"
+#include "decode_step/cpu.h"
+#include "gather_slots/cpu.h"
+
+namespace kvpress::KERNEL_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels{decode_rows, decode_step, attention_sums, copy_slots};
+
+}  // namespace kvpress::KERNEL_ISA

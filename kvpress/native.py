@@ -1,0 +1,143 @@
+"""Building the CPU operators: at first use, into the user's cache folder, once per combination.
+
+The key of a build is everything that it depends on: sources, flags, compiler, torch, machine and
+CPU features. Nothing is ever written into the package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from kvpress.env import cache_folder
+from kvpress.errors import BackendError
+
+_LOG = logging.getLogger("kvpress")
+_WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized")
+_COMMON = ("-std=c++17", "-O3", "-fPIC", *_WARNINGS)
+_TORCH = (2, 10)  # the oldest with the stable functions that the binding calls
+_X86 = {
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+}
+
+
+def build() -> Path:
+    """The compiled operators, compiled now if need be. Raises BackendError where that cannot be."""
+    compiler = _compiler()
+    targets = _targets(compiler)
+    folder = cache_folder() / "native" / _key(compiler, targets)
+    library = folder / "operators.so"
+    if library.is_file():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not library.is_file():
+            _LOG.warning("Compiling the CPU operators with %s, once: about 20 seconds.", compiler)
+            _compile(compiler, targets, library)
+    return library
+
+
+def sources() -> Path:
+    """The folder of the C++ sources."""
+    (folder,) = __import__("kvpress.csrc", fromlist=["__path__"]).__path__
+    return Path(folder)
+
+
+def _compiler() -> str:
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _TORCH:
+        raise BackendError(
+            f"torch {torch.__version__} is older than {'.'.join(map(str, _TORCH))}, which the CPU"
+            " operators need. Upgrade torch."
+        )
+    chosen = os.environ.get("CXX")
+    for name in [chosen] if chosen else ["c++", "g++", "clang++"]:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise BackendError(
+        f"No C++ compiler was found ({chosen or 'c++, g++, clang++'}). Install one, for example"
+        " with your system's package g++, or set CXX."
+    )
+
+
+def _targets(compiler: str) -> dict[str, tuple[str, ...]]:
+    """Instruction set -> flags: all that the compiler offers. The fastest is chosen at run time."""
+    targets = dict(_X86) if platform.machine().lower() in ("x86_64", "amd64") else {}
+    offered = {name: flags for name, flags in targets.items() if _accepts(compiler, flags)}
+    return {**offered, "portable": ()}
+
+
+def _accepts(compiler: str, flags: tuple[str, ...]) -> bool:
+    command = [compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _key(compiler: str, targets: dict[str, tuple[str, ...]]) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    parts = [compiler.encode(), version, repr((targets, _COMMON)).encode()]
+    parts += [torch.__version__.encode(), platform.machine().encode(), _cpu_features().encode()]
+    for path in sorted(p for p in sources().rglob("*") if p.suffix in (".h", ".cpp")):
+        parts += [path.relative_to(sources()).as_posix().encode(), path.read_bytes()]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:16]
+
+
+def _cpu_features() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _compile(compiler: str, targets: dict[str, tuple[str, ...]], library: Path) -> None:
+    """Compiles one kernel file per instruction set and the binding, links, and renames."""
+    torch_folder = Path(torch.__file__).parent
+    binding = [f"-I{torch_folder / 'include'}", "-DTORCH_TARGET_VERSION=0x020A000000000000"]
+    binding += [f"-DKERNELS_FOR_{name.upper()}" for name in targets]
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        jobs = {"binding": ("binding.cpp", [*binding, "-O1"])}
+        for name, flags in targets.items():
+            jobs[name] = ("kernels.cpp", [f"-DKERNEL_ISA={name}", *flags])
+        objects = [f"{scratch}/{name}.o" for name in jobs]
+        commands = [
+            [compiler, *_COMMON, *flags, "-c", str(sources() / source), "-o", target]
+            for (source, flags), target in zip(jobs.values(), objects, strict=True)
+        ]
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
+        made, lib = f"{scratch}/operators.so", torch_folder / "lib"
+        _run(
+            [
+                compiler,
+                "-shared",
+                *objects,
+                f"-L{lib}",
+                "-ltorch",
+                "-ltorch_cpu",
+                "-lc10",
+                "-o",
+                made,
+            ]
+        )
+        os.replace(made, library)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        tail = "\n".join(done.stderr.splitlines()[-20:])
+        raise BackendError(f"Compiling the CPU operators failed: {' '.join(command)}\n{tail}")
