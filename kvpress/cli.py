@@ -1,4 +1,4 @@
-"""The command line: `kvpress run`, `kvpress policies`, `kvpress info`."""
+"""The command line: `kvpress run`, `bench`, `policies`, `build`, `info`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvpress import __version__, env
+from kvpress.bench.commands import bench
 from kvpress.errors import KVPressError
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console, errors = Console(), Console(stderr=True)
+app.add_typer(bench, name="bench")
 
 
 @app.command()

@@ -1,0 +1,177 @@
+"""The cases of `decode_step`, beside `decode_rows`, which only attends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from kvpress.bench import probe
+from kvpress.bench.case_rows import attend, copies_of, smaller
+from kvpress.bench.registry import Case, difference
+from kvpress.bench.rows import SEED, Rows, RowsShape, exact_attention, make_rows
+from kvpress.bench.timing import Call
+from torch import Tensor
+
+from kvpress import ops
+
+RECENT = 0.3  # of the tokens seen are protected, as in Keyformer (arXiv 2403.09054)
+COLUMN_BYTES = 12  # per slot: position read, mass read and written
+STEPS = 3  # of a check; later ones read what earlier ones evicted
+LAYER = 2
+
+
+def decode_step_case(shape: RowsShape, rotation: int) -> Case:
+    """Append, attend, accumulate with fresh noise and evict one, all rows at their quotas.
+
+    `decode_rows` beside it only attends.
+    """
+    rows = shape.batch * shape.heads
+    appended = rows * 2 * shape.width * shape.dtype.itemsize
+    size = shape.bytes + appended + (sum(shape.lengths) + rows) * COLUMN_BYTES
+    return Case(
+        group="decode_step",
+        name=shape.name,
+        parameters={**shape.parameters, "rank": "mass", "noise": "fresh", "recent": RECENT},
+        bytes=size,
+        flops=shape.flops,
+        bound="bytes",
+        prepare=partial(_prepare, shape, size, rotation),
+        check=partial(_check, shape),
+        other_work={"decode_rows": shape.bytes},
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """The operands of `decode_step`, which changes the pools, the columns and the counts.
+
+    A call appends one slot to each row and evicts one, so that calls can be repeated for ever.
+    """
+
+    rows: Rows
+    key_BH1D: Tensor
+    value_BH1E: Tensor
+    position_PS: Tensor
+    mass_PS: Tensor
+    seen_B: Tensor
+    quota_R: Tensor
+    recent_B: Tensor
+
+    def run(self, operator: Callable[..., Any], scaling: float) -> Tensor:
+        """The next decode step of these rows."""
+        # Part of what is timed, as it is part of a step: one addition per sequence.
+        self.seen_B.add_(1)
+        rows = self.rows
+        out: Tensor = operator(
+            rows.query_BN1D,
+            self.key_BH1D,
+            self.value_BH1E,
+            rows.key_PDS,
+            rows.value_PSE,
+            self.position_PS,
+            self.mass_PS,
+            rows.table_RW,
+            rows.counts_R,
+            self.seen_B,
+            self.quota_R,
+            self.recent_B,
+            *(0, True, "mass", "fresh", 1.0, SEED, LAYER, scaling, 0.0),
+        )
+        return out
+
+    def copy(self) -> Step:
+        """The same in fresh memory."""
+        tensors = (value.clone() for name, value in vars(self).items() if name != "rows")
+        return Step(self.rows.copy(), *tensors)
+
+    def held(self) -> list[Tensor]:
+        """Positions, masses, keys and values of every slot held, each row by position."""
+        page_slots, counts = self.position_PS.shape[1], self.rows.counts_R.tolist()
+        parts = []
+        for r, count in enumerate(counts):
+            pages = self.rows.table_RW[r, : -(-count // page_slots)].long()
+            position_S = self.position_PS[pages].flatten()[:count]
+            order = position_S.argsort()
+            key_SD = self.rows.key_PDS[pages].transpose(1, 2).flatten(0, 1)[order]
+            value_SE = self.rows.value_PSE[pages].flatten(0, 1)[order]
+            mass_S = self.mass_PS[pages].flatten()[order]
+            parts.append((position_S[order], mass_S, key_SD, value_SE))
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def make_step(shape: RowsShape, device: torch.device) -> Step:
+    """Rows at their quotas with room for one slot more, spread over a longer sequence."""
+    rows = make_rows(shape, device, room=1)
+    counts_BH = rows.counts_R.view(shape.batch, shape.heads)
+    seen_B = 2 * counts_BH.amax(1)
+    pool = (len(rows.key_PDS), shape.page_slots)
+    position_PS = torch.zeros(pool, dtype=torch.int32, device=device)
+    for r, count in enumerate(rows.counts_R.tolist()):
+        pages = rows.table_RW[r, : -(-count // shape.page_slots)].long()
+        slot_S = torch.arange(len(pages) * shape.page_slots, device=device)
+        seen = int(seen_B[r // shape.heads])
+        position_PS[pages] = (slot_S * seen // count).to(torch.int32).view(-1, shape.page_slots)
+    token = (shape.batch, shape.heads, 1, shape.width)
+    return Step(
+        rows,
+        torch.randn(token, device=device),
+        torch.randn(token, device=device),
+        position_PS,
+        torch.rand(pool, device=device),
+        seen_B,
+        rows.counts_R.clone(),
+        (seen_B * RECENT).long(),
+    )
+
+
+def _prepare(shape: RowsShape, size: int, rotation: int, device: torch.device) -> dict[str, Call]:
+    step = make_step(shape, device)
+    others = copies_of(step.rows.copy(), shape, rotation)
+    steps = [step, *(step.copy() for _ in others[1:])]
+    return {
+        "probe": probe.memory(size, device, rotation),
+        "decode_rows": partial(attend, others, shape.scaling),
+        "decode_step": lambda number: steps[number % len(steps)].run(
+            ops.decode_step, shape.scaling
+        ),
+    }
+
+
+def _check(shape: RowsShape, device: torch.device) -> str | None:
+    """Outputs by the tolerance rule; what is held after a few steps exactly, its mass nearly."""
+    small = smaller(shape)
+    given = make_step(small, device)
+    plain = given.copy()
+    reference = ops.implementation("decode_step", "reference")
+    for number in range(STEPS):
+        exact, _ = exact_attention(_appended(given), small.scaling)
+        outs = given.run(ops.decode_step, small.scaling), plain.run(reference, small.scaling)
+        wrong = difference(f"out of step {number}", *outs, exact)
+        if wrong is not None:
+            return wrong
+        if not torch.equal(given.rows.counts_R, plain.rows.counts_R):
+            return f"step {number} leaves other counts than the reference"
+    names = ("positions", "masses", "keys", "values")
+    for name, one, other in zip(names, given.held(), plain.held(), strict=True):
+        if name == "masses":
+            wrong = difference(name, one, other, other.double())
+            if wrong is not None:
+                return wrong
+        elif not torch.equal(one, other):
+            return f"the {name} held after {STEPS} steps differ from the reference's"
+    return None
+
+
+def _appended(step: Step) -> Rows:
+    """A copy of the rows with the new token behind each."""
+    rows = step.rows.copy()
+    page_slots = rows.key_PDS.shape[2]
+    page_R = rows.table_RW.gather(1, (rows.counts_R // page_slots)[:, None]).flatten().long()
+    offset_R = rows.counts_R % page_slots
+    rows.key_PDS[page_R, :, offset_R] = step.key_BH1D.flatten(0, 2).to(rows.key_PDS.dtype)
+    rows.value_PSE[page_R, offset_R] = step.value_BH1E.flatten(0, 2).to(rows.value_PSE.dtype)
+    rows.counts_R.add_(1)
+    return rows

@@ -1,0 +1,254 @@
+"""Ahead-of-time compilation of every Triton kernel, without a GPU: registers, spills, occupancy.
+
+The operators run on small CPU tensors with launching replaced by recording, so that what is
+compiled is what would be launched: the same argument types, constants and launch parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from kvpress.csrc import triton_common
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from kvpress import ops
+from kvpress.errors import BackendError
+
+TARGETS = (80, 90, 100)
+SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # of one SM
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of one SM
+RESERVED_BYTES = 1 << 10  # of shared memory, by the driver for every block
+WIDTHS, DTYPES = (64, 128, 256), {"fp32": torch.float32, "bf16": torch.bfloat16}
+_INTEGERS = {torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}
+_NAMES = {**_INTEGERS, torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as it would be launched."""
+
+    operator: str
+    kernel: Any
+    case: str
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of one launch on one target. Bytes; occupancy is the share of the SM's warps."""
+
+    kernel: str
+    target: str
+    specialisation: str
+    num_warps: int
+    num_stages: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    occupancy: float
+
+
+def launches(target: int) -> list[Launch]:
+    """The kernels of every operator with the launch parameters of an architecture."""
+    found: list[Launch] = []
+    with mock.patch.object(triton_common, "architecture", lambda index: target):
+        for width, (name, dtype) in itertools.product(WIDTHS, DTYPES.items()):
+            for operator, case, args in operands(width, dtype):
+                label = " ".join(filter(None, (f"{name} D={width}", case)))
+                with recorded(label, found):
+                    ops.implementation(operator, "triton_kernel")(*args)
+    unique = {_key(launch): launch for launch in reversed(found)}
+    return sorted(unique.values(), key=lambda launch: (launch.operator, launch.kernel.__name__))
+
+
+@contextlib.contextmanager
+def recorded(case: str, into: list[Launch]) -> Iterator[None]:
+    """Kernels are not launched inside, but listed."""
+
+    def record(kernel: Any, *args: Any, **options: Any) -> None:
+        numbers = {name: options.pop(name, 3) for name in ("num_warps", "num_stages")}
+        given = {n: v for n, v in options.items() if n in kernel.arg_names}
+        given.update(zip(kernel.arg_names, args, strict=False))
+        home = kernel.fn.__module__.split(".")[-2]  # operators share kernels
+        into.append(Launch(home, kernel, case, given, **numbers))
+
+    with mock.patch.object(JITFunction, "run", record):
+        yield
+
+
+def operands(width: int, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """(operator, what is special, arguments) for sequences of 2, KV heads of 2 and groups of 4."""
+    table, page = torch.zeros(4, 16, dtype=torch.int32), 16
+    key, value = torch.zeros(1, width, page, dtype=dtype), torch.zeros(1, page, width, dtype=dtype)
+    counts, batch = torch.full((4,), 16), torch.full((2,), 99)
+    query, token = (
+        torch.zeros(2, 8, 1, width, dtype=dtype),
+        torch.zeros(2, 2, 1, width, dtype=dtype),
+    )
+    pages = (key, value, table, counts)
+    yield "decode_rows", "", (query, *pages, 0.1, 0.0, True)
+    yield "decode_rows", "softcap Q=32", (query.expand(-1, -1, 32, -1), *pages, 0.1, 50.0, True)
+    marks = (torch.zeros(1, page, dtype=torch.int32), torch.zeros(1, page))
+    for noise in triton_common.NOISES:
+        state = (key, value, *marks, table, counts, batch, counts, batch, 4, True, "mass_per_age")
+        numbers = (noise, 1.0, 7, 3, 0.1, 0.0)
+        yield "decode_step", noise, (query, token, token, *state, *numbers)
+        prompt = torch.zeros(2, 8, 160, width, dtype=dtype)
+        position = torch.arange(160).repeat(2, 2, 1)
+        numbers = (0.1, 0.0, 160, noise, 1.0, 7, 3)
+        yield "attention_sums", noise, (prompt, prompt[:, :2], position, *numbers)
+    for pool, last in ((key, True), (value, False)):
+        dense = torch.zeros(16, width, dtype=dtype)
+        kind = "channel-major" if last else "slot-major"
+        yield "gather_slots", kind, (pool, torch.arange(16), last)
+        yield "scatter_slots", f"{kind} scatter", (pool, torch.arange(16), dense, last)
+
+
+def compile_one(launch: Launch, target: int) -> Compiled:
+    """Registers, spills and shared memory of one launch. Raises BackendError if ptxas fails."""
+    source = ASTSource(launch.kernel, *specialise(launch))
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        **triton_common.FUSED,
+    }
+    made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    registers, spills = assemble(made.asm["ptx"], target)
+    shared, warps = made.metadata.shared, made.metadata.num_warps
+    return Compiled(
+        f"{launch.operator}.{launch.kernel.__name__}",
+        f"sm_{target}",
+        launch.case,
+        warps,
+        launch.num_stages,
+        registers,
+        spills,
+        shared,
+        occupancy(registers, shared, warps, target),
+    )
+
+
+def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """Signature, constants and attributes of a launch, as Triton derives them from arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for index, (name, parameter) in enumerate(
+        zip(launch.kernel.arg_names, launch.kernel.params, strict=True)
+    ):
+        given = launch.arguments[name]
+        kind = "constexpr" if parameter.is_constexpr else _kind(given, parameter)
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[name] = given
+            continue
+        number = given.data_ptr() if isinstance(given, torch.Tensor) else given
+        special = isinstance(number, int) and not parameter.do_not_specialize
+        if special and number % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _kind(given: Any, parameter: Any) -> str:
+    if isinstance(given, torch.Tensor):
+        return "*" + _NAMES[given.dtype]
+    if isinstance(given, float):
+        return "fp32"
+    if given == 1 and not parameter.do_not_specialize:
+        return "constexpr"
+    return "i32" if -(2**31) <= given < 2**31 else "i64"
+
+
+def _key(launch: Launch) -> str:
+    return repr((launch.kernel.__name__, specialise(launch), launch.num_warps, launch.num_stages))
+
+
+def assemble(ptx: str, target: int) -> tuple[int, int]:
+    """Registers per thread and bytes of spill stores and loads."""
+    name = re.search(r"\.target (\w+)", ptx)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [get_ptxas(target).path, "-v", f"--gpu-name={name and name[1]}", file.name]
+        done = subprocess.run(
+            [*command, "-o", "/dev/null"], capture_output=True, text=True, check=False
+        )
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    spills = re.findall(r"(\d+) bytes spill", done.stderr)
+    if done.returncode or not registers or not spills:
+        raise BackendError(f"ptxas failed for sm_{target}: {done.stderr.strip()}")
+    return int(registers[1]), sum(map(int, spills))
+
+
+def occupancy(registers: int, shared: int, warps: int, target: int) -> float:
+    """The share of an SM's warps that can be resident, from registers, shared memory and limits."""
+    per_warp = -(-registers * 32 // 256) * 256  # registers are given out in units of 256
+    by_registers = REGISTERS // per_warp // warps
+    by_shared = SHARED_BYTES[target] // (shared + RESERVED_BYTES)
+    return min(by_registers, by_shared, WARPS // warps, BLOCKS) * warps / WARPS
+
+
+def versions() -> dict[str, str]:
+    """Of Triton and of the assembler for every target."""
+    found = {"triton": triton.__version__}
+    for target in TARGETS:
+        told = subprocess.run(
+            [get_ptxas(target).path, "--version"], capture_output=True, text=True, check=True
+        )
+        release = re.search(r"release [\d.]+, V([\d.]+)", told.stdout)
+        found[f"ptxas sm_{target}"] = release[1] if release else "unknown"
+    return found
+
+
+def show(results: list[Compiled], console: Console) -> None:
+    """A table of all results, spills in red."""
+    table = Table("kernel", "target", "specialisation")
+    for head in ("warps", "stages", "registers", "spills", "shared", "occupancy"):
+        table.add_column(head, justify="right")
+    for r in results:
+        spills = f"[red]{r.spill_bytes}[/red]" if r.spill_bytes else "0"
+        numbers = (str(r.num_warps), str(r.num_stages), str(r.registers), spills)
+        shared = f"{r.shared_bytes / 1024:.1f} KiB"
+        table.add_row(r.kernel, r.target, r.specialisation, *numbers, shared, f"{r.occupancy:.0%}")
+    console.print(table)
+
+
+def main() -> int:
+    """0 if nothing spills."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("bench/results/gpu-compile.json"))
+    out: Path = parser.parse_args().out
+    if triton_common.INTERPRETED:
+        raise BackendError("TRITON_INTERPRET=1 leaves nothing to compile; unset it.")
+    results = [compile_one(launch, target) for target in TARGETS for launch in launches(target)]
+    results.sort(key=lambda r: (r.kernel, r.specialisation, int(r.target.removeprefix("sm_"))))
+    show(results, Console())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report = {"versions": versions(), "kernels": [asdict(result) for result in results]}
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    spilling = sum(result.spill_bytes > 0 for result in results)
+    Console().print(f"{len(results)} kernels compiled, {spilling} spill. Written to {out}.")
+    return int(spilling > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

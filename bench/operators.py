@@ -1,0 +1,53 @@
+"""All cases of the operators, in the order of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from kvpress.bench.case_rows import decode_rows_case
+from kvpress.bench.case_slots import slots_case
+from kvpress.bench.case_step import decode_step_case
+from kvpress.bench.case_sums import SumsShape, attention_sums_case
+from kvpress.bench.probe import ROTATION
+from kvpress.bench.registry import Case
+from kvpress.bench.rows import RowsShape
+
+SMOL = {"heads": 3, "group": 3, "width": 64}  # SmolLM2-135M
+LLAMA = {"heads": 8, "group": 4, "width": 128}  # Llama 3 8B
+STORAGE = (torch.float32, torch.bfloat16)
+QUICK_ROTATION = 1 << 20
+
+
+def cases(quick: bool = False, long: bool = False) -> list[Case]:
+    """All cases; `quick` makes them tiny, `long` adds prompts of 8,192 tokens."""
+    rotation = QUICK_ROTATION if quick else ROTATION
+    # Ragged rows have no rival: a dense cache would pad them to about three times their bytes.
+    rows = list(_rows(quick))
+    made = [decode_rows_case(shape, rotation, rival and not shape.ragged) for shape, rival in rows]
+    made += [decode_step_case(shape, rotation) for shape, _ in rows]
+    for tokens in _prompts(quick, long):
+        for noise in ("none", "fresh"):
+            for window in (None, 64):
+                settings: dict[str, Any] = {**SMOL, "noise": noise, "window": window}
+                made.append(attention_sums_case(SumsShape(tokens=tokens, **settings)))
+    slots = next(shape for shape, _ in rows)
+    return made + [slots_case(name, slots, rotation) for name in ("gather_slots", "scatter_slots")]
+
+
+def _rows(quick: bool) -> Iterator[tuple[RowsShape, bool]]:
+    """The shapes of a decode, each with whether PyTorch's attention runs beside it."""
+    sizes = ((1, SMOL, 8192, False), (8, SMOL, 8192, True), (1, LLAMA, 32768, True))
+    for batch, model, slots, rival in sizes:
+        for dtype in STORAGE:
+            for ragged in (False, True):
+                length = slots // 128 + 1 if quick else slots
+                shape: dict[str, Any] = {"batch": batch, "slots": length, **model}
+                yield RowsShape(dtype=dtype, ragged=ragged, **shape), rival
+
+
+def _prompts(quick: bool, long: bool) -> list[int]:
+    if quick:
+        return [80, 150] if long else [80]
+    return [2048, 8192] if long else [2048]

@@ -1,0 +1,194 @@
+"""What a run leaves behind: the environment, the numbers as JSON, and the table."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from kvpress.bench.registry import PROBE, Outcome
+from kvpress.bench.timing import Samples
+from rich.table import Table
+
+import kvpress
+from kvpress import ops
+from kvpress.errors import KVPressError
+
+FORMAT = 1
+_UNITS = {"bytes": "B/s", "flops": "FLOP/s"}
+
+
+class RecordError(KVPressError):
+    """A results file that cannot be written or read."""
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, processor, threads, versions, commit and backends of this process."""
+    on_gpu = device.type == "cuda"
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "versions": {
+            "kvpress": kvpress.__version__,
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+            **{name: _version(name) for name in ("torch", "triton", "transformers")},
+        },
+        "commit": _commit(),
+        "backends": dict(ops.backends()),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, with `+` where files changed."""
+    folder = Path(kvpress.__file__).parents[1]
+    if not (folder / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def to_record(
+    outcomes: Sequence[Outcome], facts: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Plain values, ready for JSON: seconds, bytes and operations per second, fractions."""
+    return {
+        "format": FORMAT,
+        "environment": facts,
+        "settings": settings,
+        "cases": [_case(outcome) for outcome in outcomes],
+    }
+
+
+def _case(outcome: Outcome) -> dict[str, Any]:
+    case = outcome.case
+    return {
+        "group": case.group,
+        "name": case.name,
+        "parameters": dict(case.parameters),
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "bound": case.bound,
+        "refused": outcome.refused,
+        "candidates": {name: _candidate(outcome, name) for name in outcome.samples},
+    }
+
+
+def _candidate(outcome: Outcome, name: str) -> dict[str, Any]:
+    samples = outcome.samples[name]
+    first, third = samples.quartiles
+    return {
+        "median": samples.median,
+        "low": samples.low,
+        "quartiles": [first, third],
+        "high": samples.high,
+        "count": samples.count,
+        "seconds": samples.seconds,
+        "work": outcome.case.work(name),
+        "rate": outcome.rate(name),
+        "unit": _UNITS[outcome.case.bound],
+        "share_of_probe": outcome.share(name),
+        "times_as_fast_as_sdpa": outcome.against_sdpa(name),
+    }
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Writes a record; the file is replaced at once, never half written. Raises RecordError."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise RecordError(f"{path} cannot be written: {error}. Give another file.") from error
+
+
+def table(outcomes: Sequence[Outcome], facts: dict[str, Any]) -> Table:
+    """One line per case and candidate: times, rate, share of the probe, gain over SDPA."""
+    made = Table(
+        title=_title(facts),
+        caption="share: of the rate of a plain read of the same bytes, or a matrix product of the"
+        " same size. vs SDPA: the faster of the two SDPA calls / this.",
+        title_justify="left",
+        caption_justify="left",
+        padding=(0, 0, 0, 1),
+    )
+    made.add_column("case", overflow="fold")
+    made.add_column("candidate", no_wrap=True)
+    for title in ("median ms", "low–high", "rate", "share", "vs SDPA"):
+        made.add_column(title, justify="right", no_wrap=True)
+    for outcome in outcomes:
+        if outcome.refused is not None:
+            made.add_row(outcome.case.title, f"[red]refused: {_plain(outcome.refused)}[/]")
+        for index, (name, samples) in enumerate(outcome.samples.items()):
+            last = index == len(outcome.samples) - 1
+            title = "" if index else outcome.case.title
+            made.add_row(title, name, *_cells(outcome, name, samples), end_section=last)
+    return made
+
+
+def _title(facts: dict[str, Any]) -> str:
+    versions = facts["versions"]
+    where = facts["cpu"] if facts["device"] == "cpu" else facts["device"]
+    backend = facts["backends"].get("cpu" if facts["device"] == "cpu" else "cuda", "reference")
+    return (
+        f"{where}, {facts['threads']} threads, torch {versions['torch']},"
+        f" operators: {_plain(backend)}"
+    )
+
+
+def _plain(text: str) -> str:
+    """Text in which rich finds no markup."""
+    return text.replace("[", r"\[")
+
+
+def _cells(outcome: Outcome, name: str, samples: Samples) -> tuple[str, ...]:
+    share, gain = outcome.share(name), outcome.against_sdpa(name)
+    return (
+        f"{samples.median * 1e3:.3f}",
+        f"{samples.low * 1e3:.3f}–{samples.high * 1e3:.3f}",
+        rate(outcome.rate(name), _UNITS[outcome.case.bound]),
+        "–" if share is None or name == PROBE else f"{share:.0%}",
+        "–" if gain is None else f"{gain:.2f}×",
+    )
+
+
+def rate(value: float, unit: str) -> str:
+    """A rate in units of 10⁹ per second, or 10¹² for operations where that reads better."""
+    if unit == _UNITS["flops"] and value >= 1e12:
+        return f"{value / 1e12:.1f} T{unit}"
+    return f"{value / 1e9:.1f} G{unit}"

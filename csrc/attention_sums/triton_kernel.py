@@ -1,0 +1,326 @@
+"""Triton kernels of `attention_sums`: one pass for the normalisers, one for the columns.
+
+Both compute the logits anew, so that no P×S matrix exists. Every column is summed by one program in
+a fixed order: the result is the same in every run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from kvpress.csrc.attention_sums.reference import check
+from kvpress.csrc.triton_common import (
+    FRESH,
+    FUSED,
+    NOISES,
+    by_architecture,
+    device_of,
+    dot,
+    finish_logits,
+    finite,
+    gumbel,
+    noise_row,
+    noise_stream,
+    wide,
+)
+from torch import Tensor
+
+# Sizes that change from prompt to prompt must not lead to another compilation.
+SIZES = ["stream", "position_batch", "position_head", "queries", "slots", "summed"]
+PROGRAMS = 1024  # enough to fill a device: few queries are split along the keys
+
+
+class Launch(NamedTuple):
+    """Launch parameters of both kernels."""
+
+    block_m: int  # queries
+    block_s: int  # slots
+    num_warps: int
+    num_stages: int
+
+
+# Oldest architecture -> (most channels, bytes of a factor) -> parameters.
+LAUNCH = {
+    80: {
+        (64, 2): Launch(64, 64, 8, 2),
+        (128, 2): Launch(64, 64, 8, 2),
+        (256, 2): Launch(64, 32, 4, 2),
+        (64, 4): Launch(32, 32, 4, 2),
+        (128, 4): Launch(32, 32, 4, 2),
+        (256, 4): Launch(16, 16, 4, 1),
+    },
+}
+
+
+def attention_sums(
+    query_BNPD: Tensor,
+    key_BHSD: Tensor,
+    position_BHS: Tensor,
+    scaling: float,
+    softcap: float,
+    window: int,
+    noise: str,
+    tau: float,
+    seed: int,
+    layer: int,
+) -> Tensor:
+    """Attention that each slot receives from the last `window` queries: fp32 `[B, H, S]`.
+
+    The same as the reference. Moves keys once per block of queries and queries once per block of
+    keys, and holds 4 bytes per query and part of the keys. Raises OperatorError.
+    """
+    check(query_BNPD, key_BHSD, position_BHS, softcap, window, noise, tau)
+    batch, query_heads, queries, width = query_BNPD.shape
+    heads, slots = key_BHSD.shape[1:3]
+    summed = min(window, queries)
+    sums_BHS = torch.zeros(batch, heads, slots, dtype=torch.float32, device=query_BNPD.device)
+    if not summed or not sums_BHS.numel():
+        return sums_BHS
+    is_wide = wide(query_BNPD.dtype, key_BHSD.dtype)
+    launch = by_architecture(LAUNCH, query_BNPD, width, is_wide)
+    blocks, key_blocks = triton.cdiv(summed, launch.block_m), triton.cdiv(slots, launch.block_s)
+    splits = min(key_blocks, max(1, PROGRAMS // (blocks * batch * query_heads)))
+    chunk = triton.cdiv(key_blocks, splits) * launch.block_s
+    lse = sums_BHS.new_empty(splits, batch, query_heads, summed)
+    operands = (query_BNPD, key_BHSD, position_BHS)
+    numbers = (scaling, softcap, 1.0 / tau, noise_stream(seed, layer))
+    strides = (*query_BNPD.stride(), *key_BHSD.stride(), *position_BHS.stride())
+    options = {
+        "HEADS": heads,
+        "GROUP": query_heads // heads,
+        "D": width,
+        "WIDE": is_wide,
+        "CAPPED": softcap != 0,
+        "NOISE": NOISES[noise],
+        "BLOCK_M": launch.block_m,
+        "BLOCK_S": launch.block_s,
+        "BLOCK_D": max(16, triton.next_power_of_2(width)),
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        **FUSED,
+    }
+    sizes = (queries, slots, summed)
+    with device_of(query_BNPD):
+        lse_kernel[(blocks, batch * query_heads, splits)](
+            *operands, lse, *numbers, *strides, *sizes, chunk, **options
+        )
+        lse_BNP = lse.logsumexp(0) if splits > 1 else lse
+        sums_kernel[(key_blocks, batch * heads)](
+            *operands, lse_BNP, sums_BHS, *numbers, *strides, *sizes, **options
+        )
+    return sums_BHS
+
+
+@triton.jit
+def noisy_logits(
+    query_MD,
+    key_DS,
+    position_S,
+    s_S,
+    own_M,
+    noise_M,
+    scaling,
+    softcap,
+    coldness,
+    WIDE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    NOISE: tl.constexpr,
+):
+    """Logits with noise and temperature; -inf for slots that are empty or in a query's future."""
+    zeros_MS = tl.zeros([query_MD.shape[0], key_DS.shape[1]], tl.float32)
+    y_MS = finish_logits(dot(query_MD, key_DS, zeros_MS, WIDE), scaling, softcap, CAPPED)
+    if NOISE != 0:
+        y_MS += gumbel(noise_M[:, None], position_S[None, :])
+    seen_MS = (s_S[None, :] <= own_M[:, None]) & (position_S >= 0)[None, :]
+    return tl.where(seen_MS, y_MS * coldness, float("-inf"))
+
+
+@triton.jit
+def load_queries(
+    query, head, i_M, stride_n, stride_p, stride_d, queries, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Queries of one head, zeros beyond the last."""
+    d_D = tl.arange(0, BLOCK_D)
+    at_MD = i_M.to(tl.int64)[:, None] * stride_p + d_D[None, :] * stride_d
+    return tl.load(
+        query + head * stride_n + at_MD, mask=(i_M < queries)[:, None] & (d_D < D)[None, :], other=0
+    )
+
+
+@triton.jit
+def load_keys(key, s_S, stride_s, stride_d, slots, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Keys of one row, channel-major, zeros beyond the last."""
+    d_D = tl.arange(0, BLOCK_D)
+    at_DS = s_S.to(tl.int64)[None, :] * stride_s + d_D[:, None] * stride_d
+    return tl.load(key + at_DS, mask=(d_D < D)[:, None] & (s_S < slots)[None, :], other=0)
+
+
+@triton.jit
+def noise_rows(stream, head, position, own_M, stride, slots, NOISE: tl.constexpr):
+    """Where the noise of every query starts; one number if it is the same for all of them."""
+    if NOISE == FRESH:
+        at_M = own_M.to(tl.int64) * stride
+        query_M = tl.load(position + at_M, mask=own_M < slots, other=0).to(tl.int32)
+        return noise_row(stream, head, query_M)
+    return noise_row(stream, head, tl.full([1], -1, tl.int32))
+
+
+@triton.jit(do_not_specialize=[*SIZES, "chunk"])
+def lse_kernel(
+    query,
+    key,
+    position,
+    lse,
+    scaling,
+    softcap,
+    coldness,
+    stream,
+    query_batch,
+    query_head,
+    query_token,
+    query_width,
+    key_batch,
+    key_head,
+    key_slot,
+    key_width,
+    position_batch,
+    position_head,
+    position_slot,
+    queries,
+    slots,
+    summed,
+    chunk,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    NOISE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """LSE of a block of queries of one head over one part of the keys."""
+    item, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    sequence, head = item // (HEADS * GROUP), item % (HEADS * GROUP)
+    query += sequence * query_batch
+    key += sequence * key_batch + head // GROUP * key_head
+    position += sequence * position_batch + head // GROUP * position_head
+    # The last queries see most: they start first.
+    m_M = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_M = queries - summed + m_M
+    own_M = slots - queries + i_M
+    query_MD = load_queries(
+        query, head, i_M, query_head, query_token, query_width, queries, D, BLOCK_D
+    )
+    noise_M = noise_rows(stream, head, position, own_M, position_slot, slots, NOISE)
+    top_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total_M = tl.zeros([BLOCK_M], tl.float32)
+    stop = tl.minimum(tl.minimum((split + 1) * chunk, slots), tl.max(own_M, 0) + 1)
+    for start in range(split * chunk, stop, BLOCK_S):
+        s_S = start + tl.arange(0, BLOCK_S)
+        key_DS = load_keys(key, s_S, key_slot, key_width, slots, D, BLOCK_D)
+        at_S = s_S.to(tl.int64) * position_slot
+        position_S = tl.load(position + at_S, mask=s_S < slots, other=-1).to(tl.int32)
+        y_MS = noisy_logits(
+            query_MD,
+            key_DS,
+            position_S,
+            s_S,
+            own_M,
+            noise_M,
+            scaling,
+            softcap,
+            coldness,
+            WIDE,
+            CAPPED,
+            NOISE,
+        )
+        new_M = tl.maximum(top_M, tl.max(y_MS, 1))
+        weights_MS = tl.exp(y_MS - finite(new_M)[:, None])
+        total_M = total_M * tl.exp(top_M - finite(new_M)) + tl.sum(weights_MS, 1)
+        top_M = new_M
+    to_M = (split.to(tl.int64) * tl.num_programs(1) + item) * summed + m_M
+    # Of an empty sum the logarithm would be -inf too, with a warning where this is interpreted.
+    norm_M = top_M + tl.log(tl.where(total_M == 0, 1.0, total_M))
+    tl.store(lse + to_M, norm_M, mask=m_M < summed)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def sums_kernel(
+    query,
+    key,
+    position,
+    lse,
+    sums,
+    scaling,
+    softcap,
+    coldness,
+    stream,
+    query_batch,
+    query_head,
+    query_token,
+    query_width,
+    key_batch,
+    key_head,
+    key_slot,
+    key_width,
+    position_batch,
+    position_head,
+    position_slot,
+    queries,
+    slots,
+    summed,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    NOISE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The columns of a block of slots of one row, over its query group and all queries."""
+    row = tl.program_id(1).to(tl.int64)
+    sequence, kv_head = row // HEADS, row % HEADS
+    query += sequence * query_batch
+    key += sequence * key_batch + kv_head * key_head
+    position += sequence * position_batch + kv_head * position_head
+    s_S = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    key_DS = load_keys(key, s_S, key_slot, key_width, slots, D, BLOCK_D)
+    at_S = s_S.to(tl.int64) * position_slot
+    position_S = tl.load(position + at_S, mask=s_S < slots, other=-1).to(tl.int32)
+    first = tl.maximum(queries - summed, tl.program_id(0) * BLOCK_S - (slots - queries))
+    sums_MS = tl.zeros([BLOCK_M, BLOCK_S], tl.float32)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        for start in range(first, queries, BLOCK_M):
+            i_M = start + tl.arange(0, BLOCK_M)
+            own_M = slots - queries + i_M
+            query_MD = load_queries(
+                query, head, i_M, query_head, query_token, query_width, queries, D, BLOCK_D
+            )
+            noise_M = noise_rows(stream, head, position, own_M, position_slot, slots, NOISE)
+            y_MS = noisy_logits(
+                query_MD,
+                key_DS,
+                position_S,
+                s_S,
+                own_M,
+                noise_M,
+                scaling,
+                softcap,
+                coldness,
+                WIDE,
+                CAPPED,
+                NOISE,
+            )
+            from_M = (row * GROUP + member) * summed + i_M - (queries - summed)
+            # A query that sees nothing has an LSE of -inf, one that is not there one of +inf.
+            norm_M = tl.load(lse + from_M, mask=i_M < queries, other=float("inf"))
+            sums_MS += tl.exp(y_MS - finite(norm_M)[:, None])
+    tl.store(sums + row * slots + s_S, tl.sum(sums_MS, 0), mask=s_S < slots)

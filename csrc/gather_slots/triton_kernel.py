@@ -1,0 +1,89 @@
+"""Triton kernel of `gather_slots` and `scatter_slots`: copies of slots, bit by bit."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from kvpress.csrc.gather_slots import fake
+from kvpress.csrc.gather_slots.reference import places
+from kvpress.csrc.triton_common import FUSED, device_of
+from torch import Tensor
+
+BLOCK = 2048  # numbers per program
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def gather_slots(pool_PX: Tensor, address_N: Tensor, slot_last: bool) -> Tensor:
+    """The slots at `address_N` (page · page_slots + slot) of a pool: a fresh `[N, ...]`.
+
+    The same as the reference; items of 1, 2, 4 or 8 bytes. Raises OperatorError.
+    """
+    page_N, slot_N = places("gather_slots", pool_PX, address_N, slot_last)
+    slots_NX = fake(pool_PX, address_N, slot_last)
+    copy(pool_PX, page_N, slot_N, slots_NX, slot_last, into_pool=False)
+    return slots_NX
+
+
+def copy(
+    pool_PX: Tensor,
+    page_N: Tensor,
+    slot_N: Tensor,
+    slots_NX: Tensor,
+    slot_last: bool,
+    into_pool: bool,
+) -> None:
+    """Copies slots between a pool and a dense contiguous tensor, in either direction."""
+    width = math.prod(slots_NX.shape[1:])
+    page_slots = pool_PX.shape[-1] if slot_last else pool_PX.shape[1]
+    if not slots_NX.numel():
+        return
+    integer = _INTEGERS[pool_PX.element_size()]
+    block_x = min(128, triton.next_power_of_2(width))
+    block_n = max(1, BLOCK // block_x)
+    grid = (triton.cdiv(len(page_N), block_n), triton.cdiv(width, block_x))
+    with device_of(pool_PX):
+        copy_kernel[grid](
+            *(pool_PX.view(integer), page_N, slot_N, slots_NX.view(integer), len(page_N)),
+            WIDTH=width,
+            PAGE=page_slots,
+            SLOT_LAST=slot_last,
+            INTO_POOL=into_pool,
+            BLOCK_N=block_n,
+            BLOCK_X=block_x,
+            num_warps=4,
+            **FUSED,
+        )
+
+
+@triton.jit(do_not_specialize=["count"])
+def copy_kernel(
+    pool,
+    page,
+    slot,
+    slots,
+    count,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    SLOT_LAST: tl.constexpr,
+    INTO_POOL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    """A block of slots and numbers of them."""
+    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_X = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
+    page_N = tl.load(page + n_N, mask=n_N < count, other=0)
+    slot_N = tl.load(slot + n_N, mask=n_N < count, other=0)
+    if SLOT_LAST:
+        pool_NX = pool + (page_N * (WIDTH * PAGE) + slot_N)[:, None] + x_X[None, :] * PAGE
+    else:
+        pool_NX = pool + ((page_N * PAGE + slot_N) * WIDTH)[:, None] + x_X[None, :]
+    slots_NX = slots + n_N.to(tl.int64)[:, None] * WIDTH + x_X[None, :]
+    mask_NX = (n_N < count)[:, None] & (x_X < WIDTH)[None, :]
+    if INTO_POOL:
+        tl.store(pool_NX, tl.load(slots_NX, mask=mask_NX), mask=mask_NX)
+    else:
+        tl.store(slots_NX, tl.load(pool_NX, mask=mask_NX), mask=mask_NX)

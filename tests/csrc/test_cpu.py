@@ -1,0 +1,279 @@
+"""The compiled CPU operators against their references, on every instruction set of this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kvpress.csrc.decode_rows.reference import decode_rows as rows_reference
+
+from kvpress import ops
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+pytestmark = pytest.mark.skipif(ops.backends()["cpu"] != "cpu", reason="no C++ compiler here")
+
+
+def close(given: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> None:
+    """The tolerance rule: at most twice the error of plain PyTorch, and a little."""
+    assert given.shape == exact.shape
+    finite = exact.isfinite()
+    assert torch.equal(given[~finite].double(), exact[~finite])
+    error = (given.double() - exact)[finite].abs()
+    allowed = 2 * float((plain.double() - exact)[finite].abs().max()) if error.numel() else 0.0
+    tiny = 2e-6 * max(1.0, float(exact[finite].abs().max()) if error.numel() else 1.0)
+    assert not error.numel() or float(error.max()) <= allowed + tiny
+
+
+def pools(counts: list[int], width: int, value_width: int, page: int, dtype: torch.dtype) -> Any:
+    """Shuffled pages of ragged rows; memory that holds no slot is NaN."""
+    room = -(-(max(counts) + 4) // page)
+    order = torch.randperm(len(counts) * room, dtype=torch.int32)
+    table_RW = order.view(len(counts), room)
+    key_PDS = torch.full((len(order), width, page), torch.nan, dtype=dtype)
+    value_PSE = torch.full((len(order), page, value_width), torch.nan, dtype=dtype)
+    for row, count in enumerate(counts):
+        slot_S = torch.arange(count)
+        page_S = table_RW[row].long()[slot_S // page]
+        key_PDS[page_S, :, slot_S % page] = torch.randn(count, width).to(dtype)
+        value_PSE[page_S, slot_S % page] = torch.randn(count, value_width).to(dtype)
+    return key_PDS, value_PSE, table_RW, torch.tensor(counts)
+
+
+def double(query: torch.Tensor, *operands: Any) -> Any:
+    """`decode_rows` in float64, by lifting the reference's fp32 casts."""
+    key, value, table, counts, scaling, softcap = operands
+    batch, heads, queries, _ = query.shape
+    group = heads * batch // len(counts)
+    out = torch.zeros(batch, heads, queries, value.shape[2], dtype=torch.double)
+    lse = torch.full((batch, heads, queries), -torch.inf, dtype=torch.double)
+    page = key.shape[2]
+    for r, count in enumerate(counts.tolist()):
+        slot_S = torch.arange(count)
+        page_S = table[r].long()[slot_S // page]
+        k, v = key[page_S, :, slot_S % page].double(), value[page_S, slot_S % page].double()
+        b, h = divmod(r, len(counts) // batch)
+        for n in range(h * group, (h + 1) * group):
+            for q in range(queries):
+                seen = count - queries + q + 1
+                if seen > 0:
+                    x = k[:seen] @ query[b, n, q].double() * scaling
+                    x = torch.tanh(x / softcap) * softcap if softcap else x
+                    lse[b, n, q], out[b, n, q] = x.logsumexp(0), x.softmax(0) @ v[:seen]
+    return out, lse
+
+
+# id: group, key width, value width, queries, page, storage, softcap
+SHAPES = {
+    "G1-D32-Q1-page16": (1, 32, 32, 1, 16, FP32, 0.0),
+    "G3-D64-Q1-page16": (3, 64, 64, 1, 16, FP32, 0.0),
+    "G3-D64-Q1-page16-bf16": (3, 64, 64, 1, 16, BF16, 0.0),
+    "G4-D128-Q1-page64-bf16": (4, 128, 128, 1, 64, BF16, 0.0),
+    "G4-D128-Q2-page5": (4, 128, 128, 2, 5, FP32, 30.0),
+    "G8-D80-Q7-page16-fp16": (8, 80, 80, 7, 16, FP16, 0.0),
+    "G16-D96-Q1-page1": (16, 96, 96, 1, 1, FP32, 0.0),
+    "G5-D256-Q3-page48": (5, 256, 256, 3, 48, FP32, 5.0),
+    "G2-D64-E72-Q32-page16": (2, 64, 72, 32, 16, FP32, 0.0),
+    "G1-D7-E3-Q1-page3": (1, 7, 3, 1, 3, FP32, 0.0),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_decode_rows_keeps_the_tolerance_rule(shape: tuple[Any, ...]) -> None:
+    group, width, value_width, queries, page, dtype, softcap = shape
+    operands = pools([601, 0, 37, 1], width, value_width, page, dtype)
+    query = torch.randn(2, queries, 2 * group, width).transpose(1, 2)  # not contiguous
+    scaling = width**-0.5
+    out, lse, weights = ops.decode_rows(query, *operands, scaling, softcap, True)
+    plain_out, plain_lse, _ = rows_reference(query, *operands, scaling, softcap, True)
+    exact_out, exact_lse = double(query, *operands, scaling, softcap)
+    close(out, exact_out, plain_out)
+    close(lse, exact_lse, plain_lse)
+    sees = (exact_lse > -torch.inf).float()
+    torch.testing.assert_close(weights.sum(-1), sees, rtol=1e-5, atol=1e-5)
+    assert ops.decode_rows(query, *operands, scaling, softcap, False)[2].numel() == 0
+
+
+def test_a_row_does_not_depend_on_its_batch_or_the_threads() -> None:
+    key, value, table, counts = pools([1500, 77, 640, 3], 64, 64, 16, FP32)
+    query = torch.randn(4, 3, 1, 64)
+    together = ops.decode_rows(query, key, value, table, counts, 0.125, 0.0, True)
+    threads = torch.get_num_threads()
+    for row in range(4):
+        torch.set_num_threads(1 + row % 2)
+        one = slice(row, row + 1)
+        operands = (query[one], key, value, table[one].contiguous(), counts[one])
+        alone = ops.decode_rows(*operands, 0.125, 0.0, True)
+        assert all(torch.equal(a, t[one]) for a, t in zip(alone, together, strict=True))
+    torch.set_num_threads(threads)
+
+
+# id: storage, page, mass, evict, rank, noise, tau, softcap
+STEPS = {
+    "mass-fresh": (FP32, 16, True, True, "mass", "fresh", 1.0, 0.0),
+    "mass-frozen-tau-page5": (FP32, 5, True, True, "mass", "frozen", 1.7, 0.0),
+    "age-none-softcap": (FP32, 16, True, True, "mass_per_age", "none", 1.0, 20.0),
+    "age-fresh-tau-bf16": (BF16, 16, True, True, "mass_per_age", "fresh", 0.6, 0.0),
+    "position": (FP32, 64, False, True, "position", "none", 1.0, 0.0),
+    "observing-only": (FP16, 16, True, False, "mass", "none", 1.3, 0.0),
+    "attending-only": (FP32, 16, False, False, "position", "none", 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_decode_steps_equal_the_reference(step: tuple[Any, ...]) -> None:
+    dtype, page, massive, evict, rank, noise, tau, softcap = step
+    key, value, table, counts = pools([40, 17, 0, 33], 32, 48, page, dtype)
+    position = torch.full((key.shape[0], page), -7, dtype=torch.int32)
+    mass = torch.full((key.shape[0], page), torch.nan)
+    for row, count in enumerate(counts.tolist()):
+        slot_S = torch.arange(count)
+        page_S = table[row].long()[slot_S // page]
+        position[page_S, slot_S % page] = torch.randperm(50)[:count].int()
+        mass[page_S, slot_S % page] = torch.rand(count)
+    quota, recent = torch.tensor([40, 17, 2, 60]), torch.tensor([3, 1])
+    sides = [[x.clone() for x in (key, value, position, mass, table, counts)] for _ in range(2)]
+    for number in range(4):
+        query, new_key = torch.randn(2, 6, 1, 32), torch.randn(2, 2, 1, 32)
+        new_value, seen = torch.randn(2, 2, 1, 48), torch.tensor([51, 51]) + number
+        outputs = []
+        for run, side in zip(
+            (ops.decode_step, ops.implementation("decode_step", "reference")), sides, strict=True
+        ):
+            k, v, p, m, t, c = side
+            held = (k, v, p, m if massive else None, t, c, seen, quota, recent)
+            choices = (2, evict, rank, noise, tau, (5 << 32) + 12345, 3, 0.2, softcap)
+            outputs.append(run(query, new_key, new_value, *held, *choices))
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+        for given, wanted in zip(*sides, strict=True):
+            loose = 1e-4 if given is sides[0][3] else 0.0
+            torch.testing.assert_close(given, wanted, rtol=loose, atol=loose, equal_nan=True)
+
+
+@pytest.mark.parametrize("noise", ["none", "frozen", "fresh"])
+@pytest.mark.parametrize("window", [1, 31, 1000])
+@pytest.mark.parametrize("tau", [1.0, 1.7])
+def test_attention_sums_equal_the_reference(noise: str, window: int, tau: float) -> None:
+    query = torch.randn(2, 300, 6, 40).transpose(1, 2)
+    key = torch.randn(2, 331, 2, 40).transpose(1, 2)
+    position = torch.arange(331).repeat(2, 2, 1)
+    position[1, 0, :9] = -1
+    args = (query, key, position, 0.3, 0.0 if window == 31 else 9.0, window, noise, tau, 3, 2)
+    given = ops.attention_sums(*args)
+    wanted = ops.implementation("attention_sums", "reference")(*args)
+    torch.testing.assert_close(given, wanted, rtol=2e-5, atol=1e-5)
+    assert (given[position < 0] == 0).all()
+    torch.testing.assert_close(given.sum(-1), torch.full((2, 2), 3.0 * min(window, 300)))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, torch.int64, torch.int8], ids=str)
+@pytest.mark.parametrize("slot_last", [True, False])
+def test_slots_move_bit_by_bit(slot_last: bool, dtype: torch.dtype) -> None:
+    shape = (9, 5, 16) if slot_last else (9, 16, 5)
+    pool = torch.randint(-99, 99, shape).to(dtype)
+    address = torch.randperm(9 * 16)[:70]
+    slots = ops.gather_slots(pool, address, slot_last)
+    assert torch.equal(
+        slots, ops.implementation("gather_slots", "reference")(pool, address, slot_last)
+    )
+    copy = torch.zeros_like(pool)
+    ops.scatter_slots(copy, address, slots, slot_last)
+    assert torch.equal(ops.gather_slots(copy, address, slot_last), slots)
+    assert int((copy != 0).sum()) == int((slots != 0).sum())
+
+
+def operands() -> dict[str, Any]:
+    key, value, table, counts = pools([20, 9], 16, 16, 4, FP32)
+    return {"query": torch.randn(1, 4, 1, 16), "key": key, "value": value, "table": table,
+            "counts": counts, "scaling": 0.25, "softcap": 0.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.randn(1, 4, 1, 8)}, "but D is 8"),
+        ({"query": torch.randn(4, 1, 16)}, "3 dimensions"),
+        ({"query": torch.randn(1, 4, 33, 16)}, "1 to 32"),
+        ({"query": torch.randn(1, 3, 1, 16)}, "divides N"),
+        ({"query": torch.ones(1, 4, 1, 16, dtype=torch.int32)}, "float32, bfloat16 or float16"),
+        ({"counts": torch.tensor([25, 9])}, "room for 24"),
+        ({"counts": torch.tensor([-1, 9])}, "room for 24"),
+        ({"counts": torch.tensor([3, 9], dtype=torch.int32)}, "int64"),
+        ({"table": torch.full((2, 6), 12, dtype=torch.int32)}, "names page 12"),
+        ({"table": torch.full((2, 6), -1, dtype=torch.int32)}, "names page -1"),
+        ({"softcap": -1.0}, "positive"),
+    ],
+)
+def test_bad_operands_are_refused_by_name(
+    change: dict[str, Any], message: str, backend: str
+) -> None:
+    run = ops.decode_rows if backend == "cpu" else rows_reference
+    with pytest.raises(RuntimeError, match=message):
+        run(*(operands() | change).values(), False)
+
+
+def test_wide_heads_and_strides_are_refused() -> None:
+    key, value, table, counts = pools([20, 9], 264, 264, 4, FP32)
+    with pytest.raises(RuntimeError, match="at most 256"):
+        ops.decode_rows(torch.randn(1, 2, 1, 264), key, value, table, counts, 1.0, 0.0, False)
+    wrong = operands()
+    wrong["value"] = wrong["value"].transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        ops.decode_rows(*wrong.values(), False)
+    with pytest.raises(RuntimeError, match="address_N names slot"):
+        ops.gather_slots(key, torch.tensor([key.shape[0] * 4]), True)
+
+
+def test_operators_pass_opcheck() -> None:
+    given = operands()
+    torch.library.opcheck(torch.ops.kvpress.decode_rows.default, (*given.values(), True))
+    query, key = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16)
+    position = torch.arange(9).repeat(1, 2, 1)
+    args = (query, key, position, 0.3, 0.0, 9, "fresh", 1.0, 0, 0)
+    torch.library.opcheck(torch.ops.kvpress.attention_sums.default, args)
+    pool, address = given["key"].nan_to_num(), torch.tensor([3, 0])
+    torch.library.opcheck(torch.ops.kvpress.gather_slots.default, (pool, address, True))
+    slots = torch.randn(2, 16)
+    torch.library.opcheck(torch.ops.kvpress.scatter_slots.default, (pool, address, slots, True))
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_older_processors_get_the_same_results(instructions: str) -> None:
+    if os.environ.get("KVPRESS_CPU"):
+        pytest.skip("already inside")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    done = subprocess.run(
+        command, env={**os.environ, "KVPRESS_CPU": instructions}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_a_backend_that_cannot_run_says_why() -> None:
+    program = "from kvpress import ops; ops.backends()"
+    for variables, message in (
+        ({"KVPRESS_BACKEND": "cpu", "CXX": "no-such-compiler"}, "No C++ compiler was found"),
+        ({"KVPRESS_BACKEND": "gpu"}, "names no backend"),
+        ({"KVPRESS_BACKEND": "triton", "TRITON_INTERPRET": "0"}, "cannot run"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+        )
+        if message == "cannot run" and torch.cuda.is_available():
+            continue
+        assert done.returncode != 0 and message in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", program + "; print(ops.backends()['cpu'])"],
+        env={**os.environ, "CXX": "no-such-compiler", "KVPRESS_BACKEND": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "reference: No C++ compiler" in done.stdout
+    assert done.stderr.count("run as PyTorch references") == 1

@@ -1,0 +1,392 @@
+"""The Triton kernels against float64 formulas and the references: on a GPU, or interpreted.
+
+Tolerance: at most twice the error of the PyTorch reference in fp32, and a little for results near
+zero. What is moved, kept or evicted is compared exactly.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from kvpress import noise as engine_noise
+from kvpress.errors import OperatorError
+from kvpress.ops import implementation
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NOWHERE = 1 << 30  # a page that does not exist
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Calls a Triton operator by name; memory that it does not write is NaN.
+
+    Without a GPU the kernels are imported once more, to be interpreted, and forgotten afterwards:
+    other tests see Triton as it was.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setenv("TRITON_INTERPRET", "1")
+            _reload()
+        yield _poisoned
+    if DEVICE == "cpu":
+        _reload()
+
+
+def _reload() -> None:
+    for name in [n for n in sys.modules if n.startswith("kvpress.csrc.") and "triton" in n]:
+        del sys.modules[name]
+    for name in ("triton.language.standard", "triton.language"):
+        importlib.reload(importlib.import_module(name))
+
+
+def _poisoned(operator: str, *args: Any) -> Any:
+    torch.use_deterministic_algorithms(True)
+    try:
+        return implementation(operator, "triton_kernel")(*args)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def within(given: torch.Tensor, pytorch: torch.Tensor, exact: torch.Tensor) -> None:
+    """Asserts the tolerance rule; infinities must be the same."""
+    assert given.dtype == pytorch.dtype and given.shape == pytorch.shape == exact.shape
+    finite = exact.isfinite()
+    assert torch.equal(given.isfinite(), finite)
+    assert torch.equal(given.double()[~finite], exact[~finite])
+    size = max(1.0, float(exact[finite].abs().max())) if finite.any() else 1.0
+    error, allowed = ((x.double() - exact)[finite].abs() for x in (given, pytorch))
+    assert not finite.any() or error.max() <= 2 * allowed.max() + 1e-5 * size
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Ragged rows in poisoned pages, and the same rows dense."""
+
+    key_PDS: torch.Tensor
+    value_PSE: torch.Tensor
+    position_PS: torch.Tensor
+    mass_PS: torch.Tensor
+    table_RW: torch.Tensor
+    counts_R: torch.Tensor
+
+    def pools(self, wild: bool) -> tuple[torch.Tensor, ...]:
+        """Pages, table and counts. The table names missing pages for slots that no row has."""
+        table = self.table_RW if wild else self.table_RW.clamp(max=len(self.key_PDS) - 1)
+        return self.key_PDS, self.value_PSE, table, self.counts_R
+
+    def dense(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one row, float64."""
+        page_slots = self.key_PDS.shape[2]
+        slot = torch.arange(int(self.counts_R[row]), device=DEVICE)
+        page, offset = self.table_RW[row].long()[slot // page_slots], slot % page_slots
+        return self.key_PDS[page, :, offset].double(), self.value_PSE[page, offset].double()
+
+    def copy(self) -> Rows:
+        return Rows(*(getattr(self, name).clone() for name in Rows.__dataclass_fields__))
+
+
+def make_rows(
+    counts: list[int], width: int, value_width: int, page: int, dtype: torch.dtype, spare: int = 0
+) -> Rows:
+    """Rows with random content at the positions 0, 1, …, shuffled."""
+    wide = -(-(max(counts) + spare) // page)
+    needed = [-(-(count + spare) // page) for count in counts]
+    pages = sum(needed) + 2
+    order = torch.randperm(pages).int()
+    table = torch.full((len(counts), wide), NOWHERE, dtype=torch.int32)
+    key, value = (
+        torch.full((pages, width, page), torch.nan),
+        torch.full((pages, page, value_width), torch.nan),
+    )
+    position = torch.full((pages, page), -7, dtype=torch.int32)
+    mass = torch.full((pages, page), torch.nan)
+    for row, count in enumerate(counts):
+        table[row, : needed[row]] = order[: needed[row]]
+        order = order[needed[row] :]
+        slot = torch.arange(count)
+        at, offset = table[row].long()[slot // page], slot % page
+        key[at, :, offset] = torch.randn(count, width)
+        value[at, offset] = torch.randn(count, value_width)
+        position[at, offset] = torch.randperm(count).int()
+        mass[at, offset] = torch.rand(count)
+    made = (key.to(dtype), value.to(dtype), position, mass, table, torch.tensor(counts))
+    return Rows(*(x.to(DEVICE) for x in made))
+
+
+def attention(
+    query: torch.Tensor, rows: Rows, scaling: float, softcap: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, LSE and weights of `decode_rows` in float64, row by row."""
+    batch, query_heads, queries, _ = query.shape
+    page_slots, value_width = rows.value_PSE.shape[1:]
+    group = batch * query_heads // len(rows.counts_R)
+    query_RGQD = query.double().reshape(-1, group, queries, query.shape[3])
+    slots = rows.table_RW.shape[1] * page_slots
+    out = query_RGQD.new_zeros(*query_RGQD.shape[:3], value_width)
+    lse = query_RGQD.new_full(query_RGQD.shape[:3], -torch.inf)
+    weights = query_RGQD.new_zeros(*query_RGQD.shape[:3], slots)
+    for row, count in enumerate(rows.counts_R.tolist()):
+        key, value = rows.dense(row)
+        for q in range(queries):
+            seen = count - queries + q + 1
+            if seen <= 0:
+                continue
+            x_GS = query_RGQD[row, :, q] @ key[:seen].T * scaling
+            x_GS = torch.tanh(x_GS / softcap) * softcap if softcap else x_GS
+            lse[row, :, q] = x_GS.logsumexp(-1)
+            weights[row, :, q, :seen] = x_GS.softmax(-1)
+            out[row, :, q] = x_GS.softmax(-1) @ value[:seen]
+    shape = (batch, query_heads, queries)
+    return out.view(*shape, -1), lse.view(shape), weights.view(*shape, slots)
+
+
+# id: batch, counts, group, queries, D, E, page, query dtype, storage dtype, softcap
+ATTENTION = {
+    "G1-Q1-D64-page16": (2, [0, 1, 17, 63], 1, 1, 64, 64, 16, FP32, FP32, 0.0),
+    "G3-Q2-D80-E64-page5-softcap": (1, [41, 1], 3, 2, 80, 64, 5, FP32, FP32, 4.0),
+    "G4-Q7-D96-page1": (2, [29, 3], 4, 7, 96, 96, 1, FP32, FP32, 0.0),
+    "G8-Q1-D128-page64-bf16": (1, [131, 64], 8, 1, 128, 128, 64, BF16, BF16, 0.0),
+    "G16-Q32-D32-page16-fp16": (1, [37], 16, 32, 32, 32, 16, FP16, FP16, 0.0),
+    "G4-Q1-D256-page16-fp16-softcap": (1, [53, 0], 4, 1, 256, 256, 16, FP16, FP16, 30.0),
+    "G4-Q1-D32-several-chunks": (1, [1103, 513], 4, 1, 32, 32, 16, FP32, FP32, 0.0),
+    "G1-Q2-D64-fp32-query-of-bf16": (2, [23, 7], 1, 2, 64, 80, 16, FP32, BF16, 0.0),
+    "G1-Q1-D64-fp16-query-of-fp32": (2, [23, 7], 1, 1, 64, 32, 16, FP16, FP32, 0.0),
+}
+
+
+@pytest.mark.parametrize("case", ATTENTION.values(), ids=ATTENTION)
+def test_decode_rows_equals_the_formula(run: Run, case: tuple[Any, ...]) -> None:
+    batch, counts, group, queries, width, value_width, page, query_dtype, dtype, softcap = case
+    rows = make_rows(counts, width, value_width, page, dtype)
+    query_heads = len(counts) // batch * group
+    query = torch.randn(batch, queries, query_heads, width, device=DEVICE).to(query_dtype)
+    query = query.transpose(1, 2)  # as models make it
+    given = run("decode_rows", query, *rows.pools(wild=True), 0.3, softcap, True)
+    pytorch = implementation("decode_rows", "reference")(
+        query, *rows.pools(wild=False), 0.3, softcap, True
+    )
+    exact = attention(query, rows, 0.3, softcap)
+    for one, reference, wanted in zip(given, pytorch, exact, strict=True):
+        within(one, reference, wanted)
+    sees = (exact[1] > -torch.inf).float()
+    torch.testing.assert_close(given[2].sum(-1), sees, rtol=1e-5, atol=1e-6)
+    assert (given[0][sees == 0] == 0).all()
+
+
+def test_decode_rows_without_weights_is_the_same_attention(run: Run) -> None:
+    rows = make_rows([19, 5], 32, 32, 16, FP32)
+    query = torch.randn(2, 2, 1, 32, device=DEVICE)
+    full = run("decode_rows", query, *rows.pools(wild=True), 0.3, 0.0, True)
+    bare = run("decode_rows", query, *rows.pools(wild=True), 0.3, 0.0, False)
+    assert torch.equal(full[0], bare[0]) and torch.equal(full[1], bare[1])
+    assert bare[2].shape == (0,)
+
+
+def test_decode_rows_of_rows_without_pages_is_zero(run: Run) -> None:
+    rows = make_rows([0, 0], 32, 32, 16, FP32)
+    query = torch.randn(1, 2, 1, 32, device=DEVICE)
+    out, lse, weights = run("decode_rows", query, *rows.pools(wild=True), 0.3, 0.0, True)
+    assert (out == 0).all() and (lse == -torch.inf).all() and weights.shape == (1, 2, 1, 0)
+
+
+def test_operands_that_do_not_fit_are_refused(run: Run) -> None:
+    rows = make_rows([3, 5], 32, 32, 16, FP32)
+    query = torch.randn(1, 2, 1, 64, device=DEVICE)
+    with pytest.raises(OperatorError, match="key_PDS"):
+        run("decode_rows", query, *rows.pools(wild=True), 0.3, 0.0, True)
+
+
+def step_both(
+    run: Run, given: Rows, wanted: Rows, massive: bool, group: int, *options: Any
+) -> None:
+    """One decode step in both sets of rows, which must stay the same. B = 2, H = 2."""
+    seen_B, quota_R, recent_B, *choices = options
+    width, value_width = given.key_PDS.shape[1], given.value_PSE.shape[2]
+    fused = torch.randn(2, 1, 2 * group + 2, width, device=DEVICE).to(given.key_PDS.dtype)
+    query, key = fused.transpose(1, 2).split([2 * group, 2], 1)
+    value = torch.randn(2, 2, 1, value_width, device=DEVICE).to(given.key_PDS.dtype)
+    outputs = []
+    for rows, wild in ((given, True), (wanted, False)):
+        key_PDS, value_PSE, table_RW, counts_R = rows.pools(wild)
+        mass_PS = rows.mass_PS if massive else None
+        pools = (key_PDS, value_PSE, rows.position_PS, mass_PS, table_RW, counts_R)
+        args = (query, key, value, *pools, seen_B, quota_R, recent_B, *choices)
+        reference = implementation("decode_step", "reference")
+        outputs.append(run("decode_step", *args) if wild else reference(*args))
+    torch.testing.assert_close(*outputs)
+    same = {"rtol": 0, "atol": 0, "equal_nan": True}
+    assert torch.equal(given.counts_R, wanted.counts_R)
+    assert torch.equal(given.position_PS, wanted.position_PS)
+    torch.testing.assert_close(given.key_PDS, wanted.key_PDS, **same)
+    torch.testing.assert_close(given.value_PSE, wanted.value_PSE, **same)
+    close = {"rtol": 1e-4, "atol": 1e-5} if massive else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(given.mass_PS, wanted.mass_PS, **close, equal_nan=True)
+
+
+# id: group, D, page, dtype, mass, evict, rank, noise, tau, softcap
+STEPS = {
+    "mass-G4-D64-page16": (4, 64, 16, FP32, True, True, "mass", "none", 1.0, 0.0),
+    "mass-G3-D80-page5-tau": (3, 80, 5, FP32, True, True, "mass", "none", 0.6, 5.0),
+    "mass-G1-D32-page1-frozen": (1, 32, 1, FP32, True, True, "mass", "frozen", 1.0, 0.0),
+    "age-G4-D96-page64-fresh": (4, 96, 64, FP32, True, True, "mass_per_age", "fresh", 1.5, 0.0),
+    "age-G8-D128-page16-fp16": (8, 128, 16, FP16, True, True, "mass_per_age", "fresh", 1.0, 0.0),
+    "position-G16-D32": (16, 32, 16, FP32, False, True, "position", "none", 1.0, 0.0),
+    "position-of-rows-with-mass": (2, 32, 16, FP32, True, True, "position", "none", 1.0, 0.0),
+    "observing-only": (2, 32, 16, FP32, True, False, "mass", "frozen", 0.7, 0.0),
+    "attending-only": (2, 32, 16, BF16, False, False, "position", "none", 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("case", STEPS.values(), ids=STEPS)
+def test_decode_steps_leave_the_same_rows_as_the_reference(run: Run, case: tuple[Any, ...]) -> None:
+    group, width, page, dtype, massive, evict, rank, noise, tau, softcap = case
+    given = make_rows([0, 9, 23, 19], width, width, page, dtype, spare=4)
+    wanted = given.copy()
+    quota_R = torch.tensor([2, 9, 18, 40], device=DEVICE)
+    recent_B = torch.tensor([3, 2], device=DEVICE)
+    for step in range(4):
+        seen_B = torch.tensor([10, 24], device=DEVICE) + step
+        numbers = (2, evict, rank, noise, tau, (5 << 32) + 12345, 3, 0.3, softcap)
+        step_both(run, given, wanted, massive, group, seen_B, quota_R, recent_B, *numbers)
+    expected = [3, 9, 23, 23] if evict else [4, 13, 27, 23]
+    assert given.counts_R.tolist() == expected
+
+
+def victims(run: Run, mass: list[float], rank: str, sink: int, recent: int) -> list[int]:
+    """Which of the positions 0, 1, … is missing after a step in which nothing is attended to."""
+    rows = make_rows([len(mass)], 32, 32, 4, FP32, spare=1)
+    rows.key_PDS.zero_()
+    address = torch.arange(len(mass), device=DEVICE)
+    page_S = rows.table_RW[0].long()[address // 4]
+    rows.mass_PS[page_S, address % 4] = torch.tensor(mass, device=DEVICE)
+    rows.position_PS[page_S, address % 4] = address.int()
+    one = torch.zeros(1, 1, 1, 32, device=DEVICE)
+    numbers = torch.tensor([[len(mass) + 1], [len(mass)], [recent]], device=DEVICE)
+    pools = (*rows.pools(True)[:2], rows.position_PS, rows.mass_PS, *rows.pools(True)[2:])
+    args = (one, one, one, *pools, *numbers, sink, True, rank, "none", 1.0, 0, 0, 1.0, 0.0)
+    run("decode_step", *args)
+    kept = torch.arange(int(rows.counts_R[0]), device=DEVICE)
+    left = rows.position_PS[rows.table_RW[0].long()[kept // 4], kept % 4].tolist()
+    return sorted(set(range(len(mass) + 1)) - set(left))
+
+
+def test_of_slots_that_rank_the_same_the_latest_goes(run: Run) -> None:
+    assert victims(run, [1.0, 1.0, 1.0, 1.0, 1.0], "mass", 0, 1) == [4]
+    assert victims(run, [1.0, 0.5, 0.5, 1.0, 1.0], "mass", 0, 1) == [2]
+
+
+def test_a_mass_that_is_no_number_goes_first(run: Run) -> None:
+    assert victims(run, [0.1, 1.0, torch.nan, 1.0, 0.1], "mass", 0, 1) == [2]
+    assert victims(run, [torch.nan, 1.0, 3.0, 1.0, 2.0], "mass_per_age", 0, 1) == [0]
+
+
+def test_protected_slots_stay_and_rows_without_others_keep_everything(run: Run) -> None:
+    assert victims(run, [0.0, 0.0, 5.0, 4.0, 0.0], "mass", 2, 2) == [3]
+    assert victims(run, [0.0, 0.0, 5.0, 4.0, 0.0], "mass", 2, 4) == []
+
+
+def dense_sums(
+    query: torch.Tensor, key: torch.Tensor, position: torch.Tensor, *numbers: Any
+) -> torch.Tensor:
+    """`attention_sums` in float64 with the engine's uniform numbers, by the P×S matrix."""
+    scaling, softcap, window, noise, tau, seed, layer = numbers
+    (_, query_heads, new, _), (_, heads, slots, _) = query.shape, key.shape
+    group = query_heads // heads
+    x = query.unflatten(1, (heads, group)).double() @ key.double()[:, :, None].mT * scaling
+    x = torch.tanh(x / softcap) * softcap if softcap else x
+    if noise != "none":
+        head = torch.arange(query_heads, device=DEVICE).view(1, heads, group, 1, 1)
+        own = position[:, :, None, slots - new :, None]
+        own = torch.full_like(own, engine_noise.NO_QUERY) if noise == "frozen" else own
+        u = engine_noise.uniform(seed, layer, head, own, position[:, :, None, None])
+        x = x - (-u.double().log()).log()
+    future = torch.arange(slots) > torch.arange(slots - new, slots)[:, None]
+    x = (x / tau).masked_fill(future.to(DEVICE), -torch.inf)
+    x = x.masked_fill((position < 0)[:, :, None, None], -torch.inf)
+    return x.softmax(-1)[..., new - min(window, new) :, :].sum((2, 3))
+
+
+# id: group, P, S, D, dtype, softcap, window, noise, tau
+SUMS = {
+    "G1-P19-S31-D32": (1, 19, 31, 32, FP32, 0.0, 100, "none", 1.0),
+    "G3-P7-S7-D80-softcap-fresh-tau": (3, 7, 7, 80, FP32, 4.0, 7, "fresh", 0.7),
+    "G4-P37-S71-D96-window-frozen": (4, 37, 71, 96, FP32, 0.0, 7, "frozen", 1.0),
+    "G8-P1-S67-D128-bf16-fresh": (8, 1, 67, 128, BF16, 0.0, 1, "fresh", 1.0),
+    "G16-P2-S131-D64-fp16": (16, 2, 131, 64, FP16, 0.0, 100, "none", 1.0),
+    "G2-P70-S140-D64-fp16-fresh": (2, 70, 140, 64, FP16, 0.0, 100, "fresh", 1.0),
+    "G1-P32-S53-D256-frozen-tau": (1, 32, 53, 256, FP32, 0.0, 32, "frozen", 1.6),
+    "G1-P5-S11-D32-nothing": (1, 5, 11, 32, FP32, 0.0, 0, "none", 1.0),
+}
+
+
+@pytest.mark.parametrize("case", SUMS.values(), ids=SUMS)
+def test_attention_sums_equal_the_formula(run: Run, case: tuple[Any, ...]) -> None:
+    group, new, slots, width, dtype, softcap, window, noise, tau = case
+    query = torch.randn(2, new, 2 * group, width, device=DEVICE).to(dtype).transpose(1, 2)
+    key = torch.randn(2, slots, 2, width, device=DEVICE).to(dtype).transpose(1, 2)
+    position = torch.arange(slots, device=DEVICE).repeat(2, 2, 1)
+    position[1, 0, : slots - new] = -1  # a row that evicted more than the others
+    numbers = (0.3, softcap, window, noise, tau, (7 << 40) + 99, 5)
+    given = run("attention_sums", query, key, position, *numbers)
+    pytorch = implementation("attention_sums", "reference")(query, key, position, *numbers)
+    within(given, pytorch, dense_sums(query, key, position, *numbers))
+    assert (given[position < 0] == 0).all()
+    total = torch.full((2, 2), float(group * min(window, new)), device=DEVICE)
+    torch.testing.assert_close(given.sum(-1), total, rtol=1e-5, atol=0)
+
+
+def draw_kernel(
+    out, stream, head, query, ROW: tl.constexpr, DRAW: tl.constexpr, BLOCK: tl.constexpr
+):
+    key = tl.arange(0, BLOCK)
+    tl.store(out + key, DRAW(ROW(stream, head, query), key))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 + 5, (1 << 63) - 25])
+def test_noise_is_that_of_the_engine_bit_for_bit(run: Run, seed: int) -> None:
+    common = importlib.import_module("kvpress.csrc.triton_common")
+    head, query, keys = 7, -1, 1 << 14
+    out = torch.empty(keys, device=DEVICE)
+    args = (out, common.noise_stream(seed, 11), head, query, common.noise_row)
+    triton.jit(draw_kernel)[(1,)](*args, common.uniform, BLOCK=keys, **common.FUSED)
+    places = (torch.tensor(head), torch.tensor(query), torch.arange(keys))
+    places = tuple(place.to(DEVICE) for place in places)
+    exact = engine_noise.uniform(seed, 11, *places)
+    assert torch.equal(out, exact)
+    triton.jit(draw_kernel)[(1,)](*args, common.gumbel, BLOCK=keys, **common.FUSED)
+    within(out, engine_noise.gumbel(seed, 11, *places), -(-exact.double().log()).log())
+
+
+DTYPES = [torch.bool, torch.int8, BF16, torch.int32, FP32, torch.int64, torch.float64]
+
+
+@pytest.mark.parametrize("page", [1, 5, 16, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_slots_are_copied_bit_by_bit(run: Run, dtype: torch.dtype, page: int) -> None:
+    for inner, slot_last in (((), False), ((3, 2), False), ((80,), False), ((80,), True)):
+        shape = (7, *inner, page) if slot_last else (7, page, *inner)
+        bits = torch.randint(0, 256, (*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8)
+        pool = (bits % 2 if dtype == torch.bool else bits).view(dtype).to(DEVICE)
+        for slots in (0, 1, min(67, 7 * page)):
+            address = torch.randperm(7 * page, device=DEVICE)[:slots]
+            given = run("gather_slots", pool, address, slot_last)
+            wanted = implementation("gather_slots", "reference")(pool, address, slot_last)
+            assert given.shape == wanted.shape and given.dtype == dtype
+            assert torch.equal(given.view(torch.uint8), wanted.contiguous().view(torch.uint8))
+            target = pool.flip(0)
+            moved = target.clone()
+            run("scatter_slots", moved, address, given, slot_last)
+            implementation("scatter_slots", "reference")(target, address, given, slot_last)
+            assert torch.equal(moved.view(torch.uint8), target.view(torch.uint8))
