@@ -64,6 +64,46 @@ def ops(
         raise typer.Exit(1)
 
 
+@bench.command()
+def decode(
+    model: Annotated[str, typer.Option(help="demo, a Hugging Face id, or a path.")] = "demo",
+    policy: Annotated[list[str] | None, typer.Option(help="Repeatable.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=64)] = 8000,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; repeatable.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed rounds of one token.", min=1)] = 9,
+    warmup: Annotated[int, typer.Option(help="Rounds that are not timed.", min=0)] = 2,
+    cache_dtype: Annotated[str | None, typer.Option(help="Storage of keys and values.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A JSON file for the results.")] = None,
+) -> None:
+    """Time decode steps after a long prompt, beside transformers' DynamicCache with SDPA."""
+    import torch
+    from kvpress.bench import decode as decoding
+    from kvpress.bench import models, prompt, record
+
+    if cache_dtype is not None and cache_dtype not in models.DTYPES:
+        raise typer.BadParameter(f"--cache-dtype {cache_dtype}: allowed: {list(models.DTYPES)}.")
+    _writable("--out", out)
+    loaded, tokenizer = models.load(model)
+    text = prompt.reference_prompt(tokenizer, tokens)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"].to(loaded.device)
+    rows = []
+    for size in batch or [1]:
+        with errors.status(f"batch {size}: reading {ids.shape[1]} tokens per candidate"):
+            rows += decoding.measure(
+                loaded,
+                ids,
+                policy or ["full", "keyformer:budget=0.5", "keyformer:budget=0.2"],
+                size,
+                rounds,
+                warmup,
+                models.DTYPES[cache_dtype] if cache_dtype else None,
+            )
+    console.print(decoding.table(rows))
+    if out is not None:
+        facts = record.environment(torch.device(loaded.device.type))
+        record.write_json(out, {"environment": facts, "rows": [row.to_dict() for row in rows]})
+
+
 def _measure(cases: list[Any], device: Any, rounds: int, warmup: int) -> list[Any]:
     """The outcome of every case, with a progress bar on a terminal."""
     from kvpress.bench.registry import measure

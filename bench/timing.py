@@ -63,9 +63,9 @@ def interleave(
 
     Each round runs every candidate once, in an order that rotates from round to round: what slows
     the machine down for a while slows all of them. A candidate gets the number of the round,
-    warm-up included, so that it can take another copy of its data each time. `on_round` is called with that
-    number after the round; `synchronize` waits for a device before and after each call. Raises
-    TimingError.
+    warm-up included, so that it can take another copy of its data each time. `on_round` is called
+    with that number after the round; `synchronize` waits for a device before and after each call.
+    Raises TimingError.
     """
     if rounds < 1 or warmup < 0:
         raise TimingError(

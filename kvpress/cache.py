@@ -140,7 +140,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         allowed = (key.shape[0], kind.heads, key.shape[3], value.shape[3], key.dtype)
         if store is not None:
             widths = (store.columns["key"].shape[0], store.columns["value"].shape[0])
-            allowed = (store.sequences, kind.heads, *widths, store.columns["key"].dtype)
+            allowed = (store.sequences, kind.heads, *widths, self.state.token_dtype)
         given = (*key.shape[:2], key.shape[3], value.shape[3], key.dtype)
         if given != allowed:
             raise CacheError(
@@ -173,13 +173,20 @@ class EngineCache(Cache):
         page_slots: int,
         horizon: int | None,
         lease: Lease | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.fingerprint, self.recipe = shape, recipe
         self.meter = Meter()
         self.notes: dict[str, None] = {}
         compressed = sum(kind.window is None for kind in shape.kinds)
         run = Run(
-            recipe, compressed, page_slots, horizon or DEFAULT_HORIZON, self.meter, self.notes
+            recipe,
+            compressed,
+            page_slots,
+            horizon or DEFAULT_HORIZON,
+            self.meter,
+            self.notes,
+            cache_dtype,
         )
         self._engine_layers = [EngineLayer(kind, run) for kind in shape.kinds]
         super().__init__(layers=list(self._engine_layers))

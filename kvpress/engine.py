@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from kvpress.attachment import Attachment, check_model
 from kvpress.cache import EngineCache, Lease
 from kvpress.errors import AttachError, CacheError, PolicyError
 from kvpress.loading import parse
 from kvpress.meter import Report
 from kvpress.policy import Policy, Recipe
+from kvpress.shapes import FLOATS
 
 PAGE_SLOTS = 16
 
@@ -21,26 +24,40 @@ def attach(
     policy: str | Policy | Recipe | Sequence[str | Policy],
     *,
     page_size: int = PAGE_SLOTS,
+    cache_dtype: torch.dtype | None = None,
 ) -> Engine:
     """Attaches a policy to a transformers model; the engine is also a context manager.
 
-    policy: `"name:budget=0.5"`, a Policy, or several joined with `+` or in a list. page_size:
-    slots per page. Every `generate()` or forward call of the model then uses a compressed cache
-    until `engine.detach()` or the end of the `with` block. Raises PolicyError, BudgetError,
-    AttachError or UnsupportedModelError; the model is then untouched.
+    policy: `"name:budget=0.5"`, a Policy, or several joined with `+` or in a list. page_size: slots
+    per page. cache_dtype: float32, bfloat16 or float16 for stored keys and values whatever the
+    model computes in; None: the model's. Every `generate()` or forward call of the model then uses
+    a compressed cache until `engine.detach()` or the end of the `with` block. Raises PolicyError,
+    BudgetError, AttachError or UnsupportedModelError; the model is then untouched.
     """
-    return Engine(model, parse(policy), page_size)
+    return Engine(model, parse(policy), page_size, cache_dtype)
 
 
 class Engine:
     """A policy attached to a model. Made by `attach`."""
 
-    def __init__(self, model: Any, recipe: Recipe, page_size: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        recipe: Recipe,
+        page_size: int,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
         if not isinstance(page_size, int) or not 1 <= page_size <= 4096:
             raise PolicyError(
                 f"page_size={page_size!r} must be a whole number of slots from 1 to 4096."
             )
+        if cache_dtype is not None and cache_dtype not in FLOATS:
+            raise PolicyError(
+                f"cache_dtype={cache_dtype} is not supported. Allowed: torch.float32,"
+                " torch.bfloat16, torch.float16, or None for the model's own."
+            )
         self.model, self.recipe, self._page_slots = model, recipe, page_size
+        self._cache_dtype = cache_dtype
         self._cache: EngineCache | None = None
         self._lease = Lease()
         self.fingerprint = check_model(model)
@@ -78,7 +95,12 @@ class Engine:
         max_new_tokens: what schedules of a policy should expect.
         """
         cache = EngineCache(
-            self.fingerprint, self.recipe, self._page_slots, max_new_tokens, self._lease
+            self.fingerprint,
+            self.recipe,
+            self._page_slots,
+            max_new_tokens,
+            self._lease,
+            self._cache_dtype,
         )
         self._cache = cache  # what is returned stays this call's own when threads share an engine
         return cache

@@ -53,6 +53,7 @@ class Run:
     horizon: int
     meter: Meter
     notes: dict[str, None]  # an ordered set of lines for the report
+    cache_dtype: torch.dtype | None = None  # of stored keys and values; None: the model's
 
 
 class Newest(Policy):
@@ -81,6 +82,7 @@ class Layer:
     def reset(self) -> None:
         """Forgets every token."""
         self.store = None
+        self.token_dtype = torch.float32  # of the model's keys and values; known with the store
         self.columns_seen = 0  # logical length: columns of the batch, padding included
         self.seen_B = torch.zeros(0, dtype=torch.int64)  # real tokens of each sequence, on the host
         self.decoded_B = torch.zeros(0, dtype=torch.int64)  # tokens decoded since the last prompt
@@ -165,7 +167,8 @@ class Layer:
         if self.store is None:
             return LayerReport(self.kind.index, self.kind.name, [], 0, 0)
         limit = torch.iinfo(torch.int64).max if self.kind.window is None else self.kind.window - 1
-        slot_bytes = self.store.columns[KEY].slot_bytes + self.store.columns[VALUE].slot_bytes
+        widths = (self.store.columns[name].shape[0] for name in (KEY, VALUE))
+        slot_bytes = sum(widths) * self.token_dtype.itemsize
         tokens = int(self.seen_B.clamp_max(limit).sum())
         return LayerReport(
             index=self.kind.index,
@@ -199,9 +202,11 @@ class Layer:
     def start(self, key_BHPD: Tensor, value_BHPD: Tensor) -> None:
         """Makes the store for rows of this shape."""
         batch, heads, _, key_width = key_BHPD.shape
+        self.token_dtype = key_BHPD.dtype
+        dtype = self.run.cache_dtype or self.token_dtype
         columns = {
-            KEY: Column((key_width,), key_BHPD.dtype, slot_last=True),
-            VALUE: Column((value_BHPD.shape[-1],), value_BHPD.dtype),
+            KEY: Column((key_width,), dtype, slot_last=True),
+            VALUE: Column((value_BHPD.shape[-1],), dtype),
         }
         if self.recipe.accumulates:
             columns[MASS] = Column((), torch.float32)

@@ -164,8 +164,9 @@ def noise_rows(stream, head, position, own_M, stride, slots, NOISE: tl.constexpr
     if NOISE == FRESH:
         at_M = own_M.to(tl.int64) * stride
         query_M = tl.load(position + at_M, mask=own_M < slots, other=0).to(tl.int32)
-        return noise_row(stream, head, query_M)
-    return noise_row(stream, head, tl.full([1], -1, tl.int32))
+    else:
+        query_M = tl.full([1], -1, tl.int32)
+    return noise_row(stream, head, query_M)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "chunk"])

@@ -264,7 +264,9 @@ def test_decode_steps_leave_the_same_rows_as_the_reference(run: Run, case: tuple
     assert given.counts_R.tolist() == expected
 
 
-def victims(run: Run, mass: list[float], rank: str, sink: int, recent: int) -> list[int]:
+def victims(
+    run: Run, mass: list[float], rank: str, sink: int, recent: int, group: int = 1
+) -> list[int]:
     """Which of the positions 0, 1, … is missing after a step in which nothing is attended to."""
     rows = make_rows([len(mass)], 32, 32, 4, FP32, spare=1)
     rows.key_PDS.zero_()
@@ -272,10 +274,13 @@ def victims(run: Run, mass: list[float], rank: str, sink: int, recent: int) -> l
     page_S = rows.table_RW[0].long()[address // 4]
     rows.mass_PS[page_S, address % 4] = torch.tensor(mass, device=DEVICE)
     rows.position_PS[page_S, address % 4] = address.int()
-    one = torch.zeros(1, 1, 1, 32, device=DEVICE)
+    one, query = (
+        torch.zeros(1, 1, 1, 32, device=DEVICE),
+        torch.zeros(1, group, 1, 32, device=DEVICE),
+    )
     numbers = torch.tensor([[len(mass) + 1], [len(mass)], [recent]], device=DEVICE)
     pools = (*rows.pools(True)[:2], rows.position_PS, rows.mass_PS, *rows.pools(True)[2:])
-    args = (one, one, one, *pools, *numbers, sink, True, rank, "none", 1.0, 0, 0, 1.0, 0.0)
+    args = (query, one, one, *pools, *numbers, sink, True, rank, "none", 1.0, 0, 0, 1.0, 0.0)
     run("decode_step", *args)
     kept = torch.arange(int(rows.counts_R[0]), device=DEVICE)
     left = rows.position_PS[rows.table_RW[0].long()[kept // 4], kept % 4].tolist()
@@ -285,6 +290,8 @@ def victims(run: Run, mass: list[float], rank: str, sink: int, recent: int) -> l
 def test_of_slots_that_rank_the_same_the_latest_goes(run: Run) -> None:
     assert victims(run, [1.0, 1.0, 1.0, 1.0, 1.0], "mass", 0, 1) == [4]
     assert victims(run, [1.0, 0.5, 0.5, 1.0, 1.0], "mass", 0, 1) == [2]
+    many = [0.5 if slot in (3, 67, 131) else 1.0 for slot in range(140)]
+    assert victims(run, many, "mass", 0, 1, group=32) == [131]  # in several blocks of slots
 
 
 def test_a_mass_that_is_no_number_goes_first(run: Run) -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import kvpress
+from kvpress.errors import PolicyError
 
 
 @pytest.mark.parametrize("family", list(helpers.FAMILIES))
@@ -118,3 +119,21 @@ def test_real_model_gives_the_same_128_tokens_after_2000(demo: tuple) -> None:
         given = engine.generate(ids, attention_mask=mask, **arguments)
     assert given.shape[1] - ids.shape[1] == 128
     assert torch.equal(given, expected)
+
+
+def test_half_precision_storage_halves_the_cache_and_keeps_the_text() -> None:
+    model = helpers.tiny("llama")
+    ids = helpers.prompt(2, 40)
+    with kvpress.attach(model, "full") as engine:
+        engine.generate(ids, max_new_tokens=4)
+        plain = engine.report()
+    with kvpress.attach(model, "full", cache_dtype=torch.bfloat16) as engine:
+        out = engine.generate(ids, max_new_tokens=4)
+        half = engine.report()
+    assert out.shape == (2, 44)
+    assert half.bytes_full == plain.bytes_full
+    slots = sum(n for layer in half.slots_kept for rows in layer for n in rows)
+    saved = plain.bytes_held - half.bytes_held
+    assert saved >= slots * 2 * 16 * 2  # two bytes less for every channel of keys and values
+    with pytest.raises(PolicyError, match="cache_dtype"):
+        kvpress.attach(model, "full", cache_dtype=torch.int8)

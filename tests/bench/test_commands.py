@@ -1,0 +1,53 @@
+"""`kvpress bench`: every case runs on tiny shapes and leaves readable results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+from kvpress.bench import decode
+from kvpress.bench.commands import bench
+from kvpress.bench.timing import interleave
+from typer.testing import CliRunner
+
+
+def test_ops_checks_and_times_every_case(tmp_path: Path) -> None:
+    out, plot = tmp_path / "ops.json", tmp_path / "ops.png"
+    options = ["--quick", "--rounds", "2", "--warmup", "1", "--device", "cpu"]
+    done = CliRunner().invoke(bench, ["ops", *options, "--out", str(out), "--plot", str(plot)])
+    assert done.exit_code == 0, done.output
+    text = json.dumps(json.loads(out.read_text()))
+    for name in ("decode_rows", "decode_step", "attention_sums", "gather_slots", "scatter_slots"):
+        assert name in text
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_rounds_run_every_candidate_in_rotating_order() -> None:
+    calls: list[tuple[str, int]] = []
+    candidates = {name: lambda number, name=name: calls.append((name, number)) for name in "abc"}
+    samples = interleave(candidates, rounds=3, warmup=1)
+    assert {name: s.count for name, s in samples.items()} == {"a": 3, "b": 3, "c": 3}
+    assert [number for _, number in calls] == [n for n in range(4) for _ in range(3)]
+    assert len({tuple(name for name, n in calls if n == number) for number in range(4)}) == 3
+
+
+def test_decode_reports_time_and_bytes_of_every_candidate() -> None:
+    model = helpers.tiny("llama")
+    policies = ["full", "h2o:budget=0.5"]
+    rows = decode.measure(model, helpers.prompt(1, 64), policies, batch=2, rounds=2, warmup=1)
+    held = {row.candidate: row.bytes_cache for row in rows}
+    assert held["transformers"] == 2 * 3 * 2 * 2 * 16 * (64 + 3) * 4
+    assert held["h2o:budget=0.5"] < 0.7 * held["full"]
+    assert all(row.step.count == 2 for row in rows)
+    assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize(
+    "options", [["--device", "tpu"], ["--out", "/no/such/folder/x.json"], ["--rounds", "0"]]
+)
+def test_bad_options_are_refused(options: list[str]) -> None:
+    done = CliRunner().invoke(bench, ["ops", "--quick", *options])
+    assert done.exit_code == 2
