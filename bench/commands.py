@@ -1,4 +1,4 @@
-"""The command line of the measurements: `kvpress bench ops`."""
+"""The command line of the measurements: `kvpress bench ops` and `decode`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ from rich.console import Console
 
 bench = typer.Typer(help="Measure the operators and the engine.", no_args_is_help=True)
 console, errors = Console(), Console(stderr=True)
-
-
-@bench.callback()
-def _group() -> None:
-    """Measure the operators and the engine."""
 
 
 @bench.command()
@@ -101,7 +96,9 @@ def decode(
     console.print(decoding.table(rows))
     if out is not None:
         facts = record.environment(torch.device(loaded.device.type))
-        record.write_json(out, {"environment": facts, "rows": [row.to_dict() for row in rows]})
+        settings = {"rounds": rounds, "warmup": warmup, "cache_dtype": cache_dtype}
+        results = {"format": record.FORMAT, "environment": facts, "settings": settings}
+        record.write_json(out, {**results, "rows": [row.to_dict() for row in rows]})
 
 
 def _measure(cases: list[Any], device: Any, rounds: int, warmup: int) -> list[Any]:

@@ -60,7 +60,6 @@ def measure(
     rounds: int,
     warmup: int,
     cache_dtype: torch.dtype | None = None,
-    on_round: Callable[[int], None] | None = None,
 ) -> list[DecodeRow]:
     """One row per candidate; a round decodes one token with each. `ids` is one prompt, `[1, P]`."""
     steps: dict[str, Callable[[int], None]] = {}
@@ -71,7 +70,8 @@ def measure(
             own, cache = _prefill(model, ids, name, cache_dtype, rounds + warmup)
             cache.batch_repeat_interleave(batch)
             caches[name], steps[name] = cache, _step(own, token, cache)
-        samples = interleave(steps, rounds, warmup, on_round=on_round)
+        synchronize = torch.cuda.synchronize if ids.is_cuda else None
+        samples = interleave(steps, rounds, warmup, synchronize=synchronize)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return [
         DecodeRow(name, batch, ids.shape[1], samples[name], _held(cache), weights)

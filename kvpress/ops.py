@@ -32,17 +32,17 @@ def names() -> list[str]:
     return sorted(module.name for module in found if module.ispkg)
 
 
-@functools.cache
 def backends() -> dict[str, str]:
     """Device type -> the backend that answers there, with the reason where it is the reference.
 
     The first call defines the operators and may compile the native ones. Raises BackendError if
     `KVPRESS_BACKEND` forces one that cannot run.
     """
-    with _LOCK:
+    with _LOCK:  # two threads must not register the operators twice
         return _load()
 
 
+@functools.cache
 def _load() -> dict[str, str]:
     forced = env.backend()
     if forced is not None and forced not in BACKENDS:

@@ -153,6 +153,12 @@ class Recipe:
                         " one of the two."
                     )
                 owners[part] = policy
+        ranked = self.stage("score").rank
+        if ranked in ("mass", "mass_per_age") and not self.accumulates:
+            raise PolicyError(
+                f"{self} ranks by {ranked!r} but keeps no mass. Set `accumulates = True`, or rank"
+                " by 'position'."
+            )
         if self.limits and "score" not in owners and "select" not in owners:
             raise PolicyError(
                 f"{self} has a budget but neither scores nor selects. Combine it with a policy that"

@@ -12,8 +12,8 @@ namespace kvpress::KERNEL_ISA {
 
 constexpr int kQueryBlock = 16;
 constexpr int64_t kKeyBlock = 256;
-constexpr int64_t kTaskQueries = 256;  // at least; a row has at most kMostTasks partial sums per query head
-constexpr int64_t kMostTasks = 32;
+constexpr int64_t kTaskQueries = 256;  // at least
+constexpr int64_t kMostTasks = 64;     // of a row, about: each has partial sums of its own, 4 bytes per slot
 
 class RowSums {
  public:
@@ -28,7 +28,7 @@ class RowSums {
     share(threads_, (tiles_ + 15) / 16, worthwhile(), [&](int64_t i) { pack(i * 16, std::min(tiles_, i * 16 + 16)); });
     std::fill(position_ + tiles_ * kTile, position_ + padded_, -1);
     const int64_t first = std::max<int64_t>(0, a_.queries - a_.window), queries = a_.queries - first;
-    const int64_t step = std::max(kTaskQueries, (queries + kMostTasks - 1) / kMostTasks);
+    const int64_t step = std::max(kTaskQueries, (queries * a_.group + kMostTasks - 1) / kMostTasks);
     const int64_t per_head = (queries + step - 1) / step, tasks = per_head * a_.group;
     float* partial = scratch<float, struct PartialSums>(tasks * padded_);
     share(threads_, tasks, worthwhile(), [&](int64_t i) {

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "../include/tasks.h"
 #include "../include/tiles.h"
@@ -16,28 +15,27 @@ namespace kvpress::KERNEL_ISA {
 constexpr int64_t kBlock = 64;   // slots between two looks at the running maximum; their keys and values fit in L1
 constexpr int64_t kChunk = 512;  // slots of one task
 
+// Calls f with a value of the storage type.
+template <class F>
+inline void with_storage(Type type, const F& f) {
+  if (type == Type::kFloat32) f(float{});
+  if (type == Type::kBFloat16) f(BFloat16{});
+  if (type == Type::kFloat16) f(Float16{});
+}
+
 inline void read_floats(const void* from, Type type, int64_t offset, int64_t count, float factor, float* to) {
-  const auto read = [&](auto* typed) {
-    for (int64_t i = 0; i < count; i++) to[i] = to_float(typed[offset + i]) * factor;
-  };
-  if (type == Type::kFloat32) read(static_cast<const float*>(from));
-  if (type == Type::kBFloat16) read(static_cast<const BFloat16*>(from));
-  if (type == Type::kFloat16) read(static_cast<const Float16*>(from));
+  with_storage(type, [&](auto storage) {
+    const auto* typed = static_cast<const decltype(storage)*>(from) + offset;
+    for (int64_t i = 0; i < count; i++) to[i] = to_float(typed[i]) * factor;
+  });
 }
 
 inline void write_floats(const float* from, int64_t count, void* to, Type type, int64_t offset) {
-  const auto write = [&](auto* typed) {
-    for (int64_t i = 0; i < count; i++) from_float(from[i], typed + offset + i);
-  };
-  if (type == Type::kFloat32) write(static_cast<float*>(to));
-  if (type == Type::kBFloat16) write(static_cast<BFloat16*>(to));
-  if (type == Type::kFloat16) write(static_cast<Float16*>(to));
+  with_storage(type, [&](auto storage) {
+    auto* typed = static_cast<decltype(storage)*>(to) + offset;
+    for (int64_t i = 0; i < count; i++) from_float(from[i], typed + i);
+  });
 }
-
-// Softmax over a chunk: its largest logit, the sum of exponentials and, behind them, the weighted values.
-struct Partial {
-  float largest, total;
-};
 
 // Extra is what an operator does besides: before_last_chunk(row) and after_row(row, count, LSE, logits).
 template <class E, class Extra>
@@ -54,8 +52,7 @@ class RowsAttention {
   }
 
   void run(const Threads& threads) {
-    std::vector<int64_t>& first = *scratch_vector();
-    first.resize(rows_ + 1);
+    int64_t* first = scratch<int64_t, struct FirstChunks>(rows_ + 1);
     int64_t slots = 0;
     first[0] = 0;
     for (int64_t r = 0; r < rows_; r++) {
@@ -72,7 +69,7 @@ class RowsAttention {
     }
     const bool worthwhile = slots * (width_ + value_width_) * m_ > 1 << 17;
     const auto chunk_of = [&](int64_t i) {
-      const int64_t r = std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1;
+      const int64_t r = std::upper_bound(first, first + rows_ + 1, i) - first - 1;
       return Chunk{r, (i - first[r]) * kChunk};
     };
     const auto attend = [&](int64_t i, int64_t following) {
@@ -94,11 +91,6 @@ class RowsAttention {
   struct Chunk {
     int64_t row, begin;
   };
-
-  static std::vector<int64_t>* scratch_vector() {
-    static thread_local std::vector<int64_t> first;
-    return &first;
-  }
 
   // Query m = g·Q + q of row r = b·H + h stands at [b, h·G + g, q], which is [r, m] where that is contiguous.
   int64_t head_of(int64_t r, int64_t m) const { return r % a_.heads * a_.group + m / a_.queries; }
@@ -128,14 +120,16 @@ class RowsAttention {
       std::fill(record + 1, record + record_, 0.0f);
     }
     const int64_t end = std::min(chunk.begin + kChunk, counts_[chunk.row]);
-    Block next = find_tiles(chunk.row, chunk.begin);
+    Block block = find_tiles(chunk.row, chunk.begin);
     for (int64_t s = chunk.begin; s < end; s += kBlock) {
-      const Block block = next;
-      next = s + kBlock < end ? find_tiles(chunk.row, s + kBlock) : find_tiles(following.row, following.begin);
+      const bool last = s + kBlock >= end;
+      Block next;  // empty where tiles are copied: there is room for one copy, and nothing to fetch ahead
+      if (in_place()) next = last ? find_tiles(following.row, following.begin) : find_tiles(chunk.row, s + kBlock);
       for (int64_t m = 0; m < m_; m += kQueries)
         with_queries(int(std::min<int64_t>(kQueries, m_ - m)), [&](auto M) {
-          attend_block<M()>(chunk.row, m, s, block, m == 0 && in_place() ? &next : nullptr, records + m * record_);
+          attend_block<M()>(chunk.row, m, s, block, m == 0 ? &next : nullptr, records + m * record_);
         });
+      if (!last) block = in_place() ? next : find_tiles(chunk.row, s + kBlock);
     }
   }
 
@@ -157,8 +151,7 @@ class RowsAttention {
       }
       return block;
     }
-    E* copy = scratch<E, struct Copies>(2 * kBlock * (width_ + value_width_));
-    if (begin / kBlock % 2) copy += kBlock * (width_ + value_width_);  // two blocks are in use at a time
+    E* copy = scratch<E, struct Copies>(kBlock * (width_ + value_width_));
     for (int64_t i = 0; i < block.slots; i++) {
       const int64_t slot = begin + i, page = table[slot / page_slots], offset = slot % page_slots;
       E* tile = copy + i / kTile * kTile * width_;
@@ -245,16 +238,6 @@ class RowsAttention {
   float *query_, *partial_;
 };
 
-template <class Extra>
-void attend_rows(const DecodeRows& a, const int64_t* counts, float* logits, int64_t logits_stride, Extra& extra,
-                 const Threads& threads) {
-  if (a.pages.type == Type::kFloat32) RowsAttention<float, Extra>(a, counts, logits, logits_stride, extra).run(threads);
-  if (a.pages.type == Type::kBFloat16)
-    RowsAttention<BFloat16, Extra>(a, counts, logits, logits_stride, extra).run(threads);
-  if (a.pages.type == Type::kFloat16)
-    RowsAttention<Float16, Extra>(a, counts, logits, logits_stride, extra).run(threads);
-}
-
 // Turns the logits of a row into weights; slots beyond its count weigh nothing.
 struct Weights {
   float* weights;  // [R, M, stride]
@@ -276,7 +259,9 @@ struct Weights {
 inline void decode_rows(const DecodeRows& a, const Threads& threads) {
   const int64_t stride = a.pages.table_width * a.pages.page_slots;
   Weights extra{a.weights, a.group * a.queries, stride};
-  attend_rows(a, a.counts, a.weights, stride, extra, threads);
+  with_storage(a.pages.type, [&](auto storage) {
+    RowsAttention<decltype(storage), Weights>(a, a.counts, a.weights, stride, extra).run(threads);
+  });
 }
 
 }  // namespace kvpress::KERNEL_ISA

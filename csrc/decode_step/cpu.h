@@ -161,9 +161,7 @@ void step_of(const DecodeStep& a, const Threads& threads) {
 }
 
 inline void decode_step(const DecodeStep& a, const Threads& threads) {
-  if (a.attend.pages.type == Type::kFloat32) step_of<float>(a, threads);
-  if (a.attend.pages.type == Type::kBFloat16) step_of<BFloat16>(a, threads);
-  if (a.attend.pages.type == Type::kFloat16) step_of<Float16>(a, threads);
+  with_storage(a.attend.pages.type, [&](auto storage) { step_of<decltype(storage)>(a, threads); });
 }
 
 }  // namespace kvpress::KERNEL_ISA

@@ -12,8 +12,6 @@ constexpr int kTile = 16;                         // slots whose keys lie side b
 constexpr int kVectors = kTile / kWidth;          // vectors in a tile
 constexpr int kSums = kRegisters * 3 / 4;         // vectors that fit beside their operands
 constexpr int kQueries = kRegisters == 32 ? 8 : 4;  // queries of one call
-
-
 constexpr int kLine = 64;  // bytes of a cache line
 inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 

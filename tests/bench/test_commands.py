@@ -8,10 +8,14 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from kvpress.bench import decode
+from kvpress.bench import decode, operators, registry
 from kvpress.bench.commands import bench
 from kvpress.bench.timing import interleave
 from typer.testing import CliRunner
+
+from kvpress import ops
+
+CPU = torch.device("cpu")
 
 
 def test_ops_checks_and_times_every_case(tmp_path: Path) -> None:
@@ -32,6 +36,33 @@ def test_rounds_run_every_candidate_in_rotating_order() -> None:
     assert {name: s.count for name, s in samples.items()} == {"a": 3, "b": 3, "c": 3}
     assert [number for _, number in calls] == [n for n in range(4) for _ in range(3)]
     assert len({tuple(name for name, n in calls if n == number) for number in range(4)}) == 3
+
+
+def test_an_operator_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(c for c in operators.cases(quick=True) if c.group == "decode_rows")
+    right = ops.decode_rows
+
+    def wrong(*args: object) -> tuple[torch.Tensor, ...]:
+        out, lse, weights = right(*args)
+        return out * 1.001, lse, weights
+
+    assert registry.measure(case, CPU, 1, 0).samples
+    monkeypatch.setattr(ops, "decode_rows", wrong)
+    outcome = registry.measure(case, CPU, 1, 0)
+    assert "out is off by" in str(outcome.refused) and not outcome.samples
+
+
+def test_a_case_counts_the_bytes_of_its_keys_and_values() -> None:
+    for case in operators.cases():
+        if case.group != "decode_rows" or case.name.endswith("ragged"):
+            continue
+        shape = case.parameters
+        rows = shape["batch"] * shape["kv_heads"]
+        item = 4 if shape["storage"] == "float32" else 2
+        assert case.bytes == rows * shape["slots"] * 2 * shape["width"] * item
+    sizes = {c.name: c.bytes for c in operators.cases() if c.group == "decode_rows"}
+    for name, size in sizes.items():
+        assert abs(size - sizes[name.removesuffix("-ragged")]) < 0.01 * size
 
 
 def test_decode_reports_time_and_bytes_of_every_candidate() -> None:

@@ -98,6 +98,14 @@ def test_decode_rows_keeps_the_tolerance_rule(shape: tuple[Any, ...]) -> None:
     assert ops.decode_rows(query, *operands, scaling, softcap, False)[2].numel() == 0
 
 
+@pytest.mark.parametrize("page", [1, 5, 16, 24, 64])
+def test_rows_of_every_length_equal_the_reference(page: int) -> None:
+    counts = [1, 15, 16, 17, 63, 64, 65, 129, 150, 300, 511, 512, 513, 577, 700, 1025]
+    args = (torch.randn(4, 8, 1, 16), *pools(counts, 16, 16, page, FP32), 0.25, 0.0, True)
+    for given, wanted in zip(ops.decode_rows(*args), rows_reference(*args), strict=True):
+        torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_row_does_not_depend_on_its_batch_or_the_threads() -> None:
     key, value, table, counts = pools([1500, 77, 640, 3], 64, 64, 16, FP32)
     query = torch.randn(4, 3, 1, 64)

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import kvpress
+from kvpress import ops
 from kvpress.errors import PolicyError
 
 
@@ -137,3 +138,23 @@ def test_half_precision_storage_halves_the_cache_and_keeps_the_text() -> None:
     assert saved >= slots * 2 * 16 * 2  # two bytes less for every channel of keys and values
     with pytest.raises(PolicyError, match="cache_dtype"):
         kvpress.attach(model, "full", cache_dtype=torch.int8)
+
+
+@pytest.mark.parametrize("policy", ["full", "snapkv", "h2o", "keyformer", "streaming_llm"])
+def test_a_decode_step_is_one_operator_call_per_layer(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("decode_step", "decode_rows", "gather_slots", "scatter_slots"):
+        real = getattr(ops, name)
+        monkeypatch.setattr(
+            ops, name, lambda *a, real=real, name=name: calls.append(name) or real(*a)
+        )
+    model = helpers.tiny("llama")
+    with kvpress.attach(model, policy) as engine, torch.inference_mode():
+        cache = engine.new_cache(8)
+        model(helpers.prompt(2, 90), past_key_values=cache)
+        for _ in range(3):
+            calls.clear()
+            model(helpers.prompt(2, 1), past_key_values=cache)
+            assert calls == ["decode_step"] * len(cache.states)

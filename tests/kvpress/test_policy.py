@@ -161,6 +161,13 @@ def test_policies_that_misbehave_are_caught(body: str, message: str, tmp_path: P
         engine.generate(helpers.prompt(1, 30), max_new_tokens=2)
 
 
+def test_a_rank_by_mass_needs_a_mass(tmp_path: Path) -> None:
+    path = tmp_path / "massless.py"
+    path.write_text(FILE[: FILE.index("    flip")] + '    rank = "mass_per_age"\n')
+    with pytest.raises(PolicyError, match="keeps no mass"):
+        parse(str(path))
+
+
 def test_policy_files_that_cannot_be_run_say_why(tmp_path: Path) -> None:
     path = tmp_path / "broken.py"
     path.write_text("1 / 0")
