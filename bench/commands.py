@@ -1,4 +1,4 @@
-"""The command line of the measurements: `kvpress bench ops` and `decode`."""
+"""The command line of the measurements: `kvpress bench ops`, `decode`, `overhead`."""
 
 from __future__ import annotations
 
@@ -99,6 +99,28 @@ def decode(
         settings = {"rounds": rounds, "warmup": warmup, "cache_dtype": cache_dtype}
         results = {"format": record.FORMAT, "environment": facts, "settings": settings}
         record.write_json(out, {**results, "rows": [row.to_dict() for row in rows]})
+
+
+@bench.command()
+def overhead(
+    model: Annotated[str, typer.Option(help="demo, a Hugging Face id, or a path.")] = "demo",
+    policy: Annotated[list[str] | None, typer.Option(help="Repeatable.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed rounds of 200 steps.", min=1)] = 7,
+) -> None:
+    """Time what the engine itself costs per layer and decode step, with a cache of one slot."""
+    from kvpress.bench import models
+    from kvpress.bench import overhead as costs
+    from rich.table import Table
+
+    loaded, _ = models.load(model)
+    chosen = policy or ["streaming_llm:budget=1,sink=0", "h2o:budget=1", "keyformer:budget=1"]
+    table = Table(title="Per layer and decode step", title_justify="left")
+    for title in ("policy", "median µs", "low–high µs"):
+        table.add_column(title, justify="left" if title == "policy" else "right")
+    for name, taken in costs.measure(loaded, chosen, rounds, warmup=1).items():
+        spread = f"{taken.low * 1e6:.1f}–{taken.high * 1e6:.1f}"
+        table.add_row(name, f"{taken.median * 1e6:.1f}", spread)
+    console.print(table)
 
 
 def _measure(cases: list[Any], device: Any, rounds: int, warmup: int) -> list[Any]:

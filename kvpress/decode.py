@@ -45,7 +45,7 @@ def run_decode(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
 def _is_due(layer: Layer, sequence: int) -> bool:
     """Whether this step of a sequence is one that may evict."""
     interval = layer.limits.interval if layer.limits else 0
-    return interval > 0 and int(layer.decoded_B[sequence]) % interval == 0
+    return interval == 1 or (interval > 1 and int(layer.decoded_B[sequence]) % interval == 0)
 
 
 def _fusable(layer: Layer, over: int) -> Observation | None:

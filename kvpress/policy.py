@@ -179,7 +179,7 @@ class Recipe:
         """The budget of the combination, if one of its policies has one."""
         return next((p.limits for p in self.policies if p.limits), None)
 
-    @property
+    @functools.cached_property
     def accumulates(self) -> bool:
         """Whether a per-slot mass is kept in the store."""
         return any(p.accumulates for p in self.policies)

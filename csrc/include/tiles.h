@@ -18,8 +18,8 @@ inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 constexpr int power_of_two_below(int n) { return n >= 4 ? 4 : n >= 2 ? 2 : 1; }
 
 // x[m, t·16 + i] = q[m, :] · key of slot i of tile t, for M queries and T tiles at a time.
-// `ahead`, unless null: tiles that are fetched into L2 meanwhile. Hardware does not look beyond a 4 KiB page, and
-// without this memory and arithmetic take turns: it doubled the speed.
+// `ahead`, unless null: tiles that are fetched into L2 meanwhile. Hardware does not look beyond a 4 KiB page:
+// without this memory and arithmetic take turns.
 template <int M, int T, class E>
 inline void logits_of(const float* q, int64_t q_stride, const E* const* tile, const E* const* ahead,
                       int64_t channel_stride, int64_t width, float* x, int64_t x_stride) {

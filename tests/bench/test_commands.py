@@ -8,7 +8,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from kvpress.bench import decode, operators, registry
+from kvpress.bench import decode, operators, overhead, registry
 from kvpress.bench.commands import bench
 from kvpress.bench.timing import interleave
 from typer.testing import CliRunner
@@ -74,6 +74,11 @@ def test_decode_reports_time_and_bytes_of_every_candidate() -> None:
     assert held["h2o:budget=0.5"] < 0.7 * held["full"]
     assert all(row.step.count == 2 for row in rows)
     assert not torch.is_inference_mode_enabled()
+
+
+def test_overhead_is_per_layer_and_step() -> None:
+    samples = overhead.measure(helpers.tiny("llama"), ["h2o:budget=1"], 2, 0, steps=3)
+    assert samples["h2o:budget=1"].count == 2
 
 
 @pytest.mark.parametrize(
