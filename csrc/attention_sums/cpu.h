@@ -85,10 +85,12 @@ class RowSums {
       const float* tile[kKeyBlock / kTile];
       for (int t = 0; t < tiles; t++) tile[t] = key_ + (first + t * kTile) * a_.width;
       float* x = weights + first;
-      for (int m = 0; m < count; m += kQueries)
-        with_queries(std::min(kQueries, count - m), [&](auto M) {
-          logits_of_tiles<M(), float>(query + m * a_.width, a_.width, tile, nullptr, tiles, kTile, a_.width, x + m * padded_, padded_);
-        });
+      in_parts(count, [&](int64_t m, auto M) {
+        Ahead nothing;
+        for (int t = 0; t < tiles; t++)
+          logits_of_tile<M()>(query + m * a_.width, a_.width, tile[t], kTile, a_.width, x + m * padded_ + t * kTile,
+                              padded_, nothing);
+      });
       for (int i = 0; i < count; i++) {
         scale[i * blocks + k] = -INFINITY;
         weigh(g, q + i, own + i - first, first, tiles * kTile, x + i * padded_, &scale[i * blocks + k], &total[i], &largest[i]);
@@ -122,7 +124,7 @@ class RowSums {
     Vec top = splat(-INFINITY);
     for (int64_t s = 0; s < slots; s += kWidth) {
       Vec y = load(x + s);
-      const IntVec place = bits_as<IntVec>(load(reinterpret_cast<const float*>(position + s)));
+      const IntVec place = load(position + s);
       if (cap != 0.0f) y = capped(y, cap);
       if (noisy && !divides) y -= log(exponential(row, place));
       if (o.tau != 1.0) y *= coldness;
@@ -139,7 +141,7 @@ class RowSums {
     Vec sums{};
     for (int64_t s = 0; s < slots; s += kWidth) {
       Vec weight = exp(load(x + s) - *block_max);
-      if (divides) weight /= exponential(row, bits_as<IntVec>(load(reinterpret_cast<const float*>(position + s))));
+      if (divides) weight /= exponential(row, load(position + s));
       sums += weight;
       store(x + s, weight);
     }

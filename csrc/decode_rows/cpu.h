@@ -37,18 +37,22 @@ inline void write_floats(const float* from, int64_t count, void* to, Type type, 
   });
 }
 
-// Extra is what an operator does besides: before_last_chunk(row) and after_row(row, count, LSE, logits).
+// Extra is what an operator does besides:
+//   before_last_chunk(row)
+//   on_logits(row, query, first slot, slots, logits)      of a block, with -inf where the query does not look and
+//                                                         up to the next multiple of kTile
+//   on_weights(row, query, first slot, slots, exponentials, the logit of which they are relative to)
+//   after_row(row, count, LSE of its queries)
 template <class E, class Extra>
 class RowsAttention {
  public:
-  // counts: slots of every row as the queries see them. logits: [R, M, logits_stride] or null.
-  RowsAttention(const DecodeRows& a, const int64_t* counts, float* logits, int64_t logits_stride, Extra& extra)
-      : a_(a), counts_(counts), logits_(logits), logits_stride_(logits_stride), extra_(extra) {
+  // counts: slots of every row as the queries see them.
+  RowsAttention(const DecodeRows& a, const int64_t* counts, Extra& extra) : a_(a), counts_(counts), extra_(extra) {
     rows_ = a.batch * a.heads;
     m_ = a.group * a.queries;
     width_ = a.pages.key_width;
     value_width_ = a.pages.value_width;
-    record_ = 2 + value_width_;
+    record_ = kOut + value_width_;
   }
 
   void run(const Threads& threads) {
@@ -113,6 +117,9 @@ class RowsAttention {
     const E *key[kBlock / kTile], *value[kBlock / kTile];
   };
 
+  // A record: the largest logit, the sum of the exponentials relative to it, and their sum times the values.
+  static constexpr int64_t kOut = 2;
+
   void attend_chunk(Chunk chunk, Chunk following, float* records) {
     for (int64_t m = 0; m < m_; m++) {
       float* record = records + m * record_;
@@ -123,13 +130,27 @@ class RowsAttention {
     Block block = find_tiles(chunk.row, chunk.begin);
     for (int64_t s = chunk.begin; s < end; s += kBlock) {
       const bool last = s + kBlock >= end;
-      Block next;  // empty where tiles are copied: there is room for one copy, and nothing to fetch ahead
-      if (in_place()) next = last ? find_tiles(following.row, following.begin) : find_tiles(chunk.row, s + kBlock);
-      for (int64_t m = 0; m < m_; m += kQueries)
-        with_queries(int(std::min<int64_t>(kQueries, m_ - m)), [&](auto M) {
-          attend_block<M()>(chunk.row, m, s, block, m == 0 ? &next : nullptr, records + m * record_);
-        });
+      Block next;
+      Ahead ahead;
+      if (in_place()) {  // where tiles are copied, there is room for one copy, and nothing to fetch ahead
+        next = last ? find_tiles(following.row, following.begin) : find_tiles(chunk.row, s + kBlock);
+        fetch_meanwhile(next, ahead);
+      }
+      in_parts(m_, [&](int64_t m, auto M) {
+        attend_block<M()>(chunk.row, m, s, block, ahead, records + m * record_);
+      });
       if (!last) block = in_place() ? next : find_tiles(chunk.row, s + kBlock);
+    }
+  }
+
+  void fetch_meanwhile(const Block& next, Ahead& ahead) const {
+    if (next.slots <= 0) return;
+    const int64_t tiles = (next.slots + kTile - 1) / kTile, item = sizeof(E);
+    const int64_t step = std::max<int64_t>(kLine, a_.pages.page_slots * item);  // of the channels of a tile of keys
+    for (int i = 0; i < Ahead::kPlaces; i++) {
+      const int64_t t = std::min<int64_t>(i, tiles - 1);
+      ahead.keys(i, next.key[t], step, a_.pages.page_slots * width_ * item / step);
+      ahead.values(i, next.value[t], kLine, kTile * value_width_ * item / kLine);
     }
   }
 
@@ -167,45 +188,50 @@ class RowsAttention {
   }
 
   template <int M>
-  void attend_block(int64_t r, int64_t m0, int64_t begin, const Block& block, const Block* next, float* records) {
+  void attend_block(int64_t r, int64_t m0, int64_t begin, const Block& block, Ahead& ahead, float* records) {
     alignas(64) float x[M][kBlock];
-    const int64_t slots = block.slots, channel_stride = in_place() ? a_.pages.page_slots : kTile;
-    const int tiles = int((slots + kTile - 1) / kTile);
-    if (next && next->slots < slots) next = nullptr;
-    logits_of_tiles<M>(query_ + (r * m_ + m0) * width_, width_, block.key, next ? next->key : nullptr, tiles,
-                       channel_stride, width_, x[0], kBlock);
-    const float cap = float(a_.logits.softcap);
+    const int64_t channel_stride = in_place() ? a_.pages.page_slots : kTile;
+    const int64_t padded = (block.slots + kTile - 1) / kTile * kTile;
+    for (int64_t t = 0; t * kTile < padded; t++)
+      logits_of_tile<M>(query_ + (r * m_ + m0) * width_, width_, block.key[t], channel_stride, width_,
+                        x[0] + t * kTile, kBlock, ahead);
     for (int m = 0; m < M; m++) {
-      float* record = records + m * record_;
-      const int64_t visible = std::min(slots, seen_by(r, m0 + m) - begin);
-      Vec largest = splat(-INFINITY);
-      for (int64_t i = 0; i < tiles * kTile; i += kWidth) {
-        Vec logit = load(x[m] + i);
-        if (cap != 0.0f) logit = capped(logit, cap);
-        logit = lanes() < splat(int32_t(visible - i)) ? logit : splat(-INFINITY);
-        largest = max(logit, largest);
-        store(x[m] + i, logit);
-      }
-      if (logits_) std::copy_n(x[m], slots, logits_ + (r * m_ + m0 + m) * logits_stride_ + begin);
-      const float top = max(largest);
-      if (top > record[0]) {
-        const float shrink = std::exp(record[0] - top);
-        for (int64_t d = 1; d < record_; d++) record[d] *= shrink;
-        record[0] = top;
-      }
-      Vec total{};
-      if (record[0] != -INFINITY) {
-        for (int64_t i = 0; i < tiles * kTile; i += kWidth) {
-          const Vec weight = exp(load(x[m] + i) - record[0]);
-          total += weight;
-          store(x[m] + i, weight);
-        }
-      } else {
-        std::fill_n(x[m], kBlock, 0.0f);
-      }
-      record[1] += sum(total);
+      finish_logits(x[m], padded, std::min(block.slots, seen_by(r, m0 + m) - begin));
+      extra_.on_logits(r, m0 + m, begin, block.slots, x[m]);
+      weigh(x[m], padded, records + m * record_, ahead);
+      extra_.on_weights(r, m0 + m, begin, block.slots, x[m], records[m * record_]);
     }
-    add_all_values<M>(x[0], kBlock, block.value, next ? next->value : nullptr, slots, value_width_, records + 2, record_);
+    add_all_values<M>(x[0], kBlock, block.value, block.slots, value_width_, records + kOut, record_, ahead);
+  }
+
+  void finish_logits(float* x, int64_t padded, int64_t visible) const {
+    const float cap = float(a_.logits.softcap);
+    for (int64_t i = 0; i < padded && cap != 0.0f; i += kWidth) store(x + i, capped(load(x + i), cap));
+    for (int64_t i = std::max<int64_t>(0, visible); i < padded; i++) x[i] = -INFINITY;
+  }
+
+  // Turns logits into exponentials relative to the largest logit of the record so far.
+  void weigh(float* x, int64_t padded, float* record, Ahead& ahead) const {
+    Vec largest = load(x);
+    for (int64_t i = kWidth; i < padded; i += kWidth) largest = max(load(x + i), largest);
+    const float top = max(largest);
+    if (top > record[0]) {
+      const float shrink = std::exp(record[0] - top);
+      for (int64_t d = 1; d < record_; d++) record[d] *= shrink;
+      record[0] = top;
+    }
+    if (record[0] == -INFINITY) {
+      std::fill_n(x, padded, 0.0f);
+      return;
+    }
+    Vec total{};
+    for (int64_t i = 0; i < padded; i += kWidth) {
+      if constexpr (kWidth > 4) ahead.fetch_one();
+      const Vec weight = exp(load(x + i) - record[0]);
+      total += weight;
+      store(x + i, weight);
+    }
+    record[1] += sum(total);
   }
 
   void join(int64_t r, int64_t first, int64_t end) {
@@ -219,48 +245,70 @@ class RowsAttention {
         const float* record = partial_ + (i * m_ + m) * record_;
         const float share = std::exp(record[0] - largest);
         total += share * record[1];
-        for (int64_t d = 0; d < value_width_; d++) out[d] += share * record[2 + d];
+        for (int64_t d = 0; d < value_width_; d++) out[d] += share * record[kOut + d];
       }
       for (int64_t d = 0; d < value_width_ && total != 0; d++) out[d] /= total;
       lse[m] = largest + std::log(total);
+      channels_in_order(static_cast<const E*>(nullptr), out, value_width_);
       write_floats(out, value_width_, a_.out, a_.query.type, (r * m_ + m) * value_width_);
       if (a_.lse) a_.lse[r * m_ + m] = lse[m];
     }
-    extra_.after_row(r, counts_[r], lse, logits_ + (logits_ ? r * m_ * logits_stride_ : 0));
+    extra_.after_row(r, counts_[r], lse);
   }
 
   const DecodeRows& a_;
   const int64_t* counts_;
-  float* logits_;
-  int64_t logits_stride_;
   Extra& extra_;
   int64_t rows_, m_, width_, value_width_, record_;
   float *query_, *partial_;
 };
 
-// Turns the logits of a row into weights; slots beyond its count weigh nothing.
+// Exponentials of all slots, each block relative to a logit of its own, until the row's LSE is known.
+struct BlockWeights {
+  float* weights;    // [R, M, stride]
+  float* reference;  // [R, M, blocks]: the logit, later the factor that makes exponentials weights
+  int64_t m, stride, blocks;
+
+  float* row(int64_t r, int64_t query) const { return weights + (r * m + query) * stride; }
+  float* references(int64_t r, int64_t query) const { return reference + (r * m + query) * blocks; }
+
+  void keep(int64_t r, int64_t query, int64_t begin, int64_t slots, const float* x, float relative_to) const {
+    std::copy_n(x, slots, row(r, query) + begin);
+    references(r, query)[begin / kBlock] = relative_to;
+  }
+
+  // References become factors: exp(reference − lse).
+  void normalise(int64_t r, int64_t query, int64_t slots, float lse) const {
+    float* factor = references(r, query);
+    for (int64_t k = 0; k * kBlock < slots; k++) factor[k] = lse == -INFINITY ? 0.0f : std::exp(factor[k] - lse);
+  }
+};
+
+// The weights that decode_rows returns; slots beyond a row's count weigh nothing.
 struct Weights {
-  float* weights;  // [R, M, stride]
-  int64_t m, stride;
+  BlockWeights kept;  // without memory where no weights are wanted
   void before_last_chunk(int64_t) {}
-  void after_row(int64_t r, int64_t slots, const float* lse, float*) {
-    if (!weights) return;
-    for (int64_t i = 0; i < m; i++) {
-      const int64_t count = lse[i] == -INFINITY ? 0 : slots;  // a query may see nothing
-      float* row = weights + (r * m + i) * stride;
-      int64_t s = 0;
-      for (; s + kWidth <= count; s += kWidth) store(row + s, exp(load(row + s) - lse[i]));
-      for (; s < count; s++) row[s] = exp(splat(row[s] - lse[i]))[0];
-      std::fill(row + count, row + stride, 0.0f);
+  void on_logits(int64_t, int64_t, int64_t, int64_t, const float*) {}
+  void on_weights(int64_t r, int64_t m, int64_t begin, int64_t slots, const float* x, float relative_to) {
+    if (kept.weights) kept.keep(r, m, begin, slots, x, relative_to);
+  }
+  void after_row(int64_t r, int64_t slots, const float* lse) {
+    for (int64_t m = 0; m < kept.m && kept.weights; m++) {
+      kept.normalise(r, m, slots, lse[m]);
+      float* weights = kept.row(r, m);
+      for (int64_t s = 0; s < slots; s++) weights[s] *= kept.references(r, m)[s / kBlock];
+      std::fill(weights + slots, weights + kept.stride, 0.0f);
     }
   }
 };
 
 inline void decode_rows(const DecodeRows& a, const Threads& threads) {
-  const int64_t stride = a.pages.table_width * a.pages.page_slots;
-  Weights extra{a.weights, a.group * a.queries, stride};
+  const int64_t stride = a.pages.table_width * a.pages.page_slots, blocks = (stride + kBlock - 1) / kBlock;
+  const int64_t m = a.group * a.queries;
+  float* references = a.weights ? scratch<float, struct References>(a.batch * a.heads * m * blocks) : nullptr;
+  Weights extra{{a.weights, references, m, stride, blocks}};
   with_storage(a.pages.type, [&](auto storage) {
-    RowsAttention<decltype(storage), Weights>(a, a.counts, a.weights, stride, extra).run(threads);
+    RowsAttention<decltype(storage), Weights>(a, a.counts, extra).run(threads);
   });
 }
 

@@ -6,11 +6,55 @@
 
 namespace kvpress::KERNEL_ISA {
 
+// The unprotected slot with the smallest score; of equal ones the latest. A NaN is the smallest of all.
+class Victim {
+ public:
+  Victim(const DecodeStep& a, int64_t r) {
+    const int64_t b = r / a.attend.heads;
+    seen_ = a.seen[b];
+    sink_ = int32_t(std::min<int64_t>(a.sink, INT32_MAX));
+    until_ = int32_t(std::max<int64_t>(0, seen_ - a.recent[b]));
+    rank_ = a.rank;
+  }
+
+  // Slots slot … slot + kWidth − 1, of which those from `count` on are none.
+  void consider(int64_t slot, int64_t count, IntVec position, Vec score) {
+    if (rank_ == Rank::kPosition) score = __builtin_convertvector(position, Vec);
+    if (rank_ == Rank::kMassPerAge) {
+      const IntVec age = int32_t(seen_) - position;
+      score /= __builtin_convertvector(age > 1 ? age : splat(int32_t(1)), Vec);
+    }
+    score = score == score ? score : splat(-INFINITY);
+    const IntVec slots = lanes() + int32_t(slot);
+    const IntVec allowed = (position >= sink_) & (position < until_) & (slots < int32_t(count));
+    const IntVec worse = allowed & ((score < score_) | ((score == score_) & (position > position_)));
+    score_ = worse ? score : score_;
+    position_ = worse ? position : position_;
+    slot_ = worse ? slots : slot_;
+  }
+
+  // −1 if all slots are protected.
+  int64_t slot() const {
+    int best = 0;
+    for (int i = 1; i < kWidth; i++)
+      if (score_[i] < score_[best] || (score_[i] == score_[best] && position_[i] > position_[best])) best = i;
+    return slot_[best];
+  }
+
+ private:
+  Vec score_ = splat(INFINITY);
+  IntVec position_ = splat(int32_t(-1)), slot_ = splat(int32_t(-1));
+  int64_t seen_;
+  int32_t sink_, until_;
+  Rank rank_;
+};
+
 template <class E>
 class Step {
  public:
-  // logits_stride: a multiple of kTile
-  Step(const DecodeStep& a, int64_t logits_stride) : a_(a), logits_stride_(logits_stride) {}
+  // kept: without memory where no mass is kept; totals: [R, M, blocks], the sums of noisy exponentials
+  Step(const DecodeStep& a, const BlockWeights& kept, float* totals)
+      : a_(a), kept_(kept), totals_(totals), plain_(a.observation.noise == Noise::kNone && a.observation.tau == 1.0) {}
 
   // The new token goes behind the others of its row. Its page is read right after, by the same thread.
   void before_last_chunk(int64_t r) {
@@ -25,25 +69,45 @@ class Step {
     if (a_.mass) a_.mass[place.address] = 0;
   }
 
-  void after_row(int64_t r, int64_t count, const float* lse, float* logits) {
-    const int64_t padded = (count + kTile - 1) / kTile * kTile;
+  // Noisy attention has a softmax of its own.
+  void on_logits(int64_t r, int64_t m, int64_t begin, int64_t slots, const float* x) {
+    if (!a_.mass || plain_) return;
+    float* y = kept_.row(r, m) + begin;
+    const float top = add_noise(r, m, begin, slots, x, y);
+    Vec total{};
+    for (int64_t i = 0; i < slots; i += kWidth) {
+      const Vec weight = top == -INFINITY ? Vec{} : exp(load(y + i) - top);
+      total += weight;
+      store(y + i, weight);
+    }
+    kept_.references(r, m)[begin / kBlock] = top;
+    totals_[(r * kept_.m + m) * kept_.blocks + begin / kBlock] = sum(total);
+  }
+
+  void on_weights(int64_t r, int64_t m, int64_t begin, int64_t slots, const float* x, float relative_to) {
+    if (a_.mass && plain_) kept_.keep(r, m, begin, slots, x, relative_to);
+  }
+
+  void after_row(int64_t r, int64_t count, const float* lse) {
     a_.counts[r] = count;
     const bool evicts = a_.evict && count > a_.quota[r];
-    if (!logits && !evicts) return;
-    int32_t* position = scratch<int32_t, struct Positions>(padded);
-    read_column(r, count, a_.position, position);
-    std::fill(position + count, position + padded, -1);
-    float* mass = nullptr;
-    if (a_.mass) {
-      mass = scratch<float, struct Masses>(padded);
-      read_column(r, count, a_.mass, mass);
-      std::fill(mass + count, mass + padded, 0.0f);
+    if (!a_.mass && !evicts) return;
+    for (int64_t m = 0; m < kept_.m && a_.mass; m++) kept_.normalise(r, m, count, plain_ ? lse[m] : noisy_lse(r, m, count));
+    Victim victim(a_, r);
+    alignas(64) int32_t position[kTile];
+    alignas(64) float mass[kTile] = {};
+    for (int64_t s = 0; s < count; s += kTile) {
+      const int64_t slots = std::min<int64_t>(kTile, count - s);
+      read_tile(r, s, slots, a_.position, position);
+      if (a_.mass) {
+        read_tile(r, s, slots, a_.mass, mass);
+        observe(r, s, mass);
+        write_tile(r, s, slots, mass, a_.mass);
+      }
+      for (int i = 0; i < kTile && evicts; i += kWidth)
+        victim.consider(s + i, count, load(position + i), load(mass + i));
     }
-    if (logits) {
-      observe(r, count, padded, lse, logits, position, mass);
-      write_column(r, count, mass, a_.mass);
-    }
-    if (evicts) evict(r, count, victim(r, count, position, mass));
+    if (evicts) evict(r, count, victim.slot());
   }
 
  private:
@@ -68,68 +132,61 @@ class Step {
     from_float(x, to);
   }
 
+  // A tile lies in one page where pages hold whole tiles, otherwise in several.
   template <class T>
-  void read_column(int64_t r, int64_t count, const T* column, T* to) const {
-    for (int64_t s = 0; s < count; s += pages().page_slots)
-      std::copy_n(column + find(r, s).address, std::min(pages().page_slots, count - s), to + s);
+  void read_tile(int64_t r, int64_t begin, int64_t slots, const T* column, T* to) const {
+    if (pages().page_slots % kTile == 0) {
+      std::copy_n(column + find(r, begin).address, kTile, to);
+    } else {
+      for (int64_t i = 0; i < slots; i++) to[i] = column[find(r, begin + i).address];
+    }
   }
   template <class T>
-  void write_column(int64_t r, int64_t count, const T* from, T* column) const {
-    for (int64_t s = 0; s < count; s += pages().page_slots)
-      std::copy_n(from + s, std::min(pages().page_slots, count - s), column + find(r, s).address);
+  void write_tile(int64_t r, int64_t begin, int64_t slots, const T* from, T* column) const {
+    if (pages().page_slots % kTile == 0) {
+      std::copy_n(from, kTile, column + find(r, begin).address);
+    } else {
+      for (int64_t i = 0; i < slots; i++) column[find(r, begin + i).address] = from[i];
+    }
   }
 
-  // mass += the softmax of the (noisy) logits, summed over the query group
-  void observe(int64_t r, int64_t count, int64_t padded, const float* lse, float* logits, const int32_t* position,
-               float* mass) const {
+  // y = (x + ζ)/τ of a block, -inf beyond its slots up to a whole tile; returns the largest.
+  float add_noise(int64_t r, int64_t m, int64_t begin, int64_t slots, const float* x, float* y) const {
     const Observation& o = a_.observation;
-    for (int64_t g = 0; g < a_.attend.group; g++) {
-      float* x = logits + g * logits_stride_;
-      std::fill(x + count, x + padded, -INFINITY);
-      if (o.noise == Noise::kNone && o.tau == 1.0) {
-        for (int64_t s = 0; s < padded; s += kWidth) store(mass + s, load(mass + s) + exp(load(x + s) - lse[g]));
-        continue;
+    const int64_t query = o.noise == Noise::kFresh ? a_.seen[r / heads()] - 1 : -1;
+    const uint32_t row = noise_row(o.seed, o.layer, r % heads() * a_.attend.group + m, query);
+    const float coldness = float(1.0 / o.tau);
+    alignas(64) int32_t position[kTile];
+    Vec top = splat(-INFINITY);
+    for (int64_t s = 0; s < slots; s += kTile) {
+      if (o.noise != Noise::kNone) read_tile(r, begin + s, std::min<int64_t>(kTile, slots - s), a_.position, position);
+      for (int i = 0; i < kTile; i += kWidth) {
+        Vec logit = load(x + s + i);
+        if (o.noise != Noise::kNone) logit -= log(exponential(row, load(position + i)));
+        logit *= coldness;
+        top = max(logit, top);
+        store(y + s + i, logit);
       }
-      const int64_t query = o.noise == Noise::kFresh ? a_.seen[r / heads()] - 1 : -1;
-      const uint32_t row = noise_row(o.seed, o.layer, r % heads() * a_.attend.group + g, query);
-      const float coldness = float(1.0 / o.tau);
-      Vec top = splat(-INFINITY);
-      for (int64_t s = 0; s < padded; s += kWidth) {
-        Vec y = load(x + s);
-        if (o.noise != Noise::kNone) y -= log(exponential(row, bits_as<IntVec>(load(reinterpret_cast<const float*>(position + s)))));
-        y *= coldness;
-        top = max(y, top);
-        store(x + s, y);
-      }
-      const float largest = max(top);
-      Vec total{};
-      for (int64_t s = 0; s < padded; s += kWidth) {
-        const Vec weight = exp(load(x + s) - largest);
-        total += weight;
-        store(x + s, weight);
-      }
-      const float scale = 1.0f / sum(total);
-      for (int64_t s = 0; s < padded; s += kWidth) store(mass + s, load(mass + s) + load(x + s) * scale);
     }
+    return max(top);
   }
 
-  // The unprotected slot with the smallest score; of equal ones the latest. A NaN is the smallest of all.
-  int64_t victim(int64_t r, int64_t count, const int32_t* position, const float* mass) const {
-    const int64_t seen = a_.seen[r / heads()], protected_from = std::max<int64_t>(0, seen - a_.recent[r / heads()]);
-    int64_t worst = -1;
-    float lowest = 0;
-    for (int64_t s = 0; s < count; s++) {
-      const int64_t p = position[s];
-      if (p < a_.sink || p >= protected_from) continue;
-      float score = a_.rank == Rank::kPosition ? float(p) : mass[s];
-      if (a_.rank == Rank::kMassPerAge) score /= float(std::max<int64_t>(1, seen - p));
-      if (score != score) score = -INFINITY;
-      if (worst < 0 || score < lowest || (score == lowest && p > position[worst])) {
-        worst = s;
-        lowest = score;
-      }
+  float noisy_lse(int64_t r, int64_t m, int64_t count) const {
+    const float *top = kept_.references(r, m), *total = totals_ + (r * kept_.m + m) * kept_.blocks;
+    const int64_t blocks = (count + kBlock - 1) / kBlock;
+    const float largest = *std::max_element(top, top + blocks);
+    float all = 0;
+    for (int64_t k = 0; k < blocks; k++) all += total[k] * std::exp(top[k] - largest);
+    return largest + std::log(all);
+  }
+
+  // mass += the weights of the query group, of one tile
+  void observe(int64_t r, int64_t begin, float* mass) const {
+    for (int64_t m = 0; m < kept_.m; m++) {
+      const float* weights = kept_.row(r, m) + begin;
+      const float factor = kept_.references(r, m)[begin / kBlock];
+      for (int i = 0; i < kTile; i += kWidth) store(mass + i, load(mass + i) + load(weights + i) * factor);
     }
-    return worst;
   }
 
   // The last slot of the row takes the place of the victim.
@@ -145,19 +202,27 @@ class Step {
   }
 
   const DecodeStep& a_;
-  int64_t logits_stride_;
+  BlockWeights kept_;
+  float* totals_;
+  bool plain_;
 };
 
 template <class E>
 void step_of(const DecodeStep& a, const Threads& threads) {
-  const int64_t rows = a.attend.batch * a.attend.heads;
+  const int64_t rows = a.attend.batch * a.attend.heads, group = a.attend.group;
   int64_t* counts = scratch<int64_t, struct Counts>(rows);
   int64_t most = 0;
   for (int64_t r = 0; r < rows; r++) most = std::max(most, counts[r] = a.counts[r] + 1);
-  const int64_t stride = (most + kTile - 1) / kTile * kTile;
-  float* logits = a.mass ? scratch<float, struct StepLogits>(rows * a.attend.group * stride) : nullptr;
-  Step<E> step(a, stride);
-  RowsAttention<E, Step<E>>(a.attend, counts, logits, stride, step).run(threads);
+  const int64_t blocks = (most + kBlock - 1) / kBlock, stride = blocks * kBlock;
+  BlockWeights kept{nullptr, nullptr, group, stride, blocks};
+  float* totals = nullptr;
+  if (a.mass) {
+    kept.weights = scratch<float, struct StepWeights>(rows * group * stride);
+    kept.reference = scratch<float, struct StepReferences>(2 * rows * group * blocks);
+    totals = kept.reference + rows * group * blocks;
+  }
+  Step<E> step(a, kept, totals);
+  RowsAttention<E, Step<E>>(a.attend, counts, step).run(threads);
 }
 
 inline void decode_step(const DecodeStep& a, const Threads& threads) {

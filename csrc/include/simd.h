@@ -73,6 +73,11 @@ inline Vec load(const float* p) {
   std::memcpy(&x, p, sizeof x);
   return x;
 }
+inline IntVec load(const int32_t* p) {
+  IntVec x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
 inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
 
 // By hand: compilers convert whole vectors of 16-bit integers in halves.
@@ -104,6 +109,29 @@ inline Vec load(const Float16* p) {
 #endif
 }
 
+// Two vectors of neighbouring numbers, in an order that depends on the storage alone; `in_order` undoes it.
+template <class E>
+inline void load_pair(const E* p, Vec* pair) {
+  pair[0] = load(p);
+  pair[1] = load(p + kWidth);
+}
+template <class E>
+inline void in_order(const E*, Vec*) {}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Numbers at even places, then those at odd ones: half the instructions of a conversion in order.
+inline void load_pair(const BFloat16* p, Vec* pair) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  pair[0] = bits_as<Vec>(_mm256_slli_epi32(words, 16));
+  pair[1] = bits_as<Vec>(_mm256_and_si256(words, _mm256_set1_epi32(int(0xFFFF0000))));
+}
+inline void in_order(const BFloat16*, Vec* pair) {
+  const __m256 low = _mm256_unpacklo_ps(pair[0], pair[1]), high = _mm256_unpackhi_ps(pair[0], pair[1]);
+  pair[0] = _mm256_permute2f128_ps(low, high, 0x20);
+  pair[1] = _mm256_permute2f128_ps(low, high, 0x31);
+}
+#endif
+
 // Roundings to the storage types: to nearest, ties to even, as PyTorch does.
 
 inline void from_float(float x, float* p) { *p = x; }
@@ -133,25 +161,37 @@ inline void from_float(float x, Float16* p) {
 #endif
 }
 
-// Reductions, in an order that does not depend on anything but the width.
+// Reductions, in an order that does not depend on anything but the width. Of a NaN, `max` takes the other number.
 
+#if defined(__AVX512F__)
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
+inline float max(Vec x) { return _mm512_reduce_max_ps(x); }
+#elif defined(__AVX2__)
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline float sum(Vec x) {
-  float lane[kWidth];
-  store(lane, x);
-  for (int half = kWidth / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-  return lane[0];
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
-
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
-
 inline float max(Vec x) {
-  float lane[kWidth];
-  store(lane, x);
-  for (int half = kWidth / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-  return lane[0];
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
+#else
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline float sum(Vec x) {
+  float total = 0;
+  for (int i = 0; i < kWidth; i++) total += x[i];
+  return total;
+}
+inline float max(Vec x) {
+  float largest = x[0];
+  for (int i = 1; i < kWidth; i++) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+#endif
 
 inline IntVec lanes() {
   IntVec x;

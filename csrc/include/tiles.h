@@ -8,107 +8,158 @@
 
 namespace kvpress::KERNEL_ISA {
 
-constexpr int kTile = 16;                         // slots whose keys lie side by side
-constexpr int kVectors = kTile / kWidth;          // vectors in a tile
-constexpr int kSums = kRegisters * 3 / 4;         // vectors that fit beside their operands
-constexpr int kQueries = kRegisters == 32 ? 8 : 4;  // queries of one call
-constexpr int kLine = 64;  // bytes of a cache line
-inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+constexpr int kTile = 16;                           // slots whose keys lie side by side
+constexpr int kVectors = kTile / kWidth;            // vectors in a tile
+constexpr int kSums = kRegisters * 3 / 4;           // vectors that fit beside their operands
+constexpr int kQueries = kRegisters == 32 ? 8 : 6;  // queries of one call
+constexpr int kLine = 64;                           // bytes of a cache line
 
 constexpr int power_of_two_below(int n) { return n >= 4 ? 4 : n >= 2 ? 2 : 1; }
 
-// x[m, t·16 + i] = q[m, :] · key of slot i of tile t, for M queries and T tiles at a time.
-// `ahead`, unless null: tiles that are fetched into L2 meanwhile. Hardware does not look beyond a 4 KiB page:
-// without this memory and arithmetic take turns.
-template <int M, int T, class E>
-inline void logits_of(const float* q, int64_t q_stride, const E* const* tile, const E* const* ahead,
-                      int64_t channel_stride, int64_t width, float* x, int64_t x_stride) {
-  Vec sums[M][T * kVectors] = {};
-  for (int64_t d = 0; d < width; d++) {
-    Vec key[T * kVectors];
-    if (ahead)
-      for (int t = 0; t < T; t++) fetch(ahead[t] + d * channel_stride);
-    for (int t = 0; t < T; t++)
-      for (int v = 0; v < kVectors; v++) key[t * kVectors + v] = load(tile[t] + d * channel_stride + v * kWidth);
+// Memory that is fetched while something else is computed, one cache line at a time, from several places in turn.
+//
+// Hardware does not look beyond a 4 KiB page, and a page lies on one memory channel: reading page after page
+// leaves the other channels idle. In turn, 8 pages keep all of them busy (+40 % on 2 cores of a Zen 3 server).
+class Ahead {
+ public:
+  static constexpr int kPlaces = 4;  // of keys, and as many of values
+
+  // `lines` cache lines from each place on, `step` bytes apart.
+  void keys(int place, const void* from, int64_t step, int64_t lines) { set(place, 0, from, step, lines); }
+  void values(int place, const void* from, int64_t step, int64_t lines) { set(place, 1, from, step, lines); }
+
+  void fetch_one() {
+    if (next_ >= end_) return;
+    const int64_t place = next_ % (2 * kPlaces);
+    __builtin_prefetch(from_[place] + next_ / (2 * kPlaces) * step_[place / kPlaces]);
+    next_++;
+  }
+
+ private:
+  void set(int place, int kind, const void* from, int64_t step, int64_t lines) {
+    from_[kind * kPlaces + place] = static_cast<const char*>(from);
+    step_[kind] = step;
+    end_ = std::max(end_, 2 * kPlaces * lines);
+  }
+
+  const char* from_[2 * kPlaces];
+  int64_t step_[2];
+  int64_t next_ = 0, end_ = 0;
+};
+
+// The numbers of the 16 slots of a tile, in the order of load_pair.
+template <class E>
+inline void load_tile(const E* p, Vec* row) {
+  if constexpr (kVectors == 2) {
+    load_pair(p, row);
+  } else {
+    for (int v = 0; v < kVectors; v++) row[v] = load(p + v * kWidth);
+  }
+}
+
+// x[m, i] = q[m, :] · key of slot i of a tile, for M queries.
+template <int M, class E>
+inline void logits_of_tile(const float* q, int64_t q_stride, const E* tile, int64_t channel_stride, int64_t width,
+                           float* x, int64_t x_stride, Ahead& ahead) {
+  constexpr int kParts = power_of_two_below(kSums / (M * kVectors));          // sums that do not wait for each other
+  constexpr int kRows = std::max<int>(1, kLine / (kTile * int(sizeof(E))));  // channels in a cache line
+  constexpr int kStep = std::max(kParts, kRows);
+  Vec sums[kParts][M][kVectors] = {};
+  const auto add = [&](int64_t d, int part) {
+    Vec key[kVectors];
+    load_tile(tile + d * channel_stride, key);
     for (int m = 0; m < M; m++) {
       const Vec query = splat(q[m * q_stride + d]);
-      for (int v = 0; v < T * kVectors; v++) sums[m][v] += query * key[v];
+      for (int v = 0; v < kVectors; v++) sums[part][m][v] += query * key[v];
     }
+  };
+  int64_t d = 0;
+  for (; d + kStep <= width; d += kStep) {
+    for (int i = 0; i < kStep; i += kRows) ahead.fetch_one();
+    for (int i = 0; i < kStep; i++) add(d + i, i % kParts);
   }
-  for (int m = 0; m < M; m++)
-    for (int v = 0; v < T * kVectors; v++) store(x + m * x_stride + v * kWidth, sums[m][v]);
+  for (; d < width; d++) add(d, 0);
+  for (int m = 0; m < M; m++) {
+    for (int part = 1; part < kParts; part++)
+      for (int v = 0; v < kVectors; v++) sums[0][m][v] += sums[part][m][v];
+    if constexpr (kVectors == 2) in_order(tile, sums[0][m]);
+    for (int v = 0; v < kVectors; v++) store(x + m * x_stride + v * kWidth, sums[0][m][v]);
+  }
 }
 
-// The same for any number of tiles.
-template <int M, class E>
-inline void logits_of_tiles(const float* q, int64_t q_stride, const E* const* tile, const E* const* ahead, int tiles,
-                            int64_t channel_stride, int64_t width, float* x, int64_t x_stride) {
-  constexpr int T = power_of_two_below(kSums / (M * kVectors));
-  int t = 0;
-  for (; t + T <= tiles; t += T)
-    logits_of<M, T>(q, q_stride, tile + t, ahead ? ahead + t : nullptr, channel_stride, width, x + t * kTile, x_stride);
-  for (; t < tiles; t++)
-    logits_of<M, 1>(q, q_stride, tile + t, ahead ? ahead + t : nullptr, channel_stride, width, x + t * kTile, x_stride);
-}
-
-// out[m, 0 … N·kWidth) += Σ_s w[m, s] · value[s, :], over the first `slots` slots of some tiles.
+// out[m, 0 … 2·N·kWidth) += Σ_s w[m, s] · value[s, offset …], over the first `slots` slots of some tiles; the channels
+// in the order of load_pair.
 template <int M, int N, class E>
-inline void add_values(const float* w, int64_t w_stride, const E* const* tile, const E* const* ahead, int64_t slots,
-                       int64_t width, float* out, int64_t out_stride) {
-  Vec sums[M][N];
+inline void add_values(const float* w, int64_t w_stride, const E* const* tile, int64_t slots, int64_t offset,
+                       int64_t width, float* out, int64_t out_stride, Ahead& ahead) {
+  constexpr int kBytes = 2 * N * kWidth * int(sizeof(E));
+  Vec sums[M][2 * N];
   for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) sums[m][n] = load(out + m * out_stride + n * kWidth);
+    for (int n = 0; n < 2 * N; n++) sums[m][n] = load(out + m * out_stride + n * kWidth);
   for (int64_t first = 0; first < slots; first += kTile) {
-    const E* value = tile[first / kTile];
-    const int64_t last = first + kTile < slots ? first + kTile : slots;
+    const E* value = tile[first / kTile] + offset;
+    const int64_t last = std::min(first + kTile, slots);
     for (int64_t s = first; s < last; s++, value += width) {
-      Vec channel[N];
-      if (ahead)
-        for (int n = 0; n < N; n += std::max<int>(1, kLine / (kWidth * sizeof(E))))
-          fetch(ahead[first / kTile] + (s - first) * width + n * kWidth);
-      for (int n = 0; n < N; n++) channel[n] = load(value + n * kWidth);
-      for (int m = 0; m < M; m++) {
-        const Vec weight = splat(w[m * w_stride + s]);
-        for (int n = 0; n < N; n++) sums[m][n] += weight * channel[n];
+      for (int i = 0; i < kBytes; i += kLine) ahead.fetch_one();
+      for (int n = 0; n < N; n++) {
+        asm volatile("" ::: "memory");  // weights are loaded again: kept in registers, they push a sum out
+        Vec channel[2];
+        load_pair(value + n * 2 * kWidth, channel);
+        for (int m = 0; m < M; m++) {
+          const Vec weight = splat(w[m * w_stride + s]);
+          for (int i = 0; i < 2; i++) sums[m][2 * n + i] += weight * channel[i];
+        }
       }
     }
   }
   for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) store(out + m * out_stride + n * kWidth, sums[m][n]);
+    for (int n = 0; n < 2 * N; n++) store(out + m * out_stride + n * kWidth, sums[m][n]);
 }
 
-// The same for any width; channels beyond the last whole vector one by one.
+// The same for any width; channels beyond the last whole pair of vectors one by one.
 template <int M, class E>
-inline void add_all_values(const float* w, int64_t w_stride, const E* const* tile, const E* const* ahead, int64_t slots,
-                           int64_t width, float* out, int64_t out_stride) {
-  constexpr int N = power_of_two_below(kSums / M);
-  const E *shifted[8], *shifted_ahead[8];
-  const int64_t tiles = (slots + kTile - 1) / kTile;
+inline void add_all_values(const float* w, int64_t w_stride, const E* const* tile, int64_t slots, int64_t width,
+                           float* out, int64_t out_stride, Ahead& ahead) {
+  constexpr int N = std::max(1, power_of_two_below(kSums / M) / 2);
+  constexpr int kPair = 2 * kWidth;
   int64_t d = 0;
-  const auto from = [&](int64_t channel) {
-    for (int64_t t = 0; t < tiles; t++) shifted[t] = tile[t] + channel;
-    for (int64_t t = 0; t < tiles && ahead; t++) shifted_ahead[t] = ahead[t] + channel;
-    return shifted;
-  };
-  const E* const* next = ahead ? shifted_ahead : nullptr;
-  for (; d + N * kWidth <= width; d += N * kWidth)
-    add_values<M, N>(w, w_stride, from(d), next, slots, width, out + d, out_stride);
-  for (; d + kWidth <= width; d += kWidth)
-    add_values<M, 1>(w, w_stride, from(d), next, slots, width, out + d, out_stride);
+  for (; d + N * kPair <= width; d += N * kPair)
+    add_values<M, N>(w, w_stride, tile, slots, d, width, out + d, out_stride, ahead);
+  for (; d + kPair <= width; d += kPair)
+    add_values<M, 1>(w, w_stride, tile, slots, d, width, out + d, out_stride, ahead);
   for (; d < width; d++)
     for (int m = 0; m < M; m++)
       for (int64_t s = 0; s < slots; s++)
         out[m * out_stride + d] += w[m * w_stride + s] * to_float(tile[s / kTile][s % kTile * width + d]);
 }
 
-// Calls f with the compile-time constant that equals `queries`, 1 … kQueries.
-template <class F, int... M>
-inline void with_queries(int queries, const F& f, std::integer_sequence<int, M...>) {
-  (void)((queries == M + 1 ? (f(std::integral_constant<int, M + 1>{}), true) : false) || ...);
+// Puts what add_all_values made of values of this storage into the order of the channels.
+template <class E>
+inline void channels_in_order(const E* storage, float* out, int64_t width) {
+  for (int64_t d = 0; d + 2 * kWidth <= width; d += 2 * kWidth) {
+    Vec pair[2] = {load(out + d), load(out + d + kWidth)};
+    in_order(storage, pair);
+    store(out + d, pair[0]);
+    store(out + d + kWidth, pair[1]);
+  }
+}
+
+// Calls f(first, constant) for all of `queries` queries, in parts as equal as possible whose sizes are compile-time
+// constants of at most kQueries.
+template <int M = kQueries, class F>
+inline void with_constant(int64_t queries, const F& f) {
+  if constexpr (M > 1) {
+    if (queries < M) return with_constant<M - 1>(queries, f);
+  }
+  f(std::integral_constant<int, M>{});
 }
 template <class F>
-inline void with_queries(int queries, const F& f) {
-  with_queries(queries, f, std::make_integer_sequence<int, kQueries>{});
+inline void in_parts(int64_t queries, const F& f) {
+  const int64_t parts = (queries + kQueries - 1) / kQueries;
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t first = queries * part / parts;
+    with_constant(queries * (part + 1) / parts - first, [&](auto M) { f(first, M); });
+  }
 }
 
 }  // namespace kvpress::KERNEL_ISA
