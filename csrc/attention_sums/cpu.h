@@ -1,6 +1,6 @@
 // Column sums of (noisy) softmax attention over the queries of a prompt. Formulas: README.md.
 //
-// Per row: keys are packed once into tiles. A task takes some queries of one query head. For 16 queries at a time the
+// Per row: keys are packed once into tiles. A task takes some queries of one query head. For a few queries at a time the
 // exponentials of all visible slots go to scratch memory that fits in L2, block by block with the block's own maximum;
 // once the normalisers are known, the columns are summed with one factor per query and block.
 #pragma once
@@ -10,9 +10,9 @@
 
 namespace kvpress::KERNEL_ISA {
 
-constexpr int kQueryBlock = 16;
+constexpr int kQueryBlock = 2 * kQueries;
 constexpr int64_t kKeyBlock = 256;
-constexpr int64_t kTaskQueries = 256;  // at least
+constexpr int64_t kTaskQueries = 2 * kQueryBlock;  // at least
 constexpr int64_t kMostTasks = 64;     // of a row, about: each has partial sums of its own, 4 bytes per slot
 
 class RowSums {
@@ -27,6 +27,7 @@ class RowSums {
   void run() {
     share(threads_, (tiles_ + 15) / 16, worthwhile(), [&](int64_t i) { pack(i * 16, std::min(tiles_, i * 16 + 16)); });
     std::fill(position_ + tiles_ * kTile, position_ + padded_, -1);
+    gaps_ = std::any_of(position_, position_ + a_.slots, [](int32_t p) { return p < 0; });
     const int64_t first = std::max<int64_t>(0, a_.queries - a_.window), queries = a_.queries - first;
     const int64_t step = std::max(kTaskQueries, (queries * a_.group + kMostTasks - 1) / kMostTasks);
     const int64_t per_head = (queries + step - 1) / step, tasks = per_head * a_.group;
@@ -85,12 +86,12 @@ class RowSums {
       const float* tile[kKeyBlock / kTile];
       for (int t = 0; t < tiles; t++) tile[t] = key_ + (first + t * kTile) * a_.width;
       float* x = weights + first;
-      in_parts(count, [&](int64_t m, auto M) {
-        Ahead nothing;
-        for (int t = 0; t < tiles; t++)
+      for (int t = 0; t < tiles; t++)  // a tile serves all queries before the next one
+        in_parts(count, [&](int64_t m, auto M) {
+          Ahead nothing;
           logits_of_tile<M()>(query + m * a_.width, a_.width, tile[t], kTile, a_.width, x + m * padded_ + t * kTile,
                               padded_, nothing);
-      });
+        });
       for (int i = 0; i < count; i++) {
         scale[i * blocks + k] = -INFINITY;
         weigh(g, q + i, own + i - first, first, tiles * kTile, x + i * padded_, &scale[i * blocks + k], &total[i], &largest[i]);
@@ -116,23 +117,14 @@ class RowSums {
   void weigh(int64_t g, int64_t q, int64_t visible, int64_t first, int64_t slots, float* x, float* block_max, float* total,
              float* largest) const {
     const Observation& o = a_.observation;
-    const int32_t* position = position_ + first;
-    const float cap = float(a_.logits.softcap), coldness = float(1.0 / o.tau);
     const int64_t of_query = o.noise == Noise::kFresh ? position_[a_.slots - a_.queries + q] : -1;
     const uint32_t row = noise_row(o.seed, o.layer, h_ * a_.group + g, of_query);
     const bool noisy = o.noise != Noise::kNone, divides = noisy && o.tau == 1.0;
-    Vec top = splat(-INFINITY);
-    for (int64_t s = 0; s < slots; s += kWidth) {
-      Vec y = load(x + s);
-      const IntVec place = load(position + s);
-      if (cap != 0.0f) y = capped(y, cap);
-      if (noisy && !divides) y -= log(exponential(row, place));
-      if (o.tau != 1.0) y *= coldness;
-      const IntVec hidden = (place < 0) | (lanes() > splat(int32_t(visible - s)));
-      y = hidden ? splat(-INFINITY) : y;
-      top = max(y, top);
-      store(x + s, y);
-    }
+    const int32_t* position = position_ + first;
+    if (a_.logits.softcap != 0.0 || o.tau != 1.0) change(x, slots, position, row, noisy);
+    if (gaps_ || visible < slots - 1) hide(x, slots, position, visible);
+    Vec top = load(x);
+    for (int64_t s = kWidth; s < slots; s += kWidth) top = max(load(x + s), top);
     *block_max = max(top);
     if (*block_max == -INFINITY) {
       std::fill_n(x, slots, 0.0f);
@@ -152,12 +144,31 @@ class RowSums {
     *total += sum(sums) * std::exp(*block_max - *largest);
   }
 
+  // Softcap, noise and temperature. With τ = 1 noise divides the exponentials instead.
+  void change(float* x, int64_t slots, const int32_t* position, uint32_t row, bool noisy) const {
+    const float cap = float(a_.logits.softcap), coldness = float(1.0 / a_.observation.tau);
+    const bool warm = a_.observation.tau != 1.0;
+    for (int64_t s = 0; s < slots; s += kWidth) {
+      Vec y = capped(load(x + s), cap);
+      if (noisy && warm) y -= log(exponential(row, load(position + s)));
+      store(x + s, warm ? y * coldness : y);
+    }
+  }
+
+  static void hide(float* x, int64_t slots, const int32_t* position, int64_t visible) {
+    for (int64_t s = 0; s < slots; s += kWidth) {
+      const IntVec hidden = (load(position + s) < 0) | (lanes() > splat(int32_t(visible - s)));
+      store(x + s, hidden ? splat(-INFINITY) : load(x + s));
+    }
+  }
+
   const AttentionSums& a_;
   int64_t b_, h_;
   const Threads& threads_;
   int64_t tiles_, padded_;
   float* key_;
   int32_t* position_;
+  bool gaps_ = false;  // whether some slots are empty
 };
 
 inline void attention_sums(const AttentionSums& a, const Threads& threads) {

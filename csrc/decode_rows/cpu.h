@@ -39,8 +39,8 @@ inline void write_floats(const float* from, int64_t count, void* to, Type type, 
 
 // Extra is what an operator does besides:
 //   before_last_chunk(row)
-//   on_logits(row, query, first slot, slots, logits)      of a block, with -inf where the query does not look and
-//                                                         up to the next multiple of kTile
+//   on_logits(row, first query, queries, first slot, slots, logits [queries, kBlock], ahead)
+//       of a block, with -inf where a query does not look and up to the next multiple of kTile
 //   on_weights(row, query, first slot, slots, exponentials, the logit of which they are relative to)
 //   after_row(row, count, LSE of its queries)
 template <class E, class Extra>
@@ -195,9 +195,9 @@ class RowsAttention {
     for (int64_t t = 0; t * kTile < padded; t++)
       logits_of_tile<M>(query_ + (r * m_ + m0) * width_, width_, block.key[t], channel_stride, width_,
                         x[0] + t * kTile, kBlock, ahead);
+    for (int m = 0; m < M; m++) finish_logits(x[m], padded, std::min(block.slots, seen_by(r, m0 + m) - begin));
+    extra_.on_logits(r, m0, M, begin, block.slots, x[0], ahead);
     for (int m = 0; m < M; m++) {
-      finish_logits(x[m], padded, std::min(block.slots, seen_by(r, m0 + m) - begin));
-      extra_.on_logits(r, m0 + m, begin, block.slots, x[m]);
       weigh(x[m], padded, records + m * record_, ahead);
       extra_.on_weights(r, m0 + m, begin, block.slots, x[m], records[m * record_]);
     }
@@ -225,8 +225,8 @@ class RowsAttention {
       return;
     }
     Vec total{};
+    ahead.fetch();
     for (int64_t i = 0; i < padded; i += kWidth) {
-      if constexpr (kWidth > 4) ahead.fetch_one();
       const Vec weight = exp(load(x + i) - record[0]);
       total += weight;
       store(x + i, weight);
@@ -288,7 +288,7 @@ struct BlockWeights {
 struct Weights {
   BlockWeights kept;  // without memory where no weights are wanted
   void before_last_chunk(int64_t) {}
-  void on_logits(int64_t, int64_t, int64_t, int64_t, const float*) {}
+  void on_logits(int64_t, int64_t, int, int64_t, int64_t, const float*, Ahead&) {}
   void on_weights(int64_t r, int64_t m, int64_t begin, int64_t slots, const float* x, float relative_to) {
     if (kept.weights) kept.keep(r, m, begin, slots, x, relative_to);
   }

@@ -70,18 +70,22 @@ class Step {
   }
 
   // Noisy attention has a softmax of its own.
-  void on_logits(int64_t r, int64_t m, int64_t begin, int64_t slots, const float* x) {
+  void on_logits(int64_t r, int64_t m0, int queries, int64_t begin, int64_t slots, const float* x, Ahead& ahead) {
     if (!a_.mass || plain_) return;
-    float* y = kept_.row(r, m) + begin;
-    const float top = add_noise(r, m, begin, slots, x, y);
-    Vec total{};
-    for (int64_t i = 0; i < slots; i += kWidth) {
-      const Vec weight = top == -INFINITY ? Vec{} : exp(load(y + i) - top);
-      total += weight;
-      store(y + i, weight);
+    float top[kQueries];
+    add_noise(r, m0, queries, begin, slots, x, top, ahead);
+    for (int m = 0; m < queries; m++) {
+      float* y = kept_.row(r, m0 + m) + begin;
+      Vec total{};
+      ahead.fetch();
+      for (int64_t i = 0; i < slots; i += kWidth) {
+        const Vec weight = top[m] == -INFINITY ? Vec{} : exp(load(y + i) - top[m]);
+        total += weight;
+        store(y + i, weight);
+      }
+      kept_.references(r, m0 + m)[begin / kBlock] = top[m];
+      totals_[(r * kept_.m + m0 + m) * kept_.blocks + begin / kBlock] = sum(total);
     }
-    kept_.references(r, m)[begin / kBlock] = top;
-    totals_[(r * kept_.m + m) * kept_.blocks + begin / kBlock] = sum(total);
   }
 
   void on_weights(int64_t r, int64_t m, int64_t begin, int64_t slots, const float* x, float relative_to) {
@@ -150,25 +154,30 @@ class Step {
     }
   }
 
-  // y = (x + ζ)/τ of a block, -inf beyond its slots up to a whole tile; returns the largest.
-  float add_noise(int64_t r, int64_t m, int64_t begin, int64_t slots, const float* x, float* y) const {
+  // Keeps y = (x + ζ)/τ of a block, -inf beyond its slots up to a whole tile, and the largest y of each query.
+  void add_noise(int64_t r, int64_t m0, int queries, int64_t begin, int64_t slots, const float* x, float* top,
+                 Ahead& ahead) const {
     const Observation& o = a_.observation;
-    const int64_t query = o.noise == Noise::kFresh ? a_.seen[r / heads()] - 1 : -1;
-    const uint32_t row = noise_row(o.seed, o.layer, r % heads() * a_.attend.group + m, query);
+    const bool noisy = o.noise != Noise::kNone;
+    const int64_t of_query = o.noise == Noise::kFresh ? a_.seen[r / heads()] - 1 : -1;
     const float coldness = float(1.0 / o.tau);
-    alignas(64) int32_t position[kTile];
-    Vec top = splat(-INFINITY);
-    for (int64_t s = 0; s < slots; s += kTile) {
-      if (o.noise != Noise::kNone) read_tile(r, begin + s, std::min<int64_t>(kTile, slots - s), a_.position, position);
-      for (int i = 0; i < kTile; i += kWidth) {
-        Vec logit = load(x + s + i);
-        if (o.noise != Noise::kNone) logit -= log(exponential(row, load(position + i)));
+    alignas(64) int32_t position[kBlock];
+    for (int64_t s = 0; s < slots && noisy; s += kTile)
+      read_tile(r, begin + s, std::min<int64_t>(kTile, slots - s), a_.position, position + s);
+    for (int m = 0; m < queries; m++) {
+      const uint32_t row = noise_row(o.seed, o.layer, r % heads() * a_.attend.group + m0 + m, of_query);
+      float* y = kept_.row(r, m0 + m) + begin;
+      Vec largest = splat(-INFINITY);
+      for (int64_t s = 0; s < (slots + kTile - 1) / kTile * kTile; s += kWidth) {
+        if (s % kTile == 0) ahead.fetch();
+        Vec logit = load(x + m * kBlock + s);
+        if (noisy) logit -= log(exponential(row, load(position + s)));
         logit *= coldness;
-        top = max(logit, top);
-        store(y + s + i, logit);
+        largest = max(logit, largest);
+        store(y + s, logit);
       }
+      top[m] = max(largest);
     }
-    return max(top);
   }
 
   float noisy_lse(int64_t r, int64_t m, int64_t count) const {

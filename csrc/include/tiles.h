@@ -14,37 +14,44 @@ constexpr int kSums = kRegisters * 3 / 4;           // vectors that fit beside t
 constexpr int kQueries = kRegisters == 32 ? 8 : 6;  // queries of one call
 constexpr int kLine = 64;                           // bytes of a cache line
 
+// Loops over registers: what is not unrolled early ends in memory.
+#define KVPRESS_UNROLL _Pragma("GCC unroll 16")
+
 constexpr int power_of_two_below(int n) { return n >= 4 ? 4 : n >= 2 ? 2 : 1; }
 
-// Memory that is fetched while something else is computed, one cache line at a time, from several places in turn.
+// Memory that is fetched while something else is computed: a cache line from each of several places at a time.
 //
-// Hardware does not look beyond a 4 KiB page, and a page lies on one memory channel: reading page after page
-// leaves the other channels idle. In turn, 8 pages keep all of them busy (+40 % on 2 cores of a Zen 3 server).
+// Hardware does not look beyond a 4 KiB page, and a page lies on one memory channel: reading page after page leaves
+// the other channels idle. In turn, 8 pages keep all of them busy (+40 % on 2 cores of a Zen 3 server).
 class Ahead {
  public:
   static constexpr int kPlaces = 4;  // of keys, and as many of values
+  static constexpr int kLines = 2 * kPlaces;
 
   // `lines` cache lines from each place on, `step` bytes apart.
   void keys(int place, const void* from, int64_t step, int64_t lines) { set(place, 0, from, step, lines); }
   void values(int place, const void* from, int64_t step, int64_t lines) { set(place, 1, from, step, lines); }
 
-  void fetch_one() {
-    if (next_ >= end_) return;
-    const int64_t place = next_ % (2 * kPlaces);
-    __builtin_prefetch(from_[place] + next_ / (2 * kPlaces) * step_[place / kPlaces]);
-    next_++;
+  // Starts the next kLines lines.
+  void fetch() {
+    if (left_ <= 0) return;
+    left_--;
+    for (int i = 0; i < kPlaces; i++) {
+      __builtin_prefetch(from_[0][i] + at_[0]);
+      __builtin_prefetch(from_[1][i] + at_[1]);
+    }
+    for (int kind = 0; kind < 2; kind++) at_[kind] += step_[kind];
   }
 
  private:
   void set(int place, int kind, const void* from, int64_t step, int64_t lines) {
-    from_[kind * kPlaces + place] = static_cast<const char*>(from);
+    from_[kind][place] = static_cast<const char*>(from);
     step_[kind] = step;
-    end_ = std::max(end_, 2 * kPlaces * lines);
+    left_ = std::max(left_, lines);
   }
 
-  const char* from_[2 * kPlaces];
-  int64_t step_[2];
-  int64_t next_ = 0, end_ = 0;
+  const char* from_[2][kPlaces];
+  int64_t step_[2], at_[2] = {}, left_ = 0;
 };
 
 // The numbers of the 16 slots of a tile, in the order of load_pair.
@@ -59,61 +66,64 @@ inline void load_tile(const E* p, Vec* row) {
 
 // x[m, i] = q[m, :] · key of slot i of a tile, for M queries.
 template <int M, class E>
-inline void logits_of_tile(const float* q, int64_t q_stride, const E* tile, int64_t channel_stride, int64_t width,
-                           float* x, int64_t x_stride, Ahead& ahead) {
+__attribute__((noinline)) void logits_of_tile(const float* q, int64_t q_stride, const E* tile, int64_t channel_stride,
+                                              int64_t width, float* x, int64_t x_stride, Ahead& ahead) {
   constexpr int kParts = power_of_two_below(kSums / (M * kVectors));          // sums that do not wait for each other
   constexpr int kRows = std::max<int>(1, kLine / (kTile * int(sizeof(E))));  // channels in a cache line
-  constexpr int kStep = std::max(kParts, kRows);
+  constexpr int kStep = std::max(kParts, Ahead::kLines * kRows);
   Vec sums[kParts][M][kVectors] = {};
-  const auto add = [&](int64_t d, int part) {
+  const auto add = [&](int64_t d, int part) __attribute__((always_inline)) {
     Vec key[kVectors];
     load_tile(tile + d * channel_stride, key);
-    for (int m = 0; m < M; m++) {
+    KVPRESS_UNROLL for (int m = 0; m < M; m++) {
       const Vec query = splat(q[m * q_stride + d]);
-      for (int v = 0; v < kVectors; v++) sums[part][m][v] += query * key[v];
+      KVPRESS_UNROLL for (int v = 0; v < kVectors; v++) sums[part][m][v] += query * key[v];
     }
   };
   int64_t d = 0;
   for (; d + kStep <= width; d += kStep) {
-    for (int i = 0; i < kStep; i += kRows) ahead.fetch_one();
-    for (int i = 0; i < kStep; i++) add(d + i, i % kParts);
+    ahead.fetch();
+    for (int64_t end = d + kStep, i = d; i < end; i += kParts)
+      KVPRESS_UNROLL for (int part = 0; part < kParts; part++) add(i + part, part);
   }
   for (; d < width; d++) add(d, 0);
-  for (int m = 0; m < M; m++) {
-    for (int part = 1; part < kParts; part++)
-      for (int v = 0; v < kVectors; v++) sums[0][m][v] += sums[part][m][v];
+  KVPRESS_UNROLL for (int m = 0; m < M; m++) {
+    KVPRESS_UNROLL for (int part = 1; part < kParts; part++)
+      KVPRESS_UNROLL for (int v = 0; v < kVectors; v++) sums[0][m][v] += sums[part][m][v];
     if constexpr (kVectors == 2) in_order(tile, sums[0][m]);
-    for (int v = 0; v < kVectors; v++) store(x + m * x_stride + v * kWidth, sums[0][m][v]);
+    KVPRESS_UNROLL for (int v = 0; v < kVectors; v++) store(x + m * x_stride + v * kWidth, sums[0][m][v]);
   }
 }
 
 // out[m, 0 … 2·N·kWidth) += Σ_s w[m, s] · value[s, offset …], over the first `slots` slots of some tiles; the channels
 // in the order of load_pair.
 template <int M, int N, class E>
-inline void add_values(const float* w, int64_t w_stride, const E* const* tile, int64_t slots, int64_t offset,
-                       int64_t width, float* out, int64_t out_stride, Ahead& ahead) {
-  constexpr int kBytes = 2 * N * kWidth * int(sizeof(E));
+__attribute__((noinline)) void add_values(const float* w, int64_t w_stride, const E* const* tile, int64_t slots,
+                                          int64_t offset, int64_t width, float* out, int64_t out_stride, Ahead& ahead) {
+  constexpr int kSlots = std::max<int>(1, Ahead::kLines * kLine / (2 * N * kWidth * int(sizeof(E))));  // of kLines lines
   Vec sums[M][2 * N];
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < 2 * N; n++) sums[m][n] = load(out + m * out_stride + n * kWidth);
+  KVPRESS_UNROLL for (int m = 0; m < M; m++)
+    KVPRESS_UNROLL for (int n = 0; n < 2 * N; n++) sums[m][n] = load(out + m * out_stride + n * kWidth);
   for (int64_t first = 0; first < slots; first += kTile) {
     const E* value = tile[first / kTile] + offset;
     const int64_t last = std::min(first + kTile, slots);
-    for (int64_t s = first; s < last; s++, value += width) {
-      for (int i = 0; i < kBytes; i += kLine) ahead.fetch_one();
-      for (int n = 0; n < N; n++) {
-        asm volatile("" ::: "memory");  // weights are loaded again: kept in registers, they push a sum out
-        Vec channel[2];
-        load_pair(value + n * 2 * kWidth, channel);
-        for (int m = 0; m < M; m++) {
-          const Vec weight = splat(w[m * w_stride + s]);
-          for (int i = 0; i < 2; i++) sums[m][2 * n + i] += weight * channel[i];
+    for (int64_t s = first; s < last;) {
+      ahead.fetch();
+      for (const int64_t end = std::min(s + kSlots, last); s < end; s++, value += width) {
+        KVPRESS_UNROLL for (int n = 0; n < N; n++) {
+          asm volatile("" ::: "memory");  // weights are loaded again: kept in registers, they push a sum out
+          Vec channel[2];
+          load_pair(value + n * 2 * kWidth, channel);
+          KVPRESS_UNROLL for (int m = 0; m < M; m++) {
+            const Vec weight = splat(w[m * w_stride + s]);
+            KVPRESS_UNROLL for (int i = 0; i < 2; i++) sums[m][2 * n + i] += weight * channel[i];
+          }
         }
       }
     }
   }
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < 2 * N; n++) store(out + m * out_stride + n * kWidth, sums[m][n]);
+  KVPRESS_UNROLL for (int m = 0; m < M; m++)
+    KVPRESS_UNROLL for (int n = 0; n < 2 * N; n++) store(out + m * out_stride + n * kWidth, sums[m][n]);
 }
 
 // The same for any width; channels beyond the last whole pair of vectors one by one.
