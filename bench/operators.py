@@ -23,9 +23,8 @@ QUICK_ROTATION = 1 << 20
 def cases(quick: bool = False, long: bool = False) -> list[Case]:
     """All cases; `quick` makes them tiny, `long` adds prompts of 8,192 tokens."""
     rotation = QUICK_ROTATION if quick else ROTATION
-    # Ragged rows have no rival: a dense cache would pad them to about three times their bytes.
     rows = list(_rows(quick))
-    made = [decode_rows_case(shape, rotation, rival and not shape.ragged) for shape, rival in rows]
+    made = [decode_rows_case(shape, rotation, rival) for shape, rival in rows]
     made += [decode_step_case(shape, rotation) for shape, _ in rows]
     for tokens in _prompts(quick, long):
         for noise in ("none", "fresh"):
@@ -37,14 +36,19 @@ def cases(quick: bool = False, long: bool = False) -> list[Case]:
 
 
 def _rows(quick: bool) -> Iterator[tuple[RowsShape, bool]]:
-    """The shapes of a decode, each with whether PyTorch's attention runs beside it."""
+    """The shapes of a decode, each with whether PyTorch's attention runs beside it.
+
+    Equal and ragged rows with consecutive pages, and equal ones with shuffled pages.
+    """
     sizes = ((1, SMOL, 8192, False), (8, SMOL, 8192, True), (1, LLAMA, 32768, True))
     for batch, model, slots, rival in sizes:
         for dtype in STORAGE:
-            for ragged in (False, True):
-                length = slots // 128 + 1 if quick else slots
-                shape: dict[str, Any] = {"batch": batch, "slots": length, **model}
-                yield RowsShape(dtype=dtype, ragged=ragged, **shape), rival
+            length = slots // 128 + 1 if quick else slots
+            shape: dict[str, Any] = {"batch": batch, "slots": length, "dtype": dtype, **model}
+            yield RowsShape(ragged=False, **shape), rival
+            # No rival: a dense cache would pad ragged rows to about three times their bytes.
+            yield RowsShape(ragged=True, **shape), False
+            yield RowsShape(ragged=False, shuffled=True, **shape), False
 
 
 def _prompts(quick: bool, long: bool) -> list[int]:

@@ -15,7 +15,11 @@ SPREAD = 16  # the longest ragged row may be this many times the shortest
 
 @dataclass(frozen=True, kw_only=True)
 class RowsShape:
-    """Rows of equal or ragged length; ragged ones hold about as many slots in total."""
+    """Rows of equal or ragged length; ragged ones hold about as many slots in total.
+
+    shuffled: pages in random order, as a pool comes to after rows grew and shrank for long. By
+    default each row's pages follow one another, as the store lays them out after a prompt.
+    """
 
     batch: int
     heads: int
@@ -24,14 +28,16 @@ class RowsShape:
     slots: int
     dtype: torch.dtype
     ragged: bool
+    shuffled: bool = False
     page_slots: int = 16
 
     @property
     def name(self) -> str:
-        """The shape in letters, the storage, and `ragged` where it is."""
+        """The shape in letters, the storage, and `ragged` and `shuffled` where it is."""
         letters = f"B{self.batch}-H{self.heads}-G{self.group}-D{self.width}-S{self.slots}"
         storage = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-        return f"{letters}-{storage[self.dtype]}" + ("-ragged" if self.ragged else "")
+        marks = ("-ragged" if self.ragged else "") + ("-shuffled" if self.shuffled else "")
+        return f"{letters}-{storage[self.dtype]}{marks}"
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -45,7 +51,7 @@ class RowsShape:
             "storage": str(self.dtype).removeprefix("torch."),
             "rows": "log-uniform" if self.ragged else "equal",
             "page_slots": self.page_slots,
-            "pages": "shuffled",
+            "pages": "shuffled" if self.shuffled else "consecutive",
         }
 
     @property
@@ -97,16 +103,15 @@ class Rows:
 
 
 def make_rows(shape: RowsShape, device: torch.device, room: int = 0) -> Rows:
-    """Random rows with `room` free slots behind each, their pages in random order.
-
-    Shuffled pages are what a pool comes to after long use, and the harder case for prefetching.
-    """
+    """Random rows with `room` free slots behind each."""
     generator = torch.Generator().manual_seed(SEED)
     counts_R = torch.tensor(shape.lengths)
     pages_R = ((counts_R + room + shape.page_slots - 1) // shape.page_slots).tolist()
     table_RW = torch.zeros(len(pages_R), max(pages_R), dtype=torch.int32)
-    parts = torch.randperm(sum(pages_R), generator=generator).to(torch.int32).split(pages_R)
-    for r, pages in enumerate(parts):
+    order = torch.arange(sum(pages_R))
+    if shape.shuffled:
+        order = torch.randperm(len(order), generator=generator)
+    for r, pages in enumerate(order.to(torch.int32).split(pages_R)):
         table_RW[r, : len(pages)] = pages
     on_device = torch.Generator(device).manual_seed(SEED)
 

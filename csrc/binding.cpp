@@ -249,28 +249,75 @@ Tensor decode_step(Tensor query, Tensor key, Tensor value, Tensor key_pool, Tens
   return out;
 }
 
+// Checks and fills what attention_sums and attend_sums share. The tensors that `a` points into live in the others.
+AttentionSums sums_of(const char* op, Shapes& shapes, const Strided& queries, const Strided& keys, const Tensor& position,
+                      const Tensor& sums, double scaling, double softcap, const Observation& observation) {
+  if (shapes['H'] == 0 || shapes['N'] % shapes['H'])
+    refuse(op, "the ", shapes['H'], " KV heads of key_BHSD do not divide the ", shapes['N'], " heads of query_BNPD");
+  if (shapes['P'] > shapes['S']) refuse(op, shapes['P'], " queries own the last slots, but key_BHSD has ", shapes['S']);
+  if (shapes['D'] > kMostWidth) refuse(op, "heads of ", shapes['D'], " channels; at most ", kMostWidth, " are supported");
+  if (softcap < 0) refuse(op, "softcap is ", softcap, "; it must be positive, or 0 for none");
+  AttentionSums a{};
+  a.query = queries.heads;
+  a.key = keys.heads;
+  a.position = static_cast<const int64_t*>(position.data_ptr());
+  a.batch = shapes['B'];
+  a.heads = shapes['H'];
+  a.group = shapes['N'] / shapes['H'];
+  a.queries = a.window = shapes['P'];
+  a.slots = shapes['S'];
+  a.width = shapes['D'];
+  a.logits = {scaling, softcap};
+  a.observation = observation;
+  a.sums = static_cast<float*>(sums.data_ptr());
+  return a;
+}
+
+// Positions in the form that kernels read.
+Tensor positions_of(const char* op, Shapes& shapes, const Tensor& position) {
+  shapes.bind(position, "position_BHS");
+  if (position.scalar_type() != ScalarType::Long) refuse(op, "position_BHS must be int64");
+  return torch::stable::contiguous(position);
+}
+
 Tensor attention_sums(Tensor query, Tensor key, Tensor position, double scaling, double softcap, int64_t window,
                       std::string noise, double tau, int64_t seed, int64_t layer) {
   const char* op = "attention_sums";
   Shapes shapes(op);
   shapes.bind(query, "query_BNPD");
   shapes.bind(key, "key_BHSD");
-  shapes.bind(position, "position_BHS");
-  if (position.scalar_type() != ScalarType::Long) refuse(op, "position_BHS must be int64");
-  if (shapes['H'] == 0 || shapes['N'] % shapes['H'])
-    refuse(op, "the ", shapes['H'], " KV heads of key_BHSD do not divide the ", shapes['N'], " heads of query_BNPD");
-  if (shapes['P'] > shapes['S']) refuse(op, shapes['P'], " queries own the last slots, but key_BHSD has ", shapes['S']);
-  if (shapes['D'] > kMostWidth) refuse(op, "heads of ", shapes['D'], " channels; at most ", kMostWidth, " are supported");
+  const Tensor positions = positions_of(op, shapes, position);
   if (window < 0) refuse(op, "window is ", window, "; it must not be negative");
-  if (softcap < 0) refuse(op, "softcap is ", softcap, "; it must be positive, or 0 for none");
   const Strided queries(op, query, "query_BNPD"), keys(op, key, "key_BHSD");
-  const Tensor positions = torch::stable::contiguous(position);
   Tensor sums = torch::stable::new_empty(query, {shapes['B'], shapes['H'], shapes['S']}, ScalarType::Float);
-  AttentionSums a{queries.heads, keys.heads, static_cast<const int64_t*>(positions.data_ptr()), shapes['B'], shapes['H'],
-                  shapes['N'] / shapes['H'], shapes['P'], shapes['S'], shapes['D'], window, {scaling, softcap},
-                  observation_of(op, noise, tau, seed, layer), static_cast<float*>(sums.data_ptr())};
+  AttentionSums a = sums_of(op, shapes, queries, keys, positions, sums, scaling, softcap,
+                            observation_of(op, noise, tau, seed, layer));
+  a.window = window;
   kernels().attention_sums(a, threads());
   return sums;
+}
+
+std::tuple<Tensor, Tensor> attend_sums(Tensor query, Tensor key, Tensor value, Tensor position, double scaling,
+                                       double softcap, std::string noise, double tau, int64_t seed, int64_t layer) {
+  const char* op = "attend_sums";
+  Shapes shapes(op);
+  shapes.bind(query, "query_BNPD");
+  shapes.bind(key, "key_BHSD");
+  shapes.bind(value, "value_BHSE");
+  const Tensor positions = positions_of(op, shapes, position);
+  if (shapes['E'] > kMostWidth) refuse(op, "values of ", shapes['E'], " channels; at most ", kMostWidth, " are supported");
+  if (shapes['P'] != shapes['S'])
+    refuse(op, shapes['P'], " queries for ", shapes['S'], " slots; a whole prompt has as many of both. Use attention_sums for a chunk");
+  const Strided queries(op, query, "query_BNPD"), keys(op, key, "key_BHSD"), values(op, value, "value_BHSE");
+  Tensor out = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['P'], shapes['E']});
+  Tensor sums = torch::stable::new_empty(query, {shapes['B'], shapes['H'], shapes['S']}, ScalarType::Float);
+  AttentionSums a = sums_of(op, shapes, queries, keys, positions, sums, scaling, softcap,
+                            observation_of(op, noise, tau, seed, layer));
+  a.value = values.heads;
+  a.value_width = shapes['E'];
+  a.out = out.data_ptr();
+  kernels().attention_sums(a, threads());
+  return {out, sums};
 }
 
 // Checks what gather_slots and scatter_slots share; `slots` is filled in by them.
@@ -324,6 +371,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvpress, CPU, library) {
   library.impl("decode_rows", TORCH_BOX(&kvpress::decode_rows));
   library.impl("decode_step", TORCH_BOX(&kvpress::decode_step));
   library.impl("attention_sums", TORCH_BOX(&kvpress::attention_sums));
+  library.impl("attend_sums", TORCH_BOX(&kvpress::attend_sums));
   library.impl("gather_slots", TORCH_BOX(&kvpress::gather_slots));
   library.impl("scatter_slots", TORCH_BOX(&kvpress::scatter_slots));
 }

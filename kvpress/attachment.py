@@ -25,6 +25,7 @@ from kvpress.types import EMPTY
 
 NAME = "kvpress"  # of the attention implementation
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CACHE_NAMES = ("cache", "past_key_values")  # of the argument: since transformers 5.24, and before
 _REFUSED = ("position_bias", "s_aux", "head_mask", "output_attentions")
 
 
@@ -138,6 +139,12 @@ def new_token_mask(
     return None if bool(valid_BP.all()) else valid_BP
 
 
+def cache_name(model: torch.nn.Module) -> str:
+    """By which name a module's forward pass takes its cache."""
+    taken = inspect.signature(model.forward).parameters
+    return next((name for name in _CACHE_NAMES if name in taken), _CACHE_NAMES[-1])
+
+
 class Attachment:
     """What `install` changed on a model, and how to undo it."""
 
@@ -154,8 +161,10 @@ class Attachment:
                 f"{type(model).__name__} does not let its attention be replaced through"
                 " transformers' attention interface. Use a model that supports it."
             )
+        modules = {id(m): m for m in (model, model.base_model)}.values()
+        self._cache_names = {id(module): cache_name(module) for module in modules}
         self._hooks = []
-        for module in {id(m): m for m in (model, model.base_model)}.values():
+        for module in modules:
             self._hooks.append(
                 module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             )
@@ -175,12 +184,13 @@ class Attachment:
         if args:
             bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
             given = {**bound.pop("kwargs", {}), **bound}
-        cache = given.get("past_key_values")
+        passed = [given.pop(name) for name in _CACHE_NAMES if name in given]
+        cache = next((cache for cache in passed if cache is not None), None)
         use_cache = given.get("use_cache")
         config = self._model.config.get_text_config(decoder=True)
         if cache is None and not (config.use_cache if use_cache is None else use_cache):
             return args, kwargs
-        given["past_key_values"] = cache = self._cache_for(cache)
+        given[self._cache_names[id(module)]] = cache = self._cache_for(cache)
         cache.check_whole()
         self._check_mask(cache, given)
         return (), given
@@ -239,7 +249,7 @@ class Attachment:
     def _after_forward(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(self._cache_names[id(module)])
         if isinstance(cache, EngineCache):
             cache.check_attended()
 

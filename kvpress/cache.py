@@ -163,7 +163,7 @@ class Lease:
 class EngineCache(Cache):
     """A compressed cache.
 
-    Made by `engine.new_cache()`; goes where transformers takes `past_key_values`.
+    Made by `engine.new_cache()`; goes where transformers takes a `cache` (`past_key_values` before 5.24).
     """
 
     def __init__(

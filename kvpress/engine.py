@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvpress.attachment import Attachment, check_model
+from kvpress.attachment import Attachment, cache_name, check_model
 from kvpress.cache import EngineCache, Lease
 from kvpress.errors import AttachError, CacheError, PolicyError
 from kvpress.loading import parse
@@ -90,7 +90,7 @@ class Engine:
             self._lease.active = False
 
     def new_cache(self, max_new_tokens: int | None = None) -> EngineCache:
-        """An empty cache for `past_key_values`.
+        """An empty cache for transformers' `cache` (`past_key_values` before 5.24).
 
         max_new_tokens: what schedules of a policy should expect.
         """
@@ -115,28 +115,33 @@ class Engine:
         return self._cache
 
     def generate(
-        self, *args: Any, past_key_values: EngineCache | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        cache: EngineCache | None = None,
+        past_key_values: EngineCache | None = None,
+        **kwargs: Any,
     ) -> Any:
         """`model.generate(...)` with a compressed cache; takes and returns what transformers does.
 
-        Pass the cache of an earlier call as `past_key_values` to go on from there.
+        Pass the cache of an earlier call as `cache`, or by its older name, to go on from there.
         """
         if self._attachment is None:
             raise AttachError(
                 "The engine is detached. Attach it again: kvpress.attach(model, policy)."
             )
-        cache = self.new_cache() if past_key_values is None else past_key_values
+        if cache is None:
+            cache = self.new_cache() if past_key_values is None else past_key_values
         if not isinstance(cache, EngineCache):
             raise CacheError(
                 f"engine.generate() continues from caches made by engine.new_cache(), got "
-                f"{type(cache).__name__}. Leave past_key_values out to start a new one."
+                f"{type(cache).__name__}. Leave the cache out to start a new one."
             )
         config = kwargs.get("generation_config") or self.model.generation_config
         expected = kwargs.get("max_new_tokens") or config.max_new_tokens
         if expected is not None:
             cache.expect(expected)
         self._cache = cache
-        return self.model.generate(*args, past_key_values=cache, **kwargs)
+        return self.model.generate(*args, **{cache_name(self.model): cache}, **kwargs)
 
     def report(self, cache: EngineCache | None = None) -> Report:
         """The ledger of a cache, by default the newest: slots, bytes, seconds per stage, notes."""

@@ -31,6 +31,32 @@ class Observation:
     weight: float = 1.0
 
 
+def attend_and_sum(
+    query_BNPD: Tensor,
+    key_BHPD: Tensor,
+    value_BHPE: Tensor,
+    position_BHP: Tensor,
+    layer: int,
+    observation: Observation,
+    scaling: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention output of a whole prompt and its `prompt_sums` over all queries, in one pass."""
+    out_BNPE, sums_BHP = ops.attend_sums(
+        query_BNPD,
+        key_BHPD,
+        value_BHPE,
+        position_BHP,
+        scaling,
+        softcap,
+        observation.noise,
+        observation.tau,
+        observation.seed,
+        layer,
+    )
+    return out_BNPE, sums_BHP if observation.weight == 1.0 else sums_BHP * observation.weight
+
+
 def prompt_sums(
     query_BNPD: Tensor,
     key_BHSD: Tensor,

@@ -127,6 +127,12 @@ def decode_step(*args: Any) -> Tensor:
     return out
 
 
+def attend_sums(*args: Any) -> tuple[Tensor, Tensor]:
+    """Attention of a prompt and its column sums; see csrc/attend_sums."""
+    out, sums = _operator("attend_sums")(*args)
+    return out, sums
+
+
 def attention_sums(*args: Any) -> Tensor:
     """Column sums of a prompt's attention; see csrc/attention_sums."""
     sums: Tensor = _operator("attention_sums")(*args)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvpress.attend import prompt_attention
 from kvpress.layer import Layer, Tokens
-from kvpress.observe import prompt_sums
+from kvpress.observe import Observation, attend_and_sum, prompt_sums
 from kvpress.select import gather, kept_index
 from kvpress.store import Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
@@ -26,18 +26,42 @@ def run_prompt(
     """Attention output `[b, N, P, D]` of a prompt chunk, and the slots that stay."""
     layer.decoded_B[group] = 0
     columns = _candidates(layer, group, tokens, before_b)
+    request = layer.recipe.stage("observe").observe(
+        layer.step(group[0], tokens.query_bNPD.shape[2])
+    )
     with layer.run.meter.stage("prefill attention", tokens.key_bHPD.device):
-        out_bNPD = prompt_attention(
+        out_bNPD, sums_BHS = _attend(layer, tokens, columns, request)
+    with torch.no_grad():
+        return out_bNPD, _compress(layer, group, tokens, columns, request, sums_BHS)
+
+
+def _attend(
+    layer: Layer, tokens: Tokens, columns: dict[str, Tensor], request: Observation | None
+) -> tuple[Tensor, Tensor | None]:
+    """The attention output, and with it the sums that a policy asked for, if one pass gives both."""
+    fresh = columns[KEY] is tokens.key_bHPD  # nothing was stored before
+    trains = torch.is_grad_enabled() and tokens.query_bNPD.requires_grad
+    if fresh and request is not None and request.window is None and not trains:
+        return attend_and_sum(
             tokens.query_bNPD,
             columns[KEY],
             columns[VALUE],
-            None if columns[KEY] is tokens.key_bHPD else columns[POSITION],
+            columns[POSITION],
+            layer.kind.index,
+            request,
             tokens.scaling,
             tokens.softcap,
-            layer.kind.window,
         )
-    with torch.no_grad():
-        return out_bNPD, _compress(layer, group, tokens, columns)
+    out_bNPD = prompt_attention(
+        tokens.query_bNPD,
+        columns[KEY],
+        columns[VALUE],
+        None if fresh else columns[POSITION],
+        tokens.scaling,
+        tokens.softcap,
+        layer.kind.window,
+    )
+    return out_bNPD, None
 
 
 @torch.no_grad()
@@ -76,12 +100,17 @@ def _candidates(
 
 
 def _compress(
-    layer: Layer, group: list[int], tokens: Tokens, columns: dict[str, Tensor]
+    layer: Layer,
+    group: list[int],
+    tokens: Tokens,
+    columns: dict[str, Tensor],
+    request: Observation | None,
+    sums_BHS: Tensor | None,
 ) -> Survivors:
     """The slots of some sequences that stay, after observation and selection."""
     meter, device = layer.run.meter, tokens.key_bHPD.device
     with meter.stage("observe", device):
-        slots = _observe(layer, group, tokens, columns)
+        slots = _observe(layer, group, tokens, columns, request, sums_BHS)
         if slots.mass_BHS is not None:
             columns[MASS] = slots.mass_BHS
     with meter.stage("select", device):
@@ -97,20 +126,19 @@ def _compress(
         return Survivors(tuple(group), columns, counts_BH, bool((counts_BH < stored_BH).any()))
 
 
-def _observe(layer: Layer, group: list[int], tokens: Tokens, columns: dict[str, Tensor]) -> Slots:
-    """The slots of some sequences with what the policy asked to observe and to accumulate."""
-    slots = Slots(
-        layer=layer.kind.index,
-        position_BHS=columns[POSITION],
-        seen_B=layer.seen_B[group].to(tokens.key_bHPD.device),
-        new_tokens=tokens.query_bNPD.shape[2],
-        fetch=columns.__getitem__,
-        mass_BHS=columns.get(MASS),
-    )
-    request = layer.recipe.stage("observe").observe(
-        layer.step(group[0], tokens.query_bNPD.shape[2])
-    )
-    if request is not None:
+def _observe(
+    layer: Layer,
+    group: list[int],
+    tokens: Tokens,
+    columns: dict[str, Tensor],
+    request: Observation | None,
+    sums_BHS: Tensor | None,
+) -> Slots:
+    """The slots of some sequences with what the policy asked to observe and to accumulate.
+
+    sums_BHS: what was observed already, with the attention.
+    """
+    if request is not None and sums_BHS is None:
         sums_BHS = prompt_sums(
             tokens.query_bNPD,
             columns[KEY],
@@ -120,7 +148,15 @@ def _observe(layer: Layer, group: list[int], tokens: Tokens, columns: dict[str, 
             tokens.scaling,
             tokens.softcap,
         )
-        slots = replace(slots, attention_BHS=sums_BHS)
+    slots = Slots(
+        layer=layer.kind.index,
+        position_BHS=columns[POSITION],
+        seen_B=layer.seen_B[group].to(tokens.key_bHPD.device),
+        new_tokens=tokens.query_bNPD.shape[2],
+        fetch=columns.__getitem__,
+        attention_BHS=sums_BHS,
+        mass_BHS=columns.get(MASS),
+    )
     if layer.recipe.accumulates:
         mass_BHS = layer.recipe.stage("accumulate").accumulate(slots).float()
         slots = replace(slots, mass_BHS=mass_BHS)

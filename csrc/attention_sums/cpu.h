@@ -1,8 +1,9 @@
 // Column sums of (noisy) softmax attention over the queries of a prompt. Formulas: README.md.
 //
 // Per row: keys are packed once into tiles. A task takes some queries of one query head. For a few queries at a time the
-// exponentials of all visible slots go to scratch memory that fits in L2, block by block with the block's own maximum;
-// once the normalisers are known, the columns are summed with one factor per query and block.
+// exponentials of all visible slots go to scratch memory that fits in L2, block by block, relative to the largest logit
+// so far; once the normalisers are known, the columns are summed with one factor per query and block. Where the output
+// is wanted too (attend_sums), each block's exponentials also weigh its values: logits are computed once for both.
 #pragma once
 
 #include "../decode_rows/cpu.h"
@@ -13,7 +14,9 @@ namespace kvpress::KERNEL_ISA {
 constexpr int kQueryBlock = 2 * kQueries;
 constexpr int64_t kKeyBlock = 256;
 constexpr int64_t kTaskQueries = 2 * kQueryBlock;  // at least
-constexpr int64_t kMostTasks = 64;     // of a row, about: each has partial sums of its own, 4 bytes per slot
+constexpr int64_t kMostTasks = 64;  // of a row, about: each has partial sums of its own, 4 bytes per slot
+
+constexpr int64_t kPanel = 2 * kWidth;  // channels of values that lie side by side
 
 class RowSums {
  public:
@@ -21,6 +24,8 @@ class RowSums {
     tiles_ = (a.slots + kTile - 1) / kTile;
     padded_ = (tiles_ * kTile + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
     key_ = scratch<float, struct Keys>(tiles_ * kTile * a.width);
+    panels_ = (a.value_width + kPanel - 1) / kPanel;
+    value_ = a.out ? scratch<float, struct Values>(tiles_ * kTile * panels_ * kPanel) : nullptr;
     position_ = scratch<int32_t, struct KeyPositions>(padded_);
   }
 
@@ -29,7 +34,7 @@ class RowSums {
     std::fill(position_ + tiles_ * kTile, position_ + padded_, -1);
     gaps_ = std::any_of(position_, position_ + a_.slots, [](int32_t p) { return p < 0; });
     const int64_t first = std::max<int64_t>(0, a_.queries - a_.window), queries = a_.queries - first;
-    const int64_t step = std::max(kTaskQueries, (queries * a_.group + kMostTasks - 1) / kMostTasks);
+    const int64_t step = std::max<int64_t>(kTaskQueries, (queries * a_.group + kMostTasks - 1) / kMostTasks);
     const int64_t per_head = (queries + step - 1) / step, tasks = per_head * a_.group;
     float* partial = scratch<float, struct PartialSums>(tasks * padded_);
     share(threads_, tasks, worthwhile(), [&](int64_t i) {
@@ -43,130 +48,232 @@ class RowSums {
   }
 
  private:
+  // Some queries of one head and what is known of them after some blocks of slots.
+  struct Queries {
+    int64_t g, q, count;
+    const float* packed;  // as logits_of_tile takes them
+    float* weights;       // [count, padded]: exponentials, relative to the reference of their block
+    float* reference;     // [count, blocks]
+    float* out;           // [panels, count, kPanel], relative to `logit`; or null
+    int64_t blocks;
+    float largest[kQueryBlock];  // logit so far, with noise and temperature
+    float total[kQueryBlock];    // of the exponentials relative to it
+    float logit[kQueryBlock], sum[kQueryBlock];  // the same without noise and temperature, where there is `out`
+  };
+
+  // Channels p·kPanel … of all values: loops over slots then read neighbouring memory.
+  float* panel(int64_t p) const { return value_ + p * tiles_ * kTile * kPanel; }
+
   bool worthwhile() const { return a_.slots * a_.width * std::min(a_.queries, a_.window) > 1 << 16; }
 
   void pack(int64_t from, int64_t to) {
     const int64_t* position = a_.position + (b_ * a_.heads + h_) * a_.slots;
-    float* slot = scratch<float, struct Slot>(a_.width);
+    float* slot = scratch<float, struct Slot>(std::max(a_.width, panels_ * kPanel));
     for (int64_t s = from * kTile; s < to * kTile; s++) {
       const bool inside = s < a_.slots;
       position_[s] = inside ? int32_t(position[s]) : -1;
-      if (inside)
-        read_floats(a_.key.data, a_.key.type,
-                    b_ * a_.key.batch_stride + h_ * a_.key.head_stride + s * a_.key.token_stride, a_.width, 1.0f, slot);
+      if (inside) read_slot(a_.key, s, a_.width, slot);
       float* tile = key_ + s / kTile * kTile * a_.width + s % kTile;
       for (int64_t d = 0; d < a_.width; d++) tile[d * kTile] = inside ? slot[d] : 0.0f;
+      if (!value_) continue;
+      std::fill_n(slot, panels_ * kPanel, 0.0f);
+      if (inside) read_slot(a_.value, s, a_.value_width, slot);
+      for (int64_t p = 0; p < panels_; p++) std::copy_n(slot + p * kPanel, kPanel, panel(p) + s * kPanel);
     }
+  }
+
+  void read_slot(const Heads& heads, int64_t s, int64_t width, float* to) const {
+    read_floats(heads.data, heads.type, b_ * heads.batch_stride + h_ * heads.head_stride + s * heads.token_stride, width,
+                1.0f, to);
   }
 
   void sum_queries(int64_t g, int64_t begin, int64_t end, float* sums) {
     std::fill_n(sums, padded_, 0.0f);
-    const int64_t blocks = padded_ / kKeyBlock;
-    float* weights = scratch<float, struct SumWeights>(kQueryBlock * padded_);
-    float* scale = scratch<float, struct Scales>(kQueryBlock * blocks);
-    float* query = scratch<float, struct SumQueries>(kQueryBlock * a_.width);
+    const int64_t most = padded_ / kKeyBlock;
+    float* query = scratch<float, struct SumQueries>((kQueryBlock + 1) * a_.width);
+    Queries some{};
+    some.g = g;
+    some.packed = query;
+    some.weights = scratch<float, struct SumWeights>(kQueryBlock * padded_);
+    some.reference = scratch<float, struct References>(kQueryBlock * most);
+    some.out = a_.out ? scratch<float, struct SumOut>(kQueryBlock * panels_ * kPanel) : nullptr;
     for (int64_t q = begin; q < end; q += kQueryBlock) {
-      const int count = int(std::min<int64_t>(kQueryBlock, end - q));
-      for (int i = 0; i < count; i++)
+      some.q = q;
+      some.count = std::min<int64_t>(kQueryBlock, end - q);
+      pack_queries(some.count, a_.width, query + kQueryBlock * a_.width, query, [&](int64_t i, float* to) {
         read_floats(a_.query.data, a_.query.type,
                     b_ * a_.query.batch_stride + (h_ * a_.group + g) * a_.query.head_stride + (q + i) * a_.query.token_stride,
-                    a_.width, float(a_.logits.scaling), query + i * a_.width);
-      sum_block(g, q, count, query, weights, scale, sums);
+                    a_.width, float(a_.logits.scaling), to);
+      });
+      sum_block(some, sums);
     }
   }
 
-  void sum_block(int64_t g, int64_t q, int count, const float* query, float* weights, float* scale, float* sums) {
-    const int64_t own = a_.slots - a_.queries + q;  // the slot of the first query
-    const int64_t blocks = (own + count - 1) / kKeyBlock + 1;
-    float total[kQueryBlock] = {}, largest[kQueryBlock];
-    std::fill_n(largest, kQueryBlock, -INFINITY);
-    for (int64_t k = 0; k < blocks; k++) {
-      const int64_t first = k * kKeyBlock;
-      const int tiles = int(std::min(kKeyBlock, tiles_ * kTile - first) / kTile);
-      const float* tile[kKeyBlock / kTile];
-      for (int t = 0; t < tiles; t++) tile[t] = key_ + (first + t * kTile) * a_.width;
-      float* x = weights + first;
-      for (int t = 0; t < tiles; t++)  // a tile serves all queries before the next one
-        in_parts(count, [&](int64_t m, auto M) {
+  void sum_block(Queries& some, float* sums) {
+    const int64_t own = a_.slots - a_.queries + some.q;  // the slot of the first query
+    some.blocks = (own + some.count - 1) / kKeyBlock + 1;
+    for (int64_t i = 0; i < some.count; i++) {
+      some.largest[i] = some.logit[i] = -INFINITY;
+      some.total[i] = some.sum[i] = 0;
+    }
+    if (some.out) std::fill_n(some.out, some.count * panels_ * kPanel, 0.0f);
+    for (int64_t k = 0; k < some.blocks; k++) {
+      const int64_t first = k * kKeyBlock, slots = std::min(kKeyBlock, tiles_ * kTile - first);
+      for (int64_t s = 0; s < slots; s += kTile)  // a tile serves all queries before the next one
+        in_parts(some.count, [&](int64_t m, auto M) {
           Ahead nothing;
-          logits_of_tile<M()>(query + m * a_.width, a_.width, tile[t], kTile, a_.width, x + m * padded_ + t * kTile,
-                              padded_, nothing);
+          logits_of_tile<M()>(some.packed + m * a_.width, key_ + (first + s) * a_.width, kTile, a_.width,
+                              some.weights + m * padded_ + first + s, padded_, nothing);
         });
-      for (int i = 0; i < count; i++) {
-        scale[i * blocks + k] = -INFINITY;
-        weigh(g, q + i, own + i - first, first, tiles * kTile, x + i * padded_, &scale[i * blocks + k], &total[i], &largest[i]);
-      }
+      for (int64_t i = 0; i < some.count; i++) hide_and_cap(some.weights + i * padded_ + first, first, slots, own + i);
+      if (some.out) attend(some, first, slots);
+      for (int64_t i = 0; i < some.count; i++) weigh(some, i, k, slots);
     }
-    for (int i = 0; i < count; i++)
-      for (int64_t k = 0; k < blocks; k++) {
-        float& factor = scale[i * blocks + k];
-        factor = factor == -INFINITY ? 0.0f : std::exp(factor - largest[i]) / total[i];
-      }
-    for (int64_t k = 0; k < blocks; k++) {
-      const int64_t first = k * kKeyBlock, last = std::min(first + kKeyBlock, tiles_ * kTile);
-      for (int64_t s = first; s < last; s += kWidth) {
-        Vec column = load(sums + s);
-        for (int i = 0; i < count; i++) column += load(weights + i * padded_ + s) * scale[i * blocks + k];
-        store(sums + s, column);
-      }
+    if (some.out) write_out(some);
+    add_columns(some, sums);
+  }
+
+  // −∞ for slots that are empty or in the future, and softcap.
+  void hide_and_cap(float* x, int64_t first, int64_t slots, int64_t own) const {
+    const float cap = float(a_.logits.softcap);
+    for (int64_t s = 0; s < slots && cap != 0.0f; s += kWidth) store(x + s, capped(load(x + s), cap));
+    if (!gaps_ && first + slots - 1 <= own) return;
+    for (int64_t s = 0; s < slots; s += kWidth) {
+      const IntVec hidden = (load(position_ + first + s) < 0) | (lanes() > splat(int32_t(own - first - s)));
+      store(x + s, hidden ? splat(-INFINITY) : load(x + s));
     }
   }
 
-  // Turns the logits of one query over one block of slots into exponentials relative to the block's maximum, and
-  // updates the query's total and maximum. `visible`: how many slots from the block's first the query sees, less one.
-  void weigh(int64_t g, int64_t q, int64_t visible, int64_t first, int64_t slots, float* x, float* block_max, float* total,
-             float* largest) const {
-    const Observation& o = a_.observation;
-    const int64_t of_query = o.noise == Noise::kFresh ? position_[a_.slots - a_.queries + q] : -1;
-    const uint32_t row = noise_row(o.seed, o.layer, h_ * a_.group + g, of_query);
-    const bool noisy = o.noise != Noise::kNone, divides = noisy && o.tau == 1.0;
-    const int32_t* position = position_ + first;
-    if (a_.logits.softcap != 0.0 || o.tau != 1.0) change(x, slots, position, row, noisy);
-    if (gaps_ || visible < slots - 1) hide(x, slots, position, visible);
+  static float largest_of(const float* x, int64_t slots) {
     Vec top = load(x);
     for (int64_t s = kWidth; s < slots; s += kWidth) top = max(load(x + s), top);
-    *block_max = max(top);
-    if (*block_max == -INFINITY) {
-      std::fill_n(x, slots, 0.0f);
-      return;
+    return max(top);
+  }
+
+  // The attention output over one block. Where noise only divides, its exponentials serve the sums too.
+  void attend(Queries& some, int64_t first, int64_t slots) {
+    float* p = divides() || plain() ? some.weights + first : scratch<float, struct Exponentials>(kQueryBlock * kKeyBlock);
+    const int64_t stride = divides() || plain() ? padded_ : kKeyBlock;
+    for (int64_t i = 0; i < some.count; i++) {
+      const float* x = some.weights + i * padded_ + first;
+      const float top = std::max(some.logit[i], largest_of(x, slots));
+      const float shrink = top == -INFINITY ? 1.0f : std::exp(some.logit[i] - top);
+      some.logit[i] = top;
+      for (int64_t c = 0; c < panels_ * kPanel && shrink != 1.0f; c++) out_of(some, i, c) *= shrink;
+      some.sum[i] = some.sum[i] * shrink + exponentials(x, slots, top, p + i * stride);
+    }
+    const float* tile[kKeyBlock / kTile];
+    for (int64_t panel_of = 0; panel_of < panels_; panel_of++) {
+      for (int64_t t = 0; t * kTile < slots; t++) tile[t] = panel(panel_of) + (first + t * kTile) * kPanel;
+      in_parts(some.count, [&](int64_t m, auto M) {
+        Ahead nothing;
+        add_values<M(), 1>(p + m * stride, stride, tile, slots, 0, kPanel, &out_of(some, m, panel_of * kPanel), kPanel,
+                           nothing);
+      });
+    }
+  }
+
+  static float& out_of(const Queries& some, int64_t i, int64_t channel) {
+    return some.out[(channel / kPanel * some.count + i) * kPanel + channel % kPanel];
+  }
+
+  // to = exp(x − top); returns the sum.
+  static float exponentials(const float* x, int64_t slots, float top, float* to) {
+    if (top == -INFINITY) {
+      std::fill_n(to, slots, 0.0f);
+      return 0;
     }
     Vec sums{};
     for (int64_t s = 0; s < slots; s += kWidth) {
-      Vec weight = exp(load(x + s) - *block_max);
-      if (divides) weight /= exponential(row, load(position + s));
+      const Vec weight = exp(load(x + s) - top);
+      sums += weight;
+      store(to + s, weight);
+    }
+    return sum(sums);
+  }
+
+  bool plain() const { return a_.observation.noise == Noise::kNone && a_.observation.tau == 1.0; }
+  // exp(x + ζ) = exp(x) / E
+  bool divides() const { return a_.observation.noise != Noise::kNone && a_.observation.tau == 1.0; }
+
+  // Turns query i's logits of block k into exponentials, with noise and temperature.
+  void weigh(Queries& some, int64_t i, int64_t k, int64_t slots) const {
+    const Observation& o = a_.observation;
+    float* x = some.weights + i * padded_ + k * kKeyBlock;
+    alignas(64) float noise[kKeyBlock];
+    if (o.noise != Noise::kNone) {
+      const int64_t query = o.noise == Noise::kFresh ? position_[a_.slots - a_.queries + some.q + i] : -1;
+      draw_exponential(noise_row(o.seed, o.layer, h_ * a_.group + some.g, query), position_ + k * kKeyBlock, slots, noise);
+    }
+    float& reference = some.reference[i * some.blocks + k];
+    const bool attended = some.out && (plain() || divides());  // then they are exponentials already
+    if (!attended) {
+      if (o.tau != 1.0) cool(x, slots, o.noise != Noise::kNone ? noise : nullptr);
+      const float top = std::max(some.largest[i], largest_of(x, slots));
+      rescale(some, i, top);
+      const float sum = exponentials(x, slots, top, x);
+      if (!divides()) some.total[i] += sum;
+    } else {
+      rescale(some, i, some.logit[i]);
+      if (plain()) some.total[i] = some.sum[i];
+    }
+    if (divides()) some.total[i] += divide(x, slots, noise);
+    reference = some.largest[i];
+  }
+
+  static void rescale(Queries& some, int64_t i, float top) {
+    if (top > some.largest[i]) some.total[i] *= std::exp(some.largest[i] - top);
+    some.largest[i] = top;
+  }
+
+  void cool(float* x, int64_t slots, const float* noise) const {
+    const float coldness = float(1.0 / a_.observation.tau);
+    for (int64_t s = 0; s < slots; s += kWidth)
+      store(x + s, (noise ? load(x + s) - log(load(noise + s)) : load(x + s)) * coldness);
+  }
+
+  static float divide(float* x, int64_t slots, const float* noise) {
+    Vec sums{};
+    for (int64_t s = 0; s < slots; s += kWidth) {
+      const Vec weight = load(x + s) / load(noise + s);
       sums += weight;
       store(x + s, weight);
     }
-    if (*block_max > *largest) {
-      *total *= std::exp(*largest - *block_max);
-      *largest = *block_max;
-    }
-    *total += sum(sums) * std::exp(*block_max - *largest);
+    return sum(sums);
   }
 
-  // Softcap, noise and temperature. With τ = 1 noise divides the exponentials instead.
-  void change(float* x, int64_t slots, const int32_t* position, uint32_t row, bool noisy) const {
-    const float cap = float(a_.logits.softcap), coldness = float(1.0 / a_.observation.tau);
-    const bool warm = a_.observation.tau != 1.0;
-    for (int64_t s = 0; s < slots; s += kWidth) {
-      Vec y = capped(load(x + s), cap);
-      if (noisy && warm) y -= log(exponential(row, load(position + s)));
-      store(x + s, warm ? y * coldness : y);
+  void write_out(Queries& some) {
+    float* out = scratch<float, struct OneOut>(a_.value_width);
+    for (int64_t i = 0; i < some.count; i++) {
+      for (int64_t d = 0; d < a_.value_width; d++) out[d] = some.sum[i] == 0 ? 0 : out_of(some, i, d) / some.sum[i];
+      const int64_t row = (b_ * a_.heads + h_) * a_.group + some.g;
+      write_floats(out, a_.value_width, a_.out, a_.query.type, (row * a_.queries + some.q + i) * a_.value_width);
     }
   }
 
-  static void hide(float* x, int64_t slots, const int32_t* position, int64_t visible) {
-    for (int64_t s = 0; s < slots; s += kWidth) {
-      const IntVec hidden = (load(position + s) < 0) | (lanes() > splat(int32_t(visible - s)));
-      store(x + s, hidden ? splat(-INFINITY) : load(x + s));
+  void add_columns(Queries& some, float* sums) const {
+    float* factor = some.reference;
+    for (int64_t i = 0; i < some.count; i++)
+      for (int64_t k = 0; k < some.blocks; k++) {
+        float& f = factor[i * some.blocks + k];
+        f = f == -INFINITY ? 0.0f : std::exp(f - some.largest[i]) / some.total[i];
+      }
+    for (int64_t k = 0; k < some.blocks; k++) {
+      const int64_t first = k * kKeyBlock, last = std::min(first + kKeyBlock, tiles_ * kTile);
+      for (int64_t s = first; s < last; s += kWidth) {
+        Vec column = load(sums + s);
+        for (int64_t i = 0; i < some.count; i++)
+          column += load(some.weights + i * padded_ + s) * factor[i * some.blocks + k];
+        store(sums + s, column);
+      }
     }
   }
 
   const AttentionSums& a_;
   int64_t b_, h_;
   const Threads& threads_;
-  int64_t tiles_, padded_;
-  float* key_;
+  int64_t tiles_, padded_, panels_;
+  float *key_, *value_;
   int32_t* position_;
   bool gaps_ = false;  // whether some slots are empty
 };

@@ -100,12 +100,12 @@ class RowsAttention {
   int64_t head_of(int64_t r, int64_t m) const { return r % a_.heads * a_.group + m / a_.queries; }
 
   void read_queries(int64_t r) {
-    for (int64_t m = 0; m < m_; m++) {
+    float* row = scratch<float, struct QueryRow>(width_);
+    pack_queries(m_, width_, row, query_ + r * m_ * width_, [&](int64_t m, float* to) {
       const int64_t offset = r / a_.heads * a_.query.batch_stride + head_of(r, m) * a_.query.head_stride +
                              m % a_.queries * a_.query.token_stride;
-      read_floats(a_.query.data, a_.query.type, offset, width_, float(a_.logits.scaling),
-                  query_ + (r * m_ + m) * width_);
-    }
+      read_floats(a_.query.data, a_.query.type, offset, width_, float(a_.logits.scaling), to);
+    });
   }
 
   // The first slot that query m of a row does not see.
@@ -193,8 +193,8 @@ class RowsAttention {
     const int64_t channel_stride = in_place() ? a_.pages.page_slots : kTile;
     const int64_t padded = (block.slots + kTile - 1) / kTile * kTile;
     for (int64_t t = 0; t * kTile < padded; t++)
-      logits_of_tile<M>(query_ + (r * m_ + m0) * width_, width_, block.key[t], channel_stride, width_,
-                        x[0] + t * kTile, kBlock, ahead);
+      logits_of_tile<M>(query_ + (r * m_ + m0) * width_, block.key[t], channel_stride, width_, x[0] + t * kTile,
+                        kBlock, ahead);
     for (int m = 0; m < M; m++) finish_logits(x[m], padded, std::min(block.slots, seen_by(r, m0 + m) - begin));
     extra_.on_logits(r, m0, M, begin, block.slots, x[0], ahead);
     for (int m = 0; m < M; m++) {

@@ -161,17 +161,21 @@ class Step {
     const bool noisy = o.noise != Noise::kNone;
     const int64_t of_query = o.noise == Noise::kFresh ? a_.seen[r / heads()] - 1 : -1;
     const float coldness = float(1.0 / o.tau);
+    const int64_t padded = (slots + kTile - 1) / kTile * kTile;
     alignas(64) int32_t position[kBlock];
+    alignas(64) float noise[kBlock];
     for (int64_t s = 0; s < slots && noisy; s += kTile)
       read_tile(r, begin + s, std::min<int64_t>(kTile, slots - s), a_.position, position + s);
     for (int m = 0; m < queries; m++) {
       const uint32_t row = noise_row(o.seed, o.layer, r % heads() * a_.attend.group + m0 + m, of_query);
       float* y = kept_.row(r, m0 + m) + begin;
+      ahead.fetch();
+      if (noisy) draw_exponential(row, position, padded, noise);
+      ahead.fetch();
       Vec largest = splat(-INFINITY);
-      for (int64_t s = 0; s < (slots + kTile - 1) / kTile * kTile; s += kWidth) {
-        if (s % kTile == 0) ahead.fetch();
+      for (int64_t s = 0; s < padded; s += kWidth) {
         Vec logit = load(x + m * kBlock + s);
-        if (noisy) logit -= log(exponential(row, load(position + s)));
+        if (noisy) logit -= log(load(noise + s));
         logit *= coldness;
         largest = max(logit, largest);
         store(y + s, logit);

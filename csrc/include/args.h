@@ -77,6 +77,9 @@ struct AttentionSums {
   Logits logits;
   Observation observation;
   float* sums;  // [B, H, S]
+  Heads value;  // [B, H, S, D'], where there is `out`
+  int64_t value_width;
+  void* out;  // [B, N, P, D'], contiguous, of the query's type; or null
 };
 
 struct CopySlots {

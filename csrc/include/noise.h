@@ -22,11 +22,14 @@ inline uint32_t noise_row(uint64_t seed, int64_t layer, int64_t head, int64_t qu
   return mix(mix(uint32_t(head) * kOdd + stream) + uint32_t(query) * kOdd);
 }
 
-// Exp(1) numbers of the keys at these positions.
-inline Vec exponential(uint32_t row, IntVec position) {
-  const WordVec word = mix(bits_as<WordVec>(position) * kOdd + row);
-  const Vec uniform = (__builtin_convertvector(bits_as<IntVec>(word >> 9), Vec) + 0.5f) * 0x1p-23f;
-  return -log(uniform);
+// Exp(1) numbers of the keys at `count` positions, a multiple of kWidth. A loop of its own: a processor looks only so
+// many instructions ahead, and these hide their latency behind their neighbours' only if nothing else stands between.
+inline void draw_exponential(uint32_t row, const int32_t* position, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += kWidth) {
+    const WordVec word = mix(bits_as<WordVec>(load(position + i)) * kOdd + row);
+    const Vec uniform = (__builtin_convertvector(bits_as<IntVec>(word >> 9), Vec) + 0.5f) * 0x1p-23f;
+    store(to + i, -log(uniform));
+  }
 }
 
 }  // namespace kvpress::KERNEL_ISA

@@ -199,6 +199,8 @@ inline IntVec lanes() {
   return x;
 }
 
+// Polynomials are summed in pairs (Estrin): their latency, not their number of operations, limits the loops around them.
+
 // exp(x) to 2 units in the last place for x ≤ 88; exactly 0 below −87; a NaN stays one.
 inline Vec exp(Vec x) {
   const Vec shift = splat(12582912.0f);  // 1.5·2²³: adding it rounds to a whole number
@@ -206,16 +208,11 @@ inline Vec exp(Vec x) {
   const Vec rounded = clamped * 1.44269504088896341f + shift;
   const Vec n = rounded - shift;
   const Vec r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
-  Vec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const IntVec exponent = (bits_as<IntVec>(rounded) << 23) + bits_as<IntVec>(p);
-  const Vec y = x == x ? bits_as<Vec>(exponent) : x;
-  return x < -87.0f ? Vec{} : y;
+  const Vec r2 = r * r;
+  const Vec high = (r * 1.9875691500e-4f + 1.3981999507e-3f) * r2 + (r * 8.3334519073e-3f + 4.1665795894e-2f);
+  const Vec p = (high * r2 + (r * 1.6666665459e-1f + 5.0000001201e-1f)) * r2 + (r + 1.0f);
+  const Vec y = bits_as<Vec>((bits_as<IntVec>(rounded) << 23) + bits_as<IntVec>(p));
+  return x > -87.0f ? y : (x == x ? Vec{} : x);
 }
 
 // ln(x) to 2 units in the last place for positive normal x.
@@ -224,16 +221,11 @@ inline Vec log(Vec x) {
   const IntVec word = bits_as<IntVec>(x) - 0x3F3504F3;
   const Vec e = __builtin_convertvector(word >> 23, Vec);
   const Vec t = bits_as<Vec>((word & 0x007FFFFF) + 0x3F3504F3) - 1.0f;
-  const Vec z = t * t;
-  Vec p = splat(7.0376836292e-2f);
-  p = p * t - 1.1514610310e-1f;
-  p = p * t + 1.1676998740e-1f;
-  p = p * t - 1.2420140846e-1f;
-  p = p * t + 1.4249322787e-1f;
-  p = p * t - 1.6668057665e-1f;
-  p = p * t + 2.0000714765e-1f;
-  p = p * t - 2.4999993993e-1f;
-  p = p * t + 3.3333331174e-1f;
+  const Vec z = t * t, z2 = z * z;
+  const Vec top = (t * -1.1514610310e-1f + 1.1676998740e-1f) + z * 7.0376836292e-2f;
+  const Vec middle = (t * -1.2420140846e-1f + 1.4249322787e-1f) * z + (t * -1.6668057665e-1f + 2.0000714765e-1f);
+  const Vec low = t * -2.4999993993e-1f + 3.3333331174e-1f;
+  const Vec p = (top * z2 + middle) * z + low;
   return (p * t * z + e * -2.12194440e-4f - 0.5f * z) + t + e * 0.693359375f;
 }
 

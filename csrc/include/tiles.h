@@ -64,10 +64,10 @@ inline void load_tile(const E* p, Vec* row) {
   }
 }
 
-// x[m, i] = q[m, :] · key of slot i of a tile, for M queries.
+// x[m, i] = query m · key of slot i of a tile. q: M queries, [width, M].
 template <int M, class E>
-__attribute__((noinline)) void logits_of_tile(const float* q, int64_t q_stride, const E* tile, int64_t channel_stride,
-                                              int64_t width, float* x, int64_t x_stride, Ahead& ahead) {
+__attribute__((noinline)) void logits_of_tile(const float* q, const E* tile, int64_t channel_stride, int64_t width,
+                                              float* x, int64_t x_stride, Ahead& ahead) {
   constexpr int kParts = power_of_two_below(kSums / (M * kVectors));          // sums that do not wait for each other
   constexpr int kRows = std::max<int>(1, kLine / (kTile * int(sizeof(E))));  // channels in a cache line
   constexpr int kStep = std::max(kParts, Ahead::kLines * kRows);
@@ -76,7 +76,7 @@ __attribute__((noinline)) void logits_of_tile(const float* q, int64_t q_stride, 
     Vec key[kVectors];
     load_tile(tile + d * channel_stride, key);
     KVPRESS_UNROLL for (int m = 0; m < M; m++) {
-      const Vec query = splat(q[m * q_stride + d]);
+      const Vec query = splat(q[d * M + m]);
       KVPRESS_UNROLL for (int v = 0; v < kVectors; v++) sums[part][m][v] += query * key[v];
     }
   };
@@ -170,6 +170,17 @@ inline void in_parts(int64_t queries, const F& f) {
     const int64_t first = queries * part / parts;
     with_constant(queries * (part + 1) / parts - first, [&](auto M) { f(first, M); });
   }
+}
+
+// Queries as logits_of_tile takes them: one part after the other, each [width, M]. read(m, to) reads query m.
+template <class Read>
+inline void pack_queries(int64_t queries, int64_t width, float* row, float* packed, const Read& read) {
+  in_parts(queries, [&](int64_t first, auto M) {
+    for (int m = 0; m < M; m++) {
+      read(first + m, row);
+      for (int64_t d = 0; d < width; d++) packed[first * width + d * M + m] = row[d];
+    }
+  });
 }
 
 }  // namespace kvpress::KERNEL_ISA

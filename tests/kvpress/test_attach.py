@@ -467,3 +467,15 @@ def test_a_new_cache_is_the_callers_own_even_if_another_thread_asks_meanwhile() 
     with kvpress.attach(helpers.tiny(), "full") as engine:
         engine.__class__ = Shared
         assert engine.new_cache() is not other
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_taken_by_its_new_and_its_old_name(name: str) -> None:
+    """transformers 5.24 renamed the argument."""
+    model, ids = helpers.tiny(), helpers.prompt(1, 12)
+    with torch.no_grad(), kvpress.attach(model, "full") as engine:
+        cache = engine.new_cache()
+        model(ids, **{name: cache})
+        assert cache.get_seq_length() == 12
+        engine.generate(ids.repeat(1, 2), **{name: cache}, max_new_tokens=2)
+        assert cache.get_seq_length() == 25 and engine.cache is cache

@@ -1,0 +1,61 @@
+"""PyTorch reference of `attend_sums`: its two halves one after the other."""
+
+from __future__ import annotations
+
+from kvpress.csrc.attention_sums import reference as sums
+from torch import Tensor
+
+from kvpress import shapes
+from kvpress.attend import prompt_attention
+
+
+def attend_sums(
+    query_BNPD: Tensor,
+    key_BHSD: Tensor,
+    value_BHSE: Tensor,
+    position_BHS: Tensor,
+    scaling: float,
+    softcap: float,
+    noise: str,
+    tau: float,
+    seed: int,
+    layer: int,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of a whole prompt, `[B, N, P, E]`, and what each slot received of it.
+
+    The sums, fp32 `[B, H, S]`, are those of `attention_sums` over all queries. Every slot holds a
+    token, so that P = S. Raises OperatorError.
+    """
+    check(query_BNPD, key_BHSD, value_BHSE, position_BHS, softcap, noise, tau)
+    queries = query_BNPD.shape[2]
+    out_BNPE = prompt_attention(query_BNPD, key_BHSD, value_BHSE, None, scaling, softcap)
+    numbers = (scaling, softcap, queries, noise, tau, seed, layer)
+    return out_BNPE, sums.attention_sums(query_BNPD, key_BHSD, position_BHS, *numbers)
+
+
+def check(
+    query_BNPD: Tensor,
+    key_BHSD: Tensor,
+    value_BHSE: Tensor,
+    position_BHS: Tensor,
+    softcap: float,
+    noise: str,
+    tau: float,
+) -> None:
+    """Raises OperatorError for operands that do not fit together."""
+    op = "attend_sums"
+    named = {"query_BNPD": query_BNPD, "key_BHSD": key_BHSD, "value_BHSE": value_BHSE}
+    lengths = shapes.bind(op, {**named, "position_BHS": position_BHS})
+    shapes.floating(op, named)
+    if lengths["E"] > shapes.MOST_WIDTH:
+        shapes.refuse(
+            op, f"values of {lengths['E']} channels; at most {shapes.MOST_WIDTH} are supported"
+        )
+    if lengths["P"] != lengths["S"]:
+        shapes.refuse(
+            op,
+            f"{lengths['P']} queries for {lengths['S']} slots; a whole prompt has as many of both."
+            " Use attention_sums for a chunk",
+        )
+    window = lengths["P"]
+    sums.check(query_BNPD, key_BHSD, position_BHS, softcap, window, noise, tau)

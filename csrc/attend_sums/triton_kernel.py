@@ -1,0 +1,32 @@
+"""`attend_sums` on a GPU: PyTorch's fused attention, then the Triton kernels of `attention_sums`.
+
+Matrix units make a second pass over the logits cheap there, while one kernel for both would have to
+keep the exponentials of all slots until the normalisers are known.
+"""
+
+from __future__ import annotations
+
+from kvpress.csrc.attend_sums.reference import check
+from kvpress.csrc.attention_sums.triton_kernel import attention_sums
+from torch import Tensor
+
+from kvpress.attend import prompt_attention
+
+
+def attend_sums(
+    query_BNPD: Tensor,
+    key_BHSD: Tensor,
+    value_BHSE: Tensor,
+    position_BHS: Tensor,
+    scaling: float,
+    softcap: float,
+    noise: str,
+    tau: float,
+    seed: int,
+    layer: int,
+) -> tuple[Tensor, Tensor]:
+    """The same as the reference. Raises OperatorError."""
+    check(query_BNPD, key_BHSD, value_BHSE, position_BHS, softcap, noise, tau)
+    out_BNPE = prompt_attention(query_BNPD, key_BHSD, value_BHSE, None, scaling, softcap)
+    numbers = (scaling, softcap, query_BNPD.shape[2], noise, tau, seed, layer)
+    return out_BNPE, attention_sums(query_BNPD, key_BHSD, position_BHS, *numbers)
