@@ -1,4 +1,7 @@
-"""The cases of `attention_sums`: a prompt's attention, beside PyTorch's causal attention."""
+"""The cases of `attention_sums` and `attend_sums`, beside PyTorch's causal attention.
+
+`attention_sums` sums what a prompt's slots receive; `attend_sums` gives the attention output too.
+"""
 
 from __future__ import annotations
 
@@ -88,6 +91,7 @@ def attention_sums_case(shape: SumsShape) -> Case:
         other_work={
             "probe": 2 * probe.side(flops) ** 3,
             "sdpa": 2 * shape.product(shape.tokens),
+            "attend_sums": 2 * flops,
         },
     )
 
@@ -117,13 +121,27 @@ def _prepare(shape: SumsShape, device: torch.device) -> dict[str, Call]:
     value = torch.randn_like(key)
     module = SimpleNamespace(num_key_value_groups=shape.group, is_causal=True)
     flops = shape.product(shape.queries)
+    both: dict[str, Call] = {}
+    if shape.window is None:
+        both["attend_sums"] = lambda number: _attend(shape, ops.attend_sums, operands, value)
     return {
         "probe": probe.matmul(flops, query.dtype, device),
         "attention_sums": lambda number: ops.attention_sums(*operands, *settings),
+        **both,
         "sdpa": lambda number: sdpa_attention_forward(
             module, query, key, value, None, scaling=shape.scaling
         )[0],
     }
+
+
+def _attend(
+    shape: SumsShape, operator: Any, operands: tuple[Tensor, Tensor, Tensor], value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Output and sums by `attend_sums` or its reference."""
+    query, key, position = operands
+    settings = (shape.scaling, 0.0, shape.noise, 1.0, SEED, LAYER)
+    out, sums = operator(query, key, value, position, *settings)
+    return out, sums
 
 
 def _check(shape: SumsShape, device: torch.device) -> str | None:
@@ -131,7 +149,22 @@ def _check(shape: SumsShape, device: torch.device) -> str | None:
     operands, settings = _operands(small, device), _settings(small)
     given = ops.attention_sums(*operands, *settings)
     plain = ops.implementation("attention_sums", "reference")(*operands, *settings)
-    return difference("sums", given, plain, _exact(small, *operands))
+    exact = _exact(small, *operands)
+    wrong = difference("sums", given, plain, exact)
+    if wrong is not None or shape.window is not None:
+        return wrong
+    query, key, _ = operands
+    value = key.flip(2)
+    right, sums = _attend(small, ops.attend_sums, operands, value)
+    expected, _ = _attend(small, ops.implementation("attend_sums", "reference"), operands, value)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double() for x in (query, key, value)),
+        is_causal=True,
+        scale=small.scaling,
+        enable_gqa=True,
+    )
+    out = difference("out of attend_sums", right, expected, dense)
+    return out or difference("sums of attend_sums", sums, plain, exact)
 
 
 def _exact(shape: SumsShape, query_BNPD: Tensor, key_BHSD: Tensor, position_BHS: Tensor) -> Tensor:

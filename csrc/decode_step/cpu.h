@@ -100,16 +100,23 @@ class Step {
     Victim victim(a_, r);
     alignas(64) int32_t position[kTile];
     alignas(64) float mass[kTile] = {};
-    for (int64_t s = 0; s < count; s += kTile) {
+    Place place = find(r, 0);  // of the tile, where tiles lie in one page
+    for (int64_t s = 0, w = 0; s < count; s += kTile) {
       const int64_t slots = std::min<int64_t>(kTile, count - s);
-      read_tile(r, s, slots, a_.position, position);
+      read_tile(r, s, slots, place, a_.position, position);
       if (a_.mass) {
-        read_tile(r, s, slots, a_.mass, mass);
+        read_tile(r, s, slots, place, a_.mass, mass);
         observe(r, s, mass);
-        write_tile(r, s, slots, mass, a_.mass);
+        write_tile(r, s, slots, place, mass, a_.mass);
       }
       for (int i = 0; i < kTile && evicts; i += kWidth)
         victim.consider(s + i, count, load(position + i), load(mass + i));
+      place.address += kTile;
+      place.offset += kTile;
+      if (place.offset >= pages().page_slots && s + kTile < count) {
+        place.offset = 0;
+        place.address = int64_t{pages().table[r * pages().table_width + ++w]} * pages().page_slots;
+      }
     }
     if (evicts) evict(r, count, victim.slot());
   }
@@ -121,6 +128,7 @@ class Step {
 
   const Pages& pages() const { return a_.attend.pages; }
   int64_t heads() const { return a_.attend.heads; }
+  bool in_place() const { return pages().page_slots % kTile == 0; }
 
   Place find(int64_t r, int64_t slot) const {
     const int64_t page = pages().table[r * pages().table_width + slot / pages().page_slots];
@@ -136,19 +144,19 @@ class Step {
     from_float(x, to);
   }
 
-  // A tile lies in one page where pages hold whole tiles, otherwise in several.
+  // A tile lies in one page, at `place`, where pages hold whole tiles; otherwise in several.
   template <class T>
-  void read_tile(int64_t r, int64_t begin, int64_t slots, const T* column, T* to) const {
-    if (pages().page_slots % kTile == 0) {
-      std::copy_n(column + find(r, begin).address, kTile, to);
+  void read_tile(int64_t r, int64_t begin, int64_t slots, const Place& place, const T* column, T* to) const {
+    if (in_place()) {
+      std::copy_n(column + place.address, kTile, to);
     } else {
       for (int64_t i = 0; i < slots; i++) to[i] = column[find(r, begin + i).address];
     }
   }
   template <class T>
-  void write_tile(int64_t r, int64_t begin, int64_t slots, const T* from, T* column) const {
-    if (pages().page_slots % kTile == 0) {
-      std::copy_n(from, kTile, column + find(r, begin).address);
+  void write_tile(int64_t r, int64_t begin, int64_t slots, const Place& place, const T* from, T* column) const {
+    if (in_place()) {
+      std::copy_n(from, kTile, column + place.address);
     } else {
       for (int64_t i = 0; i < slots; i++) column[find(r, begin + i).address] = from[i];
     }
@@ -165,7 +173,7 @@ class Step {
     alignas(64) int32_t position[kBlock];
     alignas(64) float noise[kBlock];
     for (int64_t s = 0; s < slots && noisy; s += kTile)
-      read_tile(r, begin + s, std::min<int64_t>(kTile, slots - s), a_.position, position + s);
+      read_tile(r, begin + s, std::min<int64_t>(kTile, slots - s), find(r, begin + s), a_.position, position + s);
     for (int m = 0; m < queries; m++) {
       const uint32_t row = noise_row(o.seed, o.layer, r % heads() * a_.attend.group + m0 + m, of_query);
       float* y = kept_.row(r, m0 + m) + begin;
