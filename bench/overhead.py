@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from kvpress.bench.candidates import candidate
 from kvpress.bench.timing import Samples, interleave
 
-import kvpress
 from kvpress.attachment import attention
 
 
@@ -31,21 +31,24 @@ def measure(
 
 
 def _steps(model: Any, policy: str, steps: int) -> Callable[[int], None]:
-    """Decode steps of a fresh cache, its tokens made beforehand."""
+    """Decode steps, their tokens made beforehand, of a cache whose first token is there."""
     config = model.config.get_text_config(decoder=True)
-    kinds = model.base_model.layers
+    rival = candidate(model, policy, new_tokens=steps)
+    layers, cache = rival.model.base_model.layers, rival.new_cache()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     query, key = (
         torch.randn(1, heads, 1, width, dtype=model.dtype, device=model.device)
         for heads in (config.num_attention_heads, config.num_key_value_heads)
     )
 
-    def run(_: int) -> None:
-        with kvpress.attach(model, policy) as engine:
-            cache = engine.new_cache(steps)
-            for _ in range(1 + steps):
-                for index, layer in enumerate(kinds):
-                    keys, values = cache.update(key, key, index)
-                    attention(layer.self_attn, query, keys, values, None)
+    def step() -> None:
+        for index, layer in enumerate(layers):
+            keys, values = cache.update(key, key, index)
+            attention(layer.self_attn, query, keys, values, None)
 
+    def run(_: int) -> None:
+        for _ in range(steps):
+            step()
+
+    step()
     return run

@@ -26,7 +26,7 @@ from kvpress.types import EMPTY
 NAME = "kvpress"  # of the attention implementation
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CACHE_NAMES = ("cache", "past_key_values")  # of the argument: since transformers 5.24, and before
-_REFUSED = ("position_bias", "s_aux", "head_mask", "output_attentions")
+_REFUSED = frozenset({"position_bias", "s_aux", "head_mask", "output_attentions"})
 
 
 def attention(
@@ -48,7 +48,7 @@ def attention(
     dense.
     """
     given = [
-        name for name in _REFUSED if kwargs.get(name) is not None and kwargs[name] is not False
+        x for x in _REFUSED & kwargs.keys() if kwargs[x] is not None and kwargs[x] is not False
     ]
     if given or dropout:
         raise UnsupportedModelError(

@@ -34,6 +34,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.state = Layer(kind, run)
         self.is_sliding = kind.window is not None
         self.waiting: Tensor | None = None  # the values that wait for the attention function
+        self._accepted: tuple[Any, ...] | None = None  # shapes of the last decode step
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the pipe makes its store with the first tokens."""
@@ -97,7 +98,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Forgets every token."""
         self.state.reset()
-        self.waiting, self.is_initialized = None, False
+        self.waiting, self._accepted, self.is_initialized = None, None, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens.
@@ -113,19 +114,20 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes what sequence `beam_idx[i]` was."""
-        self.state.select_sequences(beam_idx.tolist())
+        self._select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence `repeats` times."""
-        self.state.select_sequences(
-            [b for b in range(len(self.state.seen_B)) for _ in range(repeats)]
-        )
+        self._select([b for b in range(len(self.state.seen_B)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the sequences at `indices` (integers, or one boolean per sequence)."""
-        self.state.select_sequences(
-            torch.arange(len(self.state.seen_B))[torch.as_tensor(indices).cpu()].tolist()
-        )
+        chosen = torch.arange(len(self.state.seen_B))[torch.as_tensor(indices).cpu()]
+        self._select(chosen.tolist())
+
+    def _select(self, index: list[int]) -> None:
+        self.state.select_sequences(index)
+        self._accepted = None
 
     def offload(self) -> None:
         """Refused: tiers are the store's own business."""
@@ -136,6 +138,14 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     prefetch = offload
 
     def _check(self, key: Tensor, value: Tensor) -> None:
+        given = (key.shape, value.shape[3], key.dtype)
+        if given == self._accepted:  # as usual: a decode step like the one before
+            return
+        self._check_shapes(key, value)
+        if key.shape[2] == 1 and self.state.store is not None:
+            self._accepted = given
+
+    def _check_shapes(self, key: Tensor, value: Tensor) -> None:
         store, kind = self.state.store, self.state.kind
         allowed = (key.shape[0], kind.heads, key.shape[3], value.shape[3], key.dtype)
         if store is not None:
@@ -191,6 +201,7 @@ class EngineCache(Cache):
         self._engine_layers = [EngineLayer(kind, run) for kind in shape.kinds]
         super().__init__(layers=list(self._engine_layers))
         self._run, self._horizon, self._lease = run, horizon, lease or Lease()
+        self._latest: EngineLayer | None = None  # that took keys
         if recipe.limits and compressed < len(shape.kinds):
             window = max(kind.window or 0 for kind in shape.kinds)
             self.notes[
@@ -218,6 +229,7 @@ class EngineCache(Cache):
                 " again and make a new cache with engine.new_cache()."
             )
         self.check_attended()
+        self._latest = self._engine_layers[layer_idx]
         updated: tuple[Tensor, Tensor] = super().update(
             key_states, value_states, layer_idx, *args, **kwargs
         )
@@ -225,15 +237,16 @@ class EngineCache(Cache):
 
     def check_attended(self) -> None:
         """Raises CacheError if keys were taken that the engine's attention function never saw."""
-        for layer in self._engine_layers:
-            if layer.waiting is not None:
-                layer.waiting = None
-                raise CacheError(
-                    f"The keys of layer {layer.state.kind.index} did not reach the engine's"
-                    " attention function: the engine is not attached to this model, or the model"
-                    " changes the keys after the cache returned them, which this engine does not"
-                    " support. Attach the engine with kvpress.attach(model, ...)."
-                )
+        layer = self._latest  # each update checks the one before it
+        if layer is None or layer.waiting is None:
+            return
+        layer.waiting = None
+        raise CacheError(
+            f"The keys of layer {layer.state.kind.index} did not reach the engine's attention"
+            " function: the engine is not attached to this model, or the model changes the keys"
+            " after the cache returned them, which this engine does not support. Attach the engine"
+            " with kvpress.attach(model, ...)."
+        )
 
     @property
     def columns_seen(self) -> int:

@@ -20,22 +20,27 @@ from kvpress.store.base import KEY, MASS, POSITION, VALUE
 from kvpress.types import Slots
 
 
-@torch.no_grad()
 def run_decode(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
     """Attention output `[b, N, 1, D]` of one new token per sequence; rows end at their quotas.
 
     group: the sequences, None for all of them.
     """
+    if not torch.is_grad_enabled():  # as usual; entering no_grad costs as much as a tensor
+        return _run(layer, group, tokens)
+    with torch.no_grad():
+        return _run(layer, group, tokens)
+
+
+def _run(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
     if group is None:
-        layer.decoded_B += 1
-        due = _is_due(layer, 0)
-        # How far the fullest row will be above its quota once the token is there.
-        over = int((layer.rows.counts_BH - layer.quota_BH).max()) + 1 if due else 0
+        layer.count_decoded()
+        over = layer.excess + 1 if _is_due(layer, 0) else 0
         observation = _fusable(layer, over)
         if observation is not None:
             with layer.run.meter.stage("decode attention", tokens.key_bHPD.device):
                 return _run_fused(layer, tokens, over > 0, observation)
         group = list(range(len(layer.seen_B)))
+        due = over > 0
     else:
         layer.decoded_B[group] += 1
         due = _is_due(layer, group[0])
@@ -45,7 +50,7 @@ def run_decode(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
 def _is_due(layer: Layer, sequence: int) -> bool:
     """Whether this step of a sequence is one that may evict."""
     interval = layer.limits.interval if layer.limits else 0
-    return interval == 1 or (interval > 1 and int(layer.decoded_B[sequence]) % interval == 0)
+    return interval == 1 or (interval > 1 and layer.decoded(sequence) % interval == 0)
 
 
 def _fusable(layer: Layer, over: int) -> Observation | None:
@@ -85,7 +90,8 @@ def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observat
         tokens.scaling,
         tokens.softcap,
     )
-    rows.count_step(layer.quota_BH.view(-1) if evicts else None)
+    rows.count_step(layer.quota_BH if evicts else None)
+    layer.count_step(evicts)
     if evicts:
         layer.evicted_at = layer.columns_seen
     return out_BN1D
@@ -163,6 +169,7 @@ def _evict(layer: Layer, group: list[int], slots: Slots, excess_bH: Tensor) -> N
         over_r = (excess_bH > 0).flatten().nonzero().flatten()
         row_N = layer.rows.row_index(group)[over_r]
         layer.rows.evict_one(row_N, victim_bH.flatten()[over_r.to(victim_bH.device)])
+        layer.rows_changed()
         return
     kept_BHS, counts_bH = layer.select(slots, group, layer.rows.counts_BH[group])
     index_BHK = kept_index(kept_BHS, counts_bH)

@@ -54,6 +54,16 @@ class Run:
     meter: Meter
     notes: dict[str, None]  # an ordered set of lines for the report
     cache_dtype: torch.dtype | None = None  # of stored keys and values; None: the model's
+    newest: tuple[Tensor, Tensor] | None = None  # tokens seen before the last step, and after it
+
+    def one_more(self, seen_B: Tensor) -> Tensor:
+        """`seen_B + 1`, one tensor for all layers, since they see the same tokens."""
+        if self.newest is not None:
+            before_B, after_B = self.newest
+            if before_B is seen_B or torch.equal(before_B, seen_B):
+                return after_B
+        self.newest = (seen_B, seen_B + 1)
+        return self.newest[1]
 
 
 class Newest(Policy):
@@ -85,12 +95,14 @@ class Layer:
         self.token_dtype = torch.float32  # of the model's keys and values; known with the store
         self.columns_seen = 0  # logical length: columns of the batch, padding included
         self.seen_B = torch.zeros(0, dtype=torch.int64)  # real tokens of each sequence, on the host
-        self.decoded_B = torch.zeros(0, dtype=torch.int64)  # tokens decoded since the last prompt
+        self._decoded_B = torch.zeros(0, dtype=torch.int64)  # tokens decoded since the last prompt
+        self._decoded: int | None = None  # the same for every sequence, where it is
         self.evicted_at = 0  # logical length when tokens were last evicted
         self.padded_at = 0  # logical length after the last padded column
         self.quota_BH = torch.zeros(0, self.kind.heads, dtype=torch.int64)
         self.recent_B = torch.zeros(0, dtype=torch.int64)  # protected last tokens of each sequence
         self._in_step: bool | None = None  # None: not known
+        self._excess: int | None = None  # None: not known
 
     # The layer contract
 
@@ -102,7 +114,7 @@ class Layer:
         self.store = self.store.select_sequences(chosen, self._room)
         self.seen_B, self.quota_BH = self.seen_B[chosen], self.quota_BH[chosen]
         self.recent_B, self.decoded_B = self.recent_B[chosen], self.decoded_B[chosen]
-        self._in_step = None
+        self._in_step = self._excess = None
         self._limit_pages()
 
     def check_crop(self, tokens: int) -> None:
@@ -181,7 +193,7 @@ class Layer:
     def advance_one(self) -> None:
         """Counts one decoded token of every sequence."""
         self.columns_seen += 1
-        self.seen_B = self.seen_B + 1
+        self.seen_B = self.run.one_more(self.seen_B)
 
     def advance(self, columns: int, seen_B: Tensor, padded: bool) -> None:
         """Counts new columns, and the real tokens among them."""
@@ -213,6 +225,7 @@ class Layer:
         self.store = PagedRows(batch, heads, columns, self.run.page_slots, key_BHPD.device)
         self.seen_B = torch.zeros(batch, dtype=torch.int64)
         self.decoded_B, self.recent_B = torch.zeros_like(self.seen_B), torch.zeros_like(self.seen_B)
+        self._in_step = self._excess = None
         self.quota_BH = torch.full((batch, heads), UNLIMITED)
 
     @property
@@ -227,7 +240,7 @@ class Layer:
 
     def step(self, sequence: int, new_tokens: int) -> Step:
         """Where a sequence of this layer is, for policies."""
-        return Step(self.kind.index, int(self.decoded_B[sequence]), new_tokens, self.run.horizon)
+        return Step(self.kind.index, self.decoded(sequence), new_tokens, self.run.horizon)
 
     def bounds(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens seen, quotas of rows, and protected last tokens, where the operators are."""
@@ -238,6 +251,32 @@ class Layer:
         return self.seen_B.to(device), quota_R.to(device), self.recent_B.to(device)
 
     @property
+    def decoded_B(self) -> Tensor:
+        """Tokens that every sequence decoded since its last prompt: int64 on the host."""
+        if self._decoded is not None:
+            self._decoded_B = torch.full_like(self._decoded_B, self._decoded)
+            self._decoded = None
+        return self._decoded_B
+
+    @decoded_B.setter
+    def decoded_B(self, value: Tensor) -> None:
+        self._decoded_B, self._decoded = value, None
+
+    def decoded(self, sequence: int) -> int:
+        """Tokens that a sequence decoded since its last prompt."""
+        return int(self._decoded_B[sequence]) if self._decoded is None else self._decoded
+
+    def count_decoded(self) -> None:
+        """Counts one decoded token of every sequence.
+
+        While all are in step that is a number: a decode step makes as few tensors as it can.
+        """
+        if self.in_step:
+            self._decoded = self.decoded(0) + 1
+        else:
+            self.decoded_B += 1
+
+    @property
     def in_step(self) -> bool:
         """Whether every sequence has seen tokens and decoded as many of them as the others."""
         if self._in_step is None:
@@ -246,16 +285,34 @@ class Layer:
             self._in_step = same and bool((self.seen_B > 0).all())
         return self._in_step
 
+    @property
+    def excess(self) -> int:
+        """By how many slots the fullest row, seen from its quota, is above it; below: negative."""
+        if self._excess is None:
+            self._excess = int((self.rows.counts_BH - self.quota_BH).max())
+        return self._excess
+
+    def count_step(self, evicted: bool) -> None:
+        """Keeps `excess` up to date: one token came to every row, and rows above quotas lost one."""
+        if self._excess is not None and not evicted:
+            self._excess += 1
+
+    def rows_changed(self) -> None:
+        """Forgets what was known of the counts of rows."""
+        self._excess = None
+
     def append(self, tokens: Tokens, group: Sequence[int], before_b: Tensor) -> None:
         """Stores new tokens of some sequences behind those that are there."""
         offset_P = torch.arange(tokens.key_bHPD.shape[2])
         position_b1P = (before_b[:, None] + offset_P)[:, None].to(tokens.key_bHPD.device)
         columns = {KEY: tokens.key_bHPD, VALUE: tokens.value_bHPD, POSITION: position_b1P}
         self.rows.append(columns, group)
+        self.rows_changed()
 
     def refill(self, survivors: Sequence[Survivors]) -> None:
         """Replaces the rows of some sequences by what survived, in pages of the exact size."""
         self.rows.fill(survivors, self._room)
+        self.rows_changed()
         self._limit_pages()
 
     def set_quotas(self, group: Sequence[int], seen_b: Tensor) -> None:
@@ -274,6 +331,7 @@ class Layer:
         slots = [self._allocate(quota) for quota in quotas]
         self.recent_B[group] = torch.tensor([quota.recent for quota in quotas])
         self.quota_BH[group] = torch.tensor(slots)
+        self.rows_changed()
         for seen, quota in zip(seen_b.tolist(), quotas, strict=True):
             self._explain(seen, quota)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,22 +22,22 @@ class Meter:
         self._seconds = dict.fromkeys(STAGES, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
-    @contextmanager
-    def stage(self, name: str, device: torch.device) -> Iterator[None]:
+    def stage(self, name: str, device: torch.device) -> AbstractContextManager[None]:
         """Adds the time of the block to a stage."""
         if device.type == "cuda":
-            begin, end = (
-                torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-                for _ in range(2)
-            )
-            begin.record()
-            yield
-            end.record()
-            self._events.append((name, begin, end))
-            return
-        start = time.perf_counter()
+            return self._on_device(name)
+        return _Stopwatch(self._seconds, name)
+
+    @contextmanager
+    def _on_device(self, name: str) -> Iterator[None]:
+        begin, end = (
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
+        begin.record()
         yield
-        self._seconds[name] += time.perf_counter() - start
+        end.record()
+        self._events.append((name, begin, end))
 
     def seconds(self) -> dict[str, float]:
         """Seconds of every stage so far. Waits for the device."""
@@ -46,6 +46,21 @@ class Meter:
             self._seconds[name] += begin.elapsed_time(end) / 1000
         self._events.clear()
         return dict(self._seconds)
+
+
+class _Stopwatch:
+    """Adds the seconds of a block to an entry: a class, since it runs for every layer and token."""
+
+    __slots__ = ("_name", "_seconds", "_start")
+
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self._seconds, self._name = seconds, name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self._seconds[self._name] += time.perf_counter() - self._start
 
 
 @dataclass(frozen=True)

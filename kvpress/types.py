@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 EMPTY = -1  # the position of a slot that holds no token
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """Where a layer is in its sequence when a policy is asked what it needs."""
 
     layer: int

@@ -110,14 +110,15 @@ class PagedRows:
             self._spare = int((self._owned * self.page_slots - self.counts).min())
         self._spare -= 1
 
-    def count_step(self, quota_R: Tensor | None) -> None:
+    def count_step(self, quota_BH: Tensor | None) -> None:
         """Counts what the operator `decode_step` did to the counts on the device.
 
-        One token came to every row; rows above `quota_R` lost one slot.
+        One token came to every row; rows above `quota_BH` lost one slot.
         """
         if self.device.type != "cpu":  # there the operator changed `counts` itself
             counts = self.counts + 1
-            self.counts = counts if quota_R is None else counts - (counts > quota_R).long()
+            over = None if quota_BH is None else (counts > quota_BH.flatten()).long()
+            self.counts = counts if over is None else counts - over
 
     def addresses(self, sequences: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """The flat address of every slot and whether it is occupied, `[R, S]`: int64 and bool.
