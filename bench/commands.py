@@ -1,7 +1,8 @@
-"""The command line of the measurements: `kvpress bench ops`, `decode`, `overhead`."""
+"""The command line of the measurements: `kvpress bench ops`, `decode`, `prefill`, `overhead`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 from rich.console import Console
 
 bench = typer.Typer(help="Measure the operators and the engine.", no_args_is_help=True)
-console, errors = Console(), Console(stderr=True)
+console = Console()
 
 
 @bench.command()
@@ -35,19 +36,19 @@ def ops(
     are not timed.
     """
     import torch
-    from kvpress.bench import operators, record, registry
+    from kvpress.bench import operators, progress, record, registry
     from kvpress.bench import plot as plots
 
-    where = _device(device)
+    where = chosen_device(device)
     for option, path in (("--out", out), ("--plot", plot)):
-        _writable(option, path)
+        check_writable(option, path)
     if plot is not None:
         plots.require()
     chosen = registry.select(operators.cases(quick=quick, long=long), case or [])
     if threads:
         torch.set_num_threads(threads)
     facts = record.environment(where)
-    outcomes = _measure(chosen, where, rounds, warmup)
+    outcomes = progress.time_cases(chosen, where, rounds, warmup)
     console.print(record.table(outcomes, facts))
     settings = {"rounds": rounds, "warmup": warmup, "quick": quick, "long": long}
     results = record.to_record(outcomes, facts, settings)
@@ -71,34 +72,49 @@ def decode(
     out: Annotated[Path | None, typer.Option(help="A JSON file for the results.")] = None,
 ) -> None:
     """Time decode steps after a long prompt, beside transformers' DynamicCache with SDPA."""
-    import torch
+    from kvpress.bench import candidates, models, progress
     from kvpress.bench import decode as decoding
-    from kvpress.bench import models, prompt, record
 
-    if cache_dtype is not None and cache_dtype not in models.DTYPES:
-        raise typer.BadParameter(f"--cache-dtype {cache_dtype}: allowed: {list(models.DTYPES)}.")
-    _writable("--out", out)
+    policies, storage = policy or decoding.POLICIES, _cache_dtype(cache_dtype)
+    _check(policies, out)
     loaded, tokenizer = models.load(model)
-    text = prompt.reference_prompt(tokenizer, tokens)
-    ids = tokenizer(text, return_tensors="pt")["input_ids"].to(loaded.device)
-    rows = []
-    for size in batch or [1]:
-        with errors.status(f"batch {size}: reading {ids.shape[1]} tokens per candidate"):
-            rows += decoding.measure(
-                loaded,
-                ids,
-                policy or ["full", "keyformer:budget=0.5", "keyformer:budget=0.2"],
-                size,
-                rounds,
-                warmup,
-                models.DTYPES[cache_dtype] if cache_dtype else None,
-            )
+    ids = candidates.prompt_ids(loaded, tokenizer, tokens, rounds + warmup)
+    rows = progress.time_decode(loaded, ids, policies, batch or [1], rounds, warmup, storage)
     console.print(decoding.table(rows))
-    if out is not None:
-        facts = record.environment(torch.device(loaded.device.type))
-        settings = {"rounds": rounds, "warmup": warmup, "cache_dtype": cache_dtype}
-        results = {"format": record.FORMAT, "environment": facts, "settings": settings}
-        record.write_json(out, {**results, "rows": [row.to_dict() for row in rows]})
+    settings = {"rounds": rounds, "warmup": warmup, "cache_dtype": cache_dtype}
+    _write_rows(out, loaded.device, settings, [row.to_dict() for row in rows])
+
+
+@bench.command()
+def prefill(
+    model: Annotated[str, typer.Option(help="demo, a Hugging Face id, or a path.")] = "demo",
+    policy: Annotated[list[str] | None, typer.Option(help="Repeatable.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=64)] = 8000,
+    rounds: Annotated[int, typer.Option(help="Timed rounds of the whole prompt.", min=1)] = 7,
+    warmup: Annotated[int, typer.Option(help="Rounds that are not timed.", min=0)] = 1,
+    cache_dtype: Annotated[str | None, typer.Option(help="Storage of keys and values.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda (default: a GPU if there is one)")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A JSON file for the results.")] = None,
+) -> None:
+    """Time the first token of a long prompt, beside transformers' DynamicCache with SDPA.
+
+    Each round reads the prompt once with every candidate, each time into an empty cache. The
+    engine's ledger adds what attention, scoring, selection and storing took.
+    """
+    from kvpress.bench import candidates, models, progress
+    from kvpress.bench import prefill as prefilling
+
+    where, storage = chosen_device(device), _cache_dtype(cache_dtype)
+    policies = policy or prefilling.POLICIES
+    _check(policies, out)
+    loaded, tokenizer = models.load(model, device=where.type)
+    ids = candidates.prompt_ids(loaded, tokenizer, tokens, new_tokens=1)
+    rows = progress.time_prefill(loaded, ids, policies, rounds, warmup, storage)
+    console.print(prefilling.table(rows))
+    settings = {"model": model, "rounds": rounds, "warmup": warmup, "cache_dtype": cache_dtype}
+    _write_rows(out, where, settings, prefilling.to_dicts(rows))
 
 
 @bench.command()
@@ -123,25 +139,8 @@ def overhead(
     console.print(table)
 
 
-def _measure(cases: list[Any], device: Any, rounds: int, warmup: int) -> list[Any]:
-    """The outcome of every case, with a progress bar on a terminal."""
-    from kvpress.bench.registry import measure
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
-    outcomes = []
-    with Progress(*columns, console=errors, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("", total=len(cases) * (rounds + warmup))
-        for number, case in enumerate(cases):
-            progress.update(task, description=case.title)
-            outcomes.append(measure(case, device, rounds, warmup, lambda _: progress.advance(task)))
-            # A case that was refused ran no round.
-            progress.update(task, completed=(number + 1) * (rounds + warmup))
-    return outcomes
-
-
-def _device(name: str | None) -> Any:
+def chosen_device(name: str | None) -> Any:
+    """The torch.device of an option; without one a GPU if there is one. Raises BadParameter."""
     import torch
 
     found = torch.cuda.is_available()
@@ -152,9 +151,39 @@ def _device(name: str | None) -> Any:
     return torch.device(name or ("cuda" if found else "cpu"))
 
 
-def _writable(option: str, path: Path | None) -> None:
+def check_writable(option: str, path: Path | None) -> None:
     """Refuses a file whose folder is not there before a long run, not after it."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise typer.BadParameter(
             f"{option} {path}: it must be a file in a folder that exists. Make the folder first."
         )
+
+
+def _check(policies: Sequence[str], out: Path | None) -> None:
+    """Refuses a wrong policy or file before a model is loaded."""
+    from kvpress.loading import parse
+
+    for policy in policies:
+        parse(policy)
+    check_writable("--out", out)
+
+
+def _cache_dtype(name: str | None) -> Any:
+    from kvpress.bench import models
+
+    if name is not None and name not in models.DTYPES:
+        raise typer.BadParameter(f"--cache-dtype {name}: allowed: {list(models.DTYPES)}.")
+    return None if name is None else models.DTYPES[name]
+
+
+def _write_rows(
+    out: Path | None, device: Any, settings: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
+    import torch
+    from kvpress.bench import record
+
+    if out is None:
+        return
+    facts = record.environment(torch.device(device.type))
+    results = {"format": record.FORMAT, "environment": facts, "settings": settings}
+    record.write_json(out, {**results, "rows": rows})

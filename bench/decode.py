@@ -6,20 +6,16 @@ ratio that there would be if only bytes counted: weights and cache of the one by
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from kvpress.bench.candidates import BASELINE, FULL, Candidate, candidate, held
 from kvpress.bench.timing import Samples, interleave
 from rich.table import Table
-from transformers import DynamicCache
 
-import kvpress
-
-BASELINE = "transformers"  # its DynamicCache with SDPA
-FULL = "full"  # the engine without compression
+POLICIES = ("full", "keyformer:budget=0.5", "keyformer:budget=0.2")
 
 
 @dataclass(frozen=True)
@@ -62,19 +58,21 @@ def measure(
     cache_dtype: torch.dtype | None = None,
 ) -> list[DecodeRow]:
     """One row per candidate; a round decodes one token with each. `ids` is one prompt, `[1, P]`."""
-    steps: dict[str, Callable[[int], None]] = {}
+    steps: dict[str, Callable[[int], torch.Tensor]] = {}
     caches: dict[str, Any] = {}
     token = ids[:, -1:].repeat(batch, 1)
     with torch.inference_mode():
         for name in (BASELINE, *policies):
-            own, cache = _prefill(model, ids, name, cache_dtype, rounds + warmup)
+            rival = candidate(model, name, cache_dtype, rounds + warmup)
+            cache = rival.new_cache()
+            rival.forward(ids, cache)
             cache.batch_repeat_interleave(batch)
-            caches[name], steps[name] = cache, _step(own, token, cache)
+            caches[name], steps[name] = cache, _step(rival, token, cache)
         synchronize = torch.cuda.synchronize if ids.is_cuda else None
         samples = interleave(steps, rounds, warmup, synchronize=synchronize)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return [
-        DecodeRow(name, batch, ids.shape[1], samples[name], _held(cache), weights)
+        DecodeRow(name, batch, ids.shape[1], samples[name], held(cache), weights)
         for name, cache in caches.items()
     ]
 
@@ -108,27 +106,5 @@ def table(rows: Sequence[DecodeRow]) -> Table:
     return made
 
 
-def _prefill(
-    model: Any, ids: torch.Tensor, name: str, cache_dtype: torch.dtype | None, steps: int
-) -> tuple[Any, Any]:
-    """A model of its own with the same weights, and its cache after the prompt."""
-    own = type(model)(copy.deepcopy(model.config)).eval()
-    own.load_state_dict(model.state_dict(), assign=True)
-    own.tie_weights()
-    if name == BASELINE:
-        own.set_attn_implementation("sdpa")
-        cache: Any = DynamicCache(config=own.config)
-    else:
-        cache = kvpress.attach(own, name, cache_dtype=cache_dtype).new_cache(steps)
-    own(ids, past_key_values=cache, logits_to_keep=1)
-    return own, cache
-
-
-def _step(own: Any, token: torch.Tensor, cache: Any) -> Callable[[int], None]:
-    return lambda _: own(token, past_key_values=cache)
-
-
-def _held(cache: Any) -> int:
-    if isinstance(cache, DynamicCache):
-        return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
-    return int(cache.report().bytes_held)
+def _step(rival: Candidate, token: torch.Tensor, cache: Any) -> Callable[[int], torch.Tensor]:
+    return lambda _: rival.forward(token, cache)

@@ -173,7 +173,8 @@ class Lease:
 class EngineCache(Cache):
     """A compressed cache.
 
-    Made by `engine.new_cache()`; goes where transformers takes a `cache` (`past_key_values` before 5.24).
+    Made by `engine.new_cache()`; goes where transformers takes a `cache` (before 5.24:
+    `past_key_values`).
     """
 
     def __init__(

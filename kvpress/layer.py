@@ -293,7 +293,7 @@ class Layer:
         return self._excess
 
     def count_step(self, evicted: bool) -> None:
-        """Keeps `excess` up to date: one token came to every row, and rows above quotas lost one."""
+        """Keeps `excess` up to date: every row got a token, and rows above quotas lost one."""
         if self._excess is not None and not evicted:
             self._excess += 1
 

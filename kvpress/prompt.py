@@ -38,7 +38,7 @@ def run_prompt(
 def _attend(
     layer: Layer, tokens: Tokens, columns: dict[str, Tensor], request: Observation | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention output, and with it the sums that a policy asked for, if one pass gives both."""
+    """The attention output, and the sums that a policy asked for, if one pass gives both."""
     fresh = columns[KEY] is tokens.key_bHPD  # nothing was stored before
     trains = torch.is_grad_enabled() and tokens.query_bNPD.requires_grad
     if fresh and request is not None and request.window is None and not trains:

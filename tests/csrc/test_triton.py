@@ -7,6 +7,7 @@ zero. What is moved, kept or evicted is compared exactly.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,31 +17,34 @@ import pytest
 import torch
 
 from kvpress import noise as engine_noise
+from kvpress.attend import prompt_attention
 from kvpress.errors import OperatorError
 from kvpress.ops import implementation
 
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
 NOWHERE = 1 << 30  # a page that does not exist
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 Run = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
+def run(record_testsuite_property: Callable[[str, object], None]) -> Iterator[Run]:
     """Calls a Triton operator by name; memory that it does not write is NaN.
 
     Without a GPU the kernels are imported once more, to be interpreted, and forgotten afterwards:
-    other tests see Triton as it was.
+    other tests see Triton as it was. A JUnit report says where they ran, for kvpress.bench.gpu.
     """
+    record_testsuite_property("triton", DEVICE)
     with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu":
+        if INTERPRETED:
             patch.setenv("TRITON_INTERPRET", "1")
             _reload()
         yield _poisoned
-    if DEVICE == "cpu":
+    if INTERPRETED:
         _reload()
 
 
@@ -352,6 +356,19 @@ def test_attention_sums_equal_the_formula(run: Run, case: tuple[Any, ...]) -> No
     assert (given[position < 0] == 0).all()
     total = torch.full((2, 2), float(group * min(window, new)), device=DEVICE)
     torch.testing.assert_close(given.sum(-1), total, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+def test_attend_sums_are_attention_and_its_sums(run: Run, softcap: float) -> None:
+    shapes = ((4, 64), (2, 64), (2, 48))
+    query, key, value = (torch.randn(2, n, 37, width, device=DEVICE) for n, width in shapes)
+    position = torch.arange(37, device=DEVICE).repeat(2, 2, 1)
+    draw = ("fresh", 0.7, (7 << 40) + 99, 5)
+    # Not by `run`: cuBLAS, which attention may use, refuses to be deterministic.
+    attend_sums = implementation("attend_sums", "triton_kernel")
+    out, sums = attend_sums(query, key, value, position, 0.3, softcap, *draw)
+    assert torch.equal(out, prompt_attention(query, key, value, None, 0.3, softcap))
+    assert torch.equal(sums, run("attention_sums", query, key, position, 0.3, softcap, 37, *draw))
 
 
 def draw_kernel(

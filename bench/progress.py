@@ -1,0 +1,89 @@
+"""Measurements with their progress on a terminal (stderr): cases, decode steps, prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from kvpress.bench import decode, prefill, registry
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+_STDERR = Console(stderr=True)
+_LONGEST = 24 * 3600.0  # seconds that the estimate of the remaining time looks back
+
+
+def time_cases(
+    cases: Sequence[registry.Case], device: torch.device, rounds: int, warmup: int
+) -> list[registry.Outcome]:
+    """The outcome of every case."""
+    outcomes = []
+    with _bar() as bar:
+        task = _start(bar, len(cases) * (rounds + warmup))
+        for number, case in enumerate(cases):
+            bar.update(task, description=case.title)
+            outcomes.append(
+                registry.measure(case, device, rounds, warmup, lambda _: bar.advance(task))
+            )
+            # A case that was refused ran no round.
+            bar.update(task, completed=(number + 1) * (rounds + warmup))
+    return outcomes
+
+
+def time_decode(
+    model: Any,
+    ids: torch.Tensor,
+    policies: Sequence[str],
+    batches: Sequence[int],
+    rounds: int,
+    warmup: int,
+    cache_dtype: torch.dtype | None = None,
+) -> list[decode.DecodeRow]:
+    """The rows of every batch size."""
+    rows = []
+    for size in batches:
+        with _STDERR.status(f"batch {size}: reading {ids.shape[1]} tokens per candidate"):
+            rows += decode.measure(model, ids, policies, size, rounds, warmup, cache_dtype)
+    return rows
+
+
+def time_prefill(
+    model: Any,
+    ids: torch.Tensor,
+    policies: Sequence[str],
+    rounds: int,
+    warmup: int,
+    cache_dtype: torch.dtype | None = None,
+) -> list[prefill.PrefillRow]:
+    """The row of every candidate."""
+    with _bar() as bar:
+        task = _start(bar, rounds + warmup, f"rounds of {ids.shape[1]} tokens per candidate")
+        return prefill.measure(
+            model, ids, policies, rounds, warmup, cache_dtype, lambda _: bar.advance(task)
+        )
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=_STDERR,
+        disable=not _STDERR.is_terminal,
+        # By default only the last 30 seconds count, in which no round of a long prompt may end.
+        speed_estimate_period=_LONGEST,
+    )
+
+
+def _start(bar: Progress, total: int, description: str = "") -> TaskID:
+    task = bar.add_task(description, total=total)
+    bar.advance(task, 0)  # the start of the first round, from which the estimate counts
+    return task
