@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -46,16 +47,17 @@ class Shapes {
   explicit Shapes(const char* op) : op_(op) {}
 
   void bind(const Tensor& x, const char* name) {
-    if (x.device().type() != torch::headeronly::DeviceType::CPU) refuse(op_, name, " must be on the CPU like the others");
-    const char* letters = name + std::string(name).rfind('_') + 1;
-    const int64_t dims = int64_t(std::string(letters).size());
-    if (x.dim() != dims) refuse(op_, name, " has ", x.dim(), " dimensions ", shape_of(x), ", its name says which ", dims, " are allowed");
-    for (int64_t i = 0; i < dims; i++) {
+    if (!x.is_cpu()) refuse(op_, name, " must be on the CPU like the others");
+    const char* letters = std::strrchr(name, '_') + 1;
+    const auto dims = std::strlen(letters);
+    const auto sizes = x.sizes();
+    if (sizes.size() != dims) refuse(op_, name, " has ", x.dim(), " dimensions ", shape_of(x), ", its name says which ", dims, " are allowed");
+    for (size_t i = 0; i < dims; i++) {
       int64_t& length = lengths_[size_t(letters[i])];
-      if (letters[i] == '1' && x.size(i) != 1) refuse(op_, name, " has shape ", shape_of(x), "; dimension ", i, " must be 1");
+      if (letters[i] == '1' && sizes[i] != 1) refuse(op_, name, " has shape ", shape_of(x), "; dimension ", i, " must be 1");
       if (letters[i] == '1') continue;
-      if (length < 0) length = x.size(i);
-      if (length != x.size(i))
+      if (length < 0) length = sizes[i];
+      if (length != sizes[i])
         refuse(op_, name, " has shape ", shape_of(x), ", but ", letters[i], " is ", length, " in another tensor");
     }
   }
@@ -84,6 +86,18 @@ Type type_of(const char* op, const Tensor& x, const char* name) {
 void expect(const char* op, const Tensor& x, const char* name, ScalarType type, const char* text) {
   if (x.scalar_type() != type) refuse(op, name, " must be ", text);
   if (!x.is_contiguous()) refuse(op, name, " must be contiguous; call .contiguous()");
+}
+
+// An uninitialised tensor. torch::stable::new_empty takes 1 µs more: it goes through the dispatcher.
+template <size_t N>
+Tensor empty(const int64_t (&sizes)[N], ScalarType type) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  int64_t strides[N];
+  for (size_t i = N, step = 1; i-- > 0; step *= size_t(sizes[i])) strides[i] = int64_t(step);
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(N, sizes, strides, to<int32_t>(from(type)), aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
 
 // A tensor [B, N, T, D]; the returned copy owns its memory where the last dimension was not contiguous.
@@ -152,9 +166,13 @@ DecodeRows rows_of(const char* op, Shapes& shapes, const Strided& query, const T
     const int64_t slots = count[r] + appends, needed = (slots + pages.page_slots - 1) / pages.page_slots;
     if (count[r] < 0 || needed > pages.table_width)
       refuse(op, "row ", r, " holds ", slots, " slots, but table_RW has room for ", pages.table_width * pages.page_slots);
-    for (int64_t w = 0; w < needed; w++)
-      if (const int32_t page = pages.table[r * pages.table_width + w]; page < 0 || page >= pages.pages)
-        refuse(op, "table_RW names page ", page, " in row ", r, "; pages 0 to ", pages.pages - 1, " exist");
+    uint32_t last = 0;  // a negative number is the largest of all
+    for (int64_t w = 0; w < needed; w++) {
+      const auto page = uint32_t(pages.table[r * pages.table_width + w]);
+      last = page > last ? page : last;
+    }
+    if (needed > 0 && last >= pages.pages)
+      refuse(op, "table_RW names page ", int32_t(last), " in row ", r, "; pages 0 to ", pages.pages - 1, " exist");
   }
   DecodeRows a{};
   a.query = query.heads;
@@ -167,8 +185,9 @@ DecodeRows rows_of(const char* op, Shapes& shapes, const Strided& query, const T
   return a;
 }
 
-std::tuple<Tensor, Tensor, Tensor> decode_rows(Tensor query, Tensor key, Tensor value, Tensor table, Tensor counts,
-                                               double scaling, double softcap, bool need_weights) {
+std::tuple<Tensor, Tensor, Tensor> decode_rows(const Tensor& query, const Tensor& key, const Tensor& value,
+                                               const Tensor& table, const Tensor& counts, double scaling,
+                                               double softcap, bool need_weights) {
   const char* op = "decode_rows";
   Shapes shapes(op);
   shapes.bind(query, "query_BNQD");
@@ -178,10 +197,10 @@ std::tuple<Tensor, Tensor, Tensor> decode_rows(Tensor query, Tensor key, Tensor 
   DecodeRows a = rows_of(op, shapes, queries, key, value, table, counts, scaling, softcap, false);
   a.queries = shapes['Q'];
   const int64_t slots = a.pages.table_width * a.pages.page_slots;
-  Tensor out = torch::stable::new_empty(query, {shapes['B'], shapes['N'], a.queries, a.pages.value_width});
-  Tensor lse = torch::stable::new_empty(query, {shapes['B'], shapes['N'], a.queries}, ScalarType::Float);
-  Tensor weights = need_weights ? torch::stable::new_empty(query, {shapes['B'], shapes['N'], a.queries, slots}, ScalarType::Float)
-                                : torch::stable::new_empty(query, {0}, ScalarType::Float);
+  Tensor out = empty({shapes['B'], shapes['N'], a.queries, a.pages.value_width}, query.scalar_type());
+  Tensor lse = empty({shapes['B'], shapes['N'], a.queries}, ScalarType::Float);
+  Tensor weights = need_weights ? empty({shapes['B'], shapes['N'], a.queries, slots}, ScalarType::Float)
+                                : empty({0}, ScalarType::Float);
   a.out = out.data_ptr();
   a.lse = static_cast<float*>(lse.data_ptr());
   a.weights = need_weights ? static_cast<float*>(weights.data_ptr()) : nullptr;
@@ -206,10 +225,11 @@ Observation observation_of(const char* op, const std::string& noise, double tau,
   return {one_of<Noise>(op, "noise", noise, {"none", "frozen", "fresh"}), tau, seed, layer};
 }
 
-Tensor decode_step(Tensor query, Tensor key, Tensor value, Tensor key_pool, Tensor value_pool, Tensor position_pool,
-                   std::optional<Tensor> mass_pool, Tensor table, Tensor counts, Tensor seen, Tensor quota,
-                   Tensor recent, int64_t sink, bool evict, std::string rank, std::string noise, double tau,
-                   int64_t seed, int64_t layer, double scaling, double softcap) {
+Tensor decode_step(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_pool,
+                   const Tensor& value_pool, const Tensor& position_pool, const std::optional<Tensor>& mass_pool,
+                   const Tensor& table, const Tensor& counts, const Tensor& seen, const Tensor& quota,
+                   const Tensor& recent, int64_t sink, bool evict, const std::string& rank, const std::string& noise,
+                   double tau, int64_t seed, int64_t layer, double scaling, double softcap) {
   const char* op = "decode_step";
   Shapes shapes(op);
   shapes.bind(query, "query_BN1D");
@@ -243,7 +263,7 @@ Tensor decode_step(Tensor query, Tensor key, Tensor value, Tensor key_pool, Tens
   a.rank = one_of<Rank>(op, "rank", rank, {"mass", "mass_per_age", "position"});
   if (evict && !a.mass && a.rank != Rank::kPosition) refuse(op, "rank='", rank, "' needs mass_PS");
   a.observation = observation_of(op, noise, tau, seed, layer);
-  Tensor out = torch::stable::new_empty(query, {shapes['B'], shapes['N'], 1, shapes['E']});
+  Tensor out = empty({shapes['B'], shapes['N'], 1, shapes['E']}, query.scalar_type());
   a.attend.out = out.data_ptr();
   kernels().decode_step(a, threads());
   return out;

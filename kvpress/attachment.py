@@ -47,15 +47,8 @@ def attention(
     Keys that an engine cache returned are attended from its store; without a cache attention is
     dense.
     """
-    given = [
-        x for x in _REFUSED & kwargs.keys() if kwargs[x] is not None and kwargs[x] is not False
-    ]
-    if given or dropout:
-        raise UnsupportedModelError(
-            f"The attention of {type(module).__name__} asks for"
-            f" {', '.join(given) or f'dropout={dropout}'}, which this engine does not support. Drop"
-            " the option (for dropout: model.eval()) or detach the engine."
-        )
+    if dropout or not _REFUSED.isdisjoint(kwargs):
+        _check_options(module, dropout, kwargs)
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedModelError(
             f"{type(module).__name__} is not causal; only causal attention is supported."
@@ -86,6 +79,18 @@ def attention(
             " or none at all, and do not change the keys after the cache returned them."
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_options(module: torch.nn.Module, dropout: float, options: dict[str, Any]) -> None:
+    """Raises UnsupportedModelError for options that change attention in a way unknown here."""
+    asked = (x for x in _REFUSED & options.keys() if options[x] is not None)
+    given = sorted(x for x in asked if options[x] is not False)
+    if given or dropout:
+        raise UnsupportedModelError(
+            f"The attention of {type(module).__name__} asks for"
+            f" {', '.join(given) or f'dropout={dropout}'}, which this engine does not support. Drop"
+            " the option (for dropout: model.eval()) or detach the engine."
+        )
 
 
 def _dense(

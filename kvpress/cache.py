@@ -231,10 +231,7 @@ class EngineCache(Cache):
             )
         self.check_attended()
         self._latest = self._engine_layers[layer_idx]
-        updated: tuple[Tensor, Tensor] = super().update(
-            key_states, value_states, layer_idx, *args, **kwargs
-        )
-        return updated
+        return self._latest.update(key_states, value_states)
 
     def check_attended(self) -> None:
         """Raises CacheError if keys were taken that the engine's attention function never saw."""

@@ -90,10 +90,7 @@ def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observat
         tokens.scaling,
         tokens.softcap,
     )
-    rows.count_step(layer.quota_BH if evicts else None)
     layer.count_step(evicts)
-    if evicts:
-        layer.evicted_at = layer.columns_seen
     return out_BN1D
 
 

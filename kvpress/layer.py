@@ -99,10 +99,11 @@ class Layer:
         self._decoded: int | None = None  # the same for every sequence, where it is
         self.evicted_at = 0  # logical length when tokens were last evicted
         self.padded_at = 0  # logical length after the last padded column
-        self.quota_BH = torch.zeros(0, self.kind.heads, dtype=torch.int64)
+        self.quota_R = torch.zeros(0, dtype=torch.int64)  # slots that every row may keep
         self.recent_B = torch.zeros(0, dtype=torch.int64)  # protected last tokens of each sequence
         self._in_step: bool | None = None  # None: not known
         self._excess: int | None = None  # None: not known
+        self._level = False  # whether all rows are as far from their quotas
 
     # The layer contract
 
@@ -112,7 +113,7 @@ class Layer:
             return
         chosen = list(index)
         self.store = self.store.select_sequences(chosen, self._room)
-        self.seen_B, self.quota_BH = self.seen_B[chosen], self.quota_BH[chosen]
+        self.seen_B, self.quota_R = self.seen_B[chosen], self.quota_BH[chosen].flatten()
         self.recent_B, self.decoded_B = self.recent_B[chosen], self.decoded_B[chosen]
         self._in_step = self._excess = None
         self._limit_pages()
@@ -226,7 +227,7 @@ class Layer:
         self.seen_B = torch.zeros(batch, dtype=torch.int64)
         self.decoded_B, self.recent_B = torch.zeros_like(self.seen_B), torch.zeros_like(self.seen_B)
         self._in_step = self._excess = None
-        self.quota_BH = torch.full((batch, heads), UNLIMITED)
+        self.quota_R = torch.full((batch * heads,), UNLIMITED)
 
     @property
     def headroom(self) -> int:
@@ -244,11 +245,15 @@ class Layer:
 
     def bounds(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens seen, quotas of rows, and protected last tokens, where the operators are."""
-        quota_R = self.quota_BH.view(-1)
-        if self.rows.device.type == "cpu":
-            return self.seen_B, quota_R, self.recent_B
+        if self.rows.on_host:
+            return self.seen_B, self.quota_R, self.recent_B
         device = self.rows.device
-        return self.seen_B.to(device), quota_R.to(device), self.recent_B.to(device)
+        return self.seen_B.to(device), self.quota_R.to(device), self.recent_B.to(device)
+
+    @property
+    def quota_BH(self) -> Tensor:
+        """Slots that every row may keep: int64 on the host."""
+        return self.quota_R.view(-1, self.kind.heads)
 
     @property
     def decoded_B(self) -> Tensor:
@@ -289,13 +294,21 @@ class Layer:
     def excess(self) -> int:
         """By how many slots the fullest row, seen from its quota, is above it; below: negative."""
         if self._excess is None:
-            self._excess = int((self.rows.counts_BH - self.quota_BH).max())
+            low, high = (self.rows.counts - self.quota_R).aminmax()
+            self._excess, self._level = int(high), bool(low == high)
         return self._excess
 
     def count_step(self, evicted: bool) -> None:
-        """Keeps `excess` up to date: every row got a token, and rows above quotas lost one."""
+        """Counts what the operator `decode_step` did.
+
+        Every row got a token; where something was evicted, rows above their quotas lost one.
+        """
+        everywhere = evicted and self._level
+        self.rows.count_step(self.quota_R if evicted else None, everywhere)
         if self._excess is not None and not evicted:
             self._excess += 1
+        if evicted:
+            self.evicted_at = self.columns_seen
 
     def rows_changed(self) -> None:
         """Forgets what was known of the counts of rows."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +13,7 @@ from kvpress.noise import NO_QUERY, gumbel
 NoiseKind = Literal["none", "frozen", "fresh"]
 
 
-@dataclass(frozen=True)
-class Observation:
+class Observation(NamedTuple):
     """Column sums of softmax attention, in fp32, summed over the query group of each KV head.
 
     window: how many of the last queries of a prompt are summed; None sums all of them. A decode

@@ -41,6 +41,7 @@ class PagedRows:
             page_slots,
             device,
         )
+        self.on_host = device.type == "cpu"
         self.columns = {**columns, POSITION: Column((), torch.int32)}
         self.counts = torch.zeros(sequences * heads, dtype=torch.int64)
         self._table = torch.zeros(sequences * heads, 0, dtype=torch.int32)
@@ -74,13 +75,13 @@ class PagedRows:
 
     def page_bytes(self) -> int:
         """Bytes that one more page costs: its slots and its entry in the page table."""
-        copies = 1 if self.device.type == "cpu" else 2  # the host mirrors the device's table
+        copies = 1 if self.on_host else 2  # the host mirrors the device's table
         entries = self._table.element_size() * copies
         return self.page_slots * sum(c.slot_bytes for c in self.columns.values()) + entries
 
     def row_bytes(self) -> int:
         """Bytes that a row costs besides its pages: its counters."""
-        copies = 1 if self.device.type == "cpu" else 2
+        copies = 1 if self.on_host else 2
         return self.counts.element_size() * copies + self._owned.element_size()
 
     def pool(self, name: str) -> Tensor:
@@ -97,7 +98,7 @@ class PagedRows:
     @property
     def device_counts(self) -> Tensor:
         """The counts of all rows where the operators are: `counts` itself on the CPU."""
-        if self.device.type == "cpu":
+        if self.on_host:
             return self.counts
         if self._device_counts is None:
             self._device_counts = self.counts.to(self.device)
@@ -110,15 +111,16 @@ class PagedRows:
             self._spare = int((self._owned * self.page_slots - self.counts).min())
         self._spare -= 1
 
-    def count_step(self, quota_BH: Tensor | None) -> None:
+    def count_step(self, quota_R: Tensor | None, everywhere: bool) -> None:
         """Counts what the operator `decode_step` did to the counts on the device.
 
-        One token came to every row; rows above `quota_BH` lost one slot.
+        One token came to every row; rows above `quota_R` lost one slot. everywhere: all rows did.
         """
-        if self.device.type != "cpu":  # there the operator changed `counts` itself
+        if everywhere:
+            self._spare += 1
+        if not self.on_host:  # there the operator changed `counts` itself
             counts = self.counts + 1
-            over = None if quota_BH is None else (counts > quota_BH.flatten()).long()
-            self.counts = counts if over is None else counts - over
+            self.counts = counts if quota_R is None else counts - (counts > quota_R).long()
 
     def addresses(self, sequences: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """The flat address of every slot and whether it is occupied, `[R, S]`: int64 and bool.

@@ -34,7 +34,7 @@ def test_bytes_held_are_those_of_all_tensors_that_the_cache_keeps_alive(
             counters = [  # per sequence, outside the store; layers share some of them
                 t
                 for state in cache.states
-                for t in (state.seen_B, state.quota_BH, state.recent_B, state.decoded_B)
+                for t in (state.seen_B, state.quota_R, state.recent_B, state.decoded_B)
             ] + list(cache.states[0].run.newest or ())
             books = {t.data_ptr(): t.untyped_storage().nbytes() for t in counters}
             assert helpers.live_storages(cache) == report.bytes_held + sum(books.values())
