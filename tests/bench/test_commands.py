@@ -73,6 +73,11 @@ def test_decode_reports_time_and_bytes_of_every_candidate() -> None:
     assert held["transformers"] == 2 * 3 * 2 * 2 * 16 * (64 + 3) * 4
     assert held["h2o:budget=0.5"] < 0.7 * held["full"]
     assert all(row.step.count == 2 for row in rows)
+    ours = {row.candidate: row.attention for row in rows}
+    assert ours.pop("transformers") is None
+    for row in rows[1:]:
+        inside = zip(ours[row.candidate].seconds, row.step.seconds, strict=True)
+        assert all(0 < attention < step for attention, step in inside)
     assert not torch.is_inference_mode_enabled()
 
 

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 import kvpress
 from kvpress import ops
 from kvpress.errors import PolicyError
+from kvpress.store import PagedRows
 
 
 @pytest.mark.parametrize("family", list(helpers.FAMILIES))
@@ -158,3 +159,65 @@ def test_a_decode_step_is_one_operator_call_per_layer(
             calls.clear()
             model(helpers.prompt(2, 1), past_key_values=cache)
             assert calls == ["decode_step"] * len(cache.states)
+
+
+@pytest.mark.parametrize(
+    ("policy", "operator"),
+    [("h2o", "attend_sums"), ("keyformer", "attend_sums"), ("snapkv:window=32", "attention_sums")],
+)
+def test_a_prompt_is_scored_by_one_operator_call_per_layer(
+    policy: str, operator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every query scores, the call gives the attention output too."""
+    calls: list[str] = []
+    for name in ("attend_sums", "attention_sums"):
+        real = getattr(ops, name)
+        monkeypatch.setattr(
+            ops, name, lambda *a, real=real, name=name: calls.append(name) or real(*a)
+        )
+    dense = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "kvpress.attend.F.scaled_dot_product_attention",
+        lambda *a, **k: calls.append("dense") or dense(*a, **k),
+    )
+    model = helpers.tiny("llama")
+    with kvpress.attach(model, policy) as engine, torch.inference_mode():
+        cache = engine.new_cache(8)
+        model(helpers.prompt(2, 90), past_key_values=cache)
+        alone = operator == "attend_sums"
+        assert calls == ([operator] if alone else ["dense", operator]) * len(cache.states)
+
+
+@pytest.mark.parametrize("budget", [31, 32, 33])
+def test_rows_at_their_quotas_ask_the_store_for_nothing(
+    budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step brings one token and evicts one, wherever the last page ends."""
+    asked: list[int] = []
+    reserve = PagedRows._reserve
+    monkeypatch.setattr(
+        PagedRows, "_reserve", lambda self, counts: asked.append(1) or reserve(self, counts)
+    )
+    model = helpers.tiny("llama")
+    with kvpress.attach(model, f"h2o:budget={budget}") as engine, torch.inference_mode():
+        cache = engine.new_cache(40)
+        model(helpers.prompt(2, 90), past_key_values=cache)
+        for _ in range(40):
+            model(helpers.prompt(2, 1), past_key_values=cache)
+        assert len(asked) <= len(cache.states)  # once each, for the first token beyond the quota
+        assert cache.check_integrity()
+        kept = cache.report().slots_kept
+        assert {n for layer in kept for rows in layer for n in rows} == {budget}
+
+
+def test_training_through_an_attached_model_keeps_its_gradients() -> None:
+    """One pass for attention and scores has no gradient, so that it is not taken here."""
+    model, ids = helpers.tiny("llama"), helpers.prompt(1, 20)
+    gradients = []
+    for recipe in ("full", "keyformer"):
+        model.zero_grad()
+        with kvpress.attach(model, recipe):
+            model(ids).logits.square().mean().backward()
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients)
