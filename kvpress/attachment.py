@@ -198,6 +198,8 @@ class Attachment:
         given[self._cache_names[id(module)]] = cache = self._cache_for(cache)
         cache.check_whole()
         self._check_mask(cache, given)
+        if module is self._model:  # its base model is not told
+            cache.announce(given.get("logits_to_keep"))
         return (), given
 
     def _cache_for(self, cache: Any) -> EngineCache:
@@ -257,6 +259,8 @@ class Attachment:
         cache = kwargs.get(self._cache_names[id(module)])
         if isinstance(cache, EngineCache):
             cache.check_attended()
+            if module is self._model:
+                cache.announce(None)
 
 
 def check_model(model: Any) -> Fingerprint:

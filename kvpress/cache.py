@@ -91,6 +91,15 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.state.is_croppable
 
     @property
+    def record_past(self) -> bool:
+        """Whether the tokens of a forward pass may be taken back until the next one."""
+        return self.state.run.recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.state.run.recording = value
+
+    @property
     def batch_size(self) -> int:
         """Sequences held; -1 before the first tokens."""
         return len(self.state.seen_B) or -1
@@ -267,13 +276,44 @@ class EngineCache(Cache):
         super().crop(tokens_to_remove)
 
     def activate_past_recording(self) -> None:
-        """What generate() calls before decoding speculatively. Refused where tokens are evicted."""
-        if not self.is_croppable:
-            raise CacheError(
-                "Assisted and prompt-lookup decoding take rejected tokens back, but layers of this "
-                f"cache evict tokens for good (policy {self.recipe}, or sliding windows). Use a "
-                "policy that keeps everything on a model of full-attention layers."
-            )
+        """From now on tokens may be taken back by `crop` until the next forward pass.
+
+        What they would evict is evicted then. Assisted and prompt-lookup decoding call this.
+        """
+        self._run.recording = True
+
+    def stop_past_recording(self) -> None:
+        """The tokens of a forward pass are final again."""
+        self._run.recording = False
+
+    def announce(self, logits_to_keep: Any) -> None:
+        """Says how many of the last tokens of the coming forward pass the caller will judge.
+
+        All but the first of them are drafted. None or 0: not known.
+        """
+        known = isinstance(logits_to_keep, int) and logits_to_keep > 0
+        self._run.announced = logits_to_keep - 1 if known else None
+
+    def fork(self) -> EngineCache:
+        """A cache that goes on from here on its own.
+
+        Both share the pages; what one of them changes it copies first. Several questions about one
+        context cost its bytes once.
+        """
+        other = EngineCache(
+            self.fingerprint,
+            self.recipe,
+            self._run.page_slots,
+            self._horizon,
+            self._lease,
+            self._run.cache_dtype,
+        )
+        other.notes.update(self.notes)
+        other._run.horizon, other._run.recording = self._run.horizon, self._run.recording
+        for ours, theirs in zip(self._engine_layers, other._engine_layers, strict=True):
+            theirs.state = ours.state.fork(other._run)
+            theirs.is_initialized = ours.is_initialized
+        return other
 
     def kept_positions(self, layer: int, sequence: int = 0, head: int = 0) -> list[int]:
         """The sorted logical positions that one row still holds. Padding has no position."""

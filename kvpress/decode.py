@@ -33,7 +33,7 @@ def run_decode(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
 
 def _run(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
     if group is None:
-        layer.count_decoded()
+        layer.count_decoded(1)
         over = layer.excess + 1 if _is_due(layer, 0) else 0
         observation = _fusable(layer, over)
         if observation is not None:
@@ -42,7 +42,7 @@ def _run(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
         group = list(range(len(layer.seen_B)))
         due = over > 0
     else:
-        layer.decoded_B[group] += 1
+        layer.count_decoded(1, group)
         due = _is_due(layer, group[0])
     return _run_stages(layer, group, tokens, due)
 
@@ -60,6 +60,8 @@ def _fusable(layer: Layer, over: int) -> Observation | None:
         return None
     if over > (0 if recipe.rank is None else 1):
         return None
+    if (over > 0 or recipe.accumulates) and layer.rows.shares:
+        return None  # the operator would write to pages of other beams or forks
     if not recipe.accumulates:
         return _NOTHING
     observation = recipe.stage("observe").observe(layer.step(0, 1))
@@ -115,10 +117,10 @@ def _run_stages(layer: Layer, group: list[int], tokens: Tokens, due: bool) -> Te
         )
     if looks:
         with meter.stage("observe", device):
-            slots = _observe(layer, group, weights_bN1S, request)
+            slots = observe(layer, group, weights_bN1S, request, layer.seen_B[group])
     if evicts:
         with meter.stage("select", device):
-            _evict(layer, group, slots, excess_bH)
+            evict(layer, group, slots, excess_bH)
     return out_bN1D
 
 
@@ -127,20 +129,27 @@ def _some(layer: Layer, group: list[int]) -> list[int] | None:
     return None if len(group) == len(layer.seen_B) else group
 
 
-def _observe(
-    layer: Layer, group: list[int], weights_bN1S: Tensor, request: Observation | None
+def observe(
+    layer: Layer,
+    group: list[int],
+    weights_bN1S: Tensor | None,
+    request: Observation | None,
+    seen_b: Tensor,
 ) -> Slots:
-    """The slots with what the policy asked to observe; what it accumulates is written back."""
+    """The slots with what the policy asked to observe; what it accumulates is written back.
+
+    weights_bN1S: of the token that is number `seen_b` of its sequence, where they were asked for.
+    """
     rows, accumulates, some = layer.rows, layer.recipe.accumulates, _some(layer, group)
     slots = Slots(
         layer=layer.kind.index,
         position_BHS=rows.dense(POSITION, some).long(),
-        seen_B=layer.seen_B[group].to(rows.device),
+        seen_B=seen_b.to(rows.device),
         new_tokens=1,
         fetch=partial(rows.dense, sequences=some),
         mass_BHS=rows.dense(MASS, some) if accumulates else None,
     )
-    if request is not None:
+    if request is not None and weights_bN1S is not None:
         held = slots.position_BHS.shape[-1]
         sums_BHS = step_sums(
             weights_bN1S[:, :, 0, :held],
@@ -157,7 +166,7 @@ def _observe(
     return slots
 
 
-def _evict(layer: Layer, group: list[int], slots: Slots, excess_bH: Tensor) -> None:
+def evict(layer: Layer, group: list[int], slots: Slots, excess_bH: Tensor) -> None:
     """Brings every row back to its quota: by one overwrite each where one slot is over."""
     layer.evicted_at = layer.columns_seen
     ordinary = "select" not in layer.recipe.stage("select").replaces()

@@ -140,6 +140,7 @@ class Engine:
         expected = kwargs.get("max_new_tokens") or config.max_new_tokens
         if expected is not None:
             cache.expect(expected)
+        cache.stop_past_recording()  # speculative decoding starts it again
         self._cache = cache
         return self.model.generate(*args, **{cache_name(self.model): cache}, **kwargs)
 

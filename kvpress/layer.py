@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from kvpress.budget import UNLIMITED, Budget, Geometry, Limits, Quota
 from kvpress.errors import CacheError, PolicyError
 from kvpress.meter import LayerReport, Meter
 from kvpress.policy import Policy, Recipe
-from kvpress.select import Rank, gather, kept_index, protect
+from kvpress.select import Rank, protect
 from kvpress.store import Column, PagedRows, Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
 from kvpress.types import EMPTY, Slots, Step
@@ -42,6 +43,11 @@ class Tokens(NamedTuple):
     scaling: float
     softcap: float
 
+    def part(self, start: int, end: int) -> Tokens:
+        """The tokens from number `start` on and before `end`."""
+        query, key, value = (x[:, :, start:end] for x in self[:3])
+        return Tokens(query, key, value, self.scaling, self.softcap)
+
 
 @dataclass
 class Run:
@@ -55,6 +61,17 @@ class Run:
     notes: dict[str, None]  # an ordered set of lines for the report
     cache_dtype: torch.dtype | None = None  # of stored keys and values; None: the model's
     newest: tuple[Tensor, Tensor] | None = None  # tokens seen before the last step, and after it
+    recording: bool = False  # whether drafted tokens may be taken back until the next forward pass
+    announced: int | None = (
+        None  # how many of the tokens of this pass are drafted, if that is known
+    )
+
+    def drafted(self, tokens: int, first: bool) -> int:
+        """How many of the tokens of this forward pass may be taken back; by default all or none."""
+        if not self.recording:
+            return 0
+        default = 0 if first else tokens
+        return default if self.announced is None else min(self.announced, tokens)
 
     def one_more(self, seen_B: Tensor) -> Tensor:
         """`seen_B + 1`, one tensor for all layers, since they see the same tokens."""
@@ -104,6 +121,8 @@ class Layer:
         self._in_step: bool | None = None  # None: not known
         self._excess: int | None = None  # None: not known
         self._level = False  # whether all rows are as far from their quotas
+        self.drafted = 0  # tokens of every sequence that may still be taken back; see drafts.py
+        self.draft_weights: list[Tensor] = []  # what they attended to: blocks `[B, N, P, S]`
 
     # The layer contract
 
@@ -112,9 +131,11 @@ class Layer:
         if self.store is None:
             return
         chosen = list(index)
-        self.store = self.store.select_sequences(chosen, self._room)
+        self.store = self.store.select_sequences(chosen)
+        self.store.trim()
         self.seen_B, self.quota_R = self.seen_B[chosen], self.quota_BH[chosen].flatten()
         self.recent_B, self.decoded_B = self.recent_B[chosen], self.decoded_B[chosen]
+        self.draft_weights = [weights[chosen] for weights in self.draft_weights]
         self._in_step = self._excess = None
         self._limit_pages()
 
@@ -130,18 +151,20 @@ class Layer:
         if length < self.evicted_at:
             raise CacheError(
                 f"crop(-{tokens}) would go back to {length} tokens, but layer {self.kind.index}"
-                f" evicted tokens at {self.evicted_at}, and they are gone. Crop less, or use a"
-                " policy and a model that evict nothing after that."
+                f" evicted tokens at {self.evicted_at}, and they are gone. Crop less, call"
+                " activate_past_recording() before the tokens are fed, or use a policy and a model"
+                " that evict nothing after that."
             )
         if length < self.padded_at:
             raise CacheError(
                 f"crop(-{tokens}) would go back to {length} columns, behind the last padded column "
                 f"({self.padded_at}). Crop less, or run the sequences without padding."
             )
-        if self.recipe.accumulates:
+        if self.recipe.accumulates and tokens > self.drafted:
             raise CacheError(
                 f"crop(-{tokens}): the policy {self.recipe} accumulated attention of the cropped"
-                " tokens, which cannot be taken back. Use a policy without accumulated scores."
+                " tokens, which cannot be taken back. Call activate_past_recording() before they"
+                " are fed, or use a policy without accumulated scores."
             )
 
     def crop(self, tokens: int) -> None:
@@ -154,19 +177,38 @@ class Layer:
             return
         self.columns_seen -= tokens
         self.seen_B = self.seen_B - tokens
-        columns = self.store.dense_by_position(range(len(self.seen_B)))
-        position_BHS = columns[POSITION]
-        end_B11 = self.seen_B.to(position_BHS.device)[:, None, None]
-        kept_BHS = (position_BHS != EMPTY) & (position_BHS < end_B11)
-        counts_BH = kept_BHS.sum(-1).cpu()
-        index_BHK = kept_index(kept_BHS, counts_BH)
-        kept = {name: gather(x, index_BHK) for name, x in columns.items()}
-        self.refill([Survivors(tuple(range(len(counts_BH))), kept, counts_BH)])
+        self.rows.truncate(tokens)  # since then nothing was evicted: the tokens are the last slots
+        self.rows_changed()
+        self._take_back(tokens)
+
+    def _take_back(self, tokens: int) -> None:
+        """Uncounts the last tokens: drafted ones first, then decoded ones."""
+        drafted = min(tokens, self.drafted)
+        self.drafted -= drafted
+        self.decoded_B = (self.decoded_B - (tokens - drafted)).clamp_min(0)
+        while drafted and self.draft_weights:
+            last = self.draft_weights.pop()
+            kept = last.shape[2] - drafted
+            if kept > 0:
+                self.draft_weights.append(last[:, :, :kept].clone())
+            drafted = max(0, -kept)
+
+    def fork(self, run: Run) -> Layer:
+        """A copy for another cache. Both use the same pages until one of them writes to them."""
+        other = copy.copy(self)
+        other.run = run
+        if self.store is not None:
+            other.store = self.store.select_sequences(range(len(self.seen_B)))
+            other.quota_R, other.recent_B = self.quota_R.clone(), self.recent_B.clone()
+            other._decoded_B = self._decoded_B.clone()
+            other.draft_weights = list(self.draft_weights)
+            other._limit_pages()
+        return other
 
     @property
     def is_croppable(self) -> bool:
-        """Whether any tokens fed from now on can be taken back exactly: nothing is ever evicted."""
-        return self.limits is None and not self.recipe.accumulates
+        """Whether any tokens fed from now on can be taken back exactly."""
+        return self.run.recording or (self.limits is None and not self.recipe.accumulates)
 
     def kept_positions(self, sequence: int, head: int) -> list[int]:
         """The sorted logical positions of one row; padding has no position."""
@@ -187,7 +229,7 @@ class Layer:
             index=self.kind.index,
             kind=self.kind.name,
             slots_kept=self.store.counts_BH.tolist(),
-            bytes_held=self.store.nbytes,
+            bytes_held=self.store.nbytes + sum(w.nbytes for w in self.draft_weights),
             bytes_full=tokens * self.kind.heads * slot_bytes,
         )
 
@@ -222,7 +264,7 @@ class Layer:
             VALUE: Column((value_BHPD.shape[-1],), dtype),
         }
         if self.recipe.accumulates:
-            columns[MASS] = Column((), torch.float32)
+            columns[MASS] = Column((), torch.float32, volatile=True)
         self.store = PagedRows(batch, heads, columns, self.run.page_slots, key_BHPD.device)
         self.seen_B = torch.zeros(batch, dtype=torch.int64)
         self.decoded_B, self.recent_B = torch.zeros_like(self.seen_B), torch.zeros_like(self.seen_B)
@@ -271,15 +313,16 @@ class Layer:
         """Tokens that a sequence decoded since its last prompt."""
         return int(self._decoded_B[sequence]) if self._decoded is None else self._decoded
 
-    def count_decoded(self) -> None:
-        """Counts one decoded token of every sequence.
+    def count_decoded(self, tokens: int, group: Sequence[int] | None = None) -> None:
+        """Counts decoded tokens of some sequences, or of all.
 
         While all are in step that is a number: a decode step makes as few tensors as it can.
         """
-        if self.in_step:
-            self._decoded = self.decoded(0) + 1
+        everybody = group is None or len(group) == len(self.seen_B)
+        if everybody and self.in_step:
+            self._decoded = self.decoded(0) + tokens
         else:
-            self.decoded_B += 1
+            self.decoded_B[slice(None) if group is None else list(group)] += tokens
 
     @property
     def in_step(self) -> bool:

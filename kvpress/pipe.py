@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from kvpress.decode import run_decode
+from kvpress.drafts import commit, run_drafts
+from kvpress.errors import CacheError
 from kvpress.layer import Layer, Tokens
 from kvpress.prompt import run_prompt, store_prompt
 
@@ -32,6 +34,23 @@ def attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     """
     if layer.store is None:
         layer.start(tokens.key_bHPD, tokens.value_bHPD)
+    with layer.rows.lock:
+        commit(layer)
+        new = tokens.key_bHPD.shape[2]
+        drafted = layer.run.drafted(new, first=layer.columns_seen == 0)
+        if not drafted:
+            return _attend(layer, tokens, valid_BP)
+        if valid_BP is not None:
+            raise CacheError(
+                "Speculative decoding (activate_past_recording) of a batch with padding among the"
+                " new tokens is not supported. Draft as many tokens for every sequence."
+            )
+        certain, drafts = tokens.part(0, new - drafted), tokens.part(new - drafted, new)
+        outputs = [_attend(layer, certain, None)] if new > drafted else []
+        return torch.cat([*outputs, run_drafts(layer, drafts)], dim=2)
+
+
+def _attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     columns = tokens.key_bHPD.shape[2]
     if columns == 1 and valid_BP is None and layer.in_step:
         layer.advance_one()

@@ -16,12 +16,14 @@ class Column(NamedTuple):
     """One field of every slot: `shape` is that of one slot's value.
 
     slot_last: pages are `[*shape, page_slots]`, so that a channel of neighbouring slots lies side
-    by side, as kernels read keys; otherwise `[page_slots, *shape]`.
+    by side, as kernels read keys; otherwise `[page_slots, *shape]`. volatile: every step writes it;
+    one number per slot.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     slot_last: bool = False
+    volatile: bool = False
 
     def page_shape(self, page_slots: int) -> tuple[int, ...]:
         """The shape of one page."""

@@ -3,11 +3,14 @@
 Row r = b·H + h. Slot s of row r lies in page `table[r, s // page_slots]` at offset `s %
 page_slots`. The order of slots inside a row is free: keys are stored rotated, at their own
 positions, so that evicting one slot and appending a token is one overwrite. Counts and tables are
-known to the host, which never reads them back from the device.
+known to the host, which never reads them back from the device. Beams and forks share pages: a page
+with several users is copied before one of them writes to it.
 """
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -15,10 +18,10 @@ from torch import Tensor
 
 from kvpress import ops
 from kvpress.errors import CacheError
+from kvpress.store.aside import Aside
 from kvpress.store.base import POSITION, Column, Survivors
+from kvpress.store.pool import PagePool
 from kvpress.types import EMPTY
-
-_GROWTH = 32  # a full pool grows by at least 1/32, so that appending costs amortised O(1) copies
 
 
 class PagedRows:
@@ -48,10 +51,10 @@ class PagedRows:
         self._device_table = self._table.to(device)
         self._device_counts: Tensor | None = None  # a copy of `counts`, unless it is outdated
         self._owned = torch.zeros(sequences * heads, dtype=torch.int64)  # pages of each row
-        self._spare = 0  # tokens that surely fit into every row
-        self._free: list[int] = []
+        self._spare = 0  # tokens that surely fit into every row's own pages
         self.most_pages = 2**62  # the pool is never grown beyond what rows may come to need
-        self._pool = self._new_pool(0)
+        self._aside: Aside | None = None  # the volatile columns while pages are shared
+        self._join(PagePool(self.columns, page_slots, device, 0))
 
     @property
     def counts_BH(self) -> Tensor:
@@ -60,18 +63,50 @@ class PagedRows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storages kept alive: pools with their free pages, tables and counts."""
+        """Bytes of the storages kept alive: pools with their free pages, tables and counts.
+
+        A pool that is shared with a fork counts in full: it would live without the fork.
+        """
         storages = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()
         }
         return sum(storages.values())
 
+    @property
+    def nbytes_shared(self) -> int:
+        """Bytes of the pages that rows of other stores (forks) use as well."""
+        if len(self._pool.members) == 1:
+            return 0
+        mine = torch.bincount(self.owned_pages(), minlength=self._pool.pages)
+        common = int(((mine > 0) & (self._pool.uses() > mine)).sum())
+        return common * self.page_slots * sum(c.slot_bytes for c in self.columns.values())
+
+    @property
+    def shares(self) -> bool:
+        """Whether some page of these rows has other users."""
+        if not self._pool.lent and self._aside is None:
+            return False
+        self._pool.sweep()
+        shared = self._pool.lent and bool((self._pool.uses()[self.owned_pages()] > 1).any())
+        if not shared and self._aside is not None:
+            aside, self._aside = self._aside, None
+            for name, column_RS in aside.columns.items():
+                self._write_pages(name, column_RS, None)
+        return shared
+
+    @property
+    def lock(self) -> threading.RLock:
+        """To be held while the pages are used: forks may run in several threads."""
+        return self._pool.lock
+
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor that the store owns."""
-        yield from self._pool.values()
+        """Every tensor that the store keeps alive."""
+        yield from self._pool.tensors()
         yield from (self.counts, self._table, self._device_table, self._owned)
         if self._device_counts is not None:
             yield self._device_counts
+        if self._aside is not None:
+            yield from self._aside.columns.values()
 
     def page_bytes(self) -> int:
         """Bytes that one more page costs: its slots and its entry in the page table."""
@@ -140,10 +175,14 @@ class PagedRows:
         """A dense copy of one column, `[b, H, S, ...]`; empty slots hold position -1 and zeros."""
         address_RS, held_RS = self.addresses(sequences)
         shape, slot_last = self.columns[name].shape, self.columns[name].slot_last
+        batch = self.sequences if sequences is None else len(sequences)
+        if self._aside is not None and name in self._aside:
+            rows = self.row_index(range(self.sequences) if sequences is None else sequences)
+            values_RS = self._aside.rows(name, rows, address_RS.shape[1])
+            return values_RS.masked_fill(~held_RS, 0).view(batch, self.heads, address_RS.shape[1])
         flat = ops.gather_slots(self._pool[name], address_RS.flatten(), slot_last)
         empty = EMPTY if name == POSITION else 0
         flat.masked_fill_(~held_RS.flatten().view(-1, *[1] * len(shape)), empty)
-        batch = self.sequences if sequences is None else len(sequences)
         return flat.view(batch, self.heads, address_RS.shape[1], *shape)
 
     def dense_by_position(self, sequences: Sequence[int]) -> dict[str, Tensor]:
@@ -171,13 +210,21 @@ class PagedRows:
         for name, column in self.columns.items():
             shape = (len(chosen), self.heads, tokens, *column.shape)
             source = columns.get(name, torch.zeros((), device=self.device)).detach().expand(shape)
-            self._scatter(name, address_N, source)
+            if self._aside is not None and name in self._aside:
+                self._aside.write(name, row_R, slot_RT, source.flatten(0, 1))
+            else:
+                self._scatter(name, address_N, source)
         self._set_counts(counts)
 
     def write(self, name: str, values_bHS: Tensor, sequences: Sequence[int] | None = None) -> None:
-        """Overwrites one column of every occupied slot from the form that `dense` gives it."""
-        address_RS, held_RS = self.addresses(sequences)
-        self._scatter(name, address_RS[held_RS], values_bHS.reshape(address_RS.shape)[held_RS])
+        """Overwrites a volatile column of all slots from the form that `dense` gives it."""
+        values_RS = values_bHS.flatten(0, 1)
+        if self._aside is None:
+            self._write_pages(name, values_RS, sequences)
+            return
+        rows = self.row_index(range(self.sequences) if sequences is None else sequences)
+        slot_RS = torch.arange(values_RS.shape[1]).expand(len(rows), -1)
+        self._aside.write(name, rows, slot_RS, values_RS)
 
     def evict_one(self, row_N: Tensor, slot_N: Tensor) -> None:
         """Drops one slot (int64, on the device) of each of some rows (int64, on the host).
@@ -187,12 +234,17 @@ class PagedRows:
         last_N = self.counts[row_N] - 1
         if bool((last_N < 0).any()):
             raise CacheError("evict_one needs at least one slot in every row: a row is empty.")
+        if self._pool.lent:
+            page_N = (slot_N // self.page_slots).cpu()
+            self._own_pages(row_N.tolist(), page_N.tolist())
         from_N = self._host_address(row_N, last_N).to(self.device)
         page_N = self._device_table[row_N.to(self.device), slot_N // self.page_slots].long()
         to_N = page_N * self.page_slots + slot_N % self.page_slots
         for name, column in self.columns.items():
             moved = ops.gather_slots(self._pool[name], from_N, column.slot_last)
             ops.scatter_slots(self._pool[name], to_N, moved, column.slot_last)
+        if self._aside is not None:
+            self._aside.move(row_N, last_N, slot_N)
         self._set_counts(self.counts.index_copy(0, row_N, last_N))
 
     def fill(self, groups: Sequence[Survivors], headroom: int = 0) -> None:
@@ -211,11 +263,11 @@ class PagedRows:
         counts = torch.zeros_like(self.counts)
         for group in groups:
             counts[self.row_index(group.sequences)] = group.counts_BH.flatten()
-        self._pool.clear()
-        pages = -(-(counts + headroom) // self.page_slots)
+        pages = self._pages_for(counts + headroom)
         pages[counts == 0] = 0
-        self._pool = self._new_pool(int(pages.sum()))
-        self._free, self._owned = [], pages
+        self._owned, self._aside = pages, None
+        self._pool.leave(self)
+        self._join(PagePool(self.columns, self.page_slots, self.device, int(pages.sum())))
         self._set_counts(counts)
         first = pages.cumsum(0) - pages
         width = torch.arange(int(pages.max()) if len(pages) else 0)
@@ -224,28 +276,61 @@ class PagedRows:
         for group in groups:
             self._fill_group(group, first)
 
-    def select_sequences(self, index: Sequence[int], headroom: int = 0) -> PagedRows:
-        """A new store whose sequence i is a copy of sequence `index[i]` of this one."""
-        columns = {n: c for n, c in self.columns.items() if n != POSITION}
-        chosen = PagedRows(len(index), self.heads, columns, self.page_slots, self.device)
-        kept = {name: self.dense(name, index) for name in self.columns}
-        counts = self.counts_BH[list(index)]
-        chosen.fill([Survivors(tuple(range(len(index))), kept, counts)], headroom)
+    def select_sequences(self, index: Sequence[int]) -> PagedRows:
+        """A store whose sequence i holds what sequence `index[i]` holds, in the same pages.
+
+        This one stays as it is: both copy a page before they write to it.
+        """
+        if self._aside is None:
+            self._aside = Aside({n: self.dense(n).flatten(0, 1) for n in self._volatile})
+        chosen = copy.copy(self)
+        rows = self.row_index(index)
+        chosen._aside = self._aside.select(rows)
+        chosen.sequences = len(index)
+        chosen._owned = torch.minimum(self._owned, self._pages_for(self.counts))[rows]
+        chosen._set_counts(self.counts[rows])
+        chosen._set_table(self._table[rows, : int(chosen._owned.max()) if len(rows) else 0])
+        chosen._join(self._pool)
+        self._pool.lent, self._spare = True, 0
         return chosen
 
+    def truncate(self, tokens: int) -> None:
+        """Drops the last `tokens` slots of every row, and its pages that are then empty."""
+        self._set_counts((self.counts - tokens).clamp_min(0))
+        self._owned = torch.minimum(self._owned, self._pages_for(self.counts))
+        self._pool.trim()
+
+    def trim(self) -> None:
+        """Gives memory back if much of the pool is unused."""
+        self._pool.trim()
+
+    def owned_pages(self) -> Tensor:
+        """The pages of all rows, as often as rows hold them: int64, on the host."""
+        held_RW = torch.arange(self._table.shape[1]) < self._owned[:, None]
+        return self._table[held_RW].long()
+
+    def renumber(self, place_P: Tensor) -> None:
+        """Follows the pages to their new places in the pool."""
+        held_RW = torch.arange(self._table.shape[1]) < self._owned[:, None]
+        self._set_table(torch.where(held_RW, place_P[self._table.long()], 0).int())
+
     def check_integrity(self) -> bool:
-        """True if every page has exactly one owner and every row fits its pages.
+        """True if no page is lost or shared by rows that cannot share it, and every row fits.
 
         Raises CacheError otherwise.
         """
-        pages = self._pool[POSITION].shape[0]
-        owned = [
-            int(p) for row, n in zip(self._table, self._owned, strict=True) for p in row[: int(n)]
-        ]
-        if sorted(owned + self._free) != list(range(pages)):
+        pages, free = self._pool.pages, self._pool.free_pages()
+        used = set(torch.cat([m.owned_pages() for m in self._pool.members]).tolist())
+        if sorted([*used, *free]) != list(range(pages)):
             raise CacheError(
-                f"{pages} pages, but {len(owned)} owned and {len(self._free)} free do not add up."
+                f"{pages} pages, but {len(used)} in use and {len(free)} free do not add up."
             )
+        head_R = torch.arange(len(self.counts)) % self.heads
+        place_RW = head_R[:, None] * 2**32 + torch.arange(self._table.shape[1])
+        held_RW = torch.arange(self._table.shape[1]) < self._owned[:, None]
+        pages_N, places_N = self._table[held_RW].tolist(), place_RW[held_RW].tolist()
+        if len(set(pages_N)) != len(set(zip(pages_N, places_N, strict=True))):
+            raise CacheError("Rows of different heads, or different parts of rows, share a page.")
         if bool((self.counts > self._owned * self.page_slots).any()):
             raise CacheError("A row holds more slots than its pages have room for.")
         position_BHS = self.dense(POSITION).cpu()
@@ -271,13 +356,21 @@ class PagedRows:
         slots_NX = values.to(column.dtype).reshape(-1, *column.shape).contiguous()
         ops.scatter_slots(self._pool[name], address_N, slots_NX, column.slot_last)
 
-    def _new_pool(self, pages: int) -> dict[str, Tensor]:
-        return {name: self._new_pages(name, pages) for name in self.columns}
+    @property
+    def _volatile(self) -> list[str]:
+        return [name for name, column in self.columns.items() if column.volatile]
 
-    def _new_pages(self, name: str, pages: int) -> Tensor:
-        column = self.columns[name]
-        shape = (pages, *column.page_shape(self.page_slots))
-        return torch.empty(shape, dtype=column.dtype, device=self.device)
+    def _write_pages(self, name: str, values_RS: Tensor, sequences: Sequence[int] | None) -> None:
+        address_RS, held_RS = self.addresses(sequences)
+        values_RS = values_RS[:, : address_RS.shape[1]]
+        self._scatter(name, address_RS[held_RS], values_RS[held_RS])
+
+    def _pages_for(self, counts: Tensor) -> Tensor:
+        return -(-counts // self.page_slots)
+
+    def _join(self, pool: PagePool) -> None:
+        self._pool = pool
+        pool.members.add(self)
 
     def _set_counts(self, counts: Tensor) -> None:
         self.counts, self._device_counts, self._spare = counts, None, 0
@@ -307,30 +400,43 @@ class PagedRows:
             self._scatter(name, address_N, source)
 
     def _reserve(self, counts: Tensor) -> None:
-        """Gives every row the pages that `counts` slots need."""
-        missing = (-(-counts // self.page_slots) - self._owned).clamp_min_(0)
+        """Gives every row the pages that `counts` slots need, and its own where it will write.
+
+        Only the page of the next slot can have other users: the ones behind it were never shared.
+        """
+        if self._pool.lent:
+            tail = self.counts // self.page_slots
+            writes = (counts > self.counts) & (tail < self._owned)
+            rows = writes.nonzero().flatten()
+            self._own_pages(rows.tolist(), tail[rows].tolist())
+        missing = (self._pages_for(counts) - self._owned).clamp_min_(0)
         total = int(missing.sum())
         if total == 0:
             return
-        if total > len(self._free):
-            self._grow(total - len(self._free))
+        fresh = self._pool.take(total, self.most_pages)
         width = int((self._owned + missing).max())
         table = torch.zeros(len(counts), width, dtype=torch.int32)
         table[:, : self._table.shape[1]] = self._table
         for row in missing.nonzero().flatten().tolist():
             start, extra = int(self._owned[row]), int(missing[row])
-            pages = [self._free.pop() for _ in range(extra)]
+            pages = [fresh.pop(0) for _ in range(extra)]
             table[row, start : start + extra] = torch.tensor(pages, dtype=torch.int32)
         self._owned = self._owned + missing
         self._set_table(table)
 
-    def _grow(self, pages: int) -> None:
-        """Enlarges the pool by at least `pages` free pages, one column at a time."""
-        old = self._pool[POSITION].shape[0]
-        spare = min(old // _GROWTH, self.most_pages - old)
-        new = old + max(pages, spare)
-        for name in self.columns:
-            pool = self._new_pages(name, new)
-            pool[:old] = self._pool[name]
-            self._pool[name] = pool
-        self._free = list(range(new - 1, old - 1, -1)) + self._free
+    def _own_pages(self, rows: list[int], places: list[int]) -> None:
+        """Copies those of some pages of rows that have other users; the last user keeps its own."""
+        uses, table = self._pool.uses().tolist(), self._table.clone()
+        shared = []
+        for row, place in zip(rows, places, strict=True):
+            page = int(table[row, place])
+            if uses[page] > 1:
+                uses[page] -= 1
+                shared.append((row, place, page))
+        if not shared:
+            return
+        target = self._pool.take(len(shared), self.most_pages)
+        self._pool.copy([page for _, _, page in shared], target)
+        for (row, place, _), page in zip(shared, target, strict=True):
+            table[row, place] = page
+        self._set_table(table)

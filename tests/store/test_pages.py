@@ -15,7 +15,7 @@ WIDTH = 4
 COLUMNS = {
     "key": Column((WIDTH,), torch.float32),
     "value": Column((3,), torch.float16),
-    "mass": Column((), torch.float32),
+    "mass": Column((), torch.float32, volatile=True),
 }
 
 
