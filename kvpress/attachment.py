@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from kvpress import twins
 from kvpress.attend import prompt_attention
 from kvpress.cache import EngineCache, tagged_layer
 from kvpress.errors import AttachError, CacheError, MaskError, UnsupportedModelError
@@ -200,6 +201,7 @@ class Attachment:
         self._check_mask(cache, given)
         if module is self._model:  # its base model is not told
             cache.announce(given.get("logits_to_keep"))
+            cache.spread = twins.merge(given, cache, self._cache_names[id(module)])
         return (), given
 
     def _cache_for(self, cache: Any) -> EngineCache:
@@ -261,6 +263,9 @@ class Attachment:
             cache.check_attended()
             if module is self._model:
                 cache.announce(None)
+                kinds, cache.spread = cache.spread, None
+                if kinds is not None:
+                    twins.spread(output, cache, kinds)
 
 
 def check_model(model: Any) -> Fingerprint:

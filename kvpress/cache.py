@@ -123,18 +123,19 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes what sequence `beam_idx[i]` was."""
-        self._select(beam_idx.tolist())
+        self.select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence `repeats` times."""
-        self._select([b for b in range(len(self.state.seen_B)) for _ in range(repeats)])
+        self.select([b for b in range(len(self.state.seen_B)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the sequences at `indices` (integers, or one boolean per sequence)."""
         chosen = torch.arange(len(self.state.seen_B))[torch.as_tensor(indices).cpu()]
-        self._select(chosen.tolist())
+        self.select(chosen.tolist())
 
-    def _select(self, index: list[int]) -> None:
+    def select(self, index: list[int]) -> None:
+        """Sequence i becomes what sequence `index[i]` was."""
         self.state.select_sequences(index)
         self._accepted = None
 
@@ -212,6 +213,7 @@ class EngineCache(Cache):
         super().__init__(layers=list(self._engine_layers))
         self._run, self._horizon, self._lease = run, horizon, lease or Lease()
         self._latest: EngineLayer | None = None  # that took keys
+        self.spread: Tensor | None = None  # how the running pass is to be repeated; see twins.py
         if recipe.limits and compressed < len(shape.kinds):
             window = max(kind.window or 0 for kind in shape.kinds)
             self.notes[
@@ -241,6 +243,19 @@ class EngineCache(Cache):
         self.check_attended()
         self._latest = self._engine_layers[layer_idx]
         return self._latest.update(key_states, value_states)
+
+    def select(self, index: list[int]) -> None:
+        """Sequence i becomes what sequence `index[i]` was, in every layer."""
+        for layer in self._engine_layers:
+            layer.select(index)
+
+    def kinds_of_sequences(self, batch: int) -> Tensor:
+        """A number for each of `batch` sequences, the same for those that hold the same pages."""
+        states = [state for state in self.states if state.store is not None]
+        kinds: dict[Any, int] = {}
+        keys = zip(*(state.contents() for state in states), strict=True)
+        numbers = [kinds.setdefault(key, len(kinds)) for key in keys] if states else [0] * batch
+        return torch.tensor(numbers)
 
     def check_attended(self) -> None:
         """Raises CacheError if keys were taken that the engine's attention function never saw."""
@@ -345,6 +360,7 @@ class EngineCache(Cache):
             layers=layers,
             bytes_held=sum(layer.bytes_held for layer in layers),
             bytes_full=sum(layer.bytes_full for layer in layers),
+            bytes_shared=sum(layer.bytes_shared for layer in layers),
             stages=self.meter.seconds(),
             notes=notes,
         )

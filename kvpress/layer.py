@@ -139,6 +139,11 @@ class Layer:
         self._in_step = self._excess = None
         self._limit_pages()
 
+    def contents(self) -> list[tuple[int, ...]]:
+        """For each sequence, what tells whether it holds the same as another one."""
+        pages = self.rows.pages_of_sequences()
+        return [(seen, *held) for seen, held in zip(self.seen_B.tolist(), pages, strict=True)]
+
     def check_crop(self, tokens: int) -> None:
         """Raises CacheError where forgetting the last `tokens` columns cannot be exact."""
         length = self.columns_seen - tokens
@@ -231,6 +236,7 @@ class Layer:
             slots_kept=self.store.counts_BH.tolist(),
             bytes_held=self.store.nbytes + sum(w.nbytes for w in self.draft_weights),
             bytes_full=tokens * self.kind.heads * slot_bytes,
+            bytes_shared=self.store.nbytes_shared,
         )
 
     def advance_one(self) -> None:

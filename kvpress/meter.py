@@ -72,6 +72,7 @@ class LayerReport:
     slots_kept: list[list[int]]  # [sequence][KV head]
     bytes_held: int
     bytes_full: int
+    bytes_shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ class Report:
 
     tokens_seen: real tokens of each sequence, padding excluded. bytes_full: what an uncompressed
     cache of these tokens would hold, in the model's dtype, sliding layers at their window.
-    bytes_held: the live storages of keys, values, positions, per-slot state and page tables. Prompt
-    attention is always computed in full: only what is stored is compressed.
+    bytes_held: the live storages of keys, values, positions, per-slot state and page tables.
+    bytes_shared: the part of them that forks of this cache use as well. Prompt attention is always
+    computed in full: only what is stored is compressed.
     """
 
     model: str
@@ -92,6 +94,7 @@ class Report:
     bytes_full: int
     stages: dict[str, float]
     notes: list[str] = field(default_factory=list)
+    bytes_shared: int = 0
 
     @property
     def slots_kept(self) -> list[list[list[int]]]:
@@ -142,6 +145,8 @@ class Report:
             f"{self.fraction:.3f}",
         )
         yield table
+        if self.bytes_shared:
+            yield f"Shared with forks: {size(self.bytes_shared)} of the bytes held."
         yield "Seconds: " + ", ".join(f"{name} {value:.3f}" for name, value in self.stages.items())
         for note in self.notes:
             yield f"Note: {note}"

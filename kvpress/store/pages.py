@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -309,6 +310,17 @@ class PagedRows:
         held_RW = torch.arange(self._table.shape[1]) < self._owned[:, None]
         return self._table[held_RW].long()
 
+    def pages_of_sequences(self) -> list[list[int]]:
+        """The counts and pages of all rows of each sequence; equal ones hold the same slots."""
+        held_RW = torch.arange(self._table.shape[1]) < self._owned[:, None]
+        pages_RW = self._table.long().masked_fill(~held_RW, -1)
+        rows_RX = torch.cat([self.counts[:, None], pages_RW], dim=1)
+        own = self._aside is None and not self._pool.lent  # then no page has two users
+        return [
+            [b] if own else rows.flatten().tolist()
+            for b, rows in enumerate(rows_RX.view(self.sequences, -1))
+        ]
+
     def renumber(self, place_P: Tensor) -> None:
         """Follows the pages to their new places in the pool."""
         held_RW = torch.arange(self._table.shape[1]) < self._owned[:, None]
@@ -440,3 +452,7 @@ class PagedRows:
         for (row, place, _), page in zip(shared, target, strict=True):
             table[row, place] = page
         self._set_table(table)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._join(self._pool)

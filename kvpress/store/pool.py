@@ -120,8 +120,8 @@ class PagePool:
         self._free = list(range(new - 1, old - 1, -1)) + self._free
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "lock"}
+        return {n: x for n, x in vars(self).items() if n not in ("lock", "members")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.lock = threading.RLock()
+        self.lock, self.members = threading.RLock(), WeakSet()  # copied stores join by themselves

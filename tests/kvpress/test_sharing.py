@@ -1,0 +1,200 @@
+"""Beams, samples and forks share the pages of what they have in common."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+
+import helpers
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+import kvpress
+
+RECIPES = ["full", "snapkv:budget=0.5", "streaming_llm:budget=0.5", "keyformer:budget=0.5"]
+
+
+class Bytes(LogitsProcessor):
+    """Notes the bytes that a cache holds whenever tokens are chosen."""
+
+    def __init__(self, cache: object) -> None:
+        self.cache, self.held = cache, []
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        assert self.cache.check_integrity()
+        self.held.append(self.cache.report().bytes_held)
+        return scores
+
+
+def held(engine: object, ids: torch.Tensor, **arguments: object) -> list[int]:
+    """The bytes held after the prompt and after each step but the last."""
+    cache = engine.new_cache()
+    watch = Bytes(cache)
+    engine.generate(ids, cache=cache, logits_processor=LogitsProcessorList([watch]), **arguments)
+    return watch.held
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("chunk", [None, 500])
+def test_eight_beams_hold_one_prompt(recipe: str, chunk: int | None) -> None:
+    model = helpers.tiny(num_hidden_layers=2, head_dim=64, max_position_embeddings=4096)
+    ids = helpers.prompt(1, 4000)
+    with kvpress.attach(model, recipe) as engine:
+        rest = {"max_new_tokens": 4, "do_sample": False, "prefill_chunk_size": chunk}
+        one = held(engine, ids, num_beams=1, **rest)
+        beams = held(engine, ids, num_beams=8, **rest)
+    assert beams[0] < 1.2 * one[0]
+    assert beams[-1] < 1.5 * one[-1]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_equal_prompts_run_once_and_different_ones_do_not(recipe: str) -> None:
+    model, ids = helpers.tiny(), helpers.prompt(3, 40)
+    batch = ids[[1, 0, 1, 2, 0]]
+    widths = []
+    layer = model.model.layers[0]
+    hook = layer.register_forward_pre_hook(lambda _, args: widths.append(len(args[0])))
+    with kvpress.attach(model, recipe) as engine, torch.no_grad():
+        cache, alone = engine.new_cache(), engine.new_cache()
+        logits = model(batch, past_key_values=cache, output_hidden_states=True)
+        expected = model(ids, past_key_values=alone, output_hidden_states=True)
+        assert widths == [3, 3]
+        for b, source in enumerate([1, 0, 1, 2, 0]):
+            torch.testing.assert_close(logits.logits[b], expected.logits[source])
+            torch.testing.assert_close(
+                logits.hidden_states[-1][b], expected.hidden_states[-1][source]
+            )
+            assert helpers.positions(cache, b) == helpers.positions(alone, source)
+        step = torch.tensor([[5], [6], [7], [8], [5]])
+        mixed = model(step, past_key_values=cache).logits
+        assert cache.check_integrity()
+        for b, source in enumerate([1, 0, 1, 2, 0]):
+            own = engine.new_cache()
+            model(ids[source : source + 1], past_key_values=own)
+            one = model(step[b : b + 1], past_key_values=own).logits
+            torch.testing.assert_close(mixed[b : b + 1], one, rtol=1e-4, atol=1e-5)
+            assert helpers.positions(cache, b) == helpers.positions(own)
+    hook.remove()
+
+
+def test_prompts_that_differ_in_padding_only_are_not_equal() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 20).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    with kvpress.attach(model, "full") as engine, torch.no_grad():
+        cache = engine.new_cache()
+        model(ids, attention_mask=mask, past_key_values=cache)
+        assert cache.states[0].seen_B.tolist() == [20, 15]
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "h2o:budget=0.3", "tova:budget=0.4"])
+def test_forks_go_on_as_if_each_were_alone(recipe: str) -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 60)
+    questions = [helpers.prompt(1, n, seed=n) for n in (7, 1, 12)]
+    with kvpress.attach(model, recipe) as engine, torch.no_grad():
+        context = engine.new_cache()
+        model(ids, past_key_values=context)
+        before = helpers.positions(context)
+        forks = [context.fork() for _ in questions]
+        answers = [[] for _ in questions]
+        for turn in range(6):
+            for fork, question, answer in zip(forks, questions, answers, strict=True):
+                token = answer[-1].argmax(-1, keepdim=True) if turn else question
+                answer.append(model(token, past_key_values=fork).logits[:, -1])
+                assert fork.check_integrity()
+        assert helpers.positions(context) == before
+        for question, answer, fork in zip(questions, answers, forks, strict=True):
+            alone, token = engine.new_cache(), question
+            model(ids, past_key_values=alone)
+            for given in answer:
+                expected = model(token, past_key_values=alone).logits[:, -1]
+                torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+                token = expected.argmax(-1, keepdim=True)
+            assert helpers.positions(fork) == helpers.positions(alone)
+
+
+def test_forks_share_bytes_and_their_end_gives_them_back() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 600)
+    with kvpress.attach(model, "snapkv:budget=0.5") as engine, torch.no_grad():
+        context = engine.new_cache()
+        model(ids, past_key_values=context)
+        alone = context.report()
+        fork = context.fork()
+        assert fork.report().bytes_shared > 0.98 * alone.bytes_held
+        assert alone.bytes_shared == 0
+        for token in range(40):
+            model(torch.tensor([[2 + token]]), past_key_values=fork)
+        pools = [state.store._pool for state in context.states]
+        together = sum(t.nbytes for pool in pools for t in pool.tensors())
+        assert together < 1.3 * alone.bytes_held
+        del fork
+        gc.collect()
+        assert context.check_integrity()
+        for token in range(40):
+            model(torch.tensor([[2 + token]]), past_key_values=context)
+        assert sum(t.nbytes for s in context.states for t in s.store._pool.tensors()) == together
+        assert context.report().bytes_shared == 0
+
+
+def test_dropping_most_sequences_gives_their_memory_back() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(8, 200)
+    with kvpress.attach(model, "full") as engine, torch.no_grad():
+        cache, one = engine.new_cache(), engine.new_cache()
+        model(ids, past_key_values=cache)
+        model(ids[3:4], past_key_values=one)
+        cache.batch_select_indices(torch.tensor([3]))
+        assert cache.report().bytes_held <= 1.01 * one.report().bytes_held
+        given, expected = (model(ids[3:4, :1], past_key_values=c).logits for c in (cache, one))
+        torch.testing.assert_close(given, expected)
+
+
+def test_a_large_crop_gives_memory_back() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 500)
+    with kvpress.attach(model, "full") as engine, torch.no_grad():
+        cache, short = engine.new_cache(), engine.new_cache()
+        model(ids, past_key_values=cache)
+        cache.crop(-450)
+        model(ids[:, :50], past_key_values=short)
+        assert cache.report().bytes_held <= 1.05 * short.report().bytes_held
+        given, expected = (model(ids[:, :9], past_key_values=c).logits for c in (cache, short))
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_deep_copy_is_independent(recipe: str) -> None:
+    model, ids = helpers.tiny(), helpers.prompt(2, 40)
+    with kvpress.attach(model, recipe) as engine, torch.no_grad():
+        cache = engine.new_cache()
+        model(ids, past_key_values=cache)
+        fork, other = cache.fork(), copy.deepcopy(cache)
+        assert other.report().bytes_shared == 0
+        step = torch.tensor([[5], [6]])
+        logits = [model(step, past_key_values=c).logits for c in (other, cache, fork)]
+        torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits[0], logits[2], rtol=1e-4, atol=1e-5)
+        assert all(c.check_integrity() for c in (cache, fork, other))
+
+
+def test_forks_may_run_in_threads() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 64)
+    arguments = {"max_new_tokens": 30, "do_sample": False}
+    with kvpress.attach(model, "keyformer:budget=0.5") as engine, torch.no_grad():
+        context = engine.new_cache()
+        model(ids, past_key_values=context)
+        questions = [torch.cat([ids, helpers.prompt(1, 5, seed=n)], dim=1) for n in range(4)]
+        expected = [
+            model.generate(q, past_key_values=context.fork(), **arguments) for q in questions
+        ]
+        given: dict[int, torch.Tensor] = {}
+
+        def ask(number: int, fork: object) -> None:
+            given[number] = model.generate(questions[number], past_key_values=fork, **arguments)
+
+        threads = [threading.Thread(target=ask, args=(n, context.fork())) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(given[n], expected[n]) for n in range(4))
