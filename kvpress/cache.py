@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvpress import saving
 from kvpress.errors import CacheError
 from kvpress.kinds import Fingerprint
 from kvpress.layer import Layer, LayerKind, Run, Tokens
@@ -172,9 +175,13 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 @dataclass
 class Lease:
-    """Whether the engine that made a cache is still attached. Copies of a cache share it."""
+    """What a cache knows of the engine that made it. Copies of a cache share it.
+
+    active: whether the engine is still attached. weights: tells which weights its model has.
+    """
 
     active: bool = True
+    weights: Callable[[], str] = lambda: ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
         return self
@@ -329,6 +336,50 @@ class EngineCache(Cache):
             theirs.state = ours.state.fork(other._run)
             theirs.is_initialized = ours.is_initialized
         return other
+
+    def save(self, path: str | Path) -> None:
+        """Writes the cache to a safetensors file, whole or not at all.
+
+        `engine.load_cache` reads it. Tokens that could still be taken back become final. Raises
+        CacheError if a forward pass was interrupted, or the engine is gone.
+        """
+        self.check_whole()
+        saving.save(path, self.states, {**self._facts(), "settings": self._settings()})
+
+    def load(self, path: str | Path, devices: Mapping[int, torch.device]) -> None:
+        """Becomes what another cache was when it was saved; see `engine.load_cache`.
+
+        devices: where the layers of the model are. Raises CacheFileError; nothing changes then.
+        """
+        self._apply(saving.check(path, self._facts())["settings"])
+        saving.load(path, self.states, self._facts(), devices)
+        for layer in self._engine_layers:
+            layer.is_initialized = layer.state.store is not None
+
+    def _facts(self) -> dict[str, str]:
+        """What a file and its reader must agree on."""
+        return {
+            "model": str(self.fingerprint),
+            "weights": self._lease.weights(),
+            "policy": str(self.recipe),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """What a saved cache needs besides its layers, as plain values."""
+        dtype = self._run.cache_dtype
+        return {
+            "horizon": self._horizon,
+            "page_slots": self._run.page_slots,
+            "cache_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            "notes": list(self.notes),
+        }
+
+    def _apply(self, settings: dict[str, Any]) -> None:
+        dtype = settings["cache_dtype"]
+        self._run.cache_dtype = None if dtype is None else getattr(torch, dtype)
+        self._run.page_slots, self._horizon = settings["page_slots"], settings["horizon"]
+        self._run.horizon = self._horizon or DEFAULT_HORIZON
+        self.notes.update(dict.fromkeys(settings["notes"]))
 
     def kept_positions(self, layer: int, sequence: int = 0, head: int = 0) -> list[int]:
         """The sorted logical positions that one row still holds. Padding has no position."""

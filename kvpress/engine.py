@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from kvpress import saving
 from kvpress.attachment import Attachment, cache_name, check_model
 from kvpress.cache import EngineCache, Lease
 from kvpress.errors import AttachError, CacheError, PolicyError
@@ -59,7 +62,9 @@ class Engine:
         self.model, self.recipe, self._page_slots = model, recipe, page_size
         self._cache_dtype = cache_dtype
         self._cache: EngineCache | None = None
-        self._lease = Lease()
+        self._weights: str | None = None
+        engine = weakref.ref(self)  # a cache keeps neither the engine nor the model alive
+        self._lease = Lease(weights=lambda: _identity(engine()))
         self.fingerprint = check_model(model)
         self._attachment: Attachment | None = Attachment(model, self.new_cache)
 
@@ -105,6 +110,23 @@ class Engine:
         self._cache = cache  # what is returned stays this call's own when threads share an engine
         return cache
 
+    def load_cache(self, path: str | Path) -> EngineCache:
+        """The cache that `cache.save(path)` wrote, to go on exactly where it was.
+
+        The file is checked byte by byte. Raises CacheFileError if it is not whole, or comes from
+        another model, other weights, another policy or another version of the engine.
+        """
+        cache = self.new_cache()
+        cache.load(path, saving.layer_devices(self.model))
+        return cache
+
+    @property
+    def weights(self) -> str:
+        """A digest of the model's weights, made when it is first needed."""
+        if self._weights is None:
+            self._weights = saving.identity(self.model)
+        return self._weights
+
     @property
     def cache(self) -> EngineCache:
         """The newest cache of this engine. Raises AttachError before the first call."""
@@ -148,3 +170,12 @@ class Engine:
         """The ledger of a cache, by default the newest: slots, bytes, seconds per stage, notes."""
         name = getattr(self.model.config, "name_or_path", "") or type(self.model).__name__
         return (cache or self.cache).report(name)
+
+
+def _identity(engine: Engine | None) -> str:
+    if engine is None:
+        raise CacheError(
+            "The engine that made this cache is gone, and with it what identifies its model. Save a"
+            " cache while its engine exists."
+        )
+    return engine.weights

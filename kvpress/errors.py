@@ -30,6 +30,10 @@ class CacheError(KVPressError, RuntimeError):
     """A cache used in a way that it cannot answer correctly."""
 
 
+class CacheFileError(CacheError):
+    """A file from which no cache can be loaded."""
+
+
 class MaskError(KVPressError, ValueError):
     """An attention mask that the engine cannot honour."""
 

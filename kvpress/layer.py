@@ -136,8 +136,7 @@ class Layer:
         self.seen_B, self.quota_R = self.seen_B[chosen], self.quota_BH[chosen].flatten()
         self.recent_B, self.decoded_B = self.recent_B[chosen], self.decoded_B[chosen]
         self.draft_weights = [weights[chosen] for weights in self.draft_weights]
-        self._in_step = self._excess = None
-        self._limit_pages()
+        self.refresh()
 
     def contents(self) -> list[tuple[int, ...]]:
         """For each sequence, what tells whether it holds the same as another one."""
@@ -264,18 +263,23 @@ class Layer:
         """Makes the store for rows of this shape."""
         batch, heads, _, key_width = key_BHPD.shape
         self.token_dtype = key_BHPD.dtype
-        dtype = self.run.cache_dtype or self.token_dtype
-        columns = {
-            KEY: Column((key_width,), dtype, slot_last=True),
-            VALUE: Column((value_BHPD.shape[-1],), dtype),
-        }
-        if self.recipe.accumulates:
-            columns[MASS] = Column((), torch.float32, volatile=True)
+        columns = self.columns(key_width, value_BHPD.shape[-1])
         self.store = PagedRows(batch, heads, columns, self.run.page_slots, key_BHPD.device)
         self.seen_B = torch.zeros(batch, dtype=torch.int64)
         self.decoded_B, self.recent_B = torch.zeros_like(self.seen_B), torch.zeros_like(self.seen_B)
         self._in_step = self._excess = None
         self.quota_R = torch.full((batch * heads,), UNLIMITED)
+
+    def columns(self, key_width: int, value_width: int) -> dict[str, Column]:
+        """What the store keeps of a slot."""
+        dtype = self.run.cache_dtype or self.token_dtype
+        columns = {
+            KEY: Column((key_width,), dtype, slot_last=True),
+            VALUE: Column((value_width,), dtype),
+        }
+        if self.recipe.accumulates:
+            columns[MASS] = Column((), torch.float32, volatile=True)
+        return columns
 
     @property
     def headroom(self) -> int:
@@ -362,6 +366,11 @@ class Layer:
     def rows_changed(self) -> None:
         """Forgets what was known of the counts of rows."""
         self._excess = None
+
+    def refresh(self) -> None:
+        """Forgets everything that was derived from a state that was replaced."""
+        self._in_step = self._excess = None
+        self._limit_pages()
 
     def append(self, tokens: Tokens, group: Sequence[int], before_b: Tensor) -> None:
         """Stores new tokens of some sequences behind those that are there."""

@@ -299,6 +299,7 @@ class PagedRows:
         """Drops the last `tokens` slots of every row, and its pages that are then empty."""
         self._set_counts((self.counts - tokens).clamp_min(0))
         self._owned = torch.minimum(self._owned, self._pages_for(self.counts))
+        self._set_table(self._table[:, : int(self._owned.max())])
         self._pool.trim()
 
     def trim(self) -> None:
@@ -307,13 +308,11 @@ class PagedRows:
 
     def owned_pages(self) -> Tensor:
         """The pages of all rows, as often as rows hold them: int64, on the host."""
-        held_RW = torch.arange(self._table.shape[1]) < self._owned[:, None]
-        return self._table[held_RW].long()
+        return self._table[self._held_RW].long()
 
     def pages_of_sequences(self) -> list[list[int]]:
         """The counts and pages of all rows of each sequence; equal ones hold the same slots."""
-        held_RW = torch.arange(self._table.shape[1]) < self._owned[:, None]
-        pages_RW = self._table.long().masked_fill(~held_RW, -1)
+        pages_RW = self._table.long().masked_fill(~self._held_RW, -1)
         rows_RX = torch.cat([self.counts[:, None], pages_RW], dim=1)
         own = self._aside is None and not self._pool.lent  # then no page has two users
         return [
@@ -323,24 +322,62 @@ class PagedRows:
 
     def renumber(self, place_P: Tensor) -> None:
         """Follows the pages to their new places in the pool."""
-        held_RW = torch.arange(self._table.shape[1]) < self._owned[:, None]
-        self._set_table(torch.where(held_RW, place_P[self._table.long()], 0).int())
+        self._set_table(self._renumbered(place_P))
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the rows hold, in as many pages as they need: tensors on the host."""
+        live_N = torch.unique(self.owned_pages())
+        place_P = torch.zeros(self._pool.pages, dtype=torch.int64)
+        place_P[live_N] = torch.arange(len(live_N))
+        pages = {
+            f"page.{name}": self._pool[name].index_select(0, live_N.to(self.device)).cpu()
+            for name in self.columns
+        }
+        aside = {} if self._aside is None else self._aside.columns
+        beside = {f"aside.{name}": column.cpu().contiguous() for name, column in aside.items()}
+        books = {
+            "counts": self.counts.clone(),
+            "table": self._renumbered(place_P),
+            "owned": self._owned.clone(),
+        }
+        return {**books, **pages, **beside}
+
+    @classmethod
+    def from_state(
+        cls, state: Mapping[str, Tensor], columns: Mapping[str, Column], heads: int, device: Any
+    ) -> PagedRows:
+        """The store that gave `state`, on a device."""
+        pages, page_slots = state[f"page.{POSITION}"].shape
+        rows = len(state["counts"])
+        store = cls(rows // heads, heads, columns, page_slots, torch.device(device))
+        store._pool.leave(store)
+        store._join(PagePool(store.columns, page_slots, store.device, pages))
+        for name in store.columns:
+            store._pool[name].copy_(state[f"page.{name}"])
+        store._pool.lent = True  # rows may share pages
+        store._owned = state["owned"].clone()
+        store._set_counts(state["counts"].clone())
+        store._set_table(state["table"].clone())
+        aside = {n: state[f"aside.{n}"] for n in store._volatile if f"aside.{n}" in state}
+        if aside:
+            store._aside = Aside({n: x.to(store.device, copy=True) for n, x in aside.items()})
+        return store
 
     def check_integrity(self) -> bool:
         """True if no page is lost or shared by rows that cannot share it, and every row fits.
 
         Raises CacheError otherwise.
         """
+        members = list(self._pool.members)  # none of them may end meanwhile
         pages, free = self._pool.pages, self._pool.free_pages()
-        used = set(torch.cat([m.owned_pages() for m in self._pool.members]).tolist())
+        used = set(torch.cat([store.owned_pages() for store in members]).tolist())
         if sorted([*used, *free]) != list(range(pages)):
             raise CacheError(
                 f"{pages} pages, but {len(used)} in use and {len(free)} free do not add up."
             )
         head_R = torch.arange(len(self.counts)) % self.heads
         place_RW = head_R[:, None] * 2**32 + torch.arange(self._table.shape[1])
-        held_RW = torch.arange(self._table.shape[1]) < self._owned[:, None]
-        pages_N, places_N = self._table[held_RW].tolist(), place_RW[held_RW].tolist()
+        pages_N, places_N = self.owned_pages().tolist(), place_RW[self._held_RW].tolist()
         if len(set(pages_N)) != len(set(zip(pages_N, places_N, strict=True))):
             raise CacheError("Rows of different heads, or different parts of rows, share a page.")
         if bool((self.counts > self._owned * self.page_slots).any()):
@@ -376,6 +413,17 @@ class PagedRows:
         address_RS, held_RS = self.addresses(sequences)
         values_RS = values_RS[:, : address_RS.shape[1]]
         self._scatter(name, address_RS[held_RS], values_RS[held_RS])
+
+    @property
+    def _held_RW(self) -> Tensor:
+        """Which entries of the page table name a page."""
+        return torch.arange(self._table.shape[1]) < self._owned[:, None]
+
+    def _renumbered(self, place_P: Tensor) -> Tensor:
+        """The page table with the page p called `place_P[p]`."""
+        table, held_RW = torch.zeros_like(self._table), self._held_RW
+        table[held_RW] = place_P[self._table[held_RW].long()].int()
+        return table
 
     def _pages_for(self, counts: Tensor) -> Tensor:
         return -(-counts // self.page_slots)
@@ -426,7 +474,7 @@ class PagedRows:
         if total == 0:
             return
         fresh = self._pool.take(total, self.most_pages)
-        width = int((self._owned + missing).max())
+        width = max(self._table.shape[1], int((self._owned + missing).max()))
         table = torch.zeros(len(counts), width, dtype=torch.int32)
         table[:, : self._table.shape[1]] = self._table
         for row in missing.nonzero().flatten().tolist():

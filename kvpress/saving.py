@@ -1,0 +1,135 @@
+"""Caches as files: everything that a cache needs to go on exactly as if it had not been saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import safe_open
+from torch import Tensor
+
+from kvpress import __version__, sealed
+from kvpress.drafts import commit
+from kvpress.errors import CacheFileError
+from kvpress.layer import Layer
+from kvpress.store import PagedRows
+
+FORMAT = 1  # of the file; another one is refused
+_SAMPLE = 64  # elements of every weight that identify a model
+_NUMBERS = ("columns_seen", "evicted_at", "padded_at")
+_PER_SEQUENCE = ("seen_B", "decoded_B", "quota_R", "recent_B")
+
+
+def save(path: str | Path, layers: Sequence[Layer], facts: Mapping[str, Any]) -> None:
+    """Writes the layers of a cache to a file, with what tells which cache it is.
+
+    facts: `model`, `weights` and `policy`, which a reader must have too, and `settings`. Drafted
+    tokens become final first.
+    """
+    for layer in layers:
+        commit(layer)
+    tensors = {
+        f"{layer.kind.index}.{name}": tensor
+        for layer in layers
+        for name, tensor in _layer_tensors(layer).items()
+    }
+    numbers = [_layer_numbers(layer) for layer in layers]
+    sealed.write(path, tensors, {**_VERSIONS, **facts, "layers": numbers})
+
+
+def load(
+    path: str | Path,
+    layers: Sequence[Layer],
+    expected: Mapping[str, Any],
+    devices: Mapping[int, torch.device],
+) -> None:
+    """Fills empty layers from a file. It is mapped into memory and copied layer by layer.
+
+    expected: the facts that must agree. devices: where the layers of the model are; -1: any other.
+    Raises CacheFileError; `check` raised it before, if anything did not agree.
+    """
+    numbers = check(path, expected)["layers"]
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+        for layer, known in zip(layers, numbers, strict=True):
+            prefix = f"{layer.kind.index}."
+            own = [name for name in names if name.startswith(prefix)]
+            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in own}
+            if known is not None:
+                _fill(layer, known, tensors, devices.get(layer.kind.index, devices[-1]))
+
+
+def check(path: str | Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a file. Raises CacheFileError if it is not whole, or not what is expected."""
+    facts = sealed.metadata(path)
+    for name, ours in {**_VERSIONS, **expected}.items():
+        if facts.get(name) != ours:
+            raise CacheFileError(
+                f"{path} was saved with {name}={facts.get(name)!r}, but here it is {ours!r}."
+                f" {_REMEDY[name]}"
+            )
+    return facts
+
+
+def identity(model: torch.nn.Module) -> str:
+    """A digest of a model's weights: names, shapes, dtypes and a sample of the values of each."""
+    digest = xxhash.xxh3_128()
+    for name, weight in sorted(model.state_dict(keep_vars=False).items()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        if type(weight) is Tensor and weight.device.type != "meta" and weight.numel():
+            step = max(1, weight.numel() // _SAMPLE)
+            sample = weight.detach().reshape(-1)[::step][:_SAMPLE].cpu()
+            digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def layer_devices(model: torch.nn.Module) -> dict[int, torch.device]:
+    """Where each layer of a model is; -1: where the model as a whole is."""
+    devices = {-1: next((p.device for p in model.parameters()), torch.device("cpu"))}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        device = next((p.device for p in module.parameters()), None)
+        if isinstance(index, int) and device is not None and device.type != "meta":
+            devices[index] = device
+    return devices
+
+
+def _layer_numbers(state: Layer) -> dict[str, Any] | None:
+    """The numbers of a layer; None for one without tokens."""
+    if state.store is None:
+        return None
+    numbers = {name: getattr(state, name) for name in _NUMBERS}
+    return {**numbers, "token_dtype": str(state.token_dtype).removeprefix("torch.")}
+
+
+def _layer_tensors(state: Layer) -> dict[str, Tensor]:
+    if state.store is None:
+        return {}
+    counters = {name: getattr(state, name).clone() for name in _PER_SEQUENCE}
+    return {**counters, **state.store.state()}
+
+
+def _fill(
+    layer: Layer, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device
+) -> None:
+    for name in _NUMBERS:
+        setattr(layer, name, numbers[name])
+    layer.token_dtype = getattr(torch, numbers["token_dtype"])
+    for name in _PER_SEQUENCE:
+        setattr(layer, name, tensors[name].clone())
+    columns = layer.columns(tensors["page.key"].shape[1], tensors["page.value"].shape[2])
+    layer.store = PagedRows.from_state(tensors, columns, layer.kind.heads, device)
+    layer.refresh()
+
+
+_VERSIONS = {"format": FORMAT, "engine": __version__}
+_REMEDY = {
+    "format": "Save it again with this version of the engine.",
+    "engine": "Save it again with this version of the engine, or install that one.",
+    "model": "Load the model that it was made with.",
+    "weights": "Load the weights that it was made with, in the same dtype and quantisation.",
+    "policy": "Attach the engine with that policy.",
+}

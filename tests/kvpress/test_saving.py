@@ -1,0 +1,211 @@
+"""Saved caches: what is loaded goes on as if it had not been saved, and nothing else is loaded."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import signal
+import time
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import kvpress
+from kvpress import sealed
+from kvpress.errors import CacheError, CacheFileError
+
+RECIPES = [
+    "full",
+    "snapkv:budget=0.5,window=8",
+    "streaming_llm:budget=0.5",
+    "keyformer:budget=0.5",
+    "h2o:budget=0.4,interval=7",
+    "tova:budget=24KiB",
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_loaded_cache_goes_on_where_it_was(recipe: str, family: str, tmp_path: Path) -> None:
+    model, (ids, mask) = helpers.tiny(family), helpers.padded([60, 31], "left")
+    file, steps = tmp_path / "cache.safetensors", helpers.prompt(2, 12, seed=3).split(1, dim=1)
+    with kvpress.attach(model, recipe) as engine, torch.no_grad():
+        cache = engine.new_cache(max_new_tokens=20)
+        model(ids, attention_mask=mask, past_key_values=cache)
+        model(steps[0], past_key_values=cache)
+        cache.save(file)
+        held = helpers.positions(cache), helpers.positions(cache, 1)
+        expected = [model(step, past_key_values=cache).logits for step in steps]
+    with kvpress.attach(helpers.tiny(family), recipe) as other, torch.no_grad():
+        loaded = other.load_cache(file)
+        assert loaded.check_integrity()
+        assert (helpers.positions(loaded), helpers.positions(loaded, 1)) == held
+        given = [other.model(step, past_key_values=loaded).logits for step in steps]
+    torch.testing.assert_close(given, expected, rtol=0, atol=0)
+    assert loaded.report().slots_kept == cache.report().slots_kept
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_next_turn_of_a_loaded_chat_is_the_same(tmp_path: Path) -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 50)
+    arguments = {"max_new_tokens": 12, "do_sample": False}
+    with kvpress.attach(model, "keyformer:budget=0.5") as engine:
+        first = engine.generate(ids, **arguments)
+        engine.cache.save(tmp_path / "chat")
+        longer = torch.cat([first, helpers.prompt(1, 9, seed=4)], dim=1)
+        expected = engine.generate(longer, cache=engine.cache, **arguments)
+        loaded = engine.load_cache(tmp_path / "chat")
+        assert torch.equal(engine.generate(longer, cache=loaded, **arguments), expected)
+
+
+def test_beams_forks_and_half_precision_are_saved_with_their_own_pages_only(tmp_path: Path) -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 300)
+    recipe, dtype = "keyformer:budget=0.5", torch.bfloat16
+    with kvpress.attach(model, recipe, cache_dtype=dtype, page_size=8) as engine, torch.no_grad():
+        cache = engine.new_cache()
+        model(ids, past_key_values=cache)
+        cache.save(tmp_path / "one")
+        fork = cache.fork()
+        model(ids, past_key_values=fork)
+        fork.batch_repeat_interleave(4)
+        fork.save(tmp_path / "beams")
+        step = torch.tensor([[5], [6], [7], [8]])
+        expected = model(step, past_key_values=fork).logits
+    with kvpress.attach(helpers.tiny(), recipe) as other, torch.no_grad():
+        loaded = other.load_cache(tmp_path / "beams")
+        assert other.model(step, past_key_values=loaded).logits.equal(expected)
+        assert loaded.states[0].store.pool("key").dtype == dtype
+        assert loaded.check_integrity()
+    sizes = [(tmp_path / name).stat().st_size for name in ("one", "beams")]
+    assert sizes[1] < 2.6 * sizes[0]  # twice the tokens, four masses
+
+
+def test_an_empty_cache_can_be_saved(tmp_path: Path) -> None:
+    with kvpress.attach(helpers.tiny(), "full") as engine:
+        engine.new_cache().save(tmp_path / "cache")
+        assert engine.load_cache(tmp_path / "cache").get_seq_length() == 0
+
+
+def saved(path: Path, recipe: str = "h2o", tokens: int = 8) -> object:
+    engine = kvpress.attach(helpers.tiny(num_hidden_layers=1), recipe, page_size=4)
+    with torch.no_grad():
+        engine.model(helpers.prompt(1, tokens))
+    engine.cache.save(path)
+    return engine
+
+
+def test_every_altered_byte_is_noticed(tmp_path: Path) -> None:
+    engine, draw = saved(tmp_path / "cache"), random.Random(0)
+    whole = (tmp_path / "cache").read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    places = [draw.randrange(header) for _ in range(500)]
+    places += [draw.randrange(len(whole)) for _ in range(500)]
+    for place in places:
+        altered = bytearray(whole)
+        altered[place] ^= draw.randrange(1, 256)
+        (tmp_path / "cache").write_bytes(altered)
+        with pytest.raises(CacheFileError):
+            engine.load_cache(tmp_path / "cache")
+    (tmp_path / "cache").write_bytes(whole)
+    assert engine.load_cache(tmp_path / "cache").get_seq_length() == 8
+
+
+def test_every_cut_and_every_addition_is_noticed(tmp_path: Path) -> None:
+    engine = saved(tmp_path / "cache")
+    whole = (tmp_path / "cache").read_bytes()
+    for data in (*(whole[:n] for n in range(0, len(whole), 97)), whole + b"\0", b"", b"{}"):
+        (tmp_path / "cache").write_bytes(data)
+        with pytest.raises(CacheFileError, match="cut off or altered"):
+            engine.load_cache(tmp_path / "cache")
+
+
+def test_files_of_others_are_refused(tmp_path: Path) -> None:
+    engine, file = saved(tmp_path / "cache"), tmp_path / "cache"
+    with pytest.raises(CacheFileError, match="cannot be read"):
+        engine.load_cache(tmp_path / "missing")
+    facts, tensors = sealed.metadata(file), load_file(file)
+    for name, value, remedy in (
+        ("engine", "0.0.9", "install that one"),
+        ("format", 99, "this version of the engine"),
+    ):
+        sealed.write(tmp_path / "other", tensors, facts | {name: value})
+        with pytest.raises(CacheFileError, match=rf"{name}={value!r}.*{remedy}"):
+            engine.load_cache(tmp_path / "other")
+    save_file(tensors, tmp_path / "other", {k: json.dumps(v) for k, v in facts.items()})
+    with pytest.raises(CacheFileError, match="no checksum"):
+        engine.load_cache(tmp_path / "other")
+    engine.detach()
+    with pytest.raises(CacheFileError, match=r"policy=.*Attach the engine with that policy"):
+        kvpress.attach(helpers.tiny(num_hidden_layers=1), "full").load_cache(file)
+    with pytest.raises(CacheFileError, match="Load the model that it was made with"):
+        kvpress.attach(helpers.tiny(), "h2o").load_cache(file)
+    changed = helpers.tiny(num_hidden_layers=1)
+    with torch.no_grad():
+        changed.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(CacheFileError, match="Load the weights that it was made with"):
+        kvpress.attach(changed, "h2o").load_cache(file)
+
+
+def test_a_cache_that_cannot_be_saved_leaves_the_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = saved(tmp_path / "cache")
+    before = (tmp_path / "cache").read_bytes()
+
+    def full_disk(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(sealed, "_checksum", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        engine.cache.save(tmp_path / "cache")
+    assert (tmp_path / "cache").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+    with pytest.raises(OSError, match="No such file"):
+        saved(tmp_path / "no folder" / "cache")
+
+
+def test_a_cache_does_not_keep_its_model_alive_and_cannot_be_saved_without_it(
+    tmp_path: Path,
+) -> None:
+    import gc
+
+    engine = saved(tmp_path / "cache")
+    cache = engine.cache
+    del engine
+    gc.collect()
+    with pytest.raises(CacheError, match="engine that made this cache is gone"):
+        cache.save(tmp_path / "cache")
+
+
+def _save_for_ever(path: str, started: object) -> None:
+    torch.set_num_threads(1)
+    engine = saved(Path(path), "full", tokens=1000)
+    started.set()
+    while True:
+        engine.cache.save(path)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+def test_a_process_killed_while_saving_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "kvpress.engine", "helpers"])
+    file, draw = tmp_path / "cache", random.Random(0)
+    engine = saved(file, "full", tokens=20)
+    partial = 0
+    for _ in range(100):
+        started = context.Event()
+        process = context.Process(target=_save_for_ever, args=(str(file), started))
+        process.start()
+        assert started.wait(60)
+        time.sleep(draw.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        for left in tmp_path.glob(".*.partial"):
+            left.unlink()
+            partial += 1
+        assert engine.load_cache(file).get_seq_length() == 1000
+    assert partial > 0  # some were killed in the middle of it

@@ -1,0 +1,192 @@
+"""Random sequences of operations on stores that share pages, against plain lists of slots."""
+
+from __future__ import annotations
+
+import helpers
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvpress.store import Column, PagedRows, Survivors
+
+NAMES = ("position", "key", "value", "mass")
+COLUMNS = {
+    "key": Column((4,), torch.float32, slot_last=True),
+    "value": Column((3,), torch.float16),
+    "mass": Column((), torch.float32, volatile=True),
+}
+MOST_STORES = 4
+
+
+class Twin:
+    """A store, and what it should hold: for each row a list of slots, in any order.
+
+    tail: how many tokens were appended to every row since slots last changed their order.
+    """
+
+    def __init__(self, store: PagedRows, rows: list[list[tuple]], tail: int = 0) -> None:
+        self.store, self.rows, self.tail = store, rows, tail
+
+    def copy_of(self, store: PagedRows, sequences: list[int] | None = None) -> Twin:
+        heads = store.heads
+        chosen = range(store.sequences) if sequences is None else sequences
+        rows = [list(self.rows[b * heads + h]) for b in chosen for h in range(heads)]
+        return Twin(store, rows, self.tail)
+
+
+class Stores(RuleBasedStateMachine):
+    """Appends, evictions, crops, beams, forks and files, on up to four stores."""
+
+    @initialize(
+        sequences=st.integers(1, 3), heads=st.integers(1, 2), page=st.sampled_from([1, 3, 4])
+    )
+    def start(self, sequences: int, heads: int, page: int) -> None:
+        torch.manual_seed(0)
+        store = PagedRows(sequences, heads, COLUMNS, page, torch.device("cpu"))
+        self.twins = [Twin(store, [[] for _ in range(sequences * heads)])]
+        self.seen = 0
+
+    @rule(data=st.data(), tokens=st.integers(0, 9), everywhere=st.booleans())
+    def append(self, data: st.DataObject, tokens: int, everywhere: bool) -> None:
+        twin = self.pick(data)
+        store = twin.store
+        some = st.lists(st.integers(0, store.sequences - 1), unique=True, min_size=1)
+        chosen = list(range(store.sequences)) if everywhere else data.draw(some)
+        shape = (len(chosen), store.heads, tokens)
+        columns = {
+            "position": torch.arange(self.seen, self.seen + tokens).expand(shape),
+            "key": torch.randn(*shape, 4),
+            "value": torch.randn(*shape, 3).half(),
+            "mass": torch.randn(shape),
+        }
+        store.append(columns, chosen)
+        for b, sequence in enumerate(chosen):
+            for h in range(store.heads):
+                new = [tuple(columns[n][b, h, t].tolist() for n in NAMES) for t in range(tokens)]
+                twin.rows[sequence * store.heads + h].extend(new)
+        self.seen += tokens
+        twin.tail = twin.tail + tokens if len(chosen) == store.sequences else 0
+
+    @rule(data=st.data())
+    def decode(self, data: st.DataObject) -> None:
+        """Appends through the reservation that the fused step uses."""
+        twin = self.pick(data)
+        twin.store.reserve_one()
+        self.append_one(twin)
+
+    def append_one(self, twin: Twin) -> None:
+        store, shape = twin.store, (twin.store.sequences, twin.store.heads, 1)
+        columns = {"position": torch.full(shape, self.seen), "key": torch.randn(*shape, 4)}
+        store.append(columns)
+        for r, row in enumerate(twin.rows):
+            key = columns["key"].flatten(0, 1)[r, 0].tolist()
+            row.append((self.seen, key, [0.0] * 3, 0.0))
+        self.seen, twin.tail = self.seen + 1, twin.tail + 1
+
+    @rule(data=st.data())
+    def evict(self, data: st.DataObject) -> None:
+        twin = self.pick(data)
+        store = twin.store
+        chosen = (store.counts > 0) & (torch.rand(len(store.counts)) < 0.7)
+        slot = (torch.rand(len(store.counts)) * store.counts).long()
+        victims = store.dense("position").flatten(0, 1)
+        for r in chosen.nonzero().flatten().tolist():
+            gone = int(victims[r, slot[r]])
+            twin.rows[r] = [s for s in twin.rows[r] if s[0] != gone]
+        row = chosen.nonzero().flatten()
+        store.evict_one(row, slot[row])
+        twin.tail = 0
+
+    @rule(data=st.data(), share=st.floats(0, 1), headroom=st.integers(0, 3))
+    def compact(self, data: st.DataObject, share: float, headroom: int) -> None:
+        """Keeps the newest slots of every row."""
+        twin = self.pick(data)
+        store, everybody = twin.store, range(twin.store.sequences)
+        columns = store.dense_by_position(everybody)
+        counts = (store.counts_BH * share).long()
+        newest = {name: x.flip(2) for name, x in columns.items()}
+        store.fill([Survivors(tuple(everybody), newest, counts)], headroom)
+        for r, row in enumerate(twin.rows):
+            twin.rows[r] = sorted(row, reverse=True)[: int(counts.flatten()[r])]
+        twin.tail = 0
+
+    @rule(data=st.data())
+    def write(self, data: st.DataObject) -> None:
+        twin = self.pick(data)
+        mass, position = torch.randn(twin.store.dense("mass").shape), twin.store.dense("position")
+        twin.store.write("mass", mass)
+        for r, row in enumerate(twin.rows):
+            places = position.flatten(0, 1)[r].tolist()
+            now = dict(zip(places, mass.flatten(0, 1)[r].tolist(), strict=True))
+            twin.rows[r] = [(*s[:3], now[s[0]]) for s in row]
+
+    @precondition(lambda self: any(twin.tail for twin in self.twins))
+    @rule(data=st.data())
+    def crop(self, data: st.DataObject) -> None:
+        able = [n for n, twin in enumerate(self.twins) if twin.tail]
+        twin = self.twins[data.draw(st.sampled_from(able))]
+        tokens = data.draw(st.integers(1, twin.tail))
+        twin.store.truncate(tokens)
+        twin.rows = [row[: len(row) - tokens] for row in twin.rows]
+        twin.tail -= tokens
+
+    @rule(data=st.data())
+    def select(self, data: st.DataObject) -> None:
+        """Reorders, repeats and drops sequences, as beams do."""
+        twin = self.pick(data)
+        one = st.integers(0, twin.store.sequences - 1)
+        index = data.draw(st.lists(one, min_size=1, max_size=4))
+        self.twins[self.twins.index(twin)] = twin.copy_of(twin.store.select_sequences(index), index)
+        del twin
+        for left in self.twins:
+            left.store.trim()
+
+    @precondition(lambda self: len(self.twins) < MOST_STORES)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        twin = self.pick(data)
+        everybody = range(twin.store.sequences)
+        self.twins.append(twin.copy_of(twin.store.select_sequences(everybody)))
+
+    @precondition(lambda self: len(self.twins) > 1)
+    @rule(data=st.data())
+    def drop(self, data: st.DataObject) -> None:
+        self.twins.remove(self.pick(data))
+
+    @rule(data=st.data())
+    def save_and_load(self, data: st.DataObject) -> None:
+        twin = self.pick(data)
+        store = twin.store
+        state = {name: tensor.clone() for name, tensor in store.state().items()}
+        loaded = PagedRows.from_state(state, COLUMNS, store.heads, store.device)
+        self.twins[self.twins.index(twin)] = twin.copy_of(loaded)
+
+    @rule(data=st.data())
+    def settle(self, data: st.DataObject) -> None:
+        """Asks whether pages are shared, which puts volatile columns back where none are."""
+        self.pick(data).store.shares  # noqa: B018
+
+    @invariant()
+    def contents_are_equal_and_bytes_exact(self) -> None:
+        for twin in getattr(self, "twins", []):
+            dense = {n: twin.store.dense(n).flatten(0, 1).tolist() for n in NAMES}
+            for r, row in enumerate(twin.rows):
+                count = int(twin.store.counts[r])
+                held = [tuple(dense[n][r][s] for n in NAMES) for s in range(count)]
+                assert sorted(held) == sorted(row)
+            assert twin.store.check_integrity()
+            assert twin.store.nbytes == helpers.live_storages(twin.store)
+
+    def pick(self, data: st.DataObject) -> Twin:
+        # Not sampled_from: it would keep stores alive.
+        return self.twins[data.draw(st.integers(0, len(self.twins) - 1))]
+
+
+TestStores = Stores.TestCase
+TestStores.settings = settings(
+    max_examples=60,
+    stateful_step_count=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
