@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,21 @@ from kvpress.pipe import attend
 from kvpress.policy import Recipe
 
 _TAG = "kvpress_layer"  # the attribute by which a returned key tensor names its cache layer
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def uncompiled(function: _F) -> _F:
+    """The function, left out of what torch.compile traces, with everything that it calls.
+
+    What happens to a cache depends on counts and tags on the host, which no graph can hold.
+    """
+    reason = (
+        "kvpress: a compressed cache is kept by ordinary Python code between the compiled"
+        " parts of a model, so one graph is impossible. Compile without fullgraph=True."
+    )
+    disable: Callable[..., _F] = torch.compiler.disable
+    explains = "reason" in inspect.signature(disable).parameters  # older torch has none
+    return disable(function, reason=reason) if explains else disable(function)
 
 
 class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -110,7 +127,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 f"crop({tokens_to_remove}): give the number of tokens to remove as a negative"
                 " integer, as transformers 5 does."
             )
-        self.state.crop(-tokens_to_remove)
+        self.state.crop(-int(tokens_to_remove))  # transformers 5.16 counts in tensors
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes what sequence `beam_idx[i]` was."""
@@ -219,6 +236,8 @@ class EngineCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Takes the new keys and values of one layer. Raises CacheError for another model's."""
+        if torch.compiler.is_dynamo_compiling():  # free otherwise; a decorator costs a microsecond
+            return _update_uncompiled(self, key_states, value_states, layer_idx)
         if layer_idx >= len(self.layers):
             raise CacheError(
                 f"Layer {layer_idx} does not exist in this cache of {self.fingerprint}. Make a"
@@ -263,7 +282,7 @@ class EngineCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens of every layer, or of none at all."""
         for state in self.states:
-            state.check_crop(max(0, -tokens_to_remove))
+            state.check_crop(max(0, -int(tokens_to_remove)))
         super().crop(tokens_to_remove)
 
     def activate_past_recording(self) -> None:
@@ -325,6 +344,8 @@ class EngineCache(Cache):
         """The state of every layer."""
         return [layer.state for layer in self._engine_layers]
 
+
+_update_uncompiled = uncompiled(EngineCache.update)
 
 DEFAULT_HORIZON = 256  # new tokens assumed by schedules when nobody said how many will be generated
 

@@ -97,6 +97,15 @@ def test_a_crop_that_cannot_be_exact_is_refused(recipe: str, tokens: int, messag
     assert helpers.positions(cache) == before
 
 
+def test_a_crop_by_a_tensor_counts_in_integers() -> None:
+    """As transformers 5.16 does after it rejected tokens."""
+    ids = helpers.prompt(1, 20)
+    model, _, cache = after("full", ids)
+    cache.crop(torch.tensor(-2))
+    assert [type(state.columns_seen) for state in cache.states] == [int] * 3
+    assert model(ids[:, :1], past_key_values=cache).past_key_values.get_seq_length() == 19
+
+
 def test_a_crop_behind_padding_is_refused() -> None:
     model = helpers.tiny()
     ids, mask = helpers.padded([20, 7], "right")
