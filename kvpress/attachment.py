@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kvpress import twins
 from kvpress.attend import prompt_attention
-from kvpress.cache import EngineCache, tagged_layer
+from kvpress.cache import EngineCache, tagged_layer, uncompiled
 from kvpress.errors import AttachError, CacheError, MaskError, UnsupportedModelError
 from kvpress.kinds import Fingerprint, fingerprint
 from kvpress.types import EMPTY
@@ -48,6 +48,11 @@ def attention(
     Keys that an engine cache returned are attended from its store; without a cache attention is
     dense.
     """
+    if torch.compiler.is_dynamo_compiling():
+        states, options = (query, key, value), (softcap, sliding_window, is_causal)
+        return _attention_uncompiled(
+            module, *states, attention_mask, scaling, dropout, *options, **kwargs
+        )
     if dropout or not _REFUSED.isdisjoint(kwargs):
         _check_options(module, dropout, kwargs)
     if is_causal is False or getattr(module, "is_causal", True) is False:
@@ -82,6 +87,9 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+_attention_uncompiled = uncompiled(attention)
+
+
 def _check_options(module: torch.nn.Module, dropout: float, options: dict[str, Any]) -> None:
     """Raises UnsupportedModelError for options that change attention in a way unknown here."""
     asked = (x for x in _REFUSED & options.keys() if options[x] is not None)
@@ -113,6 +121,7 @@ def _dense(
     return out.masked_fill(~valid_BP[:, None, :, None], 0.0)
 
 
+@uncompiled
 def new_token_mask(
     batch_size: int,
     q_length: int,
@@ -143,6 +152,21 @@ def new_token_mask(
         )
     valid_BP = attention_mask[:, kv_length - q_length :].bool()
     return None if bool(valid_BP.all()) else valid_BP
+
+
+def _with_mask(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a pass without a cache, with a mask where neither it nor positions are.
+
+    Without one, transformers looks for packed sequences in the positions that it made itself, and
+    always finds some while torch.compile traces it.
+    """
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    known = given.get("attention_mask"), given.get("position_ids")
+    if tokens is None or any(x is not None for x in known):
+        return given
+    mask_BP = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    return given | {"attention_mask": mask_BP}
 
 
 def cache_name(model: torch.nn.Module) -> str:
@@ -183,6 +207,7 @@ class Attachment:
         self._hooks.clear()
         self._model.set_attn_implementation(self._before)
 
+    @uncompiled
     def _before_forward(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -195,7 +220,7 @@ class Attachment:
         use_cache = given.get("use_cache")
         config = self._model.config.get_text_config(decoder=True)
         if cache is None and not (config.use_cache if use_cache is None else use_cache):
-            return args, kwargs
+            return (), _with_mask(given)
         given[self._cache_names[id(module)]] = cache = self._cache_for(cache)
         cache.check_whole()
         self._check_mask(cache, given)
@@ -231,7 +256,11 @@ class Attachment:
                 " engine.new_cache() from the start."
             )
         self._replaced.add(cache)
-        return self._new_cache()
+        ours = self._new_cache()
+        ours.follows_generate = True
+        if any(getattr(layer, "record_past", False) for layer in cache.layers):
+            ours.activate_past_recording()
+        return ours
 
     def _check_mask(self, cache: EngineCache, given: dict[str, Any]) -> None:
         """Raises MaskError if a mask denies tokens that are stored, or revives padding.
@@ -255,6 +284,7 @@ class Attachment:
                 f" cache has seen {known_B.tolist()}. Pass the same mask for them as before."
             )
 
+    @uncompiled
     def _after_forward(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:

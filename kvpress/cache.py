@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,21 @@ from kvpress.pipe import attend
 from kvpress.policy import Recipe
 
 _TAG = "kvpress_layer"  # the attribute by which a returned key tensor names its cache layer
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def uncompiled(function: _F) -> _F:
+    """The function, left out of what torch.compile traces, with everything that it calls.
+
+    What happens to a cache depends on counts and tags on the host, which no graph can hold.
+    """
+    reason = (
+        "kvpress: a compressed cache is kept by ordinary Python code between the compiled"
+        " parts of a model, so one graph is impossible. Compile without fullgraph=True."
+    )
+    disable: Callable[..., _F] = torch.compiler.disable
+    explains = "reason" in inspect.signature(disable).parameters  # older torch has none
+    return disable(function, reason=reason) if explains else disable(function)
 
 
 class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -122,7 +138,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 f"crop({tokens_to_remove}): give the number of tokens to remove as a negative"
                 " integer, as transformers 5 does."
             )
-        self.state.crop(-tokens_to_remove)
+        self.state.crop(-int(tokens_to_remove))  # transformers 5.16 counts in tensors
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes what sequence `beam_idx[i]` was."""
@@ -220,6 +236,7 @@ class EngineCache(Cache):
         super().__init__(layers=list(self._engine_layers))
         self._run, self._horizon, self._lease = run, horizon, lease or Lease()
         self._latest: EngineLayer | None = None  # that took keys
+        self.follows_generate = False  # generate() made a cache of its own, which ours stands for
         self.spread: Tensor | None = None  # how the running pass is to be repeated; see twins.py
         if recipe.limits and compressed < len(shape.kinds):
             window = max(kind.window or 0 for kind in shape.kinds)
@@ -237,6 +254,8 @@ class EngineCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Takes the new keys and values of one layer. Raises CacheError for another model's."""
+        if torch.compiler.is_dynamo_compiling():  # free otherwise; a decorator costs a microsecond
+            return _update_uncompiled(self, key_states, value_states, layer_idx)
         if layer_idx >= len(self.layers):
             raise CacheError(
                 f"Layer {layer_idx} does not exist in this cache of {self.fingerprint}. Make a"
@@ -294,7 +313,7 @@ class EngineCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens of every layer, or of none at all."""
         for state in self.states:
-            state.check_crop(max(0, -tokens_to_remove))
+            state.check_crop(max(0, -int(tokens_to_remove)))
         super().crop(tokens_to_remove)
 
     def activate_past_recording(self) -> None:
@@ -311,10 +330,13 @@ class EngineCache(Cache):
     def announce(self, logits_to_keep: Any) -> None:
         """Says how many of the last tokens of the coming forward pass the caller will judge.
 
-        All but the first of them are drafted. None or 0: not known.
+        All but the first of them are drafted. None or 0: not known. generate() wants several only
+        where it decodes speculatively.
         """
         known = isinstance(logits_to_keep, int) and logits_to_keep > 0
         self._run.announced = logits_to_keep - 1 if known else None
+        if self.follows_generate and self._run.announced:
+            self.activate_past_recording()
 
     def fork(self) -> EngineCache:
         """A cache that goes on from here on its own.
@@ -432,6 +454,8 @@ class EngineCache(Cache):
         """The state of every layer."""
         return [layer.state for layer in self._engine_layers]
 
+
+_update_uncompiled = uncompiled(EngineCache.update)
 
 DEFAULT_HORIZON = 256  # new tokens assumed by schedules when nobody said how many will be generated
 

@@ -211,8 +211,9 @@ class Layer:
 
     @property
     def is_croppable(self) -> bool:
-        """Whether any tokens fed from now on can be taken back exactly."""
-        return self.run.recording or (self.limits is None and not self.recipe.accumulates)
+        """Whether any tokens decoded from now on can be taken back exactly."""
+        steady = self.limits is None or self.limits.interval == 0
+        return self.run.recording or (steady and not self.recipe.accumulates)
 
     def kept_positions(self, sequence: int, head: int) -> list[int]:
         """The sorted logical positions of one row; padding has no position."""

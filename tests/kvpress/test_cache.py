@@ -64,7 +64,7 @@ def test_crop_takes_tokens_back_exactly(recipe: str) -> None:
     ids = helpers.prompt(2, 40)
     model, engine, cache = after(recipe, ids)
     again = helpers.prompt(2, 3, seed=9)
-    assert cache.is_croppable == (recipe == "full")
+    assert cache.is_croppable
     with torch.no_grad():
         tokens = again.split(1, dim=1)  # one by one: a prompt chunk would be compressed
         expected = [model(token, past_key_values=cache).logits for token in tokens]
@@ -95,6 +95,15 @@ def test_a_crop_that_cannot_be_exact_is_refused(recipe: str, tokens: int, messag
     with pytest.raises(CacheError, match=message):
         cache.crop(tokens)
     assert helpers.positions(cache) == before
+
+
+def test_a_crop_by_a_tensor_counts_in_integers() -> None:
+    """As transformers 5.16 does after it rejected tokens."""
+    ids = helpers.prompt(1, 20)
+    model, _, cache = after("full", ids)
+    cache.crop(torch.tensor(-2))
+    assert [type(state.columns_seen) for state in cache.states] == [int] * 3
+    assert model(ids[:, :1], past_key_values=cache).past_key_values.get_seq_length() == 19
 
 
 def test_a_crop_behind_padding_is_refused() -> None:

@@ -28,6 +28,7 @@ def test_prompt_lookup_gives_the_greedy_tokens(recipe: str, family: str) -> None
         kept = helpers.positions(engine.cache)
         given = engine.generate(ids, **arguments, prompt_lookup_num_tokens=5)
         assert torch.equal(given, expected)
+        assert torch.equal(model.generate(ids, **arguments, prompt_lookup_num_tokens=5), expected)
         assert engine.cache.check_integrity()
         length = engine.cache.get_seq_length()
         drafted = [[[p for p in row if p < length] for row in layer] for layer in kept]
