@@ -131,8 +131,9 @@ class Layer:
         if self.store is None:
             return
         chosen = list(index)
-        self.store = self.store.select_sequences(chosen)
-        self.store.trim()
+        with self.store.lock:
+            self.store = self.store.select_sequences(chosen)
+            self.store.trim()
         self.seen_B, self.quota_R = self.seen_B[chosen], self.quota_BH[chosen].flatten()
         self.recent_B, self.decoded_B = self.recent_B[chosen], self.decoded_B[chosen]
         self.draft_weights = [weights[chosen] for weights in self.draft_weights]
@@ -181,7 +182,8 @@ class Layer:
             return
         self.columns_seen -= tokens
         self.seen_B = self.seen_B - tokens
-        self.rows.truncate(tokens)  # since then nothing was evicted: the tokens are the last slots
+        with self.rows.lock:  # since then nothing was evicted: the tokens are the last slots
+            self.rows.truncate(tokens)
         self.rows_changed()
         self._take_back(tokens)
 
@@ -202,7 +204,8 @@ class Layer:
         other = copy.copy(self)
         other.run = run
         if self.store is not None:
-            other.store = self.store.select_sequences(range(len(self.seen_B)))
+            with self.store.lock:
+                other.store = self.store.select_sequences(range(len(self.seen_B)))
             other.quota_R, other.recent_B = self.quota_R.clone(), self.recent_B.clone()
             other._decoded_B = self._decoded_B.clone()
             other.draft_weights = list(self.draft_weights)

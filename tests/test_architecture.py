@@ -25,7 +25,7 @@ LAYERS = [
     {"select", "observe"},
     {"policy"},
     {"loading"},
-    {"store.base", "store.aside"},
+    {"store.base", "store.aside", "store.table"},
     {"store.pool", "store.pages", "store"},
     {"attend", "meter", "sealed"},
     {"layer"},

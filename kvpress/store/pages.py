@@ -1,10 +1,8 @@
 """Ragged rows in one pool of pages: the device tier, in model dtype.
 
-Row r = b·H + h. Slot s of row r lies in page `table[r, s // page_slots]` at offset `s %
-page_slots`. The order of slots inside a row is free: keys are stored rotated, at their own
-positions, so that evicting one slot and appending a token is one overwrite. Counts and tables are
-known to the host, which never reads them back from the device. Beams and forks share pages: a page
-with several users is copied before one of them writes to it.
+The order of slots inside a row is free: keys are stored rotated, at their own positions, so that
+evicting one slot and appending a token is one overwrite. Beams and forks share pages: a page with
+several users is copied before one of them writes to it.
 """
 
 from __future__ import annotations
@@ -22,10 +20,11 @@ from kvpress.errors import CacheError
 from kvpress.store.aside import Aside
 from kvpress.store.base import POSITION, Column, Survivors
 from kvpress.store.pool import PagePool
+from kvpress.store.table import PageTable
 from kvpress.types import EMPTY
 
 
-class PagedRows:
+class PagedRows(PageTable):
     """The slots of one layer: `sequences × heads` rows of pages.
 
     Args: columns: the fields of a slot; `position` (int32) is added. page_slots: slots in a page.
@@ -39,28 +38,11 @@ class PagedRows:
         page_slots: int,
         device: torch.device,
     ) -> None:
-        self.sequences, self.heads, self.page_slots, self.device = (
-            sequences,
-            heads,
-            page_slots,
-            device,
-        )
-        self.on_host = device.type == "cpu"
+        super().__init__(sequences, heads, page_slots, device)
         self.columns = {**columns, POSITION: Column((), torch.int32)}
-        self.counts = torch.zeros(sequences * heads, dtype=torch.int64)
-        self._table = torch.zeros(sequences * heads, 0, dtype=torch.int32)
-        self._device_table = self._table.to(device)
-        self._device_counts: Tensor | None = None  # a copy of `counts`, unless it is outdated
-        self._owned = torch.zeros(sequences * heads, dtype=torch.int64)  # pages of each row
-        self._spare = 0  # tokens that surely fit into every row's own pages
         self.most_pages = 2**62  # the pool is never grown beyond what rows may come to need
         self._aside: Aside | None = None  # the volatile columns while pages are shared
         self._join(PagePool(self.columns, page_slots, device, 0))
-
-    @property
-    def counts_BH(self) -> Tensor:
-        """Slots of every row, on the host: int64 `[B, H]`."""
-        return self.counts.view(self.sequences, self.heads)
 
     @property
     def nbytes(self) -> int:
@@ -103,9 +85,7 @@ class PagedRows:
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that the store keeps alive."""
         yield from self._pool.tensors()
-        yield from (self.counts, self._table, self._device_table, self._owned)
-        if self._device_counts is not None:
-            yield self._device_counts
+        yield from self._books()
         if self._aside is not None:
             yield from self._aside.columns.values()
 
@@ -115,30 +95,9 @@ class PagedRows:
         entries = self._table.element_size() * copies
         return self.page_slots * sum(c.slot_bytes for c in self.columns.values()) + entries
 
-    def row_bytes(self) -> int:
-        """Bytes that a row costs besides its pages: its counters."""
-        copies = 1 if self.on_host else 2
-        return self.counts.element_size() * copies + self._owned.element_size()
-
     def pool(self, name: str) -> Tensor:
         """The pages of one column, `[P, *page_shape]`, as operators read them."""
         return self._pool[name]
-
-    def operands(self, sequences: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Page table (int32 `[R, W]`) and counts (int64 `[R]`) of some rows, on the device."""
-        if sequences is None:
-            return self._device_table, self.device_counts
-        row_R = self.row_index(sequences)
-        return self._device_table[row_R.to(self.device)], self.counts[row_R].to(self.device)
-
-    @property
-    def device_counts(self) -> Tensor:
-        """The counts of all rows where the operators are: `counts` itself on the CPU."""
-        if self.on_host:
-            return self.counts
-        if self._device_counts is None:
-            self._device_counts = self.counts.to(self.device)
-        return self._device_counts
 
     def reserve_one(self) -> None:
         """Makes room for one more slot in every row."""
@@ -157,20 +116,6 @@ class PagedRows:
         if not self.on_host:  # there the operator changed `counts` itself
             counts = self.counts + 1
             self.counts = counts if quota_R is None else counts - (counts > quota_R).long()
-
-    def addresses(self, sequences: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """The flat address of every slot and whether it is occupied, `[R, S]`: int64 and bool.
-
-        S is the largest count of the sequences. Unoccupied slots have the address 0.
-        """
-        table_RW, counts_R = self.operands(sequences)
-        host_R = self.counts if sequences is None else self.counts[self.row_index(sequences)]
-        slots = int(host_R.max()) if host_R.numel() else 0
-        slot_S = torch.arange(slots, device=self.device)
-        page_RS = table_RW.long().index_select(1, slot_S // self.page_slots)
-        held_RS = slot_S < counts_R[:, None]
-        address_RS = page_RS * self.page_slots + slot_S % self.page_slots
-        return address_RS.masked_fill_(~held_RS, 0), held_RS
 
     def dense(self, name: str, sequences: Sequence[int] | None = None) -> Tensor:
         """A dense copy of one column, `[b, H, S, ...]`; empty slots hold position -1 and zeros."""
@@ -306,10 +251,6 @@ class PagedRows:
         """Gives memory back if much of the pool is unused."""
         self._pool.trim()
 
-    def owned_pages(self) -> Tensor:
-        """The pages of all rows, as often as rows hold them: int64, on the host."""
-        return self._table[self._held_RW].long()
-
     def pages_of_sequences(self) -> list[list[int]]:
         """The counts and pages of all rows of each sequence; equal ones hold the same slots."""
         pages_RW = self._table.long().masked_fill(~self._held_RW, -1)
@@ -389,16 +330,6 @@ class PagedRows:
                 raise CacheError(f"A row of {int(count)} slots has the positions {held.tolist()}.")
         return True
 
-    def row_index(self, sequences: Sequence[int]) -> Tensor:
-        """The rows of some sequences: int64, on the host."""
-        start = torch.tensor(list(sequences), dtype=torch.int64)[:, None] * self.heads
-        return (start + torch.arange(self.heads)).flatten()
-
-    def _host_address(self, row: Tensor, slot: Tensor) -> Tensor:
-        """Flat addresses from rows and slots that the host knows."""
-        page = self._table[row, slot // self.page_slots].long()
-        return page * self.page_slots + slot % self.page_slots
-
     def _scatter(self, name: str, address_N: Tensor, values: Tensor) -> None:
         """Writes values `[..., *shape]` of one column to the addresses, in the column's dtype."""
         column = self.columns[name]
@@ -414,30 +345,9 @@ class PagedRows:
         values_RS = values_RS[:, : address_RS.shape[1]]
         self._scatter(name, address_RS[held_RS], values_RS[held_RS])
 
-    @property
-    def _held_RW(self) -> Tensor:
-        """Which entries of the page table name a page."""
-        return torch.arange(self._table.shape[1]) < self._owned[:, None]
-
-    def _renumbered(self, place_P: Tensor) -> Tensor:
-        """The page table with the page p called `place_P[p]`."""
-        table, held_RW = torch.zeros_like(self._table), self._held_RW
-        table[held_RW] = place_P[self._table[held_RW].long()].int()
-        return table
-
-    def _pages_for(self, counts: Tensor) -> Tensor:
-        return -(-counts // self.page_slots)
-
     def _join(self, pool: PagePool) -> None:
         self._pool = pool
         pool.members.add(self)
-
-    def _set_counts(self, counts: Tensor) -> None:
-        self.counts, self._device_counts, self._spare = counts, None, 0
-
-    def _set_table(self, table_RW: Tensor) -> None:
-        self._table = table_RW.contiguous()
-        self._device_table = self._table.to(self.device)
 
     def _fill_group(self, group: Survivors, first_page_R: Tensor) -> None:
         rows = self.row_index(group.sequences)
@@ -460,15 +370,14 @@ class PagedRows:
             self._scatter(name, address_N, source)
 
     def _reserve(self, counts: Tensor) -> None:
-        """Gives every row the pages that `counts` slots need, and its own where it will write.
-
-        Only the page of the next slot can have other users: the ones behind it were never shared.
-        """
+        """Gives every row the pages that `counts` slots need, and its own where it will write."""
         if self._pool.lent:
-            tail = self.counts // self.page_slots
-            writes = (counts > self.counts) & (tail < self._owned)
-            rows = writes.nonzero().flatten()
-            self._own_pages(rows.tolist(), tail[rows].tolist())
+            first = self.counts // self.page_slots
+            end = torch.minimum(self._pages_for(counts), self._owned)
+            end[counts <= self.counts] = 0
+            spans = enumerate(zip(first.tolist(), end.tolist(), strict=True))
+            pages = [(r, w) for r, span in spans for w in range(*span)]
+            self._own_pages([r for r, _ in pages], [w for _, w in pages])
         missing = (self._pages_for(counts) - self._owned).clamp_min_(0)
         total = int(missing.sum())
         if total == 0:
