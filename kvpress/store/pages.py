@@ -192,6 +192,8 @@ class PagedRows(PageTable):
         if self._aside is not None:
             self._aside.move(row_N, last_N, slot_N)
         self._set_counts(self.counts.index_copy(0, row_N, last_N))
+        if self._pool.lent:
+            self._owned = torch.minimum(self._owned, self._pages_for(self.counts))
 
     def fill(self, groups: Sequence[Survivors], headroom: int = 0) -> None:
         """Replaces what some sequences hold, in exactly the pages that all rows then need.
@@ -370,14 +372,15 @@ class PagedRows(PageTable):
             self._scatter(name, address_N, source)
 
     def _reserve(self, counts: Tensor) -> None:
-        """Gives every row the pages that `counts` slots need, and its own where it will write."""
+        """Gives every row the pages that `counts` slots need, and its own where it will write.
+
+        Only the page of the next slot can have other users: where pages are shared, no row has any
+        behind that.
+        """
         if self._pool.lent:
-            first = self.counts // self.page_slots
-            end = torch.minimum(self._pages_for(counts), self._owned)
-            end[counts <= self.counts] = 0
-            spans = enumerate(zip(first.tolist(), end.tolist(), strict=True))
-            pages = [(r, w) for r, span in spans for w in range(*span)]
-            self._own_pages([r for r, _ in pages], [w for _, w in pages])
+            next_page = self.counts // self.page_slots
+            row_N = ((counts > self.counts) & (next_page < self._owned)).nonzero().flatten()
+            self._own_pages(row_N.tolist(), next_page[row_N].tolist())
         missing = (self._pages_for(counts) - self._owned).clamp_min_(0)
         total = int(missing.sum())
         if total == 0:

@@ -8,12 +8,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvpress import ops
 from kvpress.store import Column, PagedRows, Survivors
 
 NAMES = ("position", "key", "value", "mass")
 COLUMNS = {
     "key": Column((4,), torch.float32, slot_last=True),
-    "value": Column((3,), torch.float16),
+    "value": Column((3,), torch.float32),
     "mass": Column((), torch.float32, volatile=True),
 }
 MOST_STORES = 4
@@ -39,11 +40,16 @@ class Stores(RuleBasedStateMachine):
     """Appends, evictions, crops, beams, forks and files, on up to four stores."""
 
     @initialize(
-        sequences=st.integers(1, 3), heads=st.integers(1, 2), page=st.sampled_from([1, 3, 4])
+        sequences=st.integers(1, 3),
+        heads=st.integers(1, 2),
+        page=st.sampled_from([1, 3, 4]),
+        massive=st.booleans(),
     )
-    def start(self, sequences: int, heads: int, page: int) -> None:
+    def start(self, sequences: int, heads: int, page: int, massive: bool) -> None:
         torch.manual_seed(0)
-        store = PagedRows(sequences, heads, COLUMNS, page, torch.device("cpu"))
+        self.names = NAMES if massive else NAMES[:3]
+        self.columns = {name: COLUMNS[name] for name in self.names if name != "position"}
+        store = PagedRows(sequences, heads, self.columns, page, torch.device("cpu"))
         self.twins = [Twin(store, [[] for _ in range(sequences * heads)])]
         self.seen = 0
 
@@ -57,31 +63,45 @@ class Stores(RuleBasedStateMachine):
         columns = {
             "position": torch.arange(self.seen, self.seen + tokens).expand(shape),
             "key": torch.randn(*shape, 4),
-            "value": torch.randn(*shape, 3).half(),
+            "value": torch.randn(*shape, 3),
             "mass": torch.randn(shape),
         }
-        store.append(columns, chosen)
+        store.append({name: columns[name] for name in self.names}, chosen)
         for b, sequence in enumerate(chosen):
             for h in range(store.heads):
-                new = [tuple(columns[n][b, h, t].tolist() for n in NAMES) for t in range(tokens)]
+                new = [self.slot(columns, b, h, t) for t in range(tokens)]
                 twin.rows[sequence * store.heads + h].extend(new)
         self.seen += tokens
         twin.tail = twin.tail + tokens if len(chosen) == store.sequences else 0
 
     @rule(data=st.data())
     def decode(self, data: st.DataObject) -> None:
-        """Appends through the reservation that the fused step uses."""
+        """Appends with the fused operator, which writes where the reservation lets it."""
         twin = self.pick(data)
-        twin.store.reserve_one()
-        self.append_one(twin)
-
-    def append_one(self, twin: Twin) -> None:
-        store, shape = twin.store, (twin.store.sequences, twin.store.heads, 1)
-        columns = {"position": torch.full(shape, self.seen), "key": torch.randn(*shape, 4)}
-        store.append(columns)
+        store = twin.store
+        if "mass" in store.columns and store.shares:
+            return  # it would write masses to shared pages; the engine does not call it then
+        store.reserve_one()
+        shape = (store.sequences, store.heads, 1)
+        key, value = torch.randn(*shape, 4), torch.randn(*shape, 3)
+        everyone = torch.full((store.sequences,), self.seen + 1)
+        ops.decode_step(
+            *(torch.randn(*shape, 4), key, value, store.pool("key"), store.pool("value")),
+            store.pool("position"),
+            store.pool("mass") if "mass" in store.columns else None,
+            *store.operands(),
+            *(everyone, torch.full_like(store.counts, 10**6), torch.zeros_like(everyone)),
+            *(0, False, "position", "none", 1.0, 0, 0, 0.0, 0.0),
+        )
+        store.count_step(None, False)
+        masses = store.dense("mass").flatten(0, 1) if "mass" in store.columns else None
+        position = store.dense("position").flatten(0, 1)
         for r, row in enumerate(twin.rows):
-            key = columns["key"].flatten(0, 1)[r, 0].tolist()
-            row.append((self.seen, key, [0.0] * 3, 0.0))
+            new = (self.seen, key.flatten(0, 1)[r, 0].tolist(), value.flatten(0, 1)[r, 0].tolist())
+            row.append((*new, 0.0))
+            if masses is not None:  # the reference of decode_step is tested elsewhere
+                now = dict(zip(position[r].tolist(), masses[r].tolist(), strict=True))
+                twin.rows[r] = [(*slot[:3], now[slot[0]]) for slot in row]
         self.seen, twin.tail = self.seen + 1, twin.tail + 1
 
     @rule(data=st.data())
@@ -114,6 +134,8 @@ class Stores(RuleBasedStateMachine):
     @rule(data=st.data())
     def write(self, data: st.DataObject) -> None:
         twin = self.pick(data)
+        if "mass" not in self.columns:
+            return
         mass, position = torch.randn(twin.store.dense("mass").shape), twin.store.dense("position")
         twin.store.write("mass", mass)
         for r, row in enumerate(twin.rows):
@@ -159,7 +181,7 @@ class Stores(RuleBasedStateMachine):
         twin = self.pick(data)
         store = twin.store
         state = {name: tensor.clone() for name, tensor in store.state().items()}
-        loaded = PagedRows.from_state(state, COLUMNS, store.heads, store.device)
+        loaded = PagedRows.from_state(state, self.columns, store.heads, store.device)
         self.twins[self.twins.index(twin)] = twin.copy_of(loaded)
 
     @rule(data=st.data())
@@ -170,13 +192,19 @@ class Stores(RuleBasedStateMachine):
     @invariant()
     def contents_are_equal_and_bytes_exact(self) -> None:
         for twin in getattr(self, "twins", []):
-            dense = {n: twin.store.dense(n).flatten(0, 1).tolist() for n in NAMES}
+            dense = {n: twin.store.dense(n) for n in self.names}
             for r, row in enumerate(twin.rows):
+                b, h = divmod(r, twin.store.heads)
                 count = int(twin.store.counts[r])
-                held = [tuple(dense[n][r][s] for n in NAMES) for s in range(count)]
+                held = [self.slot(dense, b, h, s) for s in range(count)]
                 assert sorted(held) == sorted(row)
             assert twin.store.check_integrity()
             assert twin.store.nbytes == helpers.live_storages(twin.store)
+
+    def slot(self, columns: dict[str, torch.Tensor], b: int, h: int, s: int) -> tuple:
+        """Position, key, value and mass (0 where none is kept) of one slot."""
+        values = [columns[name][b, h, s].tolist() for name in self.names]
+        return (*values, *[0.0] * (len(NAMES) - len(values)))
 
     def pick(self, data: st.DataObject) -> Twin:
         # Not sampled_from: it would keep stores alive.
