@@ -74,13 +74,17 @@ class Stores(RuleBasedStateMachine):
         self.seen += tokens
         twin.tail = twin.tail + tokens if len(chosen) == store.sequences else 0
 
-    @rule(data=st.data())
-    def decode(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), steps=st.integers(1, 4))
+    def decode(self, data: st.DataObject, steps: int) -> None:
         """Appends with the fused operator, which writes where the reservation lets it."""
         twin = self.pick(data)
-        store = twin.store
-        if "mass" in store.columns and store.shares:
+        if "mass" in self.columns and twin.store.shares:
             return  # it would write masses to shared pages; the engine does not call it then
+        for _ in range(steps):
+            self.decode_one(twin)
+
+    def decode_one(self, twin: Twin) -> None:
+        store = twin.store
         store.reserve_one()
         shape = (store.sequences, store.heads, 1)
         key, value = torch.randn(*shape, 4), torch.randn(*shape, 3)
@@ -104,9 +108,13 @@ class Stores(RuleBasedStateMachine):
                 twin.rows[r] = [(*slot[:3], now[slot[0]]) for slot in row]
         self.seen, twin.tail = self.seen + 1, twin.tail + 1
 
-    @rule(data=st.data())
-    def evict(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), times=st.integers(1, 4))
+    def evict(self, data: st.DataObject, times: int) -> None:
         twin = self.pick(data)
+        for _ in range(times):
+            self.evict_some(twin)
+
+    def evict_some(self, twin: Twin) -> None:
         store = twin.store
         chosen = (store.counts > 0) & (torch.rand(len(store.counts)) < 0.7)
         slot = (torch.rand(len(store.counts)) * store.counts).long()

@@ -78,3 +78,23 @@ def test_growth_is_amortised() -> None:
         sizes.add(store.pool("key").shape[0])
     assert len(sizes) < 160
     assert store.pool("key").shape[0] * 4 <= 2000 * (1 + 1 / 16)
+
+
+def test_pages_behind_the_slots_of_shared_rows_are_nobodys_reserve() -> None:
+    """After two evictions the next two tokens of each beam go to pages of its own."""
+    columns = {name: COLUMNS[name] for name in ("key", "value")}
+    store = PagedRows(1, 1, columns, 1, torch.device("cpu"))
+    store.append({"position": torch.arange(5).view(1, 1, 5)})
+    beams = store.select_sequences([0, 0])
+    for _ in range(2):
+        beams.evict_one(torch.arange(2), torch.zeros(2, dtype=torch.long))
+    before = store.dense("position").tolist()
+    for token in range(5, 8):
+        beams.reserve_one()
+        pages = beams._table[torch.arange(2), beams.counts]
+        assert pages[0] != pages[1], token
+        beams._pool["position"][pages.long(), 0] = token
+        beams.counts += 1
+        beams.count_step(None, False)
+    assert store.dense("position").tolist() == before
+    assert store.check_integrity()
