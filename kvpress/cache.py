@@ -15,10 +15,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvpress import saving
 from kvpress.errors import CacheError
 from kvpress.kinds import Fingerprint
-from kvpress.layer import Layer, LayerKind, Run, Tokens
+from kvpress.layer import Layer
 from kvpress.meter import Meter, Report
 from kvpress.pipe import attend
 from kvpress.policy import Recipe
+from kvpress.run import LayerKind, Run, Tokens
 
 _TAG = "kvpress_layer"  # the attribute by which a returned key tensor names its cache layer
 _F = TypeVar("_F", bound=Callable[..., Any])

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from kvpress import ops
-from kvpress.layer import Layer, Tokens
+from kvpress.layer import Layer
 from kvpress.observe import Observation, step_sums
+from kvpress.run import Tokens
 from kvpress.select import drop_one, gather, kept_index
+from kvpress.selection import protected, score, select
 from kvpress.store import Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
 from kvpress.types import Slots
@@ -171,13 +173,15 @@ def evict(layer: Layer, group: list[int], slots: Slots, excess_bH: Tensor) -> No
     layer.evicted_at = layer.columns_seen
     ordinary = "select" not in layer.recipe.stage("select").replaces()
     if ordinary and int(excess_bH.max()) == 1:
-        victim_bH = drop_one(layer.score(slots), slots.position_BHS, layer.protected(slots, group))
+        victim_bH = drop_one(
+            score(layer, slots), slots.position_BHS, protected(layer, slots, group)
+        )
         over_r = (excess_bH > 0).flatten().nonzero().flatten()
         row_N = layer.rows.row_index(group)[over_r]
         layer.rows.evict_one(row_N, victim_bH.flatten()[over_r.to(victim_bH.device)])
         layer.rows_changed()
         return
-    kept_BHS, counts_bH = layer.select(slots, group, layer.rows.counts_BH[group])
+    kept_BHS, counts_bH = select(layer, slots, group, layer.rows.counts_BH[group])
     index_BHK = kept_index(kept_BHS, counts_bH)
     columns = {name: gather(slots.fetch(name), index_BHK) for name in layer.rows.columns}
     layer.refill([Survivors(tuple(group), columns, counts_bH)])

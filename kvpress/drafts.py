@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from kvpress import ops
 from kvpress.attend import prompt_attention
 from kvpress.decode import evict, observe
-from kvpress.layer import Layer, Tokens
+from kvpress.layer import Layer
 from kvpress.observe import Observation
+from kvpress.run import Tokens
 from kvpress.store.base import KEY, POSITION, VALUE
 from kvpress.types import Slots
 

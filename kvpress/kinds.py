@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from kvpress.errors import UnsupportedModelError
-from kvpress.layer import LayerKind
+from kvpress.run import LayerKind
 
 _TODO = "Use a decoder-only model whose layers are full or sliding-window attention."
 

@@ -4,96 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvpress.budget import UNLIMITED, Budget, Geometry, Limits, Quota
-from kvpress.errors import CacheError, PolicyError
-from kvpress.meter import LayerReport, Meter
-from kvpress.policy import Policy, Recipe
-from kvpress.select import Rank, protect
+from kvpress.budget import UNLIMITED, Budget, Limits
+from kvpress.errors import CacheError
+from kvpress.meter import LayerReport
+from kvpress.policy import Recipe
+from kvpress.run import LayerKind, Newest, Run, Tokens
 from kvpress.store import Column, PagedRows, Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
-from kvpress.types import EMPTY, Slots, Step
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """How a layer attends: to everything, or to a sliding window (then only that is kept)."""
-
-    index: int
-    heads: int  # KV heads
-    window: int | None = None
-
-    @property
-    def name(self) -> str:
-        """`full` or `sliding`."""
-        return "full" if self.window is None else "sliding"
-
-
-class Tokens(NamedTuple):
-    """New tokens of some sequences of one layer, all real, and how they attend."""
-
-    query_bNPD: Tensor
-    key_bHPD: Tensor
-    value_bHPD: Tensor
-    scaling: float
-    softcap: float
-
-    def part(self, start: int, end: int) -> Tokens:
-        """The tokens from number `start` on and before `end`."""
-        query, key, value = (x[:, :, start:end] for x in self[:3])
-        return Tokens(query, key, value, self.scaling, self.softcap)
-
-
-@dataclass
-class Run:
-    """What the layers of one cache share."""
-
-    recipe: Recipe
-    layers: int  # compressed layers
-    page_slots: int
-    horizon: int
-    meter: Meter
-    notes: dict[str, None]  # an ordered set of lines for the report
-    cache_dtype: torch.dtype | None = None  # of stored keys and values; None: the model's
-    newest: tuple[Tensor, Tensor] | None = None  # tokens seen before the last step, and after it
-    recording: bool = False  # whether drafted tokens may be taken back until the next forward pass
-    announced: int | None = (
-        None  # how many of the tokens of this pass are drafted, if that is known
-    )
-
-    def drafted(self, tokens: int, first: bool) -> int:
-        """How many of the tokens of this forward pass may be taken back; by default all or none."""
-        if not self.recording:
-            return 0
-        default = 0 if first else tokens
-        return default if self.announced is None else min(self.announced, tokens)
-
-    def one_more(self, seen_B: Tensor) -> Tensor:
-        """`seen_B + 1`, one tensor for all layers, since they see the same tokens."""
-        if self.newest is not None:
-            before_B, after_B = self.newest
-            if before_B is seen_B or torch.equal(before_B, seen_B):
-                return after_B
-        self.newest = (seen_B, seen_B + 1)
-        return self.newest[1]
-
-
-class Newest(Policy):
-    """What a sliding-window layer keeps."""
-
-    @property
-    def rank(self) -> Rank:
-        """Later is better."""
-        return "position"
+from kvpress.types import EMPTY, Step
 
 
 class Layer:
-    """The state of one layer. The phases in prompt.py and decode.py work on it."""
+    """The state of one layer. The phases (prompt.py, decode.py, drafts.py) work on it."""
 
     def __init__(self, kind: LayerKind, run: Run) -> None:
         self.kind, self.run = kind, run
@@ -390,103 +316,8 @@ class Layer:
         self.rows_changed()
         self._limit_pages()
 
-    def set_quotas(self, group: Sequence[int], seen_b: Tensor) -> None:
-        """Decides how many slots rows may keep after `seen_b` tokens. Raises BudgetError."""
-        if self.limits is None or not group:
-            return
-        geometry = Geometry(
-            layers=self.run.layers,
-            heads=self.kind.heads,
-            page_slots=self.rows.page_slots,
-            page_bytes=self.rows.page_bytes(),
-            row_bytes=self.rows.row_bytes(),
-            headroom=self.headroom,
-        )
-        quotas = [self.limits.quota(seen, geometry) for seen in seen_b.tolist()]
-        slots = [self._allocate(quota) for quota in quotas]
-        self.recent_B[group] = torch.tensor([quota.recent for quota in quotas])
-        self.quota_BH[group] = torch.tensor(slots)
-        self.rows_changed()
-        for seen, quota in zip(seen_b.tolist(), quotas, strict=True):
-            self._explain(seen, quota)
-
-    def _allocate(self, quota: Quota) -> list[int]:
-        """Slots of every KV head.
-
-        Raises PolicyError if a policy allocates less than it protects.
-        """
-        heads, least = self.kind.heads, max(1, quota.sink + quota.recent)
-        policy = self.recipe.stage("allocate")
-        slots = [
-            int(n) for n in policy.allocate(quota.slots, self.kind.index, self.run.layers, heads)
-        ]
-        if len(slots) != heads or min(slots) < min(least, quota.slots):
-            raise PolicyError(
-                f"{policy} allocates {slots} slots in layer {self.kind.index}; it must give {heads}"
-                f" numbers of at least {min(least, quota.slots)}, the protected tokens."
-            )
-        return slots
-
     def _limit_pages(self) -> None:
         """Tells the pool how many pages rows at their quotas can ever need."""
         if self.limits is not None and self.limits.interval:
             most_BH = self.quota_BH.clamp_max(2**40) + self.headroom
             self.rows.most_pages = int((-(-most_BH // self.rows.page_slots)).sum())
-
-    def protected(self, slots: Slots, group: Sequence[int]) -> Tensor:
-        """True for the slots of some sequences that no policy may drop."""
-        assert self.limits is not None, "only layers with a budget select"
-        recent_b = self.recent_B[list(group)].to(slots.position_BHS.device)
-        return protect(slots.position_BHS, slots.seen_B, self.limits.sink, recent_b)
-
-    def score(self, slots: Slots) -> Tensor:
-        """The policy's scores. Raises PolicyError if they are not one number per slot."""
-        score_BHS = self.recipe.stage("score").score(slots)
-        if score_BHS.shape != slots.position_BHS.shape:
-            raise PolicyError(
-                f"{self.recipe} gave scores of shape {tuple(score_BHS.shape)} for slots of shape "
-                f"{tuple(slots.position_BHS.shape)}; the score stage returns one number per slot."
-            )
-        return score_BHS
-
-    def select(
-        self, slots: Slots, group: Sequence[int], stored_BH: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """True for the slots of some sequences that stay, and how many stay of each row (host).
-
-        Raises PolicyError if the policy gives scores that are not numbers, or misses the quota.
-        """
-        score_BHS = self.score(slots)
-        if bool(score_BHS.isnan().any()):
-            raise PolicyError(
-                f"{self.recipe} gave NaN scores in layer {self.kind.index}; scores must be numbers."
-            )
-        quota_BH = self.quota_BH[list(group)]
-        keep_BH = quota_BH.to(slots.position_BHS.device)
-        policy = self.recipe.stage("select")
-        kept_BHS = policy.select(slots, score_BHS, self.protected(slots, group), keep_BH)
-        counts_BH = kept_BHS.sum(-1).cpu()  # the one synchronisation after a prompt
-        wanted_BH = torch.minimum(stored_BH, quota_BH)
-        if not torch.equal(counts_BH, wanted_BH):
-            raise PolicyError(
-                f"{self.recipe} kept {counts_BH.tolist()} slots in layer {self.kind.index}, but the"
-                f" budget asks for exactly {wanted_BH.tolist()}. The select stage must return that"
-                " many per row."
-            )
-        return kept_BHS, counts_BH
-
-    def _explain(self, seen: int, quota: Quota) -> None:
-        """Notes for the report where a budget evicts less than its fraction promises."""
-        if self.kind.window is not None:
-            return
-        budget = f"budget {self.limits.budget if self.limits else ''}"
-        if quota.floored:
-            line = (
-                f"The {budget} of {seen} tokens is below the protected tokens (sink {quota.sink},"
-                f" recent {quota.recent}): {min(seen, quota.slots)} tokens were kept instead."
-            )
-            self.run.notes[line] = None
-        elif seen <= quota.slots:
-            self.run.notes[
-                f"A prompt of {seen} tokens is within its {budget}: nothing was evicted."
-            ] = None

@@ -14,8 +14,10 @@ from torch import Tensor
 from kvpress.decode import run_decode
 from kvpress.drafts import commit, run_drafts
 from kvpress.errors import CacheError
-from kvpress.layer import Layer, Tokens
+from kvpress.layer import Layer
 from kvpress.prompt import run_prompt, store_prompt
+from kvpress.run import Tokens
+from kvpress.selection import set_quotas
 
 
 class Group(NamedTuple):
@@ -59,7 +61,7 @@ def _attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     new_B = torch.full_like(before_B, columns) if valid_BP is None else valid_BP.sum(1)
     groups = _groups(layer, new_B, padded=valid_BP is not None)
     prompts = [b for group in groups if not group.decodes for b in group.sequences]
-    layer.set_quotas(prompts, (before_B + new_B)[prompts])
+    set_quotas(layer, prompts, (before_B + new_B)[prompts])
     layer.advance(columns, before_B + new_B, padded=valid_BP is not None)
 
     outputs, survivors, chunks = [], [], []

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from kvpress.attend import prompt_attention
-from kvpress.layer import Layer, Tokens
+from kvpress.layer import Layer
 from kvpress.observe import Observation, attend_and_sum, prompt_sums
+from kvpress.run import Tokens
 from kvpress.select import gather, kept_index
+from kvpress.selection import select
 from kvpress.store import Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
 from kvpress.types import EMPTY, Slots
@@ -119,7 +121,7 @@ def _compress(
         if bool((stored_BH <= layer.quota_BH[group]).all()):
             kept_BHS, counts_BH = stored_BHS, stored_BH
         else:
-            kept_BHS, counts_BH = layer.select(slots, group, stored_BH)
+            kept_BHS, counts_BH = select(layer, slots, group, stored_BH)
         if bool((counts_BH < stored_BHS.shape[-1]).any()):
             index_BHK = kept_index(kept_BHS, counts_BH)
             columns = {name: gather(x, index_BHK) for name, x in columns.items()}

@@ -28,7 +28,9 @@ LAYERS = [
     {"store.base", "store.aside", "store.table"},
     {"store.pool", "store.pages", "store"},
     {"attend", "meter", "sealed"},
+    {"run"},
     {"layer"},
+    {"selection"},
     {"prompt", "decode"},
     {"drafts"},
     {"pipe", "kinds", "saving"},
@@ -92,7 +94,7 @@ def test_the_engine_names_no_policy(path: Path) -> None:
     for name in POLICIES:
         pattern = f"[\"']{name}[\"':]" if name in words else rf"\b{name}\b"
         found = re.findall(pattern, text)
-        assert not found or (module_name(path), name) == ("layer", "full")  # a layer kind
+        assert not found or (module_name(path), name) == ("run", "full")  # a layer kind
 
 
 @pytest.mark.parametrize("name", POLICIES)

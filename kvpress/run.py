@@ -1,0 +1,85 @@
+"""What the layers of one cache share, and what is handed to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpress.meter import Meter
+from kvpress.policy import Policy, Recipe
+from kvpress.select import Rank
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How a layer attends: to everything, or to a sliding window (then only that is kept)."""
+
+    index: int
+    heads: int  # KV heads
+    window: int | None = None
+
+    @property
+    def name(self) -> str:
+        """`full` or `sliding`."""
+        return "full" if self.window is None else "sliding"
+
+
+class Tokens(NamedTuple):
+    """New tokens of some sequences of one layer, all real, and how they attend."""
+
+    query_bNPD: Tensor
+    key_bHPD: Tensor
+    value_bHPD: Tensor
+    scaling: float
+    softcap: float
+
+    def part(self, start: int, end: int) -> Tokens:
+        """The tokens from number `start` on and before `end`."""
+        query, key, value = (x[:, :, start:end] for x in self[:3])
+        return Tokens(query, key, value, self.scaling, self.softcap)
+
+
+@dataclass
+class Run:
+    """What the layers of one cache share."""
+
+    recipe: Recipe
+    layers: int  # compressed layers
+    page_slots: int
+    horizon: int
+    meter: Meter
+    notes: dict[str, None]  # an ordered set of lines for the report
+    cache_dtype: torch.dtype | None = None  # of stored keys and values; None: the model's
+    newest: tuple[Tensor, Tensor] | None = None  # tokens seen before the last step, and after it
+    recording: bool = False  # whether drafted tokens may be taken back until the next forward pass
+    announced: int | None = (
+        None  # how many of the tokens of this pass are drafted, if that is known
+    )
+
+    def drafted(self, tokens: int, first: bool) -> int:
+        """How many of the tokens of this forward pass may be taken back; by default all or none."""
+        if not self.recording:
+            return 0
+        default = 0 if first else tokens
+        return default if self.announced is None else min(self.announced, tokens)
+
+    def one_more(self, seen_B: Tensor) -> Tensor:
+        """`seen_B + 1`, one tensor for all layers, since they see the same tokens."""
+        if self.newest is not None:
+            before_B, after_B = self.newest
+            if before_B is seen_B or torch.equal(before_B, seen_B):
+                return after_B
+        self.newest = (seen_B, seen_B + 1)
+        return self.newest[1]
+
+
+class Newest(Policy):
+    """What a sliding-window layer keeps."""
+
+    @property
+    def rank(self) -> Rank:
+        """Later is better."""
+        return "position"
