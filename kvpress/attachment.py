@@ -19,7 +19,8 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kvpress import twins
 from kvpress.attend import prompt_attention
-from kvpress.cache import EngineCache, tagged_layer, uncompiled
+from kvpress.cache import EngineCache, uncompiled
+from kvpress.cache_layer import tagged_layer
 from kvpress.errors import AttachError, CacheError, MaskError, UnsupportedModelError
 from kvpress.kinds import Fingerprint, fingerprint
 from kvpress.types import EMPTY

@@ -34,6 +34,7 @@ LAYERS = [
     {"prompt", "decode"},
     {"drafts"},
     {"pipe", "kinds", "saving"},
+    {"cache_layer"},
     {"cache"},
     {"twins"},
     {"attachment"},
@@ -83,7 +84,7 @@ def test_imports_run_one_way(path: Path) -> None:
 @pytest.mark.parametrize("path", ENGINE, ids=module_name)
 def test_only_the_adapter_imports_transformers(path: Path) -> None:
     uses = re.search(r"^\s*(from|import) transformers\b", path.read_text(encoding="utf-8"), re.M)
-    assert not uses or module_name(path) in {"cache", "attachment"}
+    assert not uses or module_name(path) in {"cache", "cache_layer", "attachment"}
 
 
 @pytest.mark.parametrize("path", ENGINE, ids=module_name)

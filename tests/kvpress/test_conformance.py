@@ -15,7 +15,8 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 import kvpress
-from kvpress.cache import EngineCache, EngineLayer
+from kvpress.cache import EngineCache
+from kvpress.cache_layer import EngineLayer
 
 CONTAINER = {"__len__", "__iter__", "__getitem__", "__contains__"}
 

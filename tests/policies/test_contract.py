@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kvpress
-from kvpress.cache import EngineLayer
+from kvpress.cache_layer import EngineLayer
 from kvpress.loading import available, load_policy
 
 PROMPT, NEW, BUDGET = 61, 12, 29
