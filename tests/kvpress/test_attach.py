@@ -430,17 +430,6 @@ def test_a_mask_that_changes_the_past_in_a_decode_step_is_refused() -> None:
             model(ids[:, :1], attention_mask=mask, past_key_values=cache)
 
 
-@pytest.mark.parametrize(("family", "recipe"), [("gemma3", "full"), ("llama", "snapkv")])
-def test_speculative_decoding_is_refused_at_once_where_tokens_are_gone(
-    family: str, recipe: str
-) -> None:
-    model, ids = helpers.tiny(family), helpers.prompt(1, 20).repeat(1, 2)
-    with kvpress.attach(model, recipe) as engine:
-        with pytest.raises(CacheError, match="take rejected tokens back"):
-            engine.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=8, eos_token_id=96)
-        assert engine.cache.get_seq_length() == 0 or recipe == "full"
-
-
 def test_a_crop_that_one_layer_refuses_changes_no_layer() -> None:
     model = helpers.tiny("gemma3")
     with kvpress.attach(model, "full") as engine:
