@@ -222,8 +222,9 @@ class EngineCache(Cache):
 
         devices: where the layers of the model are. Raises CacheFileError; nothing changes then.
         """
-        self._apply(saving.check(path, self._facts())["settings"])
-        saving.load(path, self.states, self._facts(), devices)
+        facts = saving.check(path, self._facts())
+        self._apply(facts["settings"])
+        saving.fill(path, self.states, facts, devices)
         for layer in self._engine_layers:
             layer.is_initialized = layer.state.store is not None
 

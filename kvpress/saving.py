@@ -40,28 +40,6 @@ def save(path: str | Path, layers: Sequence[Layer], facts: Mapping[str, Any]) ->
     sealed.write(path, tensors, {**_VERSIONS, **facts, "layers": numbers})
 
 
-def load(
-    path: str | Path,
-    layers: Sequence[Layer],
-    expected: Mapping[str, Any],
-    devices: Mapping[int, torch.device],
-) -> None:
-    """Fills empty layers from a file. It is mapped into memory and copied layer by layer.
-
-    expected: the facts that must agree. devices: where the layers of the model are; -1: any other.
-    Raises CacheFileError; `check` raised it before, if anything did not agree.
-    """
-    numbers = check(path, expected)["layers"]
-    with safe_open(path, "pt") as file:
-        names = list(file.keys())
-        for layer, known in zip(layers, numbers, strict=True):
-            prefix = f"{layer.kind.index}."
-            own = [name for name in names if name.startswith(prefix)]
-            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in own}
-            if known is not None:
-                _fill(layer, known, tensors, devices.get(layer.kind.index, devices[-1]))
-
-
 def check(path: str | Path, expected: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of a file. Raises CacheFileError if it is not whole, or not what is expected."""
     facts = sealed.metadata(path)
@@ -72,6 +50,26 @@ def check(path: str | Path, expected: Mapping[str, Any]) -> dict[str, Any]:
                 f" {_REMEDY[name]}"
             )
     return facts
+
+
+def fill(
+    path: str | Path,
+    layers: Sequence[Layer],
+    facts: Mapping[str, Any],
+    devices: Mapping[int, torch.device],
+) -> None:
+    """Fills empty layers from a file whose facts were checked, mapped into memory layer by layer.
+
+    devices: where the layers of the model are; -1: any other.
+    """
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+        for layer, known in zip(layers, facts["layers"], strict=True):
+            prefix = f"{layer.kind.index}."
+            own = [name for name in names if name.startswith(prefix)]
+            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in own}
+            if known is not None:
+                _fill(layer, known, tensors, devices.get(layer.kind.index, devices[-1]))
 
 
 def identity(model: torch.nn.Module) -> str:
