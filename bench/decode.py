@@ -18,6 +18,8 @@ from kvpress.bench.candidates import BASELINE, FULL, Candidate, candidate, held
 from kvpress.bench.timing import Samples, interleave
 from rich.table import Table
 
+from kvpress.cache import EngineCache
+
 POLICIES = ("full", "keyformer:budget=0.5", "keyformer:budget=0.2")
 
 
@@ -76,6 +78,8 @@ def measure(
             cache = rival.new_cache()
             rival.forward(ids, cache)
             cache.batch_repeat_interleave(batch)
+            if isinstance(cache, EngineCache):
+                cache.unshare()  # as different prompts would be
             caches[name], steps[name] = cache, _step(rival, token, cache)
         spent = {name: [_ledger(caches[name])] for name in policies}
 

@@ -124,6 +124,11 @@ class EngineCache(Cache):
         for layer in self._engine_layers:
             layer.select(index)
 
+    def unshare(self) -> None:
+        """Gives every sequence pages of its own; what beams and forks shared is copied."""
+        for state in self.states:
+            state.unshare()
+
     def kinds_of_sequences(self, batch: int) -> Tensor:
         """A number for each of `batch` sequences, the same for those that hold the same pages."""
         states = [state for state in self.states if state.store is not None]

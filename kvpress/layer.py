@@ -65,6 +65,15 @@ class Layer:
         self.draft_weights = [weights[chosen] for weights in self.draft_weights]
         self.refresh()
 
+    def unshare(self) -> None:
+        """Gives every row pages of its own, side by side as after a prompt."""
+        if self.store is None:
+            return
+        with self.store.lock:
+            everybody = tuple(range(self.store.sequences))
+            columns = {name: self.store.dense(name) for name in self.store.columns}
+            self.refill([Survivors(everybody, columns, self.store.counts_BH)])
+
     def contents(self) -> list[tuple[int, ...]]:
         """For each sequence, what tells whether it holds the same as another one."""
         pages = self.rows.pages_of_sequences()
