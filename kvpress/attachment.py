@@ -22,13 +22,24 @@ from kvpress.attend import prompt_attention
 from kvpress.cache import EngineCache, uncompiled
 from kvpress.cache_layer import tagged_layer
 from kvpress.errors import AttachError, CacheError, MaskError, UnsupportedModelError
-from kvpress.kinds import Fingerprint, fingerprint
+from kvpress.kinds import BIDIRECTIONAL, STATE, Fingerprint, fingerprint, refuse
 from kvpress.types import EMPTY
 
 NAME = "kvpress"  # of the attention implementation
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CACHE_NAMES = ("cache", "past_key_values")  # of the argument: since transformers 5.24, and before
-_REFUSED = frozenset({"position_bias", "s_aux", "head_mask", "output_attentions"})
+# Arguments that would change the result, and that nobody here looks at.
+_REFUSED = frozenset(
+    {
+        "position_bias",
+        "s_aux",  # learned sinks
+        "sinks",
+        "indices",  # of tokens that an indexer chose
+        "block_indices",
+        "head_mask",
+        "output_attentions",
+    }
+)
 
 
 def attention(
@@ -314,25 +325,26 @@ def check_model(model: Any) -> Fingerprint:
             "An engine is already attached to this model, or to one that shares its config object. "
             "Detach it first: engine.detach()."
         )
-    name, shape = type(model).__name__, fingerprint(model.config)
-    if model.config.get_text_config(decoder=True) is not model.config:
-        raise UnsupportedModelError(
-            f"{name} is made of several models (text with images or sound), which this engine does"
-            " not support yet. Load its text model alone, with its family's ...ForCausalLM class."
-        )
-    if not model._supports_attention_backend:
-        raise UnsupportedModelError(
-            f"{name} does not use transformers' attention interface, so its cache cannot be"
-            " compressed. Allowed are models with _supports_attention_backend, such as Llama,"
-            " Mistral, Qwen, Phi-3 and Gemma."
+    name = type(model).__name__
+    if model._is_stateful:
+        refuse(name, STATE)
+    shape = fingerprint(model.config)
+    if not model._can_set_attn_implementation():
+        refuse(
+            name,
+            "attention that bypasses transformers' attention interface",
+            "models whose attention goes through ALL_ATTENTION_FUNCTIONS. Use such a model, or a"
+            " transformers in which this one does",
         )
     if any(key.endswith(".sinks") for key, _ in model.named_parameters()):
-        raise UnsupportedModelError(
-            f"{name} has learned attention sinks, which this engine does not support yet."
-        )
+        refuse(name, "learned attention sinks")
+    for module in model.modules():
+        if getattr(module, "is_causal", True) is False:
+            refuse(name, BIDIRECTIONAL, detail=type(module).__name__)
     if model.dtype not in _DTYPES:
         raise UnsupportedModelError(
             f"{name} computes in {model.dtype}. Allowed: {', '.join(map(str, _DTYPES))}. Load it"
-            " with one of these."
+            " with one of these.",
+            f"computes in {model.dtype}",
         )
     return shape

@@ -11,8 +11,6 @@ from kvpress.errors import KVPressError
 from kvpress.loading import available
 from kvpress.policy import Policy, as_text
 
-_BEGIN, _END = "<!-- policies: made by scripts/lint -->", "<!-- end of policies -->"
-
 
 class Entry(NamedTuple):
     """A policy: its name, the first paragraph of its docstring, its options and defaults."""
@@ -36,15 +34,17 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
-def update_readme(path: Path, check: bool) -> bool:
-    """Writes the table into the README, or only checks it. True if the file was right already."""
+def replace_block(path: Path, name: str, body: str, check: bool) -> bool:
+    """Writes the generated block of a name into a file, or only checks it.
+
+    Returns True if the file was right already. Raises KVPressError without the block's marks.
+    """
+    begin, end = f"<!-- {name}: made by scripts/lint -->", f"<!-- end of {name} -->"
     text = path.read_text(encoding="utf-8")
-    if text.count(_BEGIN) != 1 or text.count(_END) != 1:
-        raise KVPressError(
-            f"{path} must hold the lines '{_BEGIN}' and '{_END}' once, around the policy table."
-        )
-    head, rest = text.split(_BEGIN)
-    made = f"{head}{_BEGIN}\n{markdown()}\n{_END}{rest.split(_END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise KVPressError(f"{path} must hold the lines '{begin}' and '{end}' once.")
+    head, rest = text.split(begin)
+    made = f"{head}{begin}\n{body}\n{end}{rest.split(end)[1]}"
     if made != text and not check:
         path.write_text(made, encoding="utf-8")
     return made == text
@@ -61,5 +61,5 @@ def _entry(name: str, cls: type[Policy]) -> Entry:
 
 if __name__ == "__main__":
     readme, flag = Path(sys.argv[1]), "--check" in sys.argv[2:]
-    if not update_readme(readme, flag) and flag:
+    if not replace_block(readme, "policies", markdown(), flag) and flag:
         sys.exit(f"The policy table in {readme} is out of date. Run scripts/lint.")

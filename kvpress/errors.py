@@ -23,7 +23,14 @@ class AttachError(KVPressError, RuntimeError):
 
 
 class UnsupportedModelError(AttachError):
-    """A model family, layer kind or model option that the engine refuses."""
+    """A model family, layer kind or model option that the engine refuses.
+
+    reason: the part of the message that all models share which are refused for it.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class CacheError(KVPressError, RuntimeError):

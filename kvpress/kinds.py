@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from kvpress.errors import UnsupportedModelError
 from kvpress.run import LayerKind
 
-_TODO = "Use a decoder-only model whose layers are full or sliding-window attention."
+BIDIRECTIONAL = "bidirectional attention"
+STATE = "a state besides keys and values (state-space, linear attention, convolution)"
+_WIDEST = 256  # channels of a head that every backend of the operators takes
+
+# transformers' names of layer types -> why such layers are refused
+_REASONS = {
+    "linear_attention": STATE,
+    "hybrid": STATE,
+    "hybrid_sliding": STATE,
+    "conv": STATE,
+    "chunked_attention": "chunked attention",
+    "indexed_attention": "sparse attention with an indexer",
+}
+_ALLOWED = (
+    "layers of type 'full_attention' (compressed) and 'sliding_attention' (kept to their window)."
+    " Use a decoder-only model of such layers"
+)
 
 
 class Fingerprint(NamedTuple):
@@ -15,7 +31,7 @@ class Fingerprint(NamedTuple):
 
     model_type: str
     kinds: tuple[LayerKind, ...]
-    key_width: int | None
+    key_width: int  # of the first layer
 
     def __str__(self) -> str:
         heads = sorted({kind.heads for kind in self.kinds})
@@ -32,25 +48,52 @@ def fingerprint(config: Any) -> Fingerprint:
     """
     name = getattr(config, "model_type", type(config).__name__)
     if getattr(config, "is_encoder_decoder", False):
-        _refuse(name, "an encoder-decoder model")
+        refuse(name, "an encoder and a decoder (encoder-decoder)")
     text = config.get_text_config(decoder=True)
-    if getattr(text, "add_cross_attention", False) or getattr(text, "cross_attention_layers", None):
-        _refuse(name, "a decoder with cross-attention layers")
-    if getattr(text, "kv_lora_rank", None):
-        _refuse(name, "latent attention (MLA, kv_lora_rank)")
-    if getattr(text, "num_kv_shared_layers", 0) or getattr(text, "kv_sharing_modes", None):
-        _refuse(name, "layers that share their keys and values (KV sharing)")
-    if getattr(text, "use_bidirectional_attention", False) or not getattr(text, "is_causal", True):
-        _refuse(name, "bidirectional attention")
-    heads: int = getattr(text, "num_key_value_heads", 0) or getattr(text, "num_attention_heads", 0)
-    if not heads or not getattr(text, "num_hidden_layers", 0):
-        _refuse(name, "a config without num_attention_heads or num_hidden_layers")
+    if text is not config:
+        refuse(
+            name,
+            "several models inside (text with images or sound)",
+            "text models. Load its text model alone, with its family's ...ForCausalLM class",
+        )
+    _check_attention(name, text)
+    types = _layer_types(text)
+    layers = list(text.per_layer_config) if _varies(text) else [text] * len(types)
     kinds = tuple(
-        _kind(name, index, kind, heads, getattr(text, "sliding_window", None))
-        for index, kind in enumerate(_layer_types(text))
+        _kind(name, index, *given) for index, given in enumerate(zip(types, layers, strict=True))
     )
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return Fingerprint(name, kinds, width)
+    if not kinds:
+        refuse(name, "a config without num_hidden_layers")
+    widths = [_width(layer) for layer in layers]
+    if max(widths) > _WIDEST:
+        refuse(name, f"heads of more than {_WIDEST} channels", detail=f"{max(widths)}")
+    return Fingerprint(name, kinds, widths[0])
+
+
+def _width(config: Any) -> int:
+    """Channels of a key."""
+    width: int | None = getattr(config, "head_dim", None)
+    return width or config.hidden_size // config.num_attention_heads
+
+
+def _varies(text: Any) -> bool:
+    """Whether layers have fields of their own, which the config of the model then does not show."""
+    return bool(getattr(text, "is_heterogeneous", False))
+
+
+def _check_attention(name: str, text: Any) -> None:
+    """Raises UnsupportedModelError for kinds of attention that a config shows by other fields."""
+    if getattr(text, "add_cross_attention", False) or getattr(text, "cross_attention_layers", None):
+        refuse(name, "cross-attention layers")
+    if getattr(text, "kv_lora_rank", None):
+        refuse(name, "latent attention (MLA)", detail="kv_lora_rank")
+    modes = getattr(text, "kv_sharing_modes", None) or []  # one per layer
+    if getattr(text, "num_kv_shared_layers", 0) or "reuse" in modes:
+        refuse(name, "layers that share their keys and values (KV sharing)")
+    # Between image tokens only ("vision") is a matter of the mask, which text does not ask for.
+    both = getattr(text, "use_bidirectional_attention", None)
+    if both not in (None, False, "vision") or not getattr(text, "is_causal", True):
+        refuse(name, BIDIRECTIONAL)
 
 
 def _layer_types(text: Any) -> list[str]:
@@ -64,22 +107,32 @@ def _layer_types(text: Any) -> list[str]:
         kind = "chunked_attention"
     else:
         kind = "full_attention"
-    return [kind] * text.num_hidden_layers
+    return [kind] * (getattr(text, "num_hidden_layers", None) or 0)
 
 
-def _kind(name: str, index: int, layer_type: str, heads: int, window: int | None) -> LayerKind:
+def _kind(name: str, index: int, layer_type: str, config: Any) -> LayerKind:
+    """How a layer attends, by its type and its config.
+
+    Raises UnsupportedModelError unless that is full or sliding-window attention.
+    """
+    heads = getattr(config, "num_key_value_heads", 0) or getattr(config, "num_attention_heads", 0)
+    window = getattr(config, "sliding_window", None)
+    if layer_type not in ("full_attention", "sliding_attention"):
+        reason = _REASONS.get(layer_type, f"layers of type {layer_type!r}")
+        refuse(name, reason, detail=f"layer {index} of type {layer_type!r}")
+    if not heads:
+        refuse(name, "a config without num_attention_heads")
     if layer_type == "full_attention":
         return LayerKind(index, heads)
-    if layer_type == "sliding_attention" and window is not None and window >= 2:
-        return LayerKind(index, heads, window)
-    detail = f" with sliding_window={window}" if layer_type == "sliding_attention" else ""
-    _refuse(name, f"layer {index} of type {layer_type!r}{detail}")
-    raise AssertionError("unreachable")
+    if window is None or window < 2:
+        refuse(name, "windows below two tokens", detail=f"layer {index}, sliding_window={window}")
+    return LayerKind(index, heads, window)
 
 
-def _refuse(name: str, what: str) -> None:
+def refuse(name: str, reason: str, allowed: str = _ALLOWED, detail: str = "") -> NoReturn:
+    """Raises UnsupportedModelError: which model has what, what is allowed, what to do."""
+    what = f"{reason} ({detail})" if detail else reason
     raise UnsupportedModelError(
-        f"The model {name!r} has {what}, which this engine does not compress. Allowed: layers of"
-        " type 'full_attention' (compressed) and 'sliding_attention' (kept to their window)."
-        f" {_TODO}"
+        f"The model {name!r} has {what}, which this engine does not support. Allowed: {allowed}.",
+        reason,
     )

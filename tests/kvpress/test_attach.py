@@ -147,64 +147,8 @@ def test_horizon_is_taken_from_the_call_or_said_to_be_unknown() -> None:
 # ---- refused when attaching, with nothing left behind
 
 
-def multimodal() -> Any:
-    text = {"num_hidden_layers": 1, "vocab_size": 50, "hidden_size": 32, "intermediate_size": 32}
-    vision = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "image_size": 28}
-    config = transformers.Gemma3Config(
-        text_config=text | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
-        vision_config=vision | {"num_attention_heads": 2, "patch_size": 14},
-    )
-    return transformers.Gemma3ForConditionalGeneration(config)
-
-
 def unsupported() -> list[Any]:
-    common = {"num_hidden_layers": 2, "vocab_size": 50, "hidden_size": 32}
     return [
-        pytest.param(
-            lambda: transformers.T5ForConditionalGeneration(
-                transformers.T5Config(num_layers=1, d_model=16, d_ff=16, num_heads=2, vocab_size=50)
-            ),
-            "attention interface|encoder-decoder",
-            id="encoder-decoder",
-        ),
-        pytest.param(
-            lambda: transformers.BartForConditionalGeneration(
-                transformers.BartConfig(
-                    d_model=16,
-                    encoder_layers=1,
-                    decoder_layers=1,
-                    vocab_size=50,
-                    encoder_attention_heads=2,
-                    decoder_attention_heads=2,
-                )
-            ),
-            "encoder-decoder",
-            id="encoder-decoder-with-attention-interface",
-        ),
-        pytest.param(
-            lambda: transformers.DeepseekV3ForCausalLM(
-                transformers.DeepseekV3Config(
-                    **common,
-                    num_attention_heads=2,
-                    num_key_value_heads=2,
-                    intermediate_size=16,
-                    moe_intermediate_size=16,
-                    n_routed_experts=4,
-                    n_group=1,
-                    topk_group=1,
-                    num_experts_per_tok=1,
-                )
-            ),
-            r"latent attention \(MLA",
-            id="mla",
-        ),
-        pytest.param(
-            lambda: transformers.BloomForCausalLM(
-                transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=2)
-            ),
-            "does not use transformers' attention interface",
-            id="no-attention-interface",
-        ),
         pytest.param(
             lambda: helpers.tiny(
                 "qwen2", layer_types=["full_attention", "linear_attention", "conv"]
@@ -217,7 +161,11 @@ def unsupported() -> list[Any]:
             "sliding_window=1",
             id="window-of-one",
         ),
-        pytest.param(multimodal, "made of several models", id="multimodal"),
+        pytest.param(
+            lambda: helpers.tiny("gemma", use_bidirectional_attention=True),
+            "bidirectional attention",
+            id="bidirectional",
+        ),
         pytest.param(lambda: helpers.tiny().double(), "torch.float64", id="dtype"),
         pytest.param(lambda: torch.nn.Linear(2, 2), "takes a transformers model", id="no-model"),
     ]
