@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kvpress import twins
 from kvpress.attend import prompt_attention
-from kvpress.cache import EngineCache, uncompiled
+from kvpress.cache import EngineCache, Lease, uncompiled
 from kvpress.cache_layer import tagged_layer
 from kvpress.errors import AttachError, CacheError, MaskError, UnsupportedModelError
 from kvpress.kinds import BIDIRECTIONAL, STATE, Fingerprint, fingerprint, refuse
@@ -190,11 +190,13 @@ def cache_name(model: torch.nn.Module) -> str:
 class Attachment:
     """What `install` changed on a model, and how to undo it."""
 
-    def __init__(self, model: PreTrainedModel, new_cache: Callable[[], EngineCache]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, new_cache: Callable[[], EngineCache], lease: Lease
+    ) -> None:
         self.fingerprint = check_model(model)
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, new_token_mask)
-        self._model, self._new_cache = model, new_cache
+        self._model, self._new_cache, self._lease = model, new_cache, lease
         self._before = model.config._attn_implementation
         self._replaced: WeakSet[Cache] = WeakSet()  # empty caches of callers that ours stood for
         model.set_attn_implementation(NAME)
@@ -234,21 +236,26 @@ class Attachment:
         if cache is None and not (config.use_cache if use_cache is None else use_cache):
             return (), _with_mask(given)
         given[self._cache_names[id(module)]] = cache = self._cache_for(cache)
-        cache.check_whole()
+        if module is self._model:
+            cache.begin()
+        else:  # perhaps a part of the same pass
+            cache.check_whole()
         self._check_mask(cache, given)
-        if module is self._model:  # its base model is not told
+        if module is self._model:
             cache.announce(given.get("logits_to_keep"))
-            cache.spread = twins.merge(given, cache, self._cache_names[id(module)])
+            if not getattr(config, "output_router_logits", False):
+                cache.spread = twins.merge(given, cache, self._cache_names[id(module)])
         return (), given
 
     def _cache_for(self, cache: Any) -> EngineCache:
         """The engine cache to use for what the caller passed."""
         if isinstance(cache, EngineCache):
-            if cache.fingerprint != self.fingerprint:
+            stranger = cache.lease.active and cache.lease is not self._lease
+            if cache.fingerprint != self.fingerprint or stranger:
                 raise CacheError(
-                    f"This cache was made for {cache.fingerprint}, but the model is"
-                    f" {self.fingerprint}. Make a cache with engine.new_cache() of the engine"
-                    " attached to this model."
+                    f"This cache was made for {cache.fingerprint}{' by another engine' * stranger},"
+                    f" but the model is {self.fingerprint}. Make a cache with engine.new_cache() of"
+                    " the engine attached to this model."
                 )
             return cache
         if cache is None:
@@ -304,7 +311,6 @@ class Attachment:
         if isinstance(cache, EngineCache):
             cache.check_attended()
             if module is self._model:
-                cache.announce(None)
                 kinds, cache.spread = cache.spread, None
                 if kinds is not None:
                     twins.spread(output, cache, kinds)

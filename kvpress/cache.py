@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from kvpress import saving
 from kvpress.cache_layer import EngineLayer
+from kvpress.drafts import commit
 from kvpress.errors import CacheError
 from kvpress.kinds import Fingerprint
 from kvpress.layer import Layer
@@ -83,7 +84,7 @@ class EngineCache(Cache):
         )
         self._engine_layers = [EngineLayer(kind, run) for kind in shape.kinds]
         super().__init__(layers=list(self._engine_layers))
-        self._run, self._horizon, self._lease = run, horizon, lease or Lease()
+        self._run, self._horizon, self.lease = run, horizon, lease or Lease()
         self._latest: EngineLayer | None = None  # that took keys
         self.follows_generate = False  # generate() made a cache of its own, which ours stands for
         self.spread: Tensor | None = None  # how the running pass is to be repeated; see twins.py
@@ -94,6 +95,7 @@ class EngineCache(Cache):
                 f" layers: they keep their window ({window} tokens) and are not compressed by the"
                 " policy."
             ] = None
+        self._standing_notes = dict(self.notes)
 
     def expect(self, new_tokens: int) -> None:
         """Says how many tokens the caller will decode: the horizon of policies with a schedule."""
@@ -110,7 +112,7 @@ class EngineCache(Cache):
                 f"Layer {layer_idx} does not exist in this cache of {self.fingerprint}. Make a"
                 " cache with engine.new_cache() of the engine attached to this model."
             )
-        if not self._lease.active:
+        if not self.lease.active:
             raise CacheError(
                 "The engine that made this cache is not attached to this model any more. Attach it"
                 " again and make a new cache with engine.new_cache()."
@@ -128,6 +130,18 @@ class EngineCache(Cache):
         """Gives every sequence pages of its own; what beams and forks shared is copied."""
         for state in self.states:
             state.unshare()
+
+    def begin(self) -> None:
+        """Undoes what a forward pass that raised before its first layer left behind.
+
+        Raises CacheError if it got further than that.
+        """
+        if self._latest is not None:
+            self._latest.waiting = None
+        kinds, self.spread = self.spread, None
+        if kinds is not None:
+            self.select(kinds.tolist())
+        self.check_whole()
 
     def kinds_of_sequences(self, batch: int) -> Tensor:
         """A number for each of `batch` sequences, the same for those that hold the same pages."""
@@ -158,14 +172,25 @@ class EngineCache(Cache):
     def check_whole(self) -> None:
         """Raises CacheError if an interrupted forward pass left layers of different lengths."""
         lengths = {state.columns_seen for state in self.states}
-        if len(lengths) > 1:
+        if len(lengths) > 1 or self._run.broken is not None:
             raise CacheError(
                 f"The layers of this cache have seen {sorted(lengths)} tokens: a forward pass was"
                 " interrupted. Its contents are lost: call reset() or make a new cache."
             )
 
+    def reset(self) -> None:
+        """Forgets every token, and what was said about tokens to come."""
+        super().reset()  # type: ignore[no-untyped-call]
+        self._latest = self.spread = None
+        self.notes.clear()
+        self.notes.update(self._standing_notes)
+        run = self._run
+        run.recording, run.announced, run.announces = False, None, False
+        run.broken = run.newest = None
+
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens of every layer, or of none at all."""
+        self.check_whole()
         for state in self.states:
             state.check_crop(max(0, -int(tokens_to_remove)))
         super().crop(tokens_to_remove)
@@ -178,19 +203,25 @@ class EngineCache(Cache):
         self._run.recording = True
 
     def stop_past_recording(self) -> None:
-        """The tokens of a forward pass are final again."""
-        self._run.recording = False
+        """Tokens are final again, those that could still be taken back as well."""
+        self.check_whole()
+        for state in self.states:
+            commit(state)
+        self._run.recording = self._run.announces = False
 
     def announce(self, logits_to_keep: Any) -> None:
         """Says how many of the last tokens of the coming forward pass the caller will judge.
 
-        All but the first of them are drafted. None or 0: not known. generate() wants several only
-        where it decodes speculatively.
+        All but the first of them are drafted. None or 0: not known. generate() always says it, and
+        wants several only where it decodes speculatively.
         """
-        known = isinstance(logits_to_keep, int) and logits_to_keep > 0
-        self._run.announced = logits_to_keep - 1 if known else None
-        if self.follows_generate and self._run.announced:
+        run, known = self._run, isinstance(logits_to_keep, int) and logits_to_keep > 0
+        run.announced = logits_to_keep - 1 if known else None
+        if self.follows_generate and run.announced:
             self.activate_past_recording()
+        if run.recording and run.announces and not known:
+            run.recording = run.announces = False  # generate() is over: these tokens are final
+        run.announces = run.recording and (run.announces or known)
 
     def fork(self) -> EngineCache:
         """A cache that goes on from here on its own.
@@ -198,16 +229,18 @@ class EngineCache(Cache):
         Both share the pages; what one of them changes it copies first. Several questions about one
         context cost its bytes once.
         """
+        self.check_whole()
         other = EngineCache(
             self.fingerprint,
             self.recipe,
             self._run.page_slots,
             self._horizon,
-            self._lease,
+            self.lease,
             self._run.cache_dtype,
         )
         other.notes.update(self.notes)
-        other._run.horizon, other._run.recording = self._run.horizon, self._run.recording
+        for name in ("horizon", "recording", "announces"):
+            setattr(other._run, name, getattr(self._run, name))
         for ours, theirs in zip(self._engine_layers, other._engine_layers, strict=True):
             theirs.state = ours.state.fork(other._run)
             theirs.is_initialized = ours.is_initialized
@@ -237,7 +270,7 @@ class EngineCache(Cache):
         """What a file and its reader must agree on."""
         return {
             "model": str(self.fingerprint),
-            "weights": self._lease.weights(),
+            "weights": self.lease.weights(),
             "policy": str(self.recipe),
         }
 
@@ -264,10 +297,15 @@ class EngineCache(Cache):
             (layer, len(self.layers), "layer"),
             (sequence, len(self.states[0].seen_B), "sequence"),
         )
-        for given, limit, name in (*bounds, (head, self.fingerprint.kinds[0].heads, "head")):
-            if not 0 <= given < limit:
-                raise CacheError(f"{name}={given} does not exist: allowed are 0 to {limit - 1}.")
+        for given, limit, name in bounds:
+            self._check_index(given, limit, name)
+        self._check_index(head, self.fingerprint.kinds[layer].heads, "head")
         return self.states[layer].kept_positions(sequence, head)
+
+    @staticmethod
+    def _check_index(given: int, limit: int, name: str) -> None:
+        if not 0 <= given < limit:
+            raise CacheError(f"{name}={given} does not exist: allowed are 0 to {limit - 1}.")
 
     def report(self, model: str = "") -> Report:
         """The ledger: slots and bytes per layer, seconds per stage, and notes."""

@@ -128,6 +128,8 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the sequences at `indices` (integers, or one boolean per sequence)."""
+        if self.state.store is None:
+            return
         chosen = torch.arange(len(self.state.seen_B))[torch.as_tensor(indices).cpu()]
         self.select(chosen.tolist())
 

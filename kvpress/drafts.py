@@ -24,6 +24,7 @@ _BLOCK = 32  # queries that `decode_rows` takes at once
 
 def run_drafts(layer: Layer, tokens: Tokens) -> Tensor:
     """Attention output `[B, N, P, D]` of drafted tokens of all sequences, which are then stored."""
+    layer.changes()
     outputs, group = [], list(range(len(layer.seen_B)))
     for start in range(0, tokens.key_bHPD.shape[2], _BLOCK):
         block = tokens.part(start, start + _BLOCK)
@@ -64,14 +65,16 @@ def _attend(layer: Layer, tokens: Tokens) -> Tensor:
 def commit(layer: Layer) -> None:
     """Makes the drafted tokens that were not taken back final: they count as decoded."""
     tokens, weights = layer.drafted, _joined(layer.draft_weights)
-    layer.drafted, layer.draft_weights = 0, []
     if tokens == 0:
         return
+    layer.changes()
+    layer.drafted, layer.draft_weights = 0, []
     everybody = list(range(len(layer.seen_B)))
     groups = [everybody] if layer.in_step else [[b] for b in everybody]
     for group in groups:
         part = None if weights is None else weights[group]
         _commit(layer, group, tokens, part)
+    layer.run.broken = None
 
 
 def _commit(layer: Layer, group: list[int], tokens: int, weights_bNPS: Tensor | None) -> None:

@@ -62,11 +62,10 @@ class Engine:
         self.model, self.recipe, self._page_slots = model, recipe, page_size
         self._cache_dtype = cache_dtype
         self._cache: EngineCache | None = None
-        self._weights: str | None = None
         engine = weakref.ref(self)  # a cache keeps neither the engine nor the model alive
         self._lease = Lease(weights=lambda: _identity(engine()))
         self.fingerprint = check_model(model)
-        self._attachment: Attachment | None = Attachment(model, self.new_cache)
+        self._attachment: Attachment | None = Attachment(model, self.new_cache, self._lease)
 
     def __enter__(self) -> Engine:
         return self
@@ -99,7 +98,12 @@ class Engine:
 
         max_new_tokens: what schedules of a policy should expect.
         """
-        cache = EngineCache(
+        cache = self._make_cache(max_new_tokens)
+        self._cache = cache  # what is returned stays this call's own when threads share an engine
+        return cache
+
+    def _make_cache(self, max_new_tokens: int | None = None) -> EngineCache:
+        return EngineCache(
             self.fingerprint,
             self.recipe,
             self._page_slots,
@@ -107,8 +111,6 @@ class Engine:
             self._lease,
             self._cache_dtype,
         )
-        self._cache = cache  # what is returned stays this call's own when threads share an engine
-        return cache
 
     def load_cache(self, path: str | Path) -> EngineCache:
         """The cache that `cache.save(path)` wrote, to go on exactly where it was.
@@ -116,16 +118,10 @@ class Engine:
         The file is checked byte by byte. Raises CacheFileError if it is not whole, or comes from
         another model, other weights, another policy or another version of the engine.
         """
-        cache = self.new_cache()
+        cache = self._make_cache()
         cache.load(path, saving.layer_devices(self.model))
+        self._cache = cache
         return cache
-
-    @property
-    def weights(self) -> str:
-        """A digest of the model's weights, made when it is first needed."""
-        if self._weights is None:
-            self._weights = saving.identity(self.model)
-        return self._weights
 
     @property
     def cache(self) -> EngineCache:
@@ -164,7 +160,9 @@ class Engine:
             cache.expect(expected)
         cache.stop_past_recording()  # speculative decoding starts it again
         self._cache = cache
-        return self.model.generate(*args, **{cache_name(self.model): cache}, **kwargs)
+        out = self.model.generate(*args, **{cache_name(self.model): cache}, **kwargs)
+        cache.stop_past_recording()  # tokens that are still drafted were accepted
+        return out
 
     def report(self, cache: EngineCache | None = None) -> Report:
         """The ledger of a cache, by default the newest: slots, bytes, seconds per stage, notes."""
@@ -178,4 +176,4 @@ def _identity(engine: Engine | None) -> str:
             "The engine that made this cache is gone, and with it what identifies its model. Save a"
             " cache while its engine exists."
         )
-    return engine.weights
+    return saving.identity(engine.model)

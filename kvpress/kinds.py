@@ -6,10 +6,10 @@ from typing import Any, NamedTuple, NoReturn
 
 from kvpress.errors import UnsupportedModelError
 from kvpress.run import LayerKind
+from kvpress.shapes import MOST_WIDTH
 
 BIDIRECTIONAL = "bidirectional attention"
 STATE = "a state besides keys and values (state-space, linear attention, convolution)"
-_WIDEST = 256  # channels of a head that every backend of the operators takes
 
 # transformers' names of layer types -> why such layers are refused
 _REASONS = {
@@ -65,8 +65,8 @@ def fingerprint(config: Any) -> Fingerprint:
     if not kinds:
         refuse(name, "a config without num_hidden_layers")
     widths = [_width(layer) for layer in layers]
-    if max(widths) > _WIDEST:
-        refuse(name, f"heads of more than {_WIDEST} channels", detail=f"{max(widths)}")
+    if max(widths) > MOST_WIDTH:
+        refuse(name, f"heads of more than {MOST_WIDTH} channels", detail=f"{max(widths)}")
     return Fingerprint(name, kinds, widths[0])
 
 

@@ -41,6 +41,7 @@ class Layer:
         self._decoded_B = torch.zeros(0, dtype=torch.int64)  # tokens decoded since the last prompt
         self._decoded: int | None = None  # the same for every sequence, where it is
         self.evicted_at = 0  # logical length when tokens were last evicted
+        self.prompted_at = 0  # logical length after the last prompt or prompt chunk
         self.padded_at = 0  # logical length after the last padded column
         self.quota_R = torch.zeros(0, dtype=torch.int64)  # slots that every row may keep
         self.recent_B = torch.zeros(0, dtype=torch.int64)  # protected last tokens of each sequence
@@ -99,6 +100,12 @@ class Layer:
             raise CacheError(
                 f"crop(-{tokens}) would go back to {length} columns, behind the last padded column "
                 f"({self.padded_at}). Crop less, or run the sequences without padding."
+            )
+        if length < self.prompted_at and self.limits is not None and self.limits.interval > 1:
+            raise CacheError(
+                f"crop(-{tokens}) would go back to {length} tokens, behind the end of the last"
+                f" prompt chunk ({self.prompted_at}), where the interval of {self.recipe} began"
+                " again. Crop less, or use interval=1."
             )
         if self.recipe.accumulates and tokens > self.drafted:
             raise CacheError(
@@ -177,13 +184,19 @@ class Layer:
             bytes_shared=self.store.nbytes_shared,
         )
 
+    def changes(self) -> None:
+        """Says that a forward pass changes this layer: until it is done the cache is not whole."""
+        self.run.broken = self.kind.index
+
     def advance_one(self) -> None:
         """Counts one decoded token of every sequence."""
+        self.changes()
         self.columns_seen += 1
         self.seen_B = self.run.one_more(self.seen_B)
 
     def advance(self, columns: int, seen_B: Tensor, padded: bool) -> None:
         """Counts new columns, and the real tokens among them."""
+        self.changes()
         self._in_step = None
         self.columns_seen += columns
         self.seen_B = seen_B

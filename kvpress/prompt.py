@@ -21,12 +21,15 @@ from kvpress.store import Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
 from kvpress.types import EMPTY, Slots
 
+_MOST_EVICTED = 256  # slots of a row that leave one by one; more are cheaper to copy
+
 
 def run_prompt(
     layer: Layer, group: list[int], tokens: Tokens, before_b: Tensor
 ) -> tuple[Tensor, Survivors]:
     """Attention output `[b, N, P, D]` of a prompt chunk, and the slots that stay."""
     layer.decoded_B[group] = 0
+    layer.prompted_at = layer.columns_seen
     columns = _candidates(layer, group, tokens, before_b)
     request = layer.recipe.stage("observe").observe(
         layer.step(group[0], tokens.query_bNPD.shape[2])
@@ -70,18 +73,38 @@ def _attend(
 def store_prompt(
     layer: Layer, survivors: list[Survivors], chunks: list[tuple[Tokens, Tensor]]
 ) -> None:
-    """Appends prompt chunks where nothing else changed; otherwise refills their rows."""
+    """Stores what stays: in new pages, or in place where little changed and pages are shared."""
     if not survivors:
         return
     with layer.run.meter.stage("store", chunks[0][0].key_bHPD.device):
         evicted = any(kept.evicted for kept in survivors)
         if evicted:
             layer.evicted_at = layer.columns_seen
-        if evicted or layer.recipe.accumulates or not bool(layer.rows.counts.any()):
+        changed = evicted or layer.recipe.accumulates
+        if not bool(layer.rows.counts.any()) or (
+            changed and not _in_place(layer, survivors, chunks)
+        ):
             layer.refill(survivors)
             return
         for kept, (tokens, before_b) in zip(survivors, chunks, strict=True):
             layer.append(tokens, kept.sequences, before_b)
+            if changed:
+                layer.rows.retain(kept)
+        layer.rows_changed()
+
+
+def _in_place(
+    layer: Layer, survivors: list[Survivors], chunks: list[tuple[Tokens, Tensor]]
+) -> bool:
+    """Whether pages are shared and rows lose so few slots that they can stay so."""
+    if not layer.rows.shares:
+        return False
+    stored_BH = layer.rows.counts_BH
+    for kept, (tokens, _) in zip(survivors, chunks, strict=True):
+        lost_bH = stored_BH[list(kept.sequences)] + tokens.key_bHPD.shape[2] - kept.counts_BH
+        if int(lost_bH.max()) > _MOST_EVICTED:
+            return False
+    return True
 
 
 def _candidates(

@@ -55,9 +55,9 @@ class Run:
     cache_dtype: torch.dtype | None = None  # of stored keys and values; None: the model's
     newest: tuple[Tensor, Tensor] | None = None  # tokens seen before the last step, and after it
     recording: bool = False  # whether drafted tokens may be taken back until the next forward pass
-    announced: int | None = (
-        None  # how many of the tokens of this pass are drafted, if that is known
-    )
+    announced: int | None = None  # drafted tokens of this pass, where that is known
+    announces: bool = False  # whether the caller who records says how many they are
+    broken: int | None = None  # the layer in which a pass is under way, or failed
 
     def drafted(self, tokens: int, first: bool) -> int:
         """How many of the tokens of this forward pass may be taken back; by default all or none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from kvpress.store import PagedRows
 
 FORMAT = 1  # of the file; another one is refused
 _SAMPLE = 64  # elements of every weight that identify a model
-_NUMBERS = ("columns_seen", "evicted_at", "padded_at")
+_NUMBERS = ("columns_seen", "evicted_at", "prompted_at", "padded_at")
+_NEUTRAL = {"transformers_version", "name_or_path", "architectures", "use_cache", "id2label"}
 _PER_SEQUENCE = ("seen_B", "decoded_B", "quota_R", "recent_B")
 
 
@@ -72,9 +74,11 @@ def fill(
                 _fill(layer, known, tensors, devices.get(layer.kind.index, devices[-1]))
 
 
-def identity(model: torch.nn.Module) -> str:
-    """A digest of a model's weights: names, shapes, dtypes and a sample of the values of each."""
+def identity(model: Any) -> str:
+    """A digest of a model: its config, and names, shapes, dtypes and a sample of its weights."""
     digest = xxhash.xxh3_128()
+    config = {name: x for name, x in model.config.to_dict().items() if not _is_neutral(name)}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict(keep_vars=False).items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         if type(weight) is Tensor and weight.device.type != "meta" and weight.numel():
@@ -82,6 +86,11 @@ def identity(model: torch.nn.Module) -> str:
             sample = weight.detach().reshape(-1)[::step][:_SAMPLE].cpu()
             digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _is_neutral(name: str) -> bool:
+    """Whether a field of a config does not change what the model computes."""
+    return name.startswith(("_", "output_", "return_")) or name in _NEUTRAL
 
 
 def layer_devices(model: torch.nn.Module) -> dict[int, torch.device]:
@@ -128,6 +137,6 @@ _REMEDY = {
     "format": "Save it again with this version of the engine.",
     "engine": "Save it again with this version of the engine, or install that one.",
     "model": "Load the model that it was made with.",
-    "weights": "Load the weights that it was made with, in the same dtype and quantisation.",
+    "weights": "Load the weights that it was made with, in the same dtype, with the same config.",
     "policy": "Attach the engine with that policy.",
 }

@@ -37,6 +37,11 @@ def merge(given: dict[str, Any], cache: EngineCache, cache_name: str) -> Tensor 
         return None  # refused by the layers
     if not all(isinstance(x, Tensor) and len(x) in (1, batch) for x in inputs.values()):
         return None
+    seen, mask = cache.columns_seen, inputs.get("attention_mask")
+    if mask is not None and mask.shape != (batch, seen + tokens.shape[1]):
+        return None  # refused with the shapes of the caller
+    if "position_ids" in inputs and inputs["position_ids"].dim() != 2:
+        return None  # a plane for each axis, not a row for each sequence
     kinds = [x.reshape(batch, -1).double().cpu() for x in inputs.values() if len(x) == batch]
     kinds.append(cache.kinds_of_sequences(batch)[:, None].double())
     _, number_B = torch.unique(torch.cat(kinds, dim=1), dim=0, return_inverse=True)

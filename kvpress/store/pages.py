@@ -46,14 +46,14 @@ class PagedRows(PageTable):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storages kept alive: pools with their free pages, tables and counts.
+        """Bytes of the storages kept alive: pages, tables and counts.
 
-        A pool that is shared with a fork counts in full: it would live without the fork.
+        A pool of one store counts with its free pages, one that forks share as far as it is used.
         """
-        storages = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()
-        }
-        return sum(storages.values())
+        tensors = list(self.tensors() if len(self._pool.members) == 1 else self._beside())
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        used = 0 if len(self._pool.members) == 1 else len(torch.unique(self.owned_pages()))
+        return sum(storages.values()) + used * self._pages_nbytes
 
     @property
     def nbytes_shared(self) -> int:
@@ -62,14 +62,19 @@ class PagedRows(PageTable):
             return 0
         mine = torch.bincount(self.owned_pages(), minlength=self._pool.pages)
         common = int(((mine > 0) & (self._pool.uses() > mine)).sum())
-        return common * self.page_slots * sum(c.slot_bytes for c in self.columns.values())
+        return common * self._pages_nbytes
+
+    @property
+    def _pages_nbytes(self) -> int:
+        """Bytes of the slots of one page."""
+        return self.page_slots * sum(column.slot_bytes for column in self.columns.values())
 
     @property
     def shares(self) -> bool:
         """Whether some page of these rows has other users."""
         if not self._pool.lent and self._aside is None:
             return False
-        self._pool.sweep()
+        self._pool.trim()
         shared = self._pool.lent and bool((self._pool.uses()[self.owned_pages()] > 1).any())
         if not shared and self._aside is not None:
             aside, self._aside = self._aside, None
@@ -85,6 +90,10 @@ class PagedRows(PageTable):
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that the store keeps alive."""
         yield from self._pool.tensors()
+        yield from self._beside()
+
+    def _beside(self) -> Iterator[Tensor]:
+        """What is kept besides pages."""
         yield from self._books()
         if self._aside is not None:
             yield from self._aside.columns.values()
@@ -93,7 +102,7 @@ class PagedRows(PageTable):
         """Bytes that one more page costs: its slots and its entry in the page table."""
         copies = 1 if self.on_host else 2  # the host mirrors the device's table
         entries = self._table.element_size() * copies
-        return self.page_slots * sum(c.slot_bytes for c in self.columns.values()) + entries
+        return self._pages_nbytes + entries
 
     def pool(self, name: str) -> Tensor:
         """The pages of one column, `[P, *page_shape]`, as operators read them."""
@@ -194,6 +203,32 @@ class PagedRows(PageTable):
         self._set_counts(self.counts.index_copy(0, row_N, last_N))
         if self._pool.lent:
             self._owned = torch.minimum(self._owned, self._pages_for(self.counts))
+
+    def retain(self, survivors: Survivors) -> None:
+        """Drops what did not survive of some sequences, slot by slot, so that pages stay shared.
+
+        Survivors are known by their positions; their volatile columns are renewed.
+        """
+        chosen, device = list(survivors.sequences), self.device
+        position_BHS = self.dense(POSITION, chosen).long()
+        kept_BHK = survivors.columns[POSITION].long()
+        spare = int(position_BHS.max()) + 1  # stands for empty slots
+        real_BHK = torch.arange(kept_BHK.shape[2]) < survivors.counts_BH[..., None]
+        kept_BHK = kept_BHK.where(real_BHK.to(device), spare)
+        place_BHS = position_BHS.where(position_BHS != EMPTY, spare)
+        width = (*kept_BHK.shape[:2], spare + 1)
+        stays = torch.zeros(width, dtype=torch.bool, device=device).scatter_(2, kept_BHK, True)
+        for name in self._volatile:
+            by_position = torch.zeros(width, device=device)
+            by_position.scatter_(2, kept_BHK, survivors.columns[name].float())
+            self.write(name, by_position.gather(2, place_BHS), chosen)
+        drops_RS = (~stays.gather(2, place_BHS) & (position_BHS != EMPTY)).flatten(0, 1).cpu()
+        victims = [row.nonzero().flatten().tolist() for row in drops_RS]
+        row_R = self.row_index(chosen).tolist()
+        while any(victims):  # the last one first: the slot that moves into its place stays
+            pairs = [(r, v.pop()) for r, v in zip(row_R, victims, strict=True) if v]
+            row_N, slot_N = torch.tensor(pairs).unbind(1)
+            self.evict_one(row_N, slot_N.to(device))
 
     def fill(self, groups: Sequence[Survivors], headroom: int = 0) -> None:
         """Replaces what some sequences hold, in exactly the pages that all rows then need.
@@ -378,6 +413,7 @@ class PagedRows(PageTable):
         behind that.
         """
         if self._pool.lent:
+            self._pool.trim()
             next_page = self.counts // self.page_slots
             row_N = ((counts > self.counts) & (next_page < self._owned)).nonzero().flatten()
             self._own_pages(row_N.tolist(), next_page[row_N].tolist())

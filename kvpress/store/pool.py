@@ -73,11 +73,9 @@ class PagePool:
             self._tensors.clear()
 
     def trim(self) -> None:
-        """Gives memory back if much of it is unused: packs the pages that are left."""
-        uses_P = self.uses()
-        live_P = uses_P > 0
+        """Frees what nobody uses; packs the pages that are left if that is much of the memory."""
+        live_P = self.sweep() > 0
         kept = int(live_P.sum())
-        self._free = (~live_P).nonzero().flatten().flip(0).tolist()
         if kept > _LEAST_USED * self.pages:
             return
         index = live_P.nonzero().flatten().to(self._device)
@@ -94,11 +92,12 @@ class PagePool:
             self.sweep()
         return self._free
 
-    def sweep(self) -> None:
-        """Finds the pages that nobody uses any more."""
+    def sweep(self) -> Tensor:
+        """Finds the pages that nobody uses any more. Returns the `uses` of all."""
         uses_P = self.uses()
         self._free = (uses_P == 0).nonzero().flatten().flip(0).tolist()
         self.lent = len(self.members) > 1 or bool((uses_P > 1).any())
+        return uses_P
 
     def _none_used(self) -> Tensor:
         return torch.zeros(self.pages, dtype=torch.int64)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import helpers
 import pytest
 import torch
 from transformers import DynamicCache
 
 import kvpress
-from kvpress.errors import CacheError
+from kvpress.budget import Budget
+from kvpress.errors import CacheError, PolicyError
+from kvpress.policy import Policy, option
+from kvpress.types import Slots
 
 
 def after(recipe: str, ids: torch.Tensor, new: int = 1) -> tuple[object, object, object]:
@@ -163,3 +169,53 @@ def test_a_decode_step_may_skip_some_sequences() -> None:
         assert helpers.positions(cache, 0) == helpers.positions(untouched)
         masses = [c.states[0].store.dense("mass")[0] for c in (cache, untouched)]
         torch.testing.assert_close(*masses, rtol=1e-5, atol=1e-6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failing(Policy):
+    """Fails in the last layer while it is told to."""
+
+    budget: Budget = option(0.5, "share of the slots that is kept")
+    fails: ClassVar[list[bool]] = [True]
+
+    def score(self, slots: Slots) -> torch.Tensor:
+        score = slots.position_BHS.float()
+        return score * float("nan") if self.fails[0] and slots.layer == 2 else score
+
+
+def test_a_pass_that_fails_in_the_last_layer_leaves_a_cache_that_is_refused() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 40)
+    with kvpress.attach(model, Failing()) as engine, torch.no_grad():
+        cache = engine.new_cache()
+        with pytest.raises(PolicyError, match="NaN"):
+            model(ids, past_key_values=cache)
+        Failing.fails[0] = False
+        for use in (
+            lambda: model(ids[:, :1], past_key_values=cache),
+            cache.fork,
+            lambda: cache.crop(-1),
+        ):
+            with pytest.raises(CacheError, match="interrupted"):
+                use()
+        cache.reset()
+        model(ids, past_key_values=cache)
+        assert len(cache.kept_positions(2)) == 20
+
+
+def test_a_crop_into_a_prompt_chunk_is_refused_where_an_interval_began_there() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 10)
+    with kvpress.attach(model, "streaming_llm:budget=30,interval=7") as engine, torch.no_grad():
+        cache = engine.new_cache()
+        for tokens in (ids, ids[:, :1], ids):
+            model(tokens, past_key_values=cache)
+        with pytest.raises(CacheError, match="end of the last prompt chunk"):
+            cache.crop(-10)
+
+
+def test_reordering_an_empty_cache_changes_nothing() -> None:
+    with kvpress.attach(helpers.tiny(), "h2o") as engine:
+        cache = engine.new_cache()
+        cache.batch_select_indices(torch.tensor([0]))
+        cache.reorder_cache(torch.tensor([0]))
+        cache.batch_repeat_interleave(3)
+        assert cache.get_seq_length() == 0

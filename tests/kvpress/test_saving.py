@@ -81,7 +81,7 @@ def test_beams_forks_and_half_precision_are_saved_with_their_own_pages_only(tmp_
         assert loaded.states[0].store.pool("key").dtype == dtype
         assert loaded.check_integrity()
     sizes = [(tmp_path / name).stat().st_size for name in ("one", "beams")]
-    assert sizes[1] < 2.6 * sizes[0]  # twice the tokens, four masses
+    assert sizes[1] < 2.8 * sizes[0]  # twice the tokens, four masses
 
 
 def test_an_empty_cache_can_be_saved(tmp_path: Path) -> None:
@@ -143,6 +143,11 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
         kvpress.attach(helpers.tiny(num_hidden_layers=1), "full").load_cache(file)
     with pytest.raises(CacheFileError, match="Load the model that it was made with"):
         kvpress.attach(helpers.tiny(), "h2o").load_cache(file)
+    other = helpers.tiny(
+        num_hidden_layers=1, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}
+    )
+    with pytest.raises(CacheFileError, match="with the same config"):
+        kvpress.attach(other, "h2o").load_cache(file)
     changed = helpers.tiny(num_hidden_layers=1)
     with torch.no_grad():
         changed.model.layers[0].mlp.up_proj.weight[0, 0] += 1
@@ -191,7 +196,10 @@ def _save_for_ever(path: str, started: object) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
-def test_a_process_killed_while_saving_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+def test_a_process_killed_while_saving_leaves_the_old_file_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads do not survive the fork of the server
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "kvpress.sealed", "helpers"])
     file, draw = tmp_path / "cache", random.Random(0)
@@ -210,3 +218,14 @@ def test_a_process_killed_while_saving_leaves_the_old_file_or_the_new_one(tmp_pa
             partial += 1
         assert engine.load_cache(file).get_seq_length() == 1000
     assert partial > 0  # some were killed in the middle of it
+
+
+def test_weights_that_change_under_an_engine_are_noticed(tmp_path: Path) -> None:
+    engine = saved(tmp_path / "cache")
+    cache = engine.cache
+    with torch.no_grad():
+        for weight in engine.model.parameters():
+            weight.add_(0.05)
+    with pytest.raises(CacheFileError, match="Load the weights"):
+        engine.load_cache(tmp_path / "cache")
+    assert engine.cache is cache  # a failed load changes nothing

@@ -12,6 +12,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import kvpress
+from kvpress.errors import MaskError
 
 RECIPES = ["full", "snapkv:budget=0.5", "streaming_llm:budget=0.5", "keyformer:budget=0.5"]
 
@@ -198,3 +199,80 @@ def test_forks_may_run_in_threads() -> None:
         for thread in threads:
             thread.join()
     assert all(torch.equal(given[n], expected[n]) for n in range(4))
+
+
+def total(caches: list[object]) -> int:
+    """Bytes of all storages that some caches keep alive, each counted once."""
+    return helpers.live_storages([state.store for cache in caches for state in cache.states])
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["full", "snapkv:budget=0.5", "h2o:budget=1.0", "keyformer:budget=0.5", "tova:budget=512"],
+)
+def test_questions_about_one_context_share_its_pages(recipe: str) -> None:
+    model = helpers.tiny(head_dim=64, max_position_embeddings=4096)
+    ids, questions = helpers.prompt(1, 2000), [helpers.prompt(1, 8, seed=n) for n in range(4)]
+    with kvpress.attach(model, recipe) as engine, torch.no_grad():
+        context = engine.new_cache()
+        model(ids, past_key_values=context)
+        one, forks = total([context]), [context.fork() for _ in questions]
+        logits = [model(q, past_key_values=f).logits for q, f in zip(questions, forks, strict=True)]
+        assert total([context, *forks]) < 2 * one
+        assert all(fork.report().bytes_shared > 0.5 * one for fork in forks)
+        for question, fork, given in zip(questions, forks, logits, strict=True):
+            alone = engine.new_cache()
+            model(ids, past_key_values=alone)
+            expected = model(question, past_key_values=alone).logits
+            torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+            assert helpers.positions(fork) == helpers.positions(alone)
+            if fork.states[0].recipe.accumulates:
+                masses = [c.states[2].store.dense_by_position([0])["mass"] for c in (fork, alone)]
+                torch.testing.assert_close(*masses, rtol=1e-4, atol=1e-5)
+            assert fork.check_integrity()
+
+
+@pytest.mark.parametrize("recipe", ["full", "streaming_llm:budget=24KiB", "h2o:budget=0.5"])
+def test_what_dead_forks_held_is_given_back(recipe: str) -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 600)
+    with kvpress.attach(model, recipe) as engine, torch.no_grad():
+        context, alone = engine.new_cache(), engine.new_cache()
+        for cache in (context, alone):
+            model(ids, past_key_values=cache)
+        forks = [context.fork() for _ in range(8)]
+        for cache in (*forks, alone):
+            for token in range(60):
+                model(torch.tensor([[2 + token]]), past_key_values=cache)
+        one = forks[0]
+        assert one.report().bytes_held <= 1.4 * alone.report().bytes_held
+        del forks, context, cache
+        gc.collect()
+        for _ in range(40):
+            for cache in (one, alone):
+                model(torch.tensor([[5]]), past_key_values=cache)
+        assert one.report().bytes_shared == 0
+        assert one.report().bytes_held <= 1.4 * alone.report().bytes_held
+
+
+def test_a_refused_pass_over_equal_prompts_loses_no_sequence() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 20).repeat(3, 1)
+    question = helpers.prompt(1, 5).repeat(3, 1)
+    with kvpress.attach(model, "full") as engine, torch.no_grad():
+        cache, other = engine.new_cache(), engine.new_cache()
+        for each in (cache, other):
+            model(ids, past_key_values=each)
+        with pytest.raises(MaskError, match=r"shape \(3, 11\)"):
+            model(question, attention_mask=torch.ones(3, 11), past_key_values=cache)
+        with pytest.raises(MaskError, match="2-D padding masks"):
+            four = torch.ones(3, 1, 5, 25, dtype=torch.bool)
+            model(question, attention_mask=four, past_key_values=cache)
+        assert cache.batch_size == 3
+        given, expected = (model(question, past_key_values=c).logits for c in (cache, other))
+        assert torch.equal(given, expected)
+
+
+def test_equal_prompts_of_a_model_that_returns_more_are_left_alone() -> None:
+    model, ids = helpers.tiny("mixtral"), helpers.prompt(1, 20).repeat(3, 1)
+    model.config.output_router_logits = True
+    with kvpress.attach(model, "full"), torch.no_grad():
+        assert model(ids).router_logits[0].shape[0] == 60

@@ -132,3 +132,26 @@ def test_drafts_of_padded_sequences_are_refused() -> None:
         cache.activate_past_recording()
         with pytest.raises(CacheError, match="padding among the new tokens"):
             model(helpers.prompt(2, 4), attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("recipe", ["snapkv:budget=0.2,window=8", "h2o:budget=0.2"])
+def test_a_prompt_after_speculative_decoding_is_a_prompt(recipe: str) -> None:
+    model, ids, longer = helpers.tiny(), repetitive(40), helpers.prompt(1, 400)
+    for bare in (False, True):
+        with kvpress.attach(model, recipe) as engine, torch.no_grad():
+            generate = model.generate if bare else engine.generate
+            cache = engine.new_cache()
+            given = {"past_key_values": cache, "max_new_tokens": 10, "do_sample": False}
+            generate(ids, prompt_lookup_num_tokens=3, **given)
+            model(longer, past_key_values=cache)
+            kept = int(0.2 * cache.get_seq_length())
+            assert {n for s in cache.states for n in s.store.counts.tolist()} == {kept}
+            cache.reset()
+            assert not cache.states[0].run.recording
+
+
+def test_budgets_hold_at_the_end_of_speculative_decoding() -> None:
+    model, ids = helpers.tiny(), repetitive(80)
+    with kvpress.attach(model, "h2o:budget=24KiB", page_size=1) as engine:
+        engine.generate(ids, max_new_tokens=40, do_sample=False, prompt_lookup_num_tokens=20)
+        assert engine.report().bytes_held <= 24 * 1024
