@@ -36,24 +36,25 @@ def attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     """
     if layer.store is None:
         layer.start(tokens.key_bHPD, tokens.value_bHPD)
-    new = tokens.key_bHPD.shape[2]
-    drafted = layer.run.drafted(new, first=layer.columns_seen == 0)
+    drafted = layer.run.recording and layer.run.drafted(
+        tokens.key_bHPD.shape[2], first=layer.columns_seen == 0
+    )
     if drafted and valid_BP is not None:
         raise CacheError(
             "Speculative decoding (activate_past_recording) of a batch with padding among the"
             " new tokens is not supported. Draft as many tokens for every sequence."
         )
     with layer.rows.lock:
-        out = _run(layer, tokens, valid_BP, drafted)
+        if layer.drafted:
+            commit(layer)
+        out = _with_drafts(layer, tokens, drafted) if drafted else _attend(layer, tokens, valid_BP)
     layer.run.broken = None
     return out
 
 
-def _run(layer: Layer, tokens: Tokens, valid_BP: Tensor | None, drafted: int) -> Tensor:
-    commit(layer)
+def _with_drafts(layer: Layer, tokens: Tokens, drafted: int) -> Tensor:
+    """The output of tokens of which the last ones may be taken back."""
     new = tokens.key_bHPD.shape[2]
-    if not drafted:
-        return _attend(layer, tokens, valid_BP)
     certain, drafts = tokens.part(0, new - drafted), tokens.part(new - drafted, new)
     outputs = [_attend(layer, certain, None)] if new > drafted else []
     return torch.cat([*outputs, run_drafts(layer, drafts)], dim=2)

@@ -61,8 +61,6 @@ class Run:
 
     def drafted(self, tokens: int, first: bool) -> int:
         """How many of the tokens of this forward pass may be taken back; by default all or none."""
-        if not self.recording:
-            return 0
         default = 0 if first else tokens
         return default if self.announced is None else min(self.announced, tokens)
 
