@@ -106,7 +106,7 @@ class PagedRows(PageTable):
 
     def pool(self, name: str) -> Tensor:
         """The pages of one column, `[P, *page_shape]`, as operators read them."""
-        return self._pool[name]
+        return self._pool.by_name[name]
 
     def reserve_one(self) -> None:
         """Makes room for one more slot in every row."""
@@ -135,7 +135,7 @@ class PagedRows(PageTable):
             rows = self.row_index(range(self.sequences) if sequences is None else sequences)
             values_RS = self._aside.rows(name, rows, address_RS.shape[1])
             return values_RS.masked_fill(~held_RS, 0).view(batch, self.heads, address_RS.shape[1])
-        flat = ops.gather_slots(self._pool[name], address_RS.flatten(), slot_last)
+        flat = ops.gather_slots(self._pool.by_name[name], address_RS.flatten(), slot_last)
         empty = EMPTY if name == POSITION else 0
         flat.masked_fill_(~held_RS.flatten().view(-1, *[1] * len(shape)), empty)
         return flat.view(batch, self.heads, address_RS.shape[1], *shape)
@@ -196,8 +196,8 @@ class PagedRows(PageTable):
         page_N = self._device_table[row_N.to(self.device), slot_N // self.page_slots].long()
         to_N = page_N * self.page_slots + slot_N % self.page_slots
         for name, column in self.columns.items():
-            moved = ops.gather_slots(self._pool[name], from_N, column.slot_last)
-            ops.scatter_slots(self._pool[name], to_N, moved, column.slot_last)
+            moved = ops.gather_slots(self._pool.by_name[name], from_N, column.slot_last)
+            ops.scatter_slots(self._pool.by_name[name], to_N, moved, column.slot_last)
         if self._aside is not None:
             self._aside.move(row_N, last_N, slot_N)
         self._set_counts(self.counts.index_copy(0, row_N, last_N))
@@ -308,7 +308,7 @@ class PagedRows(PageTable):
         place_P = torch.zeros(self._pool.pages, dtype=torch.int64)
         place_P[live_N] = torch.arange(len(live_N))
         pages = {
-            f"page.{name}": self._pool[name].index_select(0, live_N.to(self.device)).cpu()
+            f"page.{name}": self._pool.by_name[name].index_select(0, live_N.to(self.device)).cpu()
             for name in self.columns
         }
         aside = {} if self._aside is None else self._aside.columns
@@ -331,7 +331,7 @@ class PagedRows(PageTable):
         store._pool.leave(store)
         store._join(PagePool(store.columns, page_slots, store.device, pages))
         for name in store.columns:
-            store._pool[name].copy_(state[f"page.{name}"])
+            store._pool.by_name[name].copy_(state[f"page.{name}"])
         store._pool.lent = True  # rows may share pages
         store._owned = state["owned"].clone()
         store._set_counts(state["counts"].clone())
@@ -371,7 +371,7 @@ class PagedRows(PageTable):
         """Writes values `[..., *shape]` of one column to the addresses, in the column's dtype."""
         column = self.columns[name]
         slots_NX = values.to(column.dtype).reshape(-1, *column.shape).contiguous()
-        ops.scatter_slots(self._pool[name], address_N, slots_NX, column.slot_last)
+        ops.scatter_slots(self._pool.by_name[name], address_N, slots_NX, column.slot_last)
 
     @property
     def _volatile(self) -> list[str]:

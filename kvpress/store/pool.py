@@ -31,18 +31,15 @@ class PagePool:
     ) -> None:
         self._columns, self._page_slots, self._device = columns, page_slots, device
         self.pages = pages
-        self._tensors = {name: self._new(name, pages) for name in columns}
+        self.by_name = {name: self._new(name, pages) for name in columns}
         self._free: list[int] = []
         self.members: WeakSet[PagedRows] = WeakSet()
         self.lent = False  # whether pages may have several users, or none that is alive
         self.lock = threading.RLock()  # forks of a cache may run in several threads
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
     def tensors(self) -> Iterator[Tensor]:
         """The storages, one per column."""
-        yield from self._tensors.values()
+        yield from self.by_name.values()
 
     def uses(self) -> Tensor:
         """How many rows hold each page: int64 `[P]`, on the host."""
@@ -60,7 +57,7 @@ class PagePool:
     def copy(self, source: list[int], target: list[int]) -> None:
         """Copies whole pages."""
         to, start = (torch.tensor(x, device=self._device) for x in (target, source))
-        for pool in self._tensors.values():
+        for pool in self.by_name.values():
             pool.index_copy_(0, to, pool.index_select(0, start))
 
     def leave(self, store: PagedRows) -> None:
@@ -70,7 +67,7 @@ class PagePool:
         if self.members:
             self.trim()
         else:
-            self._tensors.clear()
+            self.by_name.clear()
 
     def trim(self) -> None:
         """Frees what nobody uses; packs the pages that are left if that is much of the memory."""
@@ -79,8 +76,8 @@ class PagePool:
         if kept > _LEAST_USED * self.pages:
             return
         index = live_P.nonzero().flatten().to(self._device)
-        for name, pool in self._tensors.items():
-            self._tensors[name] = pool.index_select(0, index)
+        for name, pool in self.by_name.items():
+            self.by_name[name] = pool.index_select(0, index)
         self.pages, self._free = kept, []
         place_P = live_P.cumsum(0) - 1
         for store in self.members:
@@ -111,10 +108,10 @@ class PagePool:
         """Enlarges the pool by at least `pages` free pages, one column at a time."""
         old = self.pages
         new = old + max(pages, min(old // _GROWTH, most - old))
-        for name in self._tensors:
+        for name in self.by_name:
             pool = self._new(name, new)
-            pool[:old] = self._tensors[name]
-            self._tensors[name] = pool
+            pool[:old] = self.by_name[name]
+            self.by_name[name] = pool
         self.pages = new
         self._free = list(range(new - 1, old - 1, -1)) + self._free
 

@@ -93,7 +93,7 @@ def test_pages_behind_the_slots_of_shared_rows_are_nobodys_reserve() -> None:
         beams.reserve_one()
         pages = beams._table[torch.arange(2), beams.counts]
         assert pages[0] != pages[1], token
-        beams._pool["position"][pages.long(), 0] = token
+        beams._pool.by_name["position"][pages.long(), 0] = token
         beams.counts += 1
         beams.count_step(None, False)
     assert store.dense("position").tolist() == before
