@@ -121,7 +121,7 @@ def prefill(
 def overhead(
     model: Annotated[str, typer.Option(help="demo, a Hugging Face id, or a path.")] = "demo",
     policy: Annotated[list[str] | None, typer.Option(help="Repeatable.")] = None,
-    rounds: Annotated[int, typer.Option(help="Timed rounds of 200 steps.", min=1)] = 7,
+    rounds: Annotated[int, typer.Option(help="Timed steps of all layers.", min=1)] = 1000,
 ) -> None:
     """Time what the engine itself costs per layer and decode step, with a cache of one slot."""
     from kvpress.bench import models
@@ -131,11 +131,12 @@ def overhead(
     loaded, _ = models.load(model)
     chosen = policy or ["streaming_llm:budget=1,sink=0", "h2o:budget=1", "keyformer:budget=1"]
     table = Table(title="Per layer and decode step", title_justify="left")
-    for title in ("policy", "median µs", "low–high µs"):
+    for title in ("policy", "median µs", "quartiles µs", "low–high µs"):
         table.add_column(title, justify="left" if title == "policy" else "right")
-    for name, taken in costs.measure(loaded, chosen, rounds, warmup=1).items():
-        spread = f"{taken.low * 1e6:.1f}–{taken.high * 1e6:.1f}"
-        table.add_row(name, f"{taken.median * 1e6:.1f}", spread)
+    for name, taken in costs.measure(loaded, chosen, rounds, warmup=20).items():
+        ranges = taken.quartiles, (taken.low, taken.high)
+        spreads = (f"{a * 1e6:.1f}–{b * 1e6:.1f}" for a, b in ranges)
+        table.add_row(name, f"{taken.median * 1e6:.1f}", *spreads)
     console.print(table)
 
 

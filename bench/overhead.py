@@ -16,39 +16,35 @@ from kvpress.bench.timing import Samples, interleave
 from kvpress.attachment import attention
 
 
-def measure(
-    model: Any, policies: Sequence[str], rounds: int, warmup: int, steps: int = 200
-) -> dict[str, Samples]:
-    """Seconds per layer and decode step of every policy; a round is `steps` steps of all layers."""
+def measure(model: Any, policies: Sequence[str], rounds: int, warmup: int) -> dict[str, Samples]:
+    """Seconds per layer and decode step of every policy; a round is one step of all layers."""
     with torch.inference_mode():
-        calls = {policy: _steps(model, policy, steps) for policy in policies}
+        calls = {policy: _step(model, policy, warmup + rounds) for policy in policies}
         samples = interleave(calls, rounds, warmup)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     return {
-        name: Samples([seconds / steps / layers for seconds in taken.seconds])
+        name: Samples([seconds / layers for seconds in taken.seconds])
         for name, taken in samples.items()
     }
 
 
-def _steps(model: Any, policy: str, steps: int) -> Callable[[int], None]:
-    """Decode steps, their tokens made beforehand, of a cache whose first token is there."""
+def _step(model: Any, policy: str, steps: int) -> Callable[[int], None]:
+    """A decode step, its token made beforehand, of a cache whose first token is there."""
     config = model.config.get_text_config(decoder=True)
     rival = candidate(model, policy, new_tokens=steps)
-    layers, cache = rival.model.base_model.layers, rival.new_cache()
+    layers = [layer.self_attn for layer in rival.model.base_model.layers]
+    cache = rival.new_cache()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    scaling = width**-0.5
     query, key = (
         torch.randn(1, heads, 1, width, dtype=model.dtype, device=model.device)
         for heads in (config.num_attention_heads, config.num_key_value_heads)
     )
 
-    def step() -> None:
+    def step(_: int) -> None:
         for index, layer in enumerate(layers):
             keys, values = cache.update(key, key, index)
-            attention(layer.self_attn, query, keys, values, None)
+            attention(layer, query, keys, values, None, scaling)
 
-    def run(_: int) -> None:
-        for _ in range(steps):
-            step()
-
-    step()
-    return run
+    step(0)
+    return step

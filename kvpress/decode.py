@@ -39,7 +39,7 @@ def _run(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
         over = layer.excess + 1 if _is_due(layer, 0) else 0
         observation = _fusable(layer, over)
         if observation is not None:
-            with layer.run.meter.stage("decode attention", tokens.key_bHPD.device):
+            with layer.timed("decode attention"):
                 return _run_fused(layer, tokens, over > 0, observation)
         group = list(range(len(layer.seen_B)))
         due = over > 0
@@ -100,14 +100,14 @@ def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observat
 
 def _run_stages(layer: Layer, group: list[int], tokens: Tokens, due: bool) -> Tensor:
     """The step in its parts, for policies with code of their own and for parts of a batch."""
-    rows, meter, device = layer.rows, layer.run.meter, tokens.key_bHPD.device
-    with meter.stage("store", device):
+    rows = layer.rows
+    with layer.timed("store"):
         layer.append(tokens, group, layer.seen_B[group] - 1)
     excess_bH = rows.counts_BH[group] - layer.quota_BH[group]
     evicts = due and bool((excess_bH > 0).any())
     looks = evicts or layer.recipe.accumulates
     request = layer.recipe.stage("observe").observe(layer.step(group[0], 1)) if looks else None
-    with meter.stage("decode attention", device):
+    with layer.timed("decode attention"):
         out_bN1D, _, weights_bN1S = ops.decode_rows(
             tokens.query_bNPD,
             rows.pool(KEY),
@@ -118,10 +118,10 @@ def _run_stages(layer: Layer, group: list[int], tokens: Tokens, due: bool) -> Te
             request is not None,
         )
     if looks:
-        with meter.stage("observe", device):
+        with layer.timed("observe"):
             slots = observe(layer, group, weights_bN1S, request, layer.seen_B[group])
     if evicts:
-        with meter.stage("select", device):
+        with layer.timed("select"):
             evict(layer, group, slots, excess_bH)
     return out_bN1D
 

@@ -29,10 +29,10 @@ def run_drafts(layer: Layer, tokens: Tokens) -> Tensor:
     for start in range(0, tokens.key_bHPD.shape[2], _BLOCK):
         block = tokens.part(start, start + _BLOCK)
         new = block.key_bHPD.shape[2]
-        with layer.run.meter.stage("store", block.key_bHPD.device):
+        with layer.timed("store"):
             layer.append(block, group, layer.seen_B)
         layer.advance(new, layer.seen_B + new, padded=False)
-        with layer.run.meter.stage("decode attention", block.key_bHPD.device):
+        with layer.timed("decode attention"):
             outputs.append(_attend(layer, block))
         layer.drafted += new
     return torch.cat(outputs, dim=2)
@@ -82,13 +82,13 @@ def _commit(layer: Layer, group: list[int], tokens: int, weights_bNPS: Tensor | 
     due = interval > 0 and before // interval < (before + tokens) // interval
     excess_bH = layer.rows.counts_BH[group] - layer.quota_BH[group]
     evicts = due and bool((excess_bH > 0).any())
-    with layer.run.meter.stage("observe", layer.rows.device):
+    with layer.timed("observe"):
         for token in range(tokens):
             layer.count_decoded(1, group)
             if layer.recipe.accumulates or (evicts and token == tokens - 1):
                 slots = _observe(layer, group, weights_bNPS, token, tokens)
     if evicts:
-        with layer.run.meter.stage("select", layer.rows.device):
+        with layer.timed("select"):
             evict(layer, group, slots, excess_bH)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -204,6 +205,11 @@ class Layer:
             self.padded_at = self.columns_seen
 
     # What the phases need
+
+    def timed(self, stage: str) -> AbstractContextManager[None]:
+        """Adds the time of the block to a stage of the report."""
+        rows = self.rows
+        return self.run.meter.stage(stage, None if rows.on_host else rows.device)
 
     @property
     def rows(self) -> PagedRows:

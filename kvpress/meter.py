@@ -22,9 +22,9 @@ class Meter:
         self._seconds = dict.fromkeys(STAGES, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
-    def stage(self, name: str, device: torch.device) -> AbstractContextManager[None]:
-        """Adds the time of the block to a stage."""
-        if device.type == "cuda":
+    def stage(self, name: str, device: torch.device | None) -> AbstractContextManager[None]:
+        """Adds the time of the block to a stage. device: where it runs, None for the host."""
+        if device is not None and device.type == "cuda":
             return self._on_device(name)
         return _Stopwatch(self._seconds, name)
 

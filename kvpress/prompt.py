@@ -34,7 +34,7 @@ def run_prompt(
     request = layer.recipe.stage("observe").observe(
         layer.step(group[0], tokens.query_bNPD.shape[2])
     )
-    with layer.run.meter.stage("prefill attention", tokens.key_bHPD.device):
+    with layer.timed("prefill attention"):
         out_bNPD, sums_BHS = _attend(layer, tokens, columns, request)
     with torch.no_grad():
         return out_bNPD, _compress(layer, group, tokens, columns, request, sums_BHS)
@@ -76,7 +76,7 @@ def store_prompt(
     """Stores what stays: in new pages, or in place where little changed and pages are shared."""
     if not survivors:
         return
-    with layer.run.meter.stage("store", chunks[0][0].key_bHPD.device):
+    with layer.timed("store"):
         evicted = any(kept.evicted for kept in survivors)
         if evicted:
             layer.evicted_at = layer.columns_seen
@@ -133,12 +133,11 @@ def _compress(
     sums_BHS: Tensor | None,
 ) -> Survivors:
     """The slots of some sequences that stay, after observation and selection."""
-    meter, device = layer.run.meter, tokens.key_bHPD.device
-    with meter.stage("observe", device):
+    with layer.timed("observe"):
         slots = _observe(layer, group, tokens, columns, request, sums_BHS)
         if slots.mass_BHS is not None:
             columns[MASS] = slots.mass_BHS
-    with meter.stage("select", device):
+    with layer.timed("select"):
         stored_BHS = slots.position_BHS != EMPTY
         stored_BH = stored_BHS.sum(-1).cpu()
         if bool((stored_BH <= layer.quota_BH[group]).all()):

@@ -82,8 +82,8 @@ def test_decode_reports_time_and_bytes_of_every_candidate() -> None:
 
 
 def test_overhead_is_per_layer_and_step() -> None:
-    samples = overhead.measure(helpers.tiny("llama"), ["h2o:budget=1"], 2, 0, steps=3)
-    assert samples["h2o:budget=1"].count == 2
+    samples = overhead.measure(helpers.tiny("llama"), ["h2o:budget=1"], 3, 1)
+    assert samples["h2o:budget=1"].count == 3
 
 
 @pytest.mark.parametrize(
