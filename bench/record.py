@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from kvpress.bench.registry import PROBE, Outcome
 from kvpress.bench.timing import Samples
+from rich import box
+from rich.console import Group
 from rich.table import Table
 
 import kvpress
@@ -137,27 +139,25 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
         raise RecordError(f"{path} cannot be written: {error}. Give another file.") from error
 
 
-def table(outcomes: Sequence[Outcome], facts: dict[str, Any]) -> Table:
-    """One line per case and candidate: times, rate, share of the probe, gain over SDPA."""
-    made = Table(
-        title=_title(facts),
-        caption="share: of the rate of a plain read of the same bytes, or a matrix product of the"
-        " same size. vs SDPA: the faster of the two SDPA calls / this.",
-        title_justify="left",
-        caption_justify="left",
-        padding=(0, 0, 0, 1),
+def table(outcomes: Sequence[Outcome], facts: dict[str, Any]) -> Group:
+    """A table per case, one line per candidate: times, rate, share of the probe, gain over SDPA."""
+    return Group(
+        _title(facts),
+        *map(_case_table, outcomes),
+        "share: of the rate of a plain read of the same bytes, or a matrix product of the same"
+        " size. vs SDPA: the faster of the two SDPA calls / this.",
     )
-    made.add_column("case", overflow="fold")
-    made.add_column("candidate", no_wrap=True)
+
+
+def _case_table(outcome: Outcome) -> Table:
+    made = Table(title=outcome.case.title, title_justify="left", box=box.SIMPLE_HEAD)
+    made.add_column("candidate", no_wrap=True, min_width=14)
     for title in ("median ms", "low–high", "rate", "share", "vs SDPA"):
         made.add_column(title, justify="right", no_wrap=True)
-    for outcome in outcomes:
-        if outcome.refused is not None:
-            made.add_row(outcome.case.title, f"[red]refused: {_plain(outcome.refused)}[/]")
-        for index, (name, samples) in enumerate(outcome.samples.items()):
-            last = index == len(outcome.samples) - 1
-            title = "" if index else outcome.case.title
-            made.add_row(title, name, *_cells(outcome, name, samples), end_section=last)
+    if outcome.refused is not None:
+        made.caption = f"[red]refused: {_plain(outcome.refused)}[/]"
+    for name, samples in outcome.samples.items():
+        made.add_row(name, *_cells(outcome, name, samples))
     return made
 
 
