@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakSet
 
 import torch
@@ -21,11 +21,20 @@ from kvpress import twins
 from kvpress.attend import prompt_attention
 from kvpress.cache import EngineCache, Lease, uncompiled
 from kvpress.cache_layer import tagged_layer
-from kvpress.errors import AttachError, CacheError, MaskError, UnsupportedModelError
+from kvpress.errors import AttachError, CacheError, UnsupportedModelError
 from kvpress.kinds import BIDIRECTIONAL, STATE, Fingerprint, fingerprint, refuse
+from kvpress.masks import (
+    check_mask,
+    inline_token_mask,
+    new_token_mask,
+    refuse_mask,
+    refuse_packing,
+    with_mask,
+)
 from kvpress.types import EMPTY
 
 NAME = "kvpress"  # of the attention implementation
+INLINE = "kvpress-inline"  # for models that compute attention by themselves; see inline.py
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CACHE_NAMES = ("cache", "past_key_values")  # of the argument: since transformers 5.24, and before
 # Arguments that would change the result, and that nobody here looks at.
@@ -74,11 +83,7 @@ def attention(
     if attention_mask is not None and (
         attention_mask.dim() != 2 or attention_mask.dtype != torch.bool
     ):
-        raise MaskError(
-            f"The attention mask has shape {tuple(attention_mask.shape)} and dtype"
-            f" {attention_mask.dtype}. Only 2-D padding masks [batch, tokens] are supported: custom"
-            " 4-D masks cannot be honoured by a ragged cache."
-        )
+        refuse_mask(attention_mask)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = tagged_layer(key)
     if layer is not None and layer.state.kind.window != sliding_window:
@@ -107,11 +112,15 @@ def _check_options(module: torch.nn.Module, dropout: float, options: dict[str, A
     asked = (x for x in _REFUSED & options.keys() if options[x] is not None)
     given = sorted(x for x in asked if options[x] is not False)
     if given or dropout:
-        raise UnsupportedModelError(
-            f"The attention of {type(module).__name__} asks for"
-            f" {', '.join(given) or f'dropout={dropout}'}, which this engine does not support. Drop"
-            " the option (for dropout: model.eval()) or detach the engine."
-        )
+        refuse_options(type(module).__name__, ", ".join(given) or f"dropout={dropout}")
+
+
+def refuse_options(name: str, options: str) -> NoReturn:
+    """Raises UnsupportedModelError: what the attention of `name` is asked for."""
+    raise UnsupportedModelError(
+        f"The attention of {name} asks for {options}, which this engine does not support. Drop the"
+        " option (for dropout: model.eval()) or detach the engine."
+    )
 
 
 def _dense(
@@ -133,54 +142,6 @@ def _dense(
     return out.masked_fill(~valid_BP[:, None, :, None], 0.0)
 
 
-@uncompiled
-def new_token_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    **kwargs: Any,
-) -> Tensor | None:
-    """transformers' mask function: `[B, P]` bool, which new tokens are real; None if all are.
-
-    Causality and sliding windows follow from logical positions; stored slots are real by
-    construction.
-    """
-    if not allow_is_causal_skip:
-        raise MaskError(
-            "The model asks for an attention pattern that is not plain causal or sliding-window"
-            " (packed sequences, bidirectional blocks or a custom mask function). Only padding"
-            " masks are supported."
-        )
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != (batch_size, kv_length):
-        raise MaskError(
-            f"The attention mask has shape {tuple(attention_mask.shape)}, but"
-            f" {kv_length - q_length} cached + {q_length} new tokens of {batch_size} sequences need"
-            f" ({batch_size}, {kv_length}). Pass a mask that covers every token seen, evicted ones"
-            " included."
-        )
-    valid_BP = attention_mask[:, kv_length - q_length :].bool()
-    return None if bool(valid_BP.all()) else valid_BP
-
-
-def _with_mask(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a pass without a cache, with a mask where neither it nor positions are.
-
-    Without one, transformers looks for packed sequences in the positions that it made itself, and
-    always finds some while torch.compile traces it.
-    """
-    tokens = given.get("input_ids")
-    tokens = given.get("inputs_embeds") if tokens is None else tokens
-    known = given.get("attention_mask"), given.get("position_ids")
-    if tokens is None or any(x is not None for x in known):
-        return given
-    mask_BP = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    return given | {"attention_mask": mask_BP}
-
-
 def cache_name(model: torch.nn.Module) -> str:
     """By which name a module's forward pass takes its cache."""
     taken = inspect.signature(model.forward).parameters
@@ -196,15 +157,13 @@ class Attachment:
         self.fingerprint = check_model(model)
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, new_token_mask)
+        AttentionMaskInterface.register(INLINE, inline_token_mask)
         self._model, self._new_cache, self._lease = model, new_cache, lease
+        self._inline = self.fingerprint.kinds[0].inline
         self._before = model.config._attn_implementation
+        self._passing: EngineCache | None = None  # of a pass without a cache
         self._replaced: WeakSet[Cache] = WeakSet()  # empty caches of callers that ours stood for
-        model.set_attn_implementation(NAME)
-        if model.config._attn_implementation != NAME:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} does not let its attention be replaced through"
-                " transformers' attention interface. Use a model that supports it."
-            )
+        self._set_implementation(INLINE if self._inline else NAME)
         modules = {id(m): m for m in (model, model.base_model)}.values()
         self._cache_names = {id(module): cache_name(module) for module in modules}
         self._hooks = []
@@ -219,7 +178,14 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._model.set_attn_implementation(self._before)
+        self._set_implementation(self._before)
+
+    def _set_implementation(self, name: str) -> None:
+        """What the model asks for its masks, and for attention if it calls a function for it."""
+        if self._inline:
+            self._model.config._attn_implementation = name
+        else:
+            self._model.set_attn_implementation(name)
 
     @uncompiled
     def _before_forward(
@@ -229,23 +195,37 @@ class Attachment:
         if args:
             bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
             given = {**bound.pop("kwargs", {}), **bound}
+        if self._inline:
+            self._check_inline(given)
         passed = [given.pop(name) for name in _CACHE_NAMES if name in given]
         cache = next((cache for cache in passed if cache is not None), None)
         use_cache = given.get("use_cache")
         config = self._model.config.get_text_config(decoder=True)
         if cache is None and not (config.use_cache if use_cache is None else use_cache):
-            return (), _with_mask(given)
+            if not self._inline:
+                return (), with_mask(given)
+            refuse_packing(given)
+            cache = self._passing = self._new_cache()  # without one nothing could attend
         given[self._cache_names[id(module)]] = cache = self._cache_for(cache)
         if module is self._model:
             cache.begin()
         else:  # perhaps a part of the same pass
             cache.check_whole()
-        self._check_mask(cache, given)
+        check_mask(cache, given)
         if module is self._model:
             cache.announce(given.get("logits_to_keep"))
             if not getattr(config, "output_router_logits", False):
                 cache.spread = twins.merge(given, cache, self._cache_names[id(module)])
         return (), given
+
+    def _check_inline(self, given: dict[str, Any]) -> None:
+        """Raises what `attention` would, for models that do not call it."""
+        asked = given.get("output_attentions")
+        if self._model.config.output_attentions if asked is None else asked:
+            refuse_options(type(self._model).__name__, "output_attentions")
+        mask = given.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            refuse_mask(mask)
 
     def _cache_for(self, cache: Any) -> EngineCache:
         """The engine cache to use for what the caller passed."""
@@ -281,39 +261,26 @@ class Attachment:
             ours.activate_past_recording()
         return ours
 
-    def _check_mask(self, cache: EngineCache, given: dict[str, Any]) -> None:
-        """Raises MaskError if a mask denies tokens that are stored, or revives padding.
-
-        On a GPU only prompt chunks are checked: reading the mask would make every step wait.
-        """
-        mask, tokens = given.get("attention_mask"), given.get("input_ids")
-        seen = cache.columns_seen
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or tokens is None or not seen:
-            return
-        if tokens.shape[1] == 1 and mask.device.type != "cpu":
-            return
-        seen_B = mask[:, :seen].bool().sum(1).cpu()
-        known_B = cache.states[0].seen_B
-        if mask.shape == (len(known_B), seen + tokens.shape[1]) and not torch.equal(
-            seen_B, known_B
-        ):
-            raise MaskError(
-                f"The attention mask marks {seen_B.tolist()} of the cached tokens as real, but the"
-                f" cache has seen {known_B.tolist()}. Pass the same mask for them as before."
-            )
-
     @uncompiled
     def _after_forward(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    ) -> Any:
         cache = kwargs.get(self._cache_names[id(module)])
-        if isinstance(cache, EngineCache):
-            cache.check_attended()
-            if module is self._model:
-                kinds, cache.spread = cache.spread, None
-                if kinds is not None:
-                    twins.spread(output, cache, kinds)
+        if not isinstance(cache, EngineCache):
+            return None
+        cache.check_attended()
+        if module is self._model:
+            kinds, cache.spread = cache.spread, None
+            if kinds is not None:
+                twins.spread(output, cache, kinds)
+        return _without(cache, output) if cache is self._passing else None
+
+
+def _without(cache: EngineCache, output: Any) -> Any:
+    """The output of a forward pass, which nobody asked to return a cache."""
+    if isinstance(output, tuple):
+        return tuple(x for x in output if x is not cache)
+    return type(output)(**{name: x for name, x in output.items() if x is not cache})
 
 
 def check_model(model: Any) -> Fingerprint:
@@ -326,7 +293,7 @@ def check_model(model: Any) -> Fingerprint:
             f"attach() takes a transformers model, got {type(model).__name__}. Load one with "
             "AutoModelForCausalLM.from_pretrained(...)."
         )
-    if model.config._attn_implementation == NAME:
+    if model.config._attn_implementation in (NAME, INLINE):
         raise AttachError(
             "An engine is already attached to this model, or to one that shares its config object. "
             "Detach it first: engine.detach()."
@@ -335,7 +302,7 @@ def check_model(model: Any) -> Fingerprint:
     if model._is_stateful:
         refuse(name, STATE)
     shape = fingerprint(model.config)
-    if not model._can_set_attn_implementation():
+    if not shape.kinds[0].inline and not model._can_set_attn_implementation():
         refuse(
             name,
             "attention that bypasses transformers' attention interface",

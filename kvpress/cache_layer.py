@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from kvpress.alibi import with_positions
 from kvpress.errors import CacheError
+from kvpress.inline import Keys
 from kvpress.layer import Layer
 from kvpress.pipe import attend
 from kvpress.run import LayerKind, Run, Tokens
@@ -39,13 +41,30 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Takes keys and values `[B, H, P, D]`; returns them tagged for the attention function."""
+    ) -> tuple[Any, Tensor]:
+        """Takes keys and values `[B, H, P, D]`; returns them tagged for the attention function.
+
+        A model that computes attention by itself gets `Keys` instead, which attend in the end.
+        """
+        if self.state.kind.inline:
+            return self._update_inline(key_states, value_states)
         self._check(key_states, value_states)
         self.is_initialized = True
         self.waiting = value_states
         setattr(key_states, _TAG, self)
         return key_states, value_states
+
+    def _update_inline(self, key: Tensor, value: Tensor) -> tuple[Keys, Tensor]:
+        copies = max(1, key.shape[1] // self.state.kind.heads)  # of a KV head, one per query head
+        own_key, own_value = key[:, ::copies], value[:, ::copies]
+        self._check(own_key, own_value)
+        self.is_initialized = True
+        self.waiting = own_value
+
+        def attends(query: Tensor, valid_BP: Tensor | None, scaling: float) -> Tensor:
+            return self.attend(query, own_key, own_value, valid_BP, scaling, 0.0)
+
+        return Keys(key, self.state.kind.slopes is not None, attends), value
 
     def attend(
         self,
@@ -66,7 +85,10 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
         self.waiting = None
         valid_BP = None if valid_BP is None else valid_BP.cpu()
-        return attend(self.state, Tokens(query, key, value, scaling, softcap), valid_BP)
+        tokens, slopes = Tokens(query, key, value, scaling, softcap), self.state.kind.slopes
+        if slopes is not None:
+            tokens = with_positions(tokens, slopes, self.state.seen_before(len(key)), valid_BP)
+        return attend(self.state, tokens, valid_BP)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Logical length after the new tokens, and offset 0: masks always cover everything seen."""
@@ -158,7 +180,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         store, kind = self.state.store, self.state.kind
         allowed = (key.shape[0], kind.heads, key.shape[3], value.shape[3], key.dtype)
         if store is not None:
-            widths = (store.columns["key"].shape[0], store.columns["value"].shape[0])
+            widths = self.state.key_width, self.state.value_width
             allowed = (store.sequences, kind.heads, *widths, self.state.token_dtype)
         given = (*key.shape[:2], key.shape[3], value.shape[3], key.dtype)
         if given != allowed:

@@ -150,6 +150,7 @@ def observe(
         new_tokens=1,
         fetch=partial(rows.dense, sequences=some),
         mass_BHS=rows.dense(MASS, some) if accumulates else None,
+        key_width=layer.key_width,
     )
     if request is not None and weights_bN1S is not None:
         held = slots.position_BHS.shape[-1]

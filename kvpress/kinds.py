@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, NoReturn
 
+from kvpress.alibi import CHANNELS
 from kvpress.errors import UnsupportedModelError
+from kvpress.families import Inline, inline
 from kvpress.run import LayerKind
 from kvpress.shapes import MOST_WIDTH
 
@@ -57,6 +59,9 @@ def fingerprint(config: Any) -> Fingerprint:
             "text models. Load its text model alone, with its family's ...ForCausalLM class",
         )
     _check_attention(name, text)
+    own = inline(text)
+    if own is not None:
+        return _inline_fingerprint(name, text, own)
     types = _layer_types(text)
     layers = list(text.per_layer_config) if _varies(text) else [text] * len(types)
     kinds = tuple(
@@ -65,9 +70,24 @@ def fingerprint(config: Any) -> Fingerprint:
     if not kinds:
         refuse(name, "a config without num_hidden_layers")
     widths = [_width(layer) for layer in layers]
-    if max(widths) > MOST_WIDTH:
-        refuse(name, f"heads of more than {MOST_WIDTH} channels", detail=f"{max(widths)}")
+    _check_width(name, max(widths), MOST_WIDTH)
     return Fingerprint(name, kinds, widths[0])
+
+
+def _inline_fingerprint(name: str, text: Any, own: Inline) -> Fingerprint:
+    """The fingerprint of a model that computes its attention by itself."""
+    kinds = (
+        LayerKind(index, own.heads, inline=True, slopes=own.slopes)
+        for index in range(text.num_hidden_layers)
+    )
+    width = _width(text)
+    _check_width(name, width, MOST_WIDTH - (0 if own.slopes is None else CHANNELS))
+    return Fingerprint(name, tuple(kinds), width)
+
+
+def _check_width(name: str, width: int, most: int) -> None:
+    if width > most:
+        refuse(name, f"heads of more than {most} channels", detail=f"{width}")
 
 
 def _width(config: Any) -> int:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from kvpress.alibi import CHANNELS
 from kvpress.budget import UNLIMITED, Budget, Limits
 from kvpress.errors import CacheError
 from kvpress.meter import LayerReport
@@ -173,8 +174,7 @@ class Layer:
         if self.store is None:
             return LayerReport(self.kind.index, self.kind.name, [], 0, 0)
         limit = torch.iinfo(torch.int64).max if self.kind.window is None else self.kind.window - 1
-        widths = (self.store.columns[name].shape[0] for name in (KEY, VALUE))
-        slot_bytes = sum(widths) * self.token_dtype.itemsize
+        slot_bytes = (self.key_width + self.value_width) * self.token_dtype.itemsize
         tokens = int(self.seen_B.clamp_max(limit).sum())
         return LayerReport(
             index=self.kind.index,
@@ -217,6 +217,16 @@ class Layer:
         assert self.store is not None, "start() makes the store"
         return self.store
 
+    @property
+    def key_width(self) -> int:
+        """Channels of the model's keys; ALiBi stores more."""
+        return self.rows.columns[KEY].shape[0] - (CHANNELS if self.kind.slopes else 0)
+
+    @property
+    def value_width(self) -> int:
+        """Channels of values."""
+        return self.rows.columns[VALUE].shape[0]
+
     def start(self, key_BHPD: Tensor, value_BHPD: Tensor) -> None:
         """Makes the store for rows of this shape."""
         batch, heads, _, key_width = key_BHPD.shape
@@ -248,6 +258,10 @@ class Layer:
     def _room(self) -> int:
         """Free slots that a refilled row gets at once; more pages come when they are needed."""
         return min(self.headroom, self.run.page_slots)
+
+    def seen_before(self, batch: int) -> Tensor:
+        """Real tokens that each of `batch` sequences has seen: int64, on the host."""
+        return torch.zeros(batch, dtype=torch.int64) if self.store is None else self.seen_B
 
     def step(self, sequence: int, new_tokens: int) -> Step:
         """Where a sequence of this layer is, for policies."""

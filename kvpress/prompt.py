@@ -180,6 +180,7 @@ def _observe(
         fetch=columns.__getitem__,
         attention_BHS=sums_BHS,
         mass_BHS=columns.get(MASS),
+        key_width=layer.key_width,
     )
     if layer.recipe.accumulates:
         mass_BHS = layer.recipe.stage("accumulate").accumulate(slots).float()

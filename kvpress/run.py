@@ -15,11 +15,17 @@ from kvpress.select import Rank
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How a layer attends: to everything, or to a sliding window (then only that is kept)."""
+    """How a layer attends: to everything, or to a sliding window (then only that is kept).
+
+    inline: whether the model computes attention by itself, without a function for it. slopes: of
+    the ALiBi bias that this engine then adds, per query head.
+    """
 
     index: int
     heads: int  # KV heads
     window: int | None = None
+    inline: bool = False
+    slopes: tuple[float, ...] | None = None
 
     @property
     def name(self) -> str:

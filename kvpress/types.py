@@ -43,11 +43,12 @@ class Slots:
     fetch: Callable[[str], Tensor]  # a column of the store by name, dense
     attention_BHS: Tensor | None = None  # fp32: what the policy asked to observe
     mass_BHS: Tensor | None = None  # fp32: what the policy accumulated so far; 0 for new tokens
+    key_width: int | None = None  # channels of keys, where the store keeps more than the model's
 
     @property
     def key_BHSD(self) -> Tensor:
         """The keys of all slots, rotated at their own positions."""
-        return self.fetch("key")
+        return self.fetch("key")[..., : self.key_width]
 
     @property
     def value_BHSD(self) -> Tensor:

@@ -19,7 +19,7 @@ POLICIES = [path.stem for path in (ROOT / "policies").glob("*.py") if path.stem 
 
 # A module may import only from its own line and the lines above it.
 LAYERS = [
-    {"errors", "env", "types", "noise"},
+    {"errors", "env", "types", "noise", "families"},
     {"budget", "native", "shapes"},
     {"ops"},
     {"select", "observe"},
@@ -27,8 +27,9 @@ LAYERS = [
     {"loading"},
     {"store.base", "store.aside", "store.table"},
     {"store.pool", "store.pages", "store"},
-    {"attend", "meter", "sealed"},
+    {"attend", "meter", "sealed", "inline"},
     {"run"},
+    {"alibi"},
     {"layer"},
     {"selection"},
     {"prompt", "decode"},
@@ -36,7 +37,7 @@ LAYERS = [
     {"pipe", "kinds", "saving"},
     {"cache_layer"},
     {"cache"},
-    {"twins"},
+    {"twins", "masks"},
     {"attachment"},
     {"engine", "catalogue"},
     {"__init__"},
@@ -84,7 +85,7 @@ def test_imports_run_one_way(path: Path) -> None:
 @pytest.mark.parametrize("path", ENGINE, ids=module_name)
 def test_only_the_adapter_imports_transformers(path: Path) -> None:
     uses = re.search(r"^\s*(from|import) transformers\b", path.read_text(encoding="utf-8"), re.M)
-    assert not uses or module_name(path) in {"cache", "cache_layer", "attachment"}
+    assert not uses or module_name(path) in {"cache", "cache_layer", "masks", "attachment"}
 
 
 @pytest.mark.parametrize("path", ENGINE, ids=module_name)

@@ -107,6 +107,19 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"moe_intermediate_size": 32, **_EXPERTS},
     ),
     "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", _EXPERTS),
+    "bloom": ("BloomConfig", "BloomForCausalLM", _ONE_TO_ONE),
+    "falcon": ("FalconConfig", "FalconForCausalLM", {"num_key_value_heads": 1}),
+    "falcon-alibi": (
+        "FalconConfig",
+        "FalconForCausalLM",
+        {"alibi": True, "multi_query": False, "bias": True} | _ONE_TO_ONE,
+    ),
+    "falcon-new": (
+        "FalconConfig",
+        "FalconForCausalLM",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_key_value_heads": None},
+    ),
+    "mpt": ("MptConfig", "MptForCausalLM", {"max_seq_len": 1024} | _ONE_TO_ONE),
 }
 FAMILIES = {name: given for name, given in FAMILIES.items() if given[1] in dir(transformers)}
 
@@ -139,10 +152,6 @@ _VISION = {
 
 # As above, for families that are refused.
 REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "bloom": ("BloomConfig", "BloomForCausalLM", {"n_head": 6}),
-    "falcon": ("FalconConfig", "FalconForCausalLM", {"alibi": True}),
-    "falcon-rotary": ("FalconConfig", "FalconForCausalLM", {"new_decoder_architecture": True}),
-    "mpt": ("MptConfig", "MptForCausalLM", {"n_heads": 6}),
     "gpt_neo": (
         "GPTNeoConfig",
         "GPTNeoForCausalLM",
