@@ -190,22 +190,16 @@ class PagedRows(PageTable):
         if bool((last_N < 0).any()):
             raise CacheError("evict_one needs at least one slot in every row: a row is empty.")
         if self._pool.lent:
-            page_N = (slot_N // self.page_slots).cpu()
-            self._own_pages(row_N.tolist(), page_N.tolist())
+            self._own_pages(row_N, (slot_N // self.page_slots).cpu())
         from_N = self._host_address(row_N, last_N).to(self.device)
         page_N = self._device_table[row_N.to(self.device), slot_N // self.page_slots].long()
-        to_N = page_N * self.page_slots + slot_N % self.page_slots
-        for name, column in self.columns.items():
-            moved = ops.gather_slots(self._pool.by_name[name], from_N, column.slot_last)
-            ops.scatter_slots(self._pool.by_name[name], to_N, moved, column.slot_last)
+        self._move(from_N, page_N * self.page_slots + slot_N % self.page_slots)
         if self._aside is not None:
             self._aside.move(row_N, last_N, slot_N)
-        self._set_counts(self.counts.index_copy(0, row_N, last_N))
-        if self._pool.lent:
-            self._owned = torch.minimum(self._owned, self._pages_for(self.counts))
+        self._shorten(self.counts.index_copy(0, row_N, last_N))
 
     def retain(self, survivors: Survivors) -> None:
-        """Drops what did not survive of some sequences, slot by slot, so that pages stay shared.
+        """Drops what did not survive of some sequences; pages that lose nothing stay shared.
 
         Survivors are known by their positions; their volatile columns are renewed.
         """
@@ -223,12 +217,7 @@ class PagedRows(PageTable):
             by_position.scatter_(2, kept_BHK, survivors.columns[name].float())
             self.write(name, by_position.gather(2, place_BHS), chosen)
         drops_RS = (~stays.gather(2, place_BHS) & (position_BHS != EMPTY)).flatten(0, 1).cpu()
-        victims = [row.nonzero().flatten().tolist() for row in drops_RS]
-        row_R = self.row_index(chosen).tolist()
-        while any(victims):  # the last one first: the slot that moves into its place stays
-            pairs = [(r, v.pop()) for r, v in zip(row_R, victims, strict=True) if v]
-            row_N, slot_N = torch.tensor(pairs).unbind(1)
-            self.evict_one(row_N, slot_N.to(device))
+        self._drop(self.row_index(chosen), drops_RS)
 
     def fill(self, groups: Sequence[Survivors], headroom: int = 0) -> None:
         """Replaces what some sequences hold, in exactly the pages that all rows then need.
@@ -367,6 +356,35 @@ class PagedRows(PageTable):
                 raise CacheError(f"A row of {int(count)} slots has the positions {held.tolist()}.")
         return True
 
+    def _drop(self, row_R: Tensor, drops_RS: Tensor) -> None:
+        """Drops some slots (bool, on the host) of some rows; their last slots fill the gaps."""
+        left_R = self.counts[row_R] - drops_RS.sum(1)
+        slot_S = torch.arange(drops_RS.shape[1])
+        stays_RS = slot_S < left_R[:, None]
+        gap_N = (drops_RS & stays_RS).nonzero()
+        filler_N = (~drops_RS & ~stays_RS & (slot_S < self.counts[row_R, None])).nonzero()
+        row_N, to_N, last_N = row_R[gap_N[:, 0]], gap_N[:, 1], filler_N[:, 1]
+        if self._pool.lent:
+            written = torch.stack([row_N, to_N // self.page_slots], dim=1).unique(dim=0)
+            self._own_pages(*written.unbind(1))
+        addresses = (self._host_address(row_N, slot_N) for slot_N in (last_N, to_N))
+        self._move(*(address_N.to(self.device) for address_N in addresses))
+        if self._aside is not None:
+            self._aside.move(row_N, last_N, to_N)
+        self._shorten(self.counts.index_copy(0, row_R, left_R))
+
+    def _move(self, from_N: Tensor, to_N: Tensor) -> None:
+        """Copies slots to other addresses, in every column."""
+        for name, column in self.columns.items():
+            moved = ops.gather_slots(self._pool.by_name[name], from_N, column.slot_last)
+            ops.scatter_slots(self._pool.by_name[name], to_N, moved, column.slot_last)
+
+    def _shorten(self, counts: Tensor) -> None:
+        """Sets smaller counts, and lets pages go that are then empty and may have other users."""
+        self._set_counts(counts)
+        if self._pool.lent:
+            self._owned = torch.minimum(self._owned, self._pages_for(counts))
+
     def _scatter(self, name: str, address_N: Tensor, values: Tensor) -> None:
         """Writes values `[..., *shape]` of one column to the addresses, in the column's dtype."""
         column = self.columns[name]
@@ -416,7 +434,7 @@ class PagedRows(PageTable):
             self._pool.trim()
             next_page = self.counts // self.page_slots
             row_N = ((counts > self.counts) & (next_page < self._owned)).nonzero().flatten()
-            self._own_pages(row_N.tolist(), next_page[row_N].tolist())
+            self._own_pages(row_N, next_page[row_N])
         missing = (self._pages_for(counts) - self._owned).clamp_min_(0)
         total = int(missing.sum())
         if total == 0:
@@ -432,12 +450,12 @@ class PagedRows(PageTable):
         self._owned = self._owned + missing
         self._set_table(table)
 
-    def _own_pages(self, rows: list[int], places: list[int]) -> None:
+    def _own_pages(self, row_N: Tensor, place_N: Tensor) -> None:
         """Copies those of some pages of rows that have other users; the last user keeps its own."""
         uses, table = self._pool.uses().tolist(), self._table.clone()
         shared = []
-        for row, place in zip(rows, places, strict=True):
-            page = int(table[row, place])
+        pages = table[row_N, place_N].tolist()
+        for row, place, page in zip(row_N.tolist(), place_N.tolist(), pages, strict=True):
             if uses[page] > 1:
                 uses[page] -= 1
                 shared.append((row, place, page))

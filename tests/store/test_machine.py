@@ -139,6 +139,33 @@ class Stores(RuleBasedStateMachine):
             twin.rows[r] = sorted(row, reverse=True)[: int(counts.flatten()[r])]
         twin.tail = 0
 
+    @rule(data=st.data(), share=st.floats(0, 1), everywhere=st.booleans())
+    def retain(self, data: st.DataObject, share: float, everywhere: bool) -> None:
+        """Keeps some slots of some sequences, with new masses."""
+        twin = self.pick(data)
+        store = twin.store
+        chosen = [b for b in range(store.sequences) if everywhere or torch.rand(()) < 0.5]
+        if not chosen or not store.counts_BH[chosen].any():
+            return
+        rows = [[store.heads * b + h for h in range(store.heads)] for b in chosen]
+        for r in (r for heads in rows for r in heads):
+            kept = torch.rand(len(twin.rows[r])) < share
+            kept_slots = [slot for slot, stays in zip(twin.rows[r], kept, strict=True) if stays]
+            new = torch.randn(len(kept_slots)).tolist() if "mass" in self.columns else None
+            twin.rows[r] = [
+                (*slot[:3], new[i]) if new else slot for i, slot in enumerate(kept_slots)
+            ]
+        counts = torch.tensor([[len(twin.rows[r]) for r in heads] for heads in rows])
+        shape = (*counts.shape, max(1, int(counts.max())))
+        position, mass = torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape)
+        for i, heads in enumerate(rows):
+            for h, r in enumerate(heads):
+                for place, slot in enumerate(twin.rows[r]):
+                    position[i, h, place] = slot[0]
+                    mass[i, h, place] = slot[3] if "mass" in self.columns else 0
+        store.retain(Survivors(tuple(chosen), {"position": position, "mass": mass}, counts))
+        twin.tail = 0
+
     @rule(data=st.data())
     def write(self, data: st.DataObject) -> None:
         twin = self.pick(data)
