@@ -26,15 +26,15 @@ def time_cases(
 ) -> list[registry.Outcome]:
     """The outcome of every case."""
     outcomes = []
-    with _bar() as bar:
-        task = _start(bar, len(cases) * (rounds + warmup))
+    with bar() as shown:
+        task = _start(shown, len(cases) * (rounds + warmup))
         for number, case in enumerate(cases):
-            bar.update(task, description=case.title)
+            shown.update(task, description=case.title)
             outcomes.append(
-                registry.measure(case, device, rounds, warmup, lambda _: bar.advance(task))
+                registry.measure(case, device, rounds, warmup, lambda _: shown.advance(task))
             )
             # A case that was refused ran no round.
-            bar.update(task, completed=(number + 1) * (rounds + warmup))
+            shown.update(task, completed=(number + 1) * (rounds + warmup))
     return outcomes
 
 
@@ -64,14 +64,15 @@ def time_prefill(
     cache_dtype: torch.dtype | None = None,
 ) -> list[prefill.PrefillRow]:
     """The row of every candidate."""
-    with _bar() as bar:
-        task = _start(bar, rounds + warmup, f"rounds of {ids.shape[1]} tokens per candidate")
+    with bar() as shown:
+        task = _start(shown, rounds + warmup, f"rounds of {ids.shape[1]} tokens per candidate")
         return prefill.measure(
-            model, ids, policies, rounds, warmup, cache_dtype, lambda _: bar.advance(task)
+            model, ids, policies, rounds, warmup, cache_dtype, lambda _: shown.advance(task)
         )
 
 
-def _bar() -> Progress:
+def bar() -> Progress:
+    """A bar with the number of what is done and the time that is left, on a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(
         *columns,
@@ -83,7 +84,7 @@ def _bar() -> Progress:
     )
 
 
-def _start(bar: Progress, total: int, description: str = "") -> TaskID:
-    task = bar.add_task(description, total=total)
-    bar.advance(task, 0)  # the start of the first round, from which the estimate counts
+def _start(shown: Progress, total: int, description: str = "") -> TaskID:
+    task = shown.add_task(description, total=total)
+    shown.advance(task, 0)  # the start of the first round, from which the estimate counts
     return task

@@ -1,4 +1,4 @@
-"""The command line: `kvpress run`, `bench`, `policies`, `build`, `info`."""
+"""The command line: `kvpress run`, `eval`, `report`, `plot`, `bench`, `policies`, and others."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from kvpress import __version__, env
 from kvpress.bench.commands import bench
+from kvpress.bench.quality.commands import evaluate, plot, report
 from kvpress.errors import KVPressError
 
 app = typer.Typer(
@@ -26,6 +27,9 @@ app = typer.Typer(
 )
 console, errors = Console(), Console(stderr=True)
 app.add_typer(bench, name="bench")
+app.command("eval")(evaluate)
+app.command()(report)
+app.command()(plot)
 
 
 @app.command()

@@ -365,7 +365,7 @@ class PagedRows(PageTable):
         filler_N = (~drops_RS & ~stays_RS & (slot_S < self.counts[row_R, None])).nonzero()
         row_N, to_N, last_N = row_R[gap_N[:, 0]], gap_N[:, 1], filler_N[:, 1]
         if self._pool.lent:
-            written = torch.stack([row_N, to_N // self.page_slots], dim=1).unique(dim=0)
+            written = torch.unique(torch.stack([row_N, to_N // self.page_slots], dim=1), dim=0)
             self._own_pages(*written.unbind(1))
         addresses = (self._host_address(row_N, slot_N) for slot_N in (last_N, to_N))
         self._move(*(address_N.to(self.device) for address_N in addresses))

@@ -1,0 +1,73 @@
+"""lm-eval's tasks with a compressed cache: a model for its registry, named `kvpress`.
+
+Continuations are scored from a compressed context, which one plain forward pass would never use:
+the context is read once, compressed, and asked about each of them. The question stands in the
+context there (protocol: visible). Generation goes through the engine as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from kvpress.bench import models
+from kvpress.bench.quality.metrics import score
+from kvpress.bench.quality.sample import Question
+from kvpress.bench.quality.subject import InProcess
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+Request = tuple[tuple[str, str], list[int], list[int]]  # texts, context, continuation
+
+
+@register_model("kvpress")
+class KVPressLM(HFLM):
+    """A model with a policy.
+
+    Args: pretrained: 'demo', a Hugging Face id, a path, or a loaded model with its `tokenizer`.
+    policy: `name:key=value`; options are joined with `;` where commas part the arguments. Other
+    arguments are those of lm-eval's HFLM.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any = models.DEMO,
+        policy: str = "full",
+        tokenizer: Any = None,
+        dtype: str = "float32",
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            device = None  # lm-eval asks for CUDA by default, wherever it runs
+        if isinstance(pretrained, str):
+            pretrained, tokenizer = models.load(pretrained, dtype, device)
+        self.subject = InProcess(pretrained, policy.replace(";", ","))
+        super().__init__(pretrained=self.subject.model, tokenizer=tokenizer, **options)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: Any = None
+    ) -> list[tuple[float, bool]]:
+        """The log-likelihood of every continuation, and whether greedy decoding gives it."""
+        order = sorted(range(len(requests)), key=lambda i: requests[i][1])
+        answers: dict[int, tuple[float, bool]] = {}
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="continuations") as bar:
+            for context, same in groupby(order, key=lambda i: requests[i][1]):
+                cache = self.subject.read(context[:-1])
+                for i in same:
+                    texts, _, continuation = requests[i]
+                    question = Question(tuple(context[-1:]), tuple(continuation))
+                    made = score(self.subject.ask(cache, question), continuation)
+                    answers[i] = (-made.nll * len(continuation), bool(made.exact))
+                    self.cache_hook.add_partial("loglikelihood", texts, answers[i])
+                    bar.update()
+        return [answers[i] for i in range(len(requests))]
+
+
+if __name__ == "__main__":  # lm-eval's own command line, which then knows the model
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

@@ -1,0 +1,147 @@
+"""Pictures of an evaluation: quality against bytes held, and needles by length and depth."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from kvpress.bench.plot import require
+from kvpress.bench.quality.results import Cell
+from kvpress.bench.quality.run import BLIND, FULL
+from kvpress.bench.quality.table import Block, Line
+from kvpress.bench.quality.tasks import TASKS
+
+_COLUMNS = 2
+_PANEL = (5.0, 3.2)  # inches
+_MARKS = "os^Dv<>P*X"
+
+
+def family(policy: str) -> str:
+    """A policy without its budget: policies of one family are one line of a plot."""
+    return re.sub(r"budget=[^,+]*,?", "", policy).replace(":+", "+").rstrip(":,")
+
+
+def quality(blocks: Sequence[Block]) -> Any:
+    """A figure with a panel per block: score over the share of bytes held, with intervals.
+
+    The dashed line is the full cache, the dotted one the questions without a context. Raises
+    PlotError without matplotlib.
+    """
+    figure, axes = _figure(len(blocks))
+    names = dict.fromkeys(
+        family(line.policy) for b in blocks for line in b.lines if line.policy not in (FULL, BLIND)
+    )
+    marks = {name: (f"C{i % 10}", _MARKS[i % len(_MARKS)]) for i, name in enumerate(names)}
+    for axis, block in zip(axes, blocks, strict=False):
+        _quality_panel(axis, block, marks)
+    handles = [
+        axes[0].plot([], [], color=colour, marker=mark, label=name)[0]
+        for name, (colour, mark) in marks.items()
+    ]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def _quality_panel(axis: Any, block: Block, marks: dict[str, tuple[str, str]]) -> None:
+    by_family: dict[str, list[Line]] = defaultdict(list)
+    for line in block.lines:
+        if line.score is None:
+            continue
+        if line.policy in (FULL, BLIND):
+            axis.axhline(
+                100 * line.score.mean, color="black", linestyle="--" if line.policy == FULL else ":"
+            )
+        elif line.kept is not None:
+            by_family[family(line.policy)].append(line)
+    for name, lines in by_family.items():
+        lines.sort(key=lambda line: line.kept or 0)
+        scores = [line.score for line in lines if line.score is not None]
+        mean = [100 * s.mean for s in scores]
+        below = [100 * (score.mean - score.low) for score in scores]
+        above = [100 * (score.high - score.mean) for score in scores]
+        colour, mark = marks[name]
+        axis.errorbar(
+            [100 * (line.kept or 0) for line in lines],
+            mean,
+            yerr=[below, above],
+            color=colour,
+            marker=mark,
+            markersize=5,
+            capsize=3,
+            linewidth=1.2,
+        )
+    axis.set_title(title(block), fontsize=9, loc="left")
+    axis.set_xlabel("bytes held, % of the full cache", fontsize=8)
+    axis.set_ylabel(
+        "right %" if TASKS[block.task].metric == "exact" else "tokens right %", fontsize=8
+    )
+    axis.set_xlim(0, 105)
+    axis.set_ylim(-4, 104)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def title(block: Block) -> str:
+    """Task, length, and protocol where there is a question."""
+    asked = f", question {block.protocol}" if TASKS[block.task].asks else ""
+    return f"{block.task}, {block.tokens} tokens{asked}"
+
+
+def needles(cells: Iterable[Cell]) -> Any | None:
+    """A figure with a heat map per policy and protocol: needles found by length and depth.
+
+    None without such cells.
+    """
+    found: dict[tuple[str, str], dict[tuple[float, int], list[float]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for cell in cells:
+        if cell.task == "needle" and cell.error is None and cell.policy != BLIND:
+            assert cell.depth is not None, "a needle has a depth"
+            exact = statistics.fmean(answer["exact"] for answer in cell.scores)
+            found[cell.policy, cell.protocol][cell.depth, cell.tokens].append(exact)
+    if not found:
+        return None
+    figure, axes = _figure(len(found))
+    for axis, ((policy, protocol), values) in zip(axes, found.items(), strict=False):
+        _heat_map(axis, values)
+        axis.set_title(f"{policy}, question {protocol}", fontsize=9, loc="left")
+    return figure
+
+
+def _heat_map(axis: Any, values: dict[tuple[float, int], list[float]]) -> None:
+    depths, lengths = (sorted({place[i] for place in values}) for i in (0, 1))
+    grid = [
+        [
+            100 * statistics.fmean(values.get((depth, tokens)) or [float("nan")])
+            for tokens in lengths
+        ]
+        for depth in depths
+    ]
+    axis.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto", alpha=0.6)
+    for y, row in enumerate(grid):
+        for x, value in enumerate(row):
+            axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8)
+    axis.set_xticks(range(len(lengths)), [str(tokens) for tokens in lengths], fontsize=8)
+    axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
+    axis.set_xlabel("tokens", fontsize=8)
+    axis.set_ylabel("depth", fontsize=8)
+
+
+def _figure(panels: int) -> tuple[Any, list[Any]]:
+    require()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(_COLUMNS, panels)
+    rows = -(-panels // columns)
+    size = (_PANEL[0] * columns, _PANEL[1] * rows + 0.6)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[panels:]:
+        axis.set_visible(False)
+    return figure, axes

@@ -1,0 +1,122 @@
+"""What an evaluation leaves behind: JSON lines, one per finished cell, from which it can go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvpress.errors import KVPressError
+
+FORMAT = 1
+
+
+class ResultsError(KVPressError, ValueError):
+    """A results file that cannot be read, written, or gone on with."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One sample of one task under one policy and protocol.
+
+    scores: of the questions, as dictionaries of `metrics.Score` and the label. bytes: after the
+    context was read, before the first question.
+    """
+
+    task: str
+    tokens: int
+    index: int
+    protocol: str
+    policy: str
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    depth: float | None = None
+    bytes_held: int = 0
+    bytes_full: int = 0
+    seconds: float = 0.0
+    error: str | None = None
+
+    @property
+    def key(self) -> tuple[str, int, int, str, str]:
+        """What tells cells apart."""
+        return self.task, self.tokens, self.index, self.protocol, self.policy
+
+
+class Results:
+    """Cells in memory and, with a path, on disk as soon as they are finished.
+
+    A file that exists is gone on with: its cells are kept, those that failed are run again. Raises
+    ResultsError if it was made with other settings.
+    """
+
+    def __init__(
+        self, settings: dict[str, Any], environment: dict[str, Any], path: Path | None
+    ) -> None:
+        self.settings, self.environment, self._path = settings, environment, path
+        self._cells: dict[tuple[Any, ...], Cell] = {}
+        if path is None:
+            return
+        if path.exists() and path.stat().st_size:
+            self._go_on(path)
+        else:
+            head = {"format": FORMAT, "settings": settings, "environment": environment}
+            self._append(head)
+
+    def _go_on(self, path: Path) -> None:
+        before = load(path)
+        if before.settings != self.settings:
+            changed = sorted(
+                name
+                for name in before.settings.keys() | self.settings.keys()
+                if before.settings.get(name) != self.settings.get(name)
+            )
+            raise ResultsError(
+                f"{path} was made with other settings ({', '.join(changed)}). Choose another --out,"
+                " or remove the file."
+            )
+        self._cells = {cell.key: cell for cell in before if cell.error is None}
+        text = path.read_text(encoding="utf-8")
+        if not text.endswith("\n"):  # a process died while it wrote the last line
+            path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+
+    def __contains__(self, key: tuple[Any, ...]) -> bool:
+        return key in self._cells
+
+    def __iter__(self) -> Iterator[Cell]:
+        yield from self._cells.values()
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def add(self, cell: Cell) -> None:
+        """Keeps a finished cell."""
+        self._cells[cell.key] = cell
+        if self._path is not None:
+            self._append(asdict(cell))
+
+    def _append(self, line: dict[str, Any]) -> None:
+        assert self._path is not None
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise ResultsError(f"{self._path} cannot be written: {error}.") from error
+
+
+def load(path: Path) -> Results:
+    """The results in a file; of several lines for one cell the last counts. Raises ResultsError."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        whole = [json.loads(line) for line in lines[:-1]]  # the last one is empty, or broken
+        head, cells = whole[0], [Cell(**line) for line in whole[1:]]
+        if head["format"] != FORMAT:
+            raise ResultsError(f"{path} has format {head['format']}; this version reads {FORMAT}.")
+        results = Results(head["settings"], head["environment"], None)
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        if isinstance(error, ResultsError):
+            raise
+        raise ResultsError(f"{path} is no results file of `kvpress eval`: {error}.") from error
+    for cell in cells:
+        results.add(cell)
+    return results

@@ -1,0 +1,105 @@
+"""What is asked about a context: tokens, made by the tokenizer of the model under test."""
+
+from __future__ import annotations
+
+import importlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvpress.errors import KVPressError
+
+
+class TaskError(KVPressError, ValueError):
+    """A task that cannot be made of what was given."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Tokens after the context, and the tokens that should follow them."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A context and questions about it. depth: where the first answer stands in it, 0 to 1."""
+
+    context: tuple[int, ...]
+    questions: tuple[Question, ...]
+    depth: float | None = None
+
+
+class Writer:
+    """Text to tokens, and a text to take contexts from."""
+
+    def __init__(self, tokenizer: Any, text: str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self.prefix: tuple[int, ...] = tuple(tokenizer("")["input_ids"])  # perhaps a first token
+        self._text = self.ids(default_text() if text is None else text)
+        self._ends: dict[int, bool] = {}
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text, without special ones."""
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def question(self, prompt: str, answer: str, label: str = "") -> Question:
+        """A question and its answer, tokenised as the one text that they are."""
+        before, whole = self.ids(prompt), self.ids(prompt + answer)
+        same = next(
+            (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b),
+            min(len(before), len(whole)),
+        )
+        if same in (0, len(whole)):
+            raise TaskError(
+                f"The tokenizer leaves nothing of the question {prompt!r} or of its answer."
+            )
+        return Question(tuple(whole[:same]), tuple(whole[same:]), label)
+
+    def passage(self, tokens: int, generator: random.Random) -> list[int]:
+        """A part of the text. Raises TaskError if it is too short."""
+        if tokens > len(self._text):
+            raise TaskError(
+                f"The text has {len(self._text)} tokens, but {tokens} are needed. Give a longer"
+                " --text or a shorter --length."
+            )
+        start = generator.randrange(len(self._text) - tokens + 1)
+        return self._text[start : start + tokens]
+
+    def insert(
+        self, passage: Sequence[int], inserts: Sequence[tuple[float, Sequence[int]]]
+    ) -> list[int]:
+        """The passage with something put in at each of some depths, at the nearest sentence end."""
+        ends = [i + 1 for i, token in enumerate(passage) if self._is_end(token)] or [len(passage)]
+        places = sorted(
+            ((min(ends, key=lambda e: abs(e - depth * len(passage))), x) for depth, x in inserts),
+            key=lambda pair: pair[0],
+        )
+        made, done = [], 0
+        for place, tokens in places:
+            made += [*passage[done:place], *tokens]
+            done = place
+        return [*made, *passage[done:]]
+
+    def _is_end(self, token: int) -> bool:
+        if token not in self._ends:
+            self._ends[token] = self._tokenizer.decode([token]).rstrip(" ").endswith((".", "\n"))
+        return self._ends[token]
+
+
+def default_text() -> str:
+    """The language reference that every Python carries: 465,000 characters."""
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    return "\n\n".join(topics.values())
+
+
+def read_text(path: Path) -> str:
+    """A text file. Raises TaskError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"{path} cannot be read as text: {error}. Give a UTF-8 file.") from error

@@ -1,0 +1,146 @@
+"""The tables: one per task, length and protocol; one line per policy, with intervals."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from kvpress.bench.quality.results import Cell
+from kvpress.bench.quality.run import BLIND, FULL
+from kvpress.bench.quality.stats import Estimate, estimate
+from kvpress.bench.quality.tasks import TASKS
+from rich import box
+from rich.table import Table
+
+HEAD = ("policy", "kept", "score %", "vs full", "NLL", "KL", "agree")
+LEGEND = (
+    "kept: bytes held, of those of the full cache. score: answers of which every token is right,"
+    " [95 % bootstrap over contexts]. vs full: paired, in points. NLL: nats per token of the right"
+    " answer. KL, agree: next-token distribution and first choice beside the full cache. no"
+    " context: the questions alone, the floor."
+)
+DISCRIMINATES = 0.5  # what the full cache must reach, at least, for a task to tell policies apart
+
+
+@dataclass(frozen=True)
+class Line:
+    """One policy on one task. difference: from the full cache, sample by sample.
+
+    kept: bytes held, as a fraction of those of the full cache.
+    """
+
+    policy: str
+    score: Estimate | None
+    difference: Estimate | None
+    nll: Estimate | None
+    kl: float | None
+    agreement: float | None
+    kept: float | None
+    errors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Block:
+    """All policies on one task at one length under one protocol."""
+
+    task: str
+    tokens: int
+    protocol: str
+    lines: tuple[Line, ...]
+
+    @property
+    def discriminates(self) -> bool:
+        """Whether the full cache solves the task, so that its score says something."""
+        full = next((line.score for line in self.lines if line.policy == FULL), None)
+        return full is None or full.mean >= DISCRIMINATES or TASKS[self.task].metric == "tokens"
+
+
+def blocks(cells: Iterable[Cell]) -> Iterator[Block]:
+    """The cells in tables, in their order."""
+    grouped: dict[tuple[str, int, str], dict[str, list[Cell]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for cell in cells:
+        grouped[cell.task, cell.tokens, cell.protocol][cell.policy].append(cell)
+    for (task, tokens, protocol), by_policy in grouped.items():
+        full = {cell.index: cell for cell in by_policy.get(FULL, ()) if cell.error is None}
+        order = sorted(by_policy, key=lambda name: (name != FULL, name == BLIND))
+        lines = (_line(name, by_policy[name], full, TASKS[task].metric) for name in order)
+        yield Block(task, tokens, protocol, tuple(lines))
+
+
+def _line(policy: str, cells: list[Cell], full: dict[int, Cell], metric: str) -> Line:
+    good = [cell for cell in cells if cell.error is None]
+    errors = tuple(dict.fromkeys(cell.error for cell in cells if cell.error is not None))
+    if not good:
+        return Line(policy, None, None, None, None, None, None, errors)
+    pairs = [
+        _mean(cell, metric) - _mean(full[cell.index], metric) for cell in good if cell.index in full
+    ]
+    held, whole = (
+        sum(getattr(cell, name) for cell in good) for name in ("bytes_held", "bytes_full")
+    )
+    return Line(
+        policy,
+        estimate([_mean(cell, metric) for cell in good]),
+        estimate(pairs) if pairs and policy != FULL else None,
+        estimate([_mean(cell, "nll") for cell in good]),
+        statistics.fmean(_mean(cell, "kl") for cell in good),
+        statistics.fmean(_mean(cell, "agreement") for cell in good),
+        held / whole if whole and policy != BLIND else None,
+        errors,
+    )
+
+
+def _mean(cell: Cell, name: str) -> float:
+    return statistics.fmean(answer[name] for answer in cell.scores)
+
+
+def tables(cells: Iterable[Cell]) -> Iterator[Table]:
+    """The tables for a terminal."""
+    for block in blocks(cells):
+        yield _table(block)
+
+
+def _table(block: Block) -> Table:
+    task = TASKS[block.task]
+    samples = max((line.score.samples for line in block.lines if line.score), default=0)
+    title = f"{block.task}, {block.tokens} tokens, {samples} samples"
+    if task.asks:
+        title += f", question {block.protocol} while compressing"
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    made.pad_edge, made.show_edge = False, False
+    made.add_column(HEAD[0], overflow="fold")
+    for name in HEAD[1:]:
+        made.add_column(name, justify="right", no_wrap=True)
+    for line in block.lines:
+        made.add_row(*cells_of(line))
+    made.caption, made.caption_justify = "\n".join(notes_of(block)) or None, "left"
+    return made
+
+
+def notes_of(block: Block) -> list[str]:
+    """What a reader of a table must know: what the score is, what failed, what says nothing."""
+    notes = [f"{line.policy}: {error}" for line in block.lines for error in line.errors]
+    if TASKS[block.task].metric == "tokens":
+        notes.append("The score is the share of right tokens.")
+    if not block.discriminates:
+        notes.append("Not discriminating: the full cache fails this task. Compare the NLL.")
+    return notes
+
+
+def cells_of(line: Line) -> tuple[str, ...]:
+    """The texts of a line, under `HEAD`."""
+    if line.score is None:
+        return (line.policy, "–", "failed", "–", "–", "–", "–")
+    return (
+        line.policy,
+        "–" if line.kept is None else f"{line.kept:.1%}",
+        str(line.score),
+        "–" if line.difference is None else str(line.difference),
+        "–" if line.nll is None else f"{line.nll.mean:.2f}",
+        "–" if line.kl is None else f"{line.kl:.2f}",
+        "–" if line.agreement is None else f"{line.agreement:.0%}",
+    )
