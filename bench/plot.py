@@ -25,8 +25,8 @@ def require() -> None:
     """Raises PlotError where matplotlib is not installed: before a long run, not after it."""
     if importlib.util.find_spec("matplotlib") is None:
         raise PlotError(
-            "A plot needs matplotlib, which is not installed. Run: pip install matplotlib, or leave"
-            " out --plot."
+            "A plot needs matplotlib, which is not installed. Run: pip install matplotlib, or do"
+            " without: leave out --plot, or make a report as .md."
         )
 
 

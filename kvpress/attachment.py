@@ -186,6 +186,11 @@ class Attachment:
             self._model.config._attn_implementation = name
         else:
             self._model.set_attn_implementation(name)
+        if self._model.config._attn_implementation != name:
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__} does not let its attention be set to {name!r}"
+                " through transformers' attention interface. Use a model that supports it."
+            )
 
     @uncompiled
     def _before_forward(

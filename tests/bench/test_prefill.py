@@ -152,7 +152,7 @@ def test_a_wrong_option_is_refused_before_a_model_is_loaded(
 
 def test_the_remaining_time_is_known_after_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    bar = progress._bar()
+    bar = progress.bar()
     monkeypatch.setattr(bar, "get_time", lambda: now[0])
     task = progress._start(bar, total=8)
     for done in range(1, 8):  # a round of a long prompt takes longer than rich looks back
