@@ -154,6 +154,11 @@ class Engine:
                 f"engine.generate() continues from caches made by engine.new_cache(), got "
                 f"{type(cache).__name__}. Leave the cache out to start a new one."
             )
+        if not kwargs.setdefault("use_cache", True):  # the default of some models is False
+            raise CacheError(
+                "engine.generate(use_cache=False): it exists to use a cache. Leave the option out,"
+                " or call model.generate()."
+            )
         config = kwargs.get("generation_config") or self.model.generation_config
         expected = kwargs.get("max_new_tokens") or config.max_new_tokens
         if expected is not None:

@@ -22,7 +22,9 @@ def test_greedy_generate_equals_transformers(family: str) -> None:
         assert torch.equal(engine.generate(ids, **arguments), expected)
         assert torch.equal(model.generate(ids, **arguments), expected)
         cache = engine.new_cache()
-        assert torch.equal(model.generate(ids, past_key_values=cache, **arguments), expected)
+        assert torch.equal(
+            model.generate(ids, past_key_values=cache, use_cache=True, **arguments), expected
+        )
         assert cache.check_integrity()
 
 

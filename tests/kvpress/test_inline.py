@@ -123,6 +123,16 @@ def test_what_cannot_be_honoured_is_refused(family: str) -> None:
                 model(ids)
 
 
+def test_generating_with_an_engine_uses_its_cache_whatever_the_default_of_the_model_is() -> None:
+    model, ids = families.tiny("mpt"), helpers.prompt(2, 30)
+    assert not model.config.use_cache
+    with kvpress.attach(model, "h2o:budget=10") as engine:
+        engine.generate(ids, **ARGUMENTS)
+        assert engine.report().slots_kept[0] == [[10] * 6] * 2
+        with pytest.raises(KVPressError, match="Leave the option out"):
+            engine.generate(ids, use_cache=False, **ARGUMENTS)
+
+
 def test_packed_sequences_are_refused() -> None:
     model, position = families.tiny("falcon"), torch.tensor([[0, 1, 2, 0, 1, 2]])
     with kvpress.attach(model, "full"), pytest.raises(MaskError, match="packed sequences"):
