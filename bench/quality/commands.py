@@ -61,17 +61,17 @@ def evaluate(
     """
     import torch
     from kvpress.bench import models, record
-    from kvpress.bench.progress import bar
     from kvpress.bench.quality import run, suites, table
     from kvpress.bench.quality.results import Results
     from kvpress.bench.quality.sample import Writer, read_text
-    from kvpress.bench.quality.subject import InProcess
 
     from kvpress.loading import parse
 
     names = list(dict.fromkeys(split_policies(policy or [run.FULL])))
     for name in names:
         parse(name)  # refuse a wrong policy before a model is loaded
+    if threads:
+        torch.set_num_threads(threads)
     if lm_eval is not None:
         with_lm_eval(lm_eval.split(","), names, model, dtype, device, task_folder, limit, as_json)
         return
@@ -79,8 +79,6 @@ def evaluate(
     asked = [part for given in suite or ["offline"] for part in given.split(",")]
     plans = suites.plans(asked, protocols, quick, length or (), samples)
     source = None if text is None else read_text(text)
-    if threads:
-        torch.set_num_threads(threads)
     with errors.status(f"Loading {model} …"):
         loaded, tokenizer = models.load(model, dtype, device)
     settings = {
@@ -91,8 +89,31 @@ def evaluate(
         "stepwise": stepwise,
     }
     results = Results(settings, record.environment(loaded.device), out)
-    subjects = {name: InProcess(loaded, name) for name in names}
-    reference = subjects.get(run.FULL) or InProcess(loaded, run.FULL)
+    fill(results, loaded, names, Writer(tokenizer, source), plans, seed, stepwise)
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(cell) for cell in results], indent=2) + "\n")
+        return
+    for made in table.tables(results):
+        console.print(made)
+    console.print(table.LEGEND)
+
+
+def fill(
+    results: Any,
+    model: Any,
+    policies: Sequence[str],
+    writer: Any,
+    plans: Sequence[Any],
+    seed: int,
+    stepwise: bool,
+) -> None:
+    """Runs the cells that the results do not hold yet, with a progress bar."""
+    from kvpress.bench.progress import bar
+    from kvpress.bench.quality import run
+    from kvpress.bench.quality.subject import InProcess
+
+    subjects = {name: InProcess(model, name) for name in policies}
+    reference = subjects.get(run.FULL) or InProcess(model, run.FULL)
     with bar() as progress:
         total = sum(plan.samples for plan in plans) * (len(subjects) + 1)
         task = progress.add_task("", total=total)
@@ -100,22 +121,8 @@ def evaluate(
         def on_cell(cell: Any) -> None:
             progress.update(task, advance=1, description=f"{cell.task} {cell.tokens} {cell.policy}")
 
-        run.evaluate(
-            reference,
-            list(subjects.values()),
-            Writer(tokenizer, source),
-            plans,
-            results,
-            seed,
-            stepwise,
-            on_cell,
-        )
-    if as_json:
-        sys.stdout.write(json.dumps([asdict(cell) for cell in results], indent=2) + "\n")
-        return
-    for made in table.tables(results):
-        console.print(made)
-    console.print(table.LEGEND)
+        judged = list(subjects.values())
+        run.evaluate(reference, judged, writer, plans, results, seed, stepwise, on_cell)
 
 
 def with_lm_eval(

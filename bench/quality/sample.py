@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from kvpress.bench.prompt import reference_text
 
 from kvpress.errors import KVPressError
 
@@ -40,7 +41,7 @@ class Writer:
     def __init__(self, tokenizer: Any, text: str | None = None) -> None:
         self._tokenizer = tokenizer
         self.prefix: tuple[int, ...] = tuple(tokenizer("")["input_ids"])  # perhaps a first token
-        self._text = self.ids(default_text() if text is None else text)
+        self._text = self.ids(reference_text() if text is None else text)
         self._ends: dict[int, bool] = {}
 
     def ids(self, text: str) -> list[int]:
@@ -89,12 +90,6 @@ class Writer:
         if token not in self._ends:
             self._ends[token] = self._tokenizer.decode([token]).rstrip(" ").endswith((".", "\n"))
         return self._ends[token]
-
-
-def default_text() -> str:
-    """The language reference that every Python carries: 465,000 characters."""
-    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    return "\n\n".join(topics.values())
 
 
 def read_text(path: Path) -> str:
