@@ -52,11 +52,11 @@ def text_of(tokens: Sequence[int]) -> str:
 def test_the_metrics_of_two_tokens_by_hand() -> None:
     """Distributions (½, ¼, ¼) and (⅛, ⅛, ¾), the right tokens 0 and 0."""
     given = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.125, 0.75]]).log()
-    full = torch.tensor([[0.25, 0.5, 0.25], [0.125, 0.125, 0.75]]).log()
+    full = torch.tensor([[0.25, 0.625, 0.125], [0.125, 0.125, 0.75]]).log()
     made = score(given, [0, 0], full)
     assert made.exact == 0.0 and made.tokens == 0.5 and made.agreement == 0.5
     assert made.nll == pytest.approx((math.log(2) + math.log(8)) / 2, rel=1e-6)
-    by_hand = 0.25 * math.log(0.25 / 0.5) + 0.5 * math.log(0.5 / 0.25)
+    by_hand = 0.25 * math.log(1 / 2) + 0.625 * math.log(5 / 2) + 0.125 * math.log(1 / 2)
     assert made.kl == pytest.approx(by_hand / 2, rel=1e-5)
     assert score(given, [0, 2]).exact == 1.0 and score(given, [0, 2]).kl is None
     assert score(given + 7.0, [0, 0], full).nll == pytest.approx(made.nll, rel=1e-5)
