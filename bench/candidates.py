@@ -9,15 +9,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from kvpress.bench.prompt import reference_prompt
-from kvpress.bench.run import PromptError
-from transformers import DynamicCache
+from kvpress.bench.prompt import reference_text
+from kvpress.bench.run import check_positions
+from transformers import DynamicCache, QuantizedCache
 
 import kvpress
 from kvpress.attachment import cache_name
+from kvpress.cache import EngineCache
 
 BASELINE = "transformers"  # its DynamicCache with SDPA
 FULL = "full"  # the engine without compression
+CACHES: dict[str, Callable[[Any], Any]] = {
+    BASELINE: lambda config: DynamicCache(config=config),
+    "transformers-offloaded": lambda config: DynamicCache(config=config, offloading=True),
+    "transformers-fp8": lambda config: QuantizedCache("fp8", config),
+    "transformers-int4": lambda config: QuantizedCache("hqq", config, nbits=4),
+    "transformers-int2": lambda config: QuantizedCache("hqq", config, nbits=2),
+}
 
 
 @dataclass(frozen=True)
@@ -28,47 +36,63 @@ class Candidate:
     new_cache: Callable[[], Any]
     cache_name: str
 
-    def forward(self, ids_BP: torch.Tensor, cache: Any) -> torch.Tensor:
-        """The logits `[B, 1, V]` after the last of some new tokens, which the cache takes."""
-        out = self.model(ids_BP, logits_to_keep=1, **{self.cache_name: cache})
+    def forward(self, ids_BP: torch.Tensor, cache: Any, keep: int = 1) -> torch.Tensor:
+        """The logits `[B, keep, V]` after the last of some new tokens, which the cache takes."""
+        out = self.model(ids_BP, logits_to_keep=keep, **{self.cache_name: cache})
         logits: torch.Tensor = out.logits
         return logits
+
+    def read(self, ids_1P: torch.Tensor, batch: int) -> Any:
+        """A cache of a prompt that is repeated over the batch, each with storages of its own."""
+        cache = self.new_cache()
+        if isinstance(cache, QuantizedCache):  # asked to repeat itself, it does nothing
+            self.forward(ids_1P.repeat(batch, 1), cache)
+            return cache
+        self.forward(ids_1P, cache)
+        if batch > 1:
+            cache.batch_repeat_interleave(batch)
+        if isinstance(cache, EngineCache):
+            cache.unshare()  # as different prompts would be
+        return cache
+
+    def generate(self, ids_BP: torch.Tensor, cache: Any, new_tokens: int) -> torch.Tensor:
+        """Prompts and exactly so many new tokens, greedily: `[B, P + new_tokens]`."""
+        out: torch.Tensor = self.model.generate(
+            ids_BP,
+            attention_mask=torch.ones_like(ids_BP),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            **{self.cache_name: cache},
+        )
+        return out
 
 
 def candidate(
     model: Any, name: str, cache_dtype: torch.dtype | None = None, new_tokens: int | None = None
 ) -> Candidate:
-    """`BASELINE`, or the engine with the policy `name`, on a copy of the model.
+    """A cache of transformers by its name in `CACHES`, or the engine with the policy `name`.
 
-    The copy shares the weights; it has its own config, which attaching changes. new_tokens: what
-    schedules of a policy should expect. Raises what `kvpress.attach` raises.
+    It is on a copy of the model that shares the weights and has its own config, which attaching
+    changes. new_tokens: what schedules of a policy should expect. Raises what `kvpress.attach`
+    raises.
     """
     own = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
-    if name == BASELINE:
+    if name in CACHES:
         own.set_attn_implementation("sdpa")
-        return Candidate(own, partial(DynamicCache, config=own.config), cache_name(own))
+        return Candidate(own, partial(CACHES[name], own.config), cache_name(own))
     engine = kvpress.attach(own, name, cache_dtype=cache_dtype)
     return Candidate(own, partial(engine.new_cache, new_tokens), cache_name(own))
 
 
-def held(cache: Any) -> int:
-    """Bytes of a cache of either kind."""
-    if isinstance(cache, DynamicCache):
-        return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
-    return int(cache.report().bytes_held)
+def prompts(model: Any, tokenizer: Any, tokens: int, batch: int, new_tokens: int) -> torch.Tensor:
+    """`[batch, tokens]`: consecutive parts of the language reference, on the model's device.
 
-
-def prompt_ids(model: Any, tokenizer: Any, tokens: int, new_tokens: int) -> torch.Tensor:
-    """About `tokens` tokens of the reference prompt, `[1, P]`, on the model's device.
-
-    Raises PromptError where they and `new_tokens` more exceed the model's positions.
+    Where it is not long enough it starts again. Raises PromptError where they and `new_tokens` more
+    exceed the model's positions.
     """
-    text = reference_prompt(tokenizer, tokens)
-    ids: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is not None and ids.shape[1] + new_tokens > limit:
-        raise PromptError(
-            f"A prompt of {ids.shape[1]} tokens and {new_tokens} new ones exceed the model's"
-            f" {limit} positions. Lower --tokens, or take another model."
-        )
-    return ids
+    check_positions(model, tokens, new_tokens)
+    text = torch.tensor(tokenizer(reference_text(), add_special_tokens=False)["input_ids"])
+    repeats = -(-tokens * batch // len(text))
+    return text.repeat(repeats)[: tokens * batch].view(batch, tokens).to(model.device)

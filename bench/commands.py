@@ -1,16 +1,19 @@
-"""The command line of the measurements: `kvpress bench ops`, `decode`, `prefill`, `overhead`."""
+"""The command line of the measurements: `kvpress bench ops`, `overhead`, and those of `speed`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from kvpress.bench.peers.commands import peers
+from kvpress.bench.speed import commands as speed
 from rich.console import Console
 
 bench = typer.Typer(help="Measure the operators and the engine.", no_args_is_help=True)
 console = Console()
+for command in (speed.decode, speed.prefill, speed.throughput, speed.memory, peers):
+    bench.command()(command)
 
 
 @bench.command()
@@ -61,63 +64,6 @@ def ops(
 
 
 @bench.command()
-def decode(
-    model: Annotated[str, typer.Option(help="demo, a Hugging Face id, or a path.")] = "demo",
-    policy: Annotated[list[str] | None, typer.Option(help="Repeatable.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=64)] = 8000,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; repeatable.")] = None,
-    rounds: Annotated[int, typer.Option(help="Timed rounds of one token.", min=1)] = 9,
-    warmup: Annotated[int, typer.Option(help="Rounds that are not timed.", min=0)] = 2,
-    cache_dtype: Annotated[str | None, typer.Option(help="Storage of keys and values.")] = None,
-    out: Annotated[Path | None, typer.Option(help="A JSON file for the results.")] = None,
-) -> None:
-    """Time decode steps after a long prompt, beside transformers' DynamicCache with SDPA."""
-    from kvpress.bench import candidates, models, progress
-    from kvpress.bench import decode as decoding
-
-    policies, storage = policy or decoding.POLICIES, _cache_dtype(cache_dtype)
-    _check(policies, out)
-    loaded, tokenizer = models.load(model)
-    ids = candidates.prompt_ids(loaded, tokenizer, tokens, rounds + warmup)
-    rows = progress.time_decode(loaded, ids, policies, batch or [1], rounds, warmup, storage)
-    console.print(decoding.table(rows))
-    settings = {"rounds": rounds, "warmup": warmup, "cache_dtype": cache_dtype}
-    _write_rows(out, loaded.device, settings, [row.to_dict() for row in rows])
-
-
-@bench.command()
-def prefill(
-    model: Annotated[str, typer.Option(help="demo, a Hugging Face id, or a path.")] = "demo",
-    policy: Annotated[list[str] | None, typer.Option(help="Repeatable.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=64)] = 8000,
-    rounds: Annotated[int, typer.Option(help="Timed rounds of the whole prompt.", min=1)] = 7,
-    warmup: Annotated[int, typer.Option(help="Rounds that are not timed.", min=0)] = 1,
-    cache_dtype: Annotated[str | None, typer.Option(help="Storage of keys and values.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda (default: a GPU if there is one)")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="A JSON file for the results.")] = None,
-) -> None:
-    """Time the first token of a long prompt, beside transformers' DynamicCache with SDPA.
-
-    Each round reads the prompt once with every candidate, each time into an empty cache. The
-    engine's ledger adds what attention, scoring, selection and storing took.
-    """
-    from kvpress.bench import candidates, models, progress
-    from kvpress.bench import prefill as prefilling
-
-    where, storage = chosen_device(device), _cache_dtype(cache_dtype)
-    policies = policy or prefilling.POLICIES
-    _check(policies, out)
-    loaded, tokenizer = models.load(model, device=where.type)
-    ids = candidates.prompt_ids(loaded, tokenizer, tokens, new_tokens=1)
-    rows = progress.time_prefill(loaded, ids, policies, rounds, warmup, storage)
-    console.print(prefilling.table(rows))
-    settings = {"model": model, "rounds": rounds, "warmup": warmup, "cache_dtype": cache_dtype}
-    _write_rows(out, where, settings, prefilling.to_dicts(rows))
-
-
-@bench.command()
 def overhead(
     model: Annotated[str, typer.Option(help="demo, a Hugging Face id, or a path.")] = "demo",
     policy: Annotated[list[str] | None, typer.Option(help="Repeatable.")] = None,
@@ -158,33 +104,3 @@ def check_writable(option: str, path: Path | None) -> None:
         raise typer.BadParameter(
             f"{option} {path}: it must be a file in a folder that exists. Make the folder first."
         )
-
-
-def _check(policies: Sequence[str], out: Path | None) -> None:
-    """Refuses a wrong policy or file before a model is loaded."""
-    from kvpress.loading import parse
-
-    for policy in policies:
-        parse(policy)
-    check_writable("--out", out)
-
-
-def _cache_dtype(name: str | None) -> Any:
-    from kvpress.bench import models
-
-    if name is not None and name not in models.DTYPES:
-        raise typer.BadParameter(f"--cache-dtype {name}: allowed: {list(models.DTYPES)}.")
-    return None if name is None else models.DTYPES[name]
-
-
-def _write_rows(
-    out: Path | None, device: Any, settings: dict[str, Any], rows: list[dict[str, Any]]
-) -> None:
-    import torch
-    from kvpress.bench import record
-
-    if out is None:
-        return
-    facts = record.environment(torch.device(device.type))
-    results = {"format": record.FORMAT, "environment": facts, "settings": settings}
-    record.write_json(out, {**results, "rows": rows})

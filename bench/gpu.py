@@ -13,13 +13,20 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 from xml.etree import ElementTree
 
 import torch
 import typer
-from kvpress.bench import candidates, commands, decode, models, operators, prefill, progress, record
+from kvpress.bench import commands, models, operators, progress, record
+from kvpress.bench.candidates import BASELINE, prompts
+from kvpress.bench.journal import Journal, Row
+from kvpress.bench.speed import benches, grid
+from kvpress.bench.speed.commands import POLICIES, PREFILL_POLICIES
+from kvpress.bench.speed.rows import Cell, table
+from kvpress.bench.speed.setting import Setting
 from rich.console import Console
 
 import kvpress
@@ -124,7 +131,7 @@ def run(plan: Plan, tests: Path, out: Path | None = None) -> int:
     """The exit status: 1 if a test fails or an operator is refused. Writes the JSON file."""
     # Before the tests, so that a model that is not there is refused at once.
     model, tokenizer = models.load(plan.model, plan.dtype, plan.device.type)
-    ids = candidates.prompt_ids(model, tokenizer, plan.tokens, plan.rounds + plan.warmup)
+    ids = prompts(model, tokenizer, plan.tokens, 1, plan.rounds + plan.warmup)
     facts = record.environment(plan.device)
     target = out or _default_out(facts["device"], plan.quick)
     results = {"format": record.FORMAT, "complete": False, "environment": facts}
@@ -206,12 +213,35 @@ def measurements(
     outcomes = progress.time_cases(cases, plan.device, *numbers)
     console.print(record.table(outcomes, facts))
     yield "operators", record.to_record(outcomes, facts, plan.settings)["cases"]
-    steps = progress.time_decode(model, ids, decode.POLICIES, plan.batches, *numbers)
-    console.print(decode.table(steps))
-    yield "decode", [row.to_dict() for row in steps]
-    rows = progress.time_prefill(model, ids, prefill.POLICIES, *numbers)
-    console.print(prefill.table(rows))
-    yield "prefill", prefill.to_dicts(rows)
+    for bench, policies, batches in (
+        ("decode", POLICIES, plan.batches),
+        ("prefill", PREFILL_POLICIES, [1]),
+    ):
+        rows = _speed(plan, facts, model, ids, grid.cells(bench, [plan.tokens], batches), policies)
+        for sheet in benches.sheets_of(rows):
+            console.print(table(sheet))
+        yield bench, rows
+
+
+def _speed(
+    plan: Plan,
+    facts: dict[str, Any],
+    model: Any,
+    ids: torch.Tensor,
+    cells: Sequence[Cell],
+    policies: Sequence[str],
+) -> list[Row]:
+    """The rows of some cells of a benchmark of time."""
+    setting = Setting(
+        model=plan.model,
+        dtype=plan.dtype,
+        device=plan.device.type,
+        threads=torch.get_num_threads(),
+        rounds=plan.rounds,
+        warmup=plan.warmup,
+    )
+    measure = partial(benches.timed, setting, benches.Own(), model, ids)
+    return grid.fill(Journal(None), cells, (BASELINE, *policies), measure, setting, facts)
 
 
 def main() -> None:

@@ -1,12 +1,11 @@
-"""Measurements with their progress on a terminal (stderr): cases, decode steps, prompts."""
+"""Progress of measurements on a terminal (stderr)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from kvpress.bench import decode, prefill, registry
+from kvpress.bench import registry
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,7 +26,7 @@ def time_cases(
     """The outcome of every case."""
     outcomes = []
     with bar() as shown:
-        task = _start(shown, len(cases) * (rounds + warmup))
+        task = start(shown, len(cases) * (rounds + warmup))
         for number, case in enumerate(cases):
             shown.update(task, description=case.title)
             outcomes.append(
@@ -36,39 +35,6 @@ def time_cases(
             # A case that was refused ran no round.
             shown.update(task, completed=(number + 1) * (rounds + warmup))
     return outcomes
-
-
-def time_decode(
-    model: Any,
-    ids: torch.Tensor,
-    policies: Sequence[str],
-    batches: Sequence[int],
-    rounds: int,
-    warmup: int,
-    cache_dtype: torch.dtype | None = None,
-) -> list[decode.DecodeRow]:
-    """The rows of every batch size."""
-    rows = []
-    for size in batches:
-        with _STDERR.status(f"batch {size}: reading {ids.shape[1]} tokens per candidate"):
-            rows += decode.measure(model, ids, policies, size, rounds, warmup, cache_dtype)
-    return rows
-
-
-def time_prefill(
-    model: Any,
-    ids: torch.Tensor,
-    policies: Sequence[str],
-    rounds: int,
-    warmup: int,
-    cache_dtype: torch.dtype | None = None,
-) -> list[prefill.PrefillRow]:
-    """The row of every candidate."""
-    with bar() as shown:
-        task = _start(shown, rounds + warmup, f"rounds of {ids.shape[1]} tokens per candidate")
-        return prefill.measure(
-            model, ids, policies, rounds, warmup, cache_dtype, lambda _: shown.advance(task)
-        )
 
 
 def bar() -> Progress:
@@ -84,7 +50,8 @@ def bar() -> Progress:
     )
 
 
-def _start(shown: Progress, total: int, description: str = "") -> TaskID:
+def start(shown: Progress, total: int, description: str = "") -> TaskID:
+    """A task that has just begun."""
     task = shown.add_task(description, total=total)
     shown.advance(task, 0)  # the start of the first round, from which the estimate counts
     return task

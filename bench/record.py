@@ -111,15 +111,8 @@ def _case(outcome: Outcome) -> dict[str, Any]:
 
 
 def _candidate(outcome: Outcome, name: str) -> dict[str, Any]:
-    samples = outcome.samples[name]
-    first, third = samples.quartiles
     return {
-        "median": samples.median,
-        "low": samples.low,
-        "quartiles": [first, third],
-        "high": samples.high,
-        "count": samples.count,
-        "seconds": samples.seconds,
+        **outcome.samples[name].to_dict(),
         "work": outcome.case.work(name),
         "rate": outcome.rate(name),
         "unit": _UNITS[outcome.case.bound],

@@ -98,13 +98,8 @@ def run(
     if max_new_tokens < 1:
         raise PromptError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     inputs = _tokenize(tokenizer, prompts).to(model.device)
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     width = inputs["input_ids"].shape[1]
-    if limit is not None and width + max_new_tokens > limit:
-        raise PromptError(
-            f"A prompt of {width} tokens and {max_new_tokens} new ones exceed the model's {limit}"
-            " positions. Shorten the prompt or lower max_new_tokens."
-        )
+    check_positions(model, width, max_new_tokens)
     watch = Stopwatch(tokenizer, on_text)
     with kvpress.attach(model, policy, page_size=page_size) as engine, torch.inference_mode():
         start = time.perf_counter()
@@ -121,6 +116,16 @@ def run(
         tokens_per_second=decoded * len(prompts) / seconds if decoded else None,
         report=report,
     )
+
+
+def check_positions(model: Any, tokens: int, new_tokens: int) -> None:
+    """Raises PromptError where a prompt and new tokens exceed the model's positions."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and tokens + new_tokens > limit:
+        raise PromptError(
+            f"A prompt of {tokens} tokens and {new_tokens} new ones exceed the model's {limit}"
+            " positions. Shorten the prompt, lower the number of new tokens, or take another model."
+        )
 
 
 def warm_up(model: Any) -> None:

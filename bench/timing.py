@@ -47,9 +47,28 @@ class Samples:
         return first, third
 
     @property
+    def p95(self) -> float:
+        """Seconds that 95 % of the rounds stay below."""
+        if self.count == 1:
+            return self.high
+        return statistics.quantiles(self.seconds, n=20, method="inclusive")[-1]
+
+    @property
     def count(self) -> int:
         """How many rounds were timed."""
         return len(self.seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "median": self.median,
+            "low": self.low,
+            "quartiles": list(self.quartiles),
+            "p95": self.p95,
+            "high": self.high,
+            "count": self.count,
+            "seconds": self.seconds,
+        }
 
 
 def interleave(

@@ -17,6 +17,7 @@ from rich.table import Table
 from kvpress import __version__, env
 from kvpress.bench.commands import bench
 from kvpress.bench.quality.commands import evaluate, plot, report
+from kvpress.bench.view.commands import view
 from kvpress.errors import KVPressError
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.add_typer(bench, name="bench")
 app.command("eval")(evaluate)
 app.command()(report)
 app.command()(plot)
+app.command()(view)
 
 
 @app.command()

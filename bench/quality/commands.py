@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from kvpress.bench.quality.options import metadata_of, refuse_idle, split_policies
 from rich.console import Console
 
 console, errors = Console(), Console(stderr=True)
 
 
 def evaluate(
+    context: typer.Context,
     suite: Annotated[
-        list[str] | None, typer.Option(help="offline, or a task; repeat or join with commas.")
+        list[str] | None,
+        typer.Option(help="offline, a task, or a name in --files; repeat or join with commas."),
+    ] = None,
+    files: Annotated[
+        Path | None,
+        typer.Option(help="A folder of JSON files with prompts and answers, as MiniLongBench's."),
     ] = None,
     model: Annotated[str, typer.Option(help="'demo', a Hugging Face id, or a path.")] = "demo",
     policy: Annotated[
@@ -28,7 +35,8 @@ def evaluate(
     ] = "both",
     quick: Annotated[bool, typer.Option("--quick", help="Short contexts, few samples.")] = False,
     length: Annotated[
-        list[int] | None, typer.Option(help="Tokens of a context; repeatable.", min=128)
+        list[int] | None,
+        typer.Option(help="Tokens of a context, with --files at most; repeatable.", min=128),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Contexts per length.", min=1)] = None,
     text: Annotated[
@@ -45,6 +53,10 @@ def evaluate(
         Path | None, typer.Option(help="Where lm-eval finds tasks of your own.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Documents per task of lm-eval.", min=1)] = None,
+    metadata: Annotated[
+        str | None,
+        typer.Option(help="JSON for lm-eval's tasks: '{\"max_seq_lengths\": [4096]}' for ruler."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Results as JSON lines; an interrupted run goes on from it.")
@@ -61,23 +73,23 @@ def evaluate(
     """
     import torch
     from kvpress.bench import models, record
-    from kvpress.bench.quality import run, suites, table
+    from kvpress.bench.quality import run
     from kvpress.bench.quality.results import Results
     from kvpress.bench.quality.sample import Writer, read_text
 
     from kvpress.loading import parse
 
+    refuse_idle(context)
     names = list(dict.fromkeys(split_policies(policy or [run.FULL])))
     for name in names:
         parse(name)  # refuse a wrong policy before a model is loaded
     if threads:
         torch.set_num_threads(threads)
     if lm_eval is not None:
-        with_lm_eval(lm_eval.split(","), names, model, dtype, device, task_folder, limit, as_json)
+        more, tasks = metadata_of(metadata), lm_eval.split(",")
+        with_lm_eval(tasks, names, model, dtype, device, task_folder, limit, more, as_json)
         return
-    protocols = suites.PROTOCOLS if protocol == "both" else (protocol,)
-    asked = [part for given in suite or ["offline"] for part in given.split(",")]
-    plans = suites.plans(asked, protocols, quick, length or (), samples)
+    plans_for = planned(files, suite or (), protocol, quick, length or (), samples)
     source = None if text is None else read_text(text)
     with errors.status(f"Loading {model} …"):
         loaded, tokenizer = models.load(model, dtype, device)
@@ -85,11 +97,41 @@ def evaluate(
         "model": model,
         "dtype": dtype,
         "text": None if text is None else str(text),
+        "files": None if files is None else str(files),
         "seed": seed,
         "stepwise": stepwise,
     }
+    plans = plans_for(loaded)
     results = Results(settings, record.environment(loaded.device), out)
     fill(results, loaded, names, Writer(tokenizer, source), plans, seed, stepwise)
+    show(results, as_json)
+
+
+def planned(
+    folder: Path | None,
+    suites: Sequence[str],
+    protocol: str,
+    quick: bool,
+    lengths: Sequence[int],
+    samples: int | None,
+) -> Callable[[Any], list[Any]]:
+    """What is to be run on a model. Raises what can be known before there is one."""
+    from kvpress.bench.quality import files
+    from kvpress.bench.quality import suites as ours
+
+    names = [name for given in suites for name in given.split(",")]
+    protocols = ours.PROTOCOLS if protocol == "both" else (protocol,)
+    if folder is None:
+        plans = ours.plans(names or [ours.OFFLINE], protocols, quick, lengths, samples)
+        return lambda model: plans
+    entries = files.read(folder, names, protocols)
+    return lambda model: files.plans(entries, lengths, samples, files.positions(model))
+
+
+def show(results: Any, as_json: bool) -> None:
+    """Prints the tables, or the cells."""
+    from kvpress.bench.quality import table
+
     if as_json:
         sys.stdout.write(json.dumps([asdict(cell) for cell in results], indent=2) + "\n")
         return
@@ -133,6 +175,7 @@ def with_lm_eval(
     device: str | None,
     folder: Path | None,
     limit: int | None,
+    metadata: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Runs tasks of lm-eval with every policy. Raises HarnessError."""
@@ -140,23 +183,11 @@ def with_lm_eval(
     from kvpress.bench.quality.standard import rows, table
 
     loaded, tokenizer = models.load(model, dtype, device)
-    made = rows(loaded, tokenizer, policies, tasks, folder, limit)
+    made = rows(loaded, tokenizer, policies, tasks, folder, limit, metadata)
     if as_json:
         sys.stdout.write(json.dumps([row._asdict() for row in made], indent=2) + "\n")
     else:
         console.print(table(made))
-
-
-def split_policies(given: Sequence[str]) -> Iterator[str]:
-    """Policies joined with commas, which also join the options of one: `a,b:x=1,y=2,c`."""
-    for text in given:
-        parts: list[str] = []
-        for piece in text.split(","):
-            if parts and "=" in piece and ":" not in piece.split("=")[0]:
-                parts[-1] += f",{piece}"
-            else:
-                parts.append(piece)
-        yield from parts
 
 
 def report(

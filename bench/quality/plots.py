@@ -12,7 +12,6 @@ from kvpress.bench.plot import require
 from kvpress.bench.quality.results import Cell
 from kvpress.bench.quality.run import BLIND, FULL
 from kvpress.bench.quality.table import Block, Line
-from kvpress.bench.quality.tasks import TASKS
 
 _COLUMNS = 2
 _PANEL = (5.0, 3.2)  # inches
@@ -76,9 +75,7 @@ def _quality_panel(axis: Any, block: Block, marks: dict[str, tuple[str, str]]) -
         )
     axis.set_title(title(block), fontsize=9, loc="left")
     axis.set_xlabel("bytes held, % of the full cache", fontsize=8)
-    axis.set_ylabel(
-        "right %" if TASKS[block.task].metric == "exact" else "tokens right %", fontsize=8
-    )
+    axis.set_ylabel("right %" if block.metric == "exact" else "tokens right %", fontsize=8)
     axis.set_xlim(0, 105)
     axis.set_ylim(-4, 104)
     axis.spines[["top", "right"]].set_visible(False)
@@ -86,7 +83,7 @@ def _quality_panel(axis: Any, block: Block, marks: dict[str, tuple[str, str]]) -
 
 def title(block: Block) -> str:
     """Task, length, and protocol where there is a question."""
-    asked = f", question {block.protocol}" if TASKS[block.task].asks else ""
+    asked = f", question {block.protocol}" if block.asks else ""
     return f"{block.task}, {block.tokens} tokens{asked}"
 
 
@@ -99,8 +96,7 @@ def needles(cells: Iterable[Cell]) -> Any | None:
         lambda: defaultdict(list)
     )
     for cell in cells:
-        if cell.task == "needle" and cell.error is None and cell.policy != BLIND:
-            assert cell.depth is not None, "a needle has a depth"
+        if cell.depth is not None and cell.error is None and cell.policy != BLIND:
             exact = statistics.fmean(answer["exact"] for answer in cell.scores)
             found[cell.policy, cell.protocol][cell.depth, cell.tokens].append(exact)
     if not found:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvpress.bench.quality.tasks import TASKS, Metric
+
 from kvpress.errors import KVPressError
 
 FORMAT = 1
@@ -22,7 +24,7 @@ class Cell:
     """One sample of one task under one policy and protocol.
 
     scores: of the questions, as dictionaries of `metrics.Score` and the label. bytes: after the
-    context was read, before the first question.
+    context was read, before the first question. metric, asks: those of the task.
     """
 
     task: str
@@ -36,6 +38,8 @@ class Cell:
     bytes_full: int = 0
     seconds: float = 0.0
     error: str | None = None
+    metric: Metric = "exact"
+    asks: bool = True
 
     @property
     def key(self) -> tuple[str, int, int, str, str]:
@@ -65,12 +69,12 @@ class Results:
 
     def _go_on(self, path: Path) -> None:
         before = load(path)
-        if before.settings != self.settings:
-            changed = sorted(
-                name
-                for name in before.settings.keys() | self.settings.keys()
-                if before.settings.get(name) != self.settings.get(name)
-            )
+        changed = sorted(
+            name
+            for name in before.settings.keys() | self.settings.keys()
+            if before.settings.get(name) != self.settings.get(name)
+        )
+        if changed:
             raise ResultsError(
                 f"{path} was made with other settings ({', '.join(changed)}). Choose another --out,"
                 " or remove the file."
@@ -109,7 +113,7 @@ def load(path: Path) -> Results:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         whole = [json.loads(line) for line in lines[:-1]]  # the last one is empty, or broken
-        head, cells = whole[0], [Cell(**line) for line in whole[1:]]
+        head, cells = whole[0], [_cell(line) for line in whole[1:]]
         if head["format"] != FORMAT:
             raise ResultsError(f"{path} has format {head['format']}; this version reads {FORMAT}.")
         results = Results(head["settings"], head["environment"], None)
@@ -120,3 +124,10 @@ def load(path: Path) -> Results:
     for cell in cells:
         results.add(cell)
     return results
+
+
+def _cell(line: dict[str, Any]) -> Cell:
+    """A cell; older ones do not say how their task is scored, and are of tasks of our own."""
+    task = TASKS.get(line["task"])
+    known = {} if task is None else {"metric": task.metric, "asks": task.asks}
+    return Cell(**{**known, **line})

@@ -12,10 +12,9 @@ from typing import Any
 
 from kvpress.bench.quality.metrics import score
 from kvpress.bench.quality.results import Cell, Results
-from kvpress.bench.quality.sample import Question, Sample, Writer
+from kvpress.bench.quality.sample import Question, Sample, TaskError, Writer
 from kvpress.bench.quality.subject import Call, Subject, recording
 from kvpress.bench.quality.suites import VISIBLE, Plan
-from kvpress.bench.quality.tasks import TASKS
 from torch import Tensor
 
 FULL = "full"  # the policy that the others are compared with
@@ -37,23 +36,40 @@ def evaluate(
     reference: the full cache, with which answers are compared; it also answers without a context.
     It may be one of the subjects.
     """
+    names = (*(subject.name for subject in subjects), BLIND)
     for plan in plans:
         for index in range(plan.samples):
-            sample = _visible_as_planned(_sample(writer, plan, index, seed), plan)
-            cell = Cell(plan.task, plan.tokens, index, plan.protocol, reference.name)
-            _run_sample(reference, subjects, cell, sample, writer, results, stepwise, on_cell)
+            fill = _filler(reference, subjects, writer, plan, index, seed, stepwise)
+            for name in names:
+                cell = _empty(plan, index, name)
+                if cell.key not in results:
+                    cell = fill(cell)
+                    results.add(cell)
+                on_cell(cell)
+            del fill  # and with it what the layers handed over, before the next context is read
+
+
+def _empty(plan: Plan, index: int, policy: str) -> Cell:
+    return Cell(
+        plan.task.name,
+        plan.tokens,
+        index,
+        plan.protocol,
+        policy,
+        metric=plan.task.metric,
+        asks=plan.task.asks,
+    )
 
 
 def _sample(writer: Writer, plan: Plan, index: int, seed: int) -> Sample:
-    """The same for both protocols, and for every policy."""
-    place = zlib.crc32(f"{plan.task} {plan.tokens} {index} {seed}".encode())
-    return TASKS[plan.task].make(writer, random.Random(place), plan.tokens, index)
+    """The same for both protocols, and for every policy. Raises TaskError."""
+    place = zlib.crc32(f"{plan.task.name} {plan.tokens} {index} {seed}".encode())
+    sample = plan.task.make(writer, random.Random(place), plan.tokens, index)
+    return _visible(sample) if plan.protocol == VISIBLE else sample
 
 
-def _visible_as_planned(sample: Sample, plan: Plan) -> Sample:
-    """With the question in the context, all but its last token, where it is to be visible."""
-    if plan.protocol != VISIBLE:
-        return sample
+def _visible(sample: Sample) -> Sample:
+    """With the question in the context, all but its last token."""
     question = sample.questions[0]
     context = (*sample.context, *question.prompt[:-1])
     return replace(
@@ -86,33 +102,34 @@ class _Reading:
         return logits
 
 
-def _run_sample(
+def _filler(
     reference: Subject,
     subjects: Sequence[Subject],
-    empty: Cell,
-    sample: Sample,
     writer: Writer,
-    results: Results,
+    plan: Plan,
+    index: int,
+    seed: int,
     stepwise: bool,
-    on_cell: Callable[[Cell], None],
-) -> None:
-    """The cells of one sample; what the full cache answers is kept only for as long."""
+) -> Callable[[Cell], Cell]:
+    """What fills the cells of one sample; it keeps what the full cache answers."""
+    try:
+        sample = _sample(writer, plan, index, seed)
+    except TaskError as error:  # the other samples go on
+        return functools.partial(_failed, error=error)
+    by_name = {subject.name: subject for subject in subjects}
     known = _Reading(reference, sample, stepwise)
     blind = replace(sample, context=writer.prefix)
 
-    def reading_of(name: str) -> _Reading:
-        if name == BLIND:
-            return _Reading(reference, blind, stepwise)
-        subject = by_name[name]
-        return known if subject is reference else _Reading(subject, sample, stepwise, known)
+    def fill(cell: Cell) -> Cell:
+        if cell.policy == BLIND:
+            reading = _Reading(reference, blind, stepwise)
+        elif by_name[cell.policy] is reference:
+            reading = known
+        else:
+            reading = _Reading(by_name[cell.policy], sample, stepwise, known)
+        return _filled(replace(cell, depth=sample.depth), reading, known, sample)
 
-    by_name = {subject.name: subject for subject in subjects}
-    for name in (*by_name, BLIND):
-        cell = replace(empty, policy=name, depth=sample.depth)
-        if cell.key not in results:
-            cell = _filled(cell, reading_of(name), known, sample)
-            results.add(cell)
-        on_cell(cell)
+    return fill
 
 
 def _filled(cell: Cell, reading: _Reading, known: _Reading, sample: Sample) -> Cell:
@@ -121,14 +138,18 @@ def _filled(cell: Cell, reading: _Reading, known: _Reading, sample: Sample) -> C
         answers = zip(sample.questions, reading.answers, wanted, strict=True)
         scores = [_labelled(*answer) for answer in answers]
     except Exception as error:  # whatever a policy does wrong, the other cells go on
-        return replace(cell, error=f"{type(error).__name__}: {error}")
+        return _failed(cell, error)
     return replace(
         cell,
         scores=scores,
         bytes_held=reading.bytes_held,
-        bytes_full=reading.bytes_full,
+        bytes_full=known.bytes_full,
         seconds=round(reading.seconds, 3),
     )
+
+
+def _failed(cell: Cell, error: Exception) -> Cell:
+    return replace(cell, error=f"{type(error).__name__}: {error}")
 
 
 def _labelled(question: Question, logits: Tensor, wanted: Tensor) -> dict[str, Any]:

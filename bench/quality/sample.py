@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,8 +42,12 @@ class Writer:
     def __init__(self, tokenizer: Any, text: str | None = None) -> None:
         self._tokenizer = tokenizer
         self.prefix: tuple[int, ...] = tuple(tokenizer("")["input_ids"])  # perhaps a first token
-        self._text = self.ids(reference_text() if text is None else text)
+        self._given = text
         self._ends: dict[int, bool] = {}
+
+    @functools.cached_property
+    def _text(self) -> list[int]:
+        return self.ids(reference_text() if self._given is None else self._given)
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text, without special ones."""
@@ -57,7 +62,7 @@ class Writer:
         )
         if same in (0, len(whole)):
             raise TaskError(
-                f"The tokenizer leaves nothing of the question {prompt!r} or of its answer."
+                f"The tokenizer leaves nothing of the question {prompt[-60:]!r} or of its answer."
             )
         return Question(tuple(whole[:same]), tuple(whole[same:]), label)
 

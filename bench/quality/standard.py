@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +33,12 @@ def rows(
     tasks: Sequence[str],
     folder: Path | None = None,
     limit: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> list[Row]:
-    """The numbers of every task, metric and policy. folder: of task files. Raises HarnessError."""
+    """The numbers of every task, metric and policy. folder: of task files. Raises HarnessError.
+
+    metadata: for tasks that make their own documents, which take the tokenizer from there too.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise HarnessError(
             "lm-eval is not installed. Run: pip install kvpress-engine[eval], or use --suite."
@@ -43,7 +47,10 @@ def rows(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if folder is None else str(folder))
+    manager = TaskManager(
+        include_path=None if folder is None else str(folder),
+        metadata={"tokenizer": tokenizer.name_or_path, **(metadata or {})},
+    )
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise HarnessError(
@@ -53,9 +60,15 @@ def rows(
     made = []
     for policy in policies:
         judged = KVPressLM(model, policy, tokenizer)
-        found = simple_evaluate(
-            judged, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False
-        )
+        try:
+            found = simple_evaluate(
+                judged, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False
+            )
+        except (ImportError, OSError) as error:  # of a task, which loads its data here
+            raise HarnessError(
+                f"lm-eval cannot load {', '.join(tasks)}: {error}. Install what it asks for"
+                " (lm-eval[ruler], lm-eval[longbench], lm-eval[math], …); data come from the hub."
+            ) from error
         made += [
             row for task, numbers in found["results"].items() for row in _of(task, policy, numbers)
         ]

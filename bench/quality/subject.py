@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from kvpress.bench.candidates import BASELINE, candidate, held
+from kvpress.bench.candidates import CACHES, candidate
+from kvpress.bench.peers.storages import storage_bytes
 from kvpress.bench.quality.sample import Question
 from torch import Tensor
 from transformers import AttentionInterface
@@ -42,7 +43,7 @@ class Subject(Protocol):
         """
 
     def bytes(self, cache: Any) -> tuple[int, int]:
-        """Bytes held, and those that the full cache would hold."""
+        """Bytes held, and those that the full cache would hold; of the reference, both count."""
 
 
 class InProcess:
@@ -60,7 +61,7 @@ class InProcess:
         of one policy get is what those of another would get, but for rounding.
         """
         cache = self._rival.new_cache()
-        if calls and self.name != BASELINE:
+        if calls and self.name not in CACHES:
             _replay(calls, cache)
         elif tokens:
             self._forward(tokens, cache, 1)
@@ -68,7 +69,7 @@ class InProcess:
 
     def ask(self, cache: Any, question: Question, stepwise: bool = False) -> Tensor:
         """The logits before each token of the answer, `[T, V]`."""
-        own = copy.deepcopy(cache) if self.name == BASELINE else cache.fork()
+        own = copy.deepcopy(cache) if self.name in CACHES else cache.fork()
         given = [*question.prompt, *question.answer[:-1]]
         if not stepwise:
             return self._forward(given, own, len(question.answer))
@@ -78,7 +79,9 @@ class InProcess:
 
     def bytes(self, cache: Any) -> tuple[int, int]:
         """Bytes held, and those that the full cache would hold."""
-        return held(cache), held(cache) if self.name == BASELINE else cache.report().bytes_full
+        return storage_bytes(cache), storage_bytes(
+            cache
+        ) if self.name in CACHES else cache.report().bytes_full
 
     def _forward(self, tokens: Sequence[int], cache: Any, keep: int) -> Tensor:
         ids = torch.tensor([list(tokens)], device=self._device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from kvpress.bench.quality.tasks import TASKS
+from kvpress.bench.quality.tasks import TASKS, Task
 
 from kvpress.errors import KVPressError, did_you_mean
 
@@ -20,7 +20,7 @@ class SuiteError(KVPressError, ValueError):
 class Plan(NamedTuple):
     """Samples of one task at one length, under one protocol."""
 
-    task: str
+    task: Task
     tokens: int
     samples: int
     protocol: str
@@ -44,7 +44,8 @@ _QUICK = {
     "needles-2": {512: 2},
     "facts": {512: 2},
 }
-SUITES = ("offline", *TASKS)
+OFFLINE = "offline"
+SUITES = (OFFLINE, *TASKS)
 
 
 def plans(
@@ -63,15 +64,15 @@ def plans(
     made = dict.fromkeys(
         plan
         for suite in suites
-        for task, sizes in _tasks(suite, quick).items()
-        for plan in _of_task(task, dict.fromkeys(lengths, 5) or sizes, protocols, samples)
+        for name, sizes in _tasks(suite, quick).items()
+        for plan in _of_task(TASKS[name], dict.fromkeys(lengths, 5) or sizes, protocols, samples)
     )
     return list(made)
 
 
 def _tasks(suite: str, quick: bool) -> dict[str, dict[int, int]]:
     chosen = _QUICK if quick else _OFFLINE
-    if suite == "offline":
+    if suite == OFFLINE:
         return chosen
     if suite not in TASKS:
         raise SuiteError(f"The suite {suite!r} does not exist.{did_you_mean(suite, SUITES)}")
@@ -79,8 +80,8 @@ def _tasks(suite: str, quick: bool) -> dict[str, dict[int, int]]:
 
 
 def _of_task(
-    task: str, sizes: dict[int, int], protocols: Sequence[str], samples: int | None
+    task: Task, sizes: dict[int, int], protocols: Sequence[str], samples: int | None
 ) -> Iterator[Plan]:
-    for protocol in protocols if TASKS[task].asks else (HIDDEN,):
+    for protocol in protocols if task.asks else (HIDDEN,):
         for tokens, usual in sizes.items():
             yield Plan(task, tokens, samples or usual, protocol)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from kvpress.bench.quality.results import Cell
 from kvpress.bench.quality.run import BLIND, FULL
 from kvpress.bench.quality.stats import Estimate, estimate
-from kvpress.bench.quality.tasks import TASKS
+from kvpress.bench.quality.tasks import Metric
 from rich import box
 from rich.table import Table
 
@@ -48,13 +48,15 @@ class Block:
     task: str
     tokens: int
     protocol: str
+    metric: Metric
+    asks: bool
     lines: tuple[Line, ...]
 
     @property
     def discriminates(self) -> bool:
         """Whether the full cache solves the task, so that its score says something."""
         full = next((line.score for line in self.lines if line.policy == FULL), None)
-        return full is None or full.mean >= DISCRIMINATES or TASKS[self.task].metric == "tokens"
+        return full is None or full.mean >= DISCRIMINATES or self.metric == "tokens"
 
 
 def blocks(cells: Iterable[Cell]) -> Iterator[Block]:
@@ -67,11 +69,13 @@ def blocks(cells: Iterable[Cell]) -> Iterator[Block]:
     for (task, tokens, protocol), by_policy in grouped.items():
         full = {cell.index: cell for cell in by_policy.get(FULL, ()) if cell.error is None}
         order = sorted(by_policy, key=lambda name: (name != FULL, name == BLIND))
-        lines = (_line(name, by_policy[name], full, TASKS[task].metric) for name in order)
-        yield Block(task, tokens, protocol, tuple(lines))
+        any_cell = by_policy[order[0]][0]  # all of them say the same of their task
+        metric, asks = any_cell.metric, any_cell.asks
+        lines = (_line(name, by_policy[name], full, metric) for name in order)
+        yield Block(task, tokens, protocol, metric, asks, tuple(lines))
 
 
-def _line(policy: str, cells: list[Cell], full: dict[int, Cell], metric: str) -> Line:
+def _line(policy: str, cells: list[Cell], full: dict[int, Cell], metric: Metric) -> Line:
     good = [cell for cell in cells if cell.error is None]
     errors = tuple(dict.fromkeys(cell.error for cell in cells if cell.error is not None))
     if not good:
@@ -105,10 +109,9 @@ def tables(cells: Iterable[Cell]) -> Iterator[Table]:
 
 
 def _table(block: Block) -> Table:
-    task = TASKS[block.task]
     samples = max((line.score.samples for line in block.lines if line.score), default=0)
     title = f"{block.task}, {block.tokens} tokens, {samples} samples"
-    if task.asks:
+    if block.asks:
         title += f", question {block.protocol} while compressing"
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     made.pad_edge, made.show_edge = False, False
@@ -124,7 +127,7 @@ def _table(block: Block) -> Table:
 def notes_of(block: Block) -> list[str]:
     """What a reader of a table must know: what the score is, what failed, what says nothing."""
     notes = [f"{line.policy}: {error}" for line in block.lines for error in line.errors]
-    if TASKS[block.task].metric == "tokens":
+    if block.metric == "tokens":
         notes.append("The score is the share of right tokens.")
     if not block.discriminates:
         notes.append("Not discriminating: the full cache fails this task. Compare the NLL.")

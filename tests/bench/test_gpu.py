@@ -70,7 +70,7 @@ def test_one_file_holds_every_part(tmp_path: Path, tiny_model: Path) -> None:
     for part in ("decode", "prefill"):
         names = [row["candidate"] for row in results[part]]
         assert names[:2] == ["transformers", "full"] and len(names) == 4
-        assert all(row["median_seconds"] > 0 for row in results[part])
+        assert all(row["seconds"]["median"] > 0 for row in results[part])
 
 
 def test_after_a_red_test_nothing_is_timed(

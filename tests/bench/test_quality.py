@@ -7,6 +7,7 @@ import math
 import random
 import re
 import statistics
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import families
 import pytest
 import torch
 from kvpress.bench.quality import plots, run, suites, table
-from kvpress.bench.quality.commands import split_policies
 from kvpress.bench.quality.metrics import score
+from kvpress.bench.quality.options import split_policies
 from kvpress.bench.quality.results import Cell, Results, ResultsError, load
 from kvpress.bench.quality.sample import Question, Sample, TaskError, Writer
 from kvpress.bench.quality.stats import estimate
@@ -130,11 +131,11 @@ def test_texts_and_suites_that_cannot_be_used_are_refused(writer: Writer) -> Non
 def test_only_what_has_a_question_is_asked_in_both_protocols() -> None:
     plans = suites.plans(["offline", "needle"], suites.PROTOCOLS, lengths=[256], samples=2)
     assert len(plans) == len(set(plans))
-    assert {(p.task, p.protocol) for p in plans if not TASKS[p.task].asks} == {
+    assert {(p.task.name, p.protocol) for p in plans if not p.task.asks} == {
         ("perplexity", "hidden"),
         ("copy", "hidden"),
     }
-    assert {p.protocol for p in plans if p.task == "needle"} == {"hidden", "visible"}
+    assert {p.protocol for p in plans if p.task.name == "needle"} == {"hidden", "visible"}
 
 
 # ---- runs
@@ -162,7 +163,10 @@ class Fake:
         return 50, 100
 
 
-PLANS = [suites.Plan("needle", 300, 3, "hidden"), suites.Plan("facts", 300, 2, "visible")]
+PLANS = [
+    suites.Plan(TASKS["needle"], 300, 3, "hidden"),
+    suites.Plan(TASKS["facts"], 300, 2, "visible"),
+]
 
 
 def evaluated(path: Path | None, *subjects: Fake, writer: Writer, seed: int = 0) -> Results:
@@ -204,6 +208,42 @@ def test_a_cell_that_fails_is_a_row_and_is_run_again(tmp_path: Path, writer: Wri
     assert len(second) == len(load(path)) == 2 * 5
 
 
+def test_a_sample_that_cannot_be_made_is_rows_and_other_tasks_go_on(
+    tmp_path: Path, writer: Writer
+) -> None:
+    path, long = tmp_path / "cells.jsonl", suites.Plan(TASKS["copy"], 10**6, 2, "hidden")
+    for _ in range(2):  # it is tried again
+        results, subject = Results({}, {}, path), Fake("some", True)
+        run.evaluate(Fake("full", True), [subject], writer, [long, *PLANS], results)
+        failed, good = ([c for c in results if bool(c.error) is wrong] for wrong in (True, False))
+        assert {(c.task, c.index, c.policy) for c in failed} == {
+            ("copy", index, policy) for index in (0, 1) for policy in ("some", run.BLIND)
+        }
+        assert all("TaskError: The text has" in c.error for c in failed) and len(good) == 2 * 5
+    assert subject.reads == 0 and len(load(path)) == 2 * 7
+    (first,) = (made for made in table.tables(results) if "copy" in str(made.title))
+    assert "Give a longer --text" in str(first.caption)
+
+
+def test_what_the_full_cache_answered_is_dropped_before_the_next_context(writer: Writer) -> None:
+    """Like the queries, keys and values of all its layers, which take more than the model."""
+    answers: list[weakref.ref[torch.Tensor]] = []
+
+    class Watched(Fake):
+        def read(self, tokens: Sequence[int], calls: Any = ()) -> Any:
+            if tokens != writer.prefix:
+                assert not any(answer() is not None for answer in answers)
+            return super().read(tokens, calls)
+
+        def ask(self, cache: Any, question: Question, stepwise: bool) -> torch.Tensor:
+            answers.append(weakref.ref(made := super().ask(cache, question, stepwise)))
+            return made
+
+    full, results = Watched("full", True), Results({}, {}, None)
+    run.evaluate(full, [full, Fake("some", True)], writer, PLANS, results)
+    assert full.reads == 2 * 5 and not [cell for cell in results if cell.error]
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, writer: Writer) -> None:
     path, subject = tmp_path / "cells.jsonl", Fake("some", True)
     whole = evaluated(path, subject, writer=writer)
@@ -228,6 +268,26 @@ def test_files_of_other_runs_are_refused(tmp_path: Path, writer: Writer) -> None
     with pytest.raises(ResultsError, match="is no results file"):
         evaluated(other, writer=writer)
     assert other.read_text() == "a list of groceries\n"
+
+
+def test_files_of_before_say_the_same_without_metrics(tmp_path: Path, writer: Writer) -> None:
+    """Their cells are of tasks of our own, which tell how they are scored."""
+    path, old = tmp_path / "cells.jsonl", tmp_path / "old.jsonl"
+    results = Results({"files": None}, {}, path)
+    copies = suites.Plan(TASKS["copy"], 300, 2, "hidden")
+    run.evaluate(Fake("full", True), [Fake("some", False)], writer, [copies, *PLANS], results)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    del lines[0]["settings"]["files"]
+    for line in lines[1:]:
+        del line["metric"], line["asks"]
+    old.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert list(table.blocks(load(old))) == list(table.blocks(results))
+    assert [plots.title(block) for block in table.blocks(load(old))] == [
+        "copy, 300 tokens",
+        "needle, 300 tokens, question hidden",
+        "facts, 300 tokens, question visible",
+    ]
+    assert len(Results({"files": None}, {}, old)) == len(results)  # and can be gone on with
 
 
 # ---- pages and pictures

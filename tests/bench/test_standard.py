@@ -64,9 +64,9 @@ def folder(tmp_path_factory: Any) -> Path:
     return root
 
 
-def measured(folder: Path, tasks: str, policies: str) -> dict[tuple[str, str], float]:
+def measured(folder: Path, tasks: str, policies: str, *more: str) -> dict[tuple[str, str], float]:
     options = ["--lm-eval", tasks, "--task-folder", str(folder), "--policy", policies, "--json"]
-    done = CliRunner().invoke(app, ["eval", *options])
+    done = CliRunner().invoke(app, ["eval", *options, *more])
     assert done.exit_code == 0, done.exception or done.output
     rows = json.loads(done.stdout[done.stdout.index("[\n") :])
     return {(row["task"], row["policy"]): row["value"] for row in rows}
@@ -83,6 +83,59 @@ def test_policies_are_compared_on_tasks_of_lm_eval(folder: Path) -> None:
     )
     assert choices[0] == choices[1] == 1.0 and choices[2] <= 0.5
     assert words[0] == 1.0 and words[2] == 0.0
+
+
+MADE = """
+task: made
+custom_dataset: !function made.documents
+dataset_path: ""
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{context}}"
+doc_to_target: 0
+doc_to_choice: "{{choices}}"
+metric_list:
+  - metric: acc
+"""
+MAKER = """
+import datasets
+from transformers import AutoTokenizer
+
+
+def documents(tokenizer, max_seq_lengths, **more):
+    read = AutoTokenizer.from_pretrained(tokenizer)
+    lengths = [len(read(" day" * length).input_ids) for length in max_seq_lengths]
+    rows = [{"context": " day" * n, "choices": ["day", "%"]} for n in lengths]
+    return {"test": datasets.Dataset.from_list(rows)}
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_task_that_makes_its_documents_is_told_the_tokenizer_and_the_lengths(
+    tmp_path: Path,
+) -> None:
+    """As those of RULER do."""
+    (tmp_path / "made.yaml").write_text(MADE)
+    (tmp_path / "made.py").write_text(MAKER)
+    made = measured(tmp_path, "made", "full", "--metadata", '{"max_seq_lengths": [40, 60]}')
+    assert made == {("made", "full"): 1.0}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_task_whose_data_are_not_there_is_refused(tmp_path: Path) -> None:
+    text = TASK.format(
+        name="gone",
+        data=tmp_path / "gone.jsonl",
+        output="multiple_choice",
+        target="label",
+        more=CHOICES,
+        metric="acc",
+    )
+    (tmp_path / "gone.yaml").write_text(text)
+    options = ["--lm-eval", "gone", "--task-folder", str(tmp_path)]
+    done = CliRunner().invoke(app, ["eval", *options])
+    with pytest.raises(KVPressError, match=r"cannot load gone: .*gone\.jsonl"):
+        raise done.exception
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,0 +1,1 @@
+"""Other implementations, measured by the same code as this one: `kvpress bench peers`."""

@@ -1,0 +1,80 @@
+"""The command line of the comparison with others: `kvpress bench peers`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import typer
+from kvpress.bench.speed import options
+from kvpress.bench.speed.commands import make_setting
+from rich.console import Console
+
+console = Console()
+OURS = ("full", "snapkv:window=64", "knorm", "streaming_llm", "keyformer")
+CACHES = ("transformers", "transformers-fp8", "transformers-int4")
+PRESSES = (
+    "SnapKVPress",
+    "KnormPress",
+    "StreamingLLMPress",
+    "AdaKVPress(SnapKVPress)",
+    "ThinKPress",
+)
+
+
+def peers(
+    model: options.Model = "demo",
+    policy: options.Policies = None,
+    press: Annotated[
+        list[str] | None,
+        typer.Option(help="Of NVIDIA's kvpress: Class:option=value,… ; repeatable."),
+    ] = None,
+    budget: options.Budgets = None,
+    tokens: options.Lengths = None,
+    samples: Annotated[int, typer.Option(help="Contexts per task, for quality.", min=1)] = 5,
+    rounds: options.Rounds = 9,
+    warmup: options.Warmup = 1,
+    dtype: options.Dtype = "float32",
+    device: options.Device = None,
+    threads: options.Threads = None,
+    out: options.Out = None,
+) -> None:
+    """Compare with transformers' caches and NVIDIA's kvpress: bytes, quality and time in one run.
+
+    The same model, prompts, budgets and threads; every round runs all of them. Bytes are counted
+    from the storages that a cache keeps alive, by one function for everybody; answers are scored by
+    one function from the logits. `scripts/peers` installs the others.
+    """
+    from kvpress.bench.peers import remote, table
+    from kvpress.bench.peers.field import Everybody
+    from kvpress.bench.speed import grid, rows, run
+    from kvpress.bench.speed.beside import Asked
+
+    setting = make_setting(model, dtype, None, device, threads, rounds, warmup)
+    remote.environment()  # refuse before a long run, not in it
+    budgets = budget or ["0.5"]
+    caches = (*CACHES, "transformers-offloaded") if setting.device == "cuda" else CACHES
+    ours = options.with_budgets(policy or OURS, budgets)
+    names = list(dict.fromkeys((*caches, *ours, *_presses(press or PRESSES, budgets))))
+    lengths = tokens or [1000]
+    cells = [*grid.cells("decode", lengths, [1]), *grid.cells("prefill", lengths, [1])]
+    field = Everybody(setting)
+    try:
+        made = run.run(setting, cells, names, Asked(("copy", "needle"), samples), out, field)
+    finally:
+        field.close()
+    for sheet in table.sheets(made):
+        console.print(rows.table(sheet))
+    console.print(table.LEGEND)
+
+
+def _presses(given: Sequence[str], budgets: Sequence[str]) -> Iterator[str]:
+    """Names of presses, at every budget where they name none."""
+    from kvpress.bench.peers.remote import PREFIX
+
+    for press in given:
+        if "budget=" in press:
+            yield PREFIX + press
+            continue
+        for budget in budgets:
+            yield f"{PREFIX}{press}{',' if ':' in press else ':'}budget={budget}"

@@ -1,0 +1,43 @@
+"""Who takes part in a comparison with others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from kvpress.bench.peers.remote import PREFIX, Peer, PeerRival
+from kvpress.bench.quality.subject import Subject
+from kvpress.bench.speed import benches
+from kvpress.bench.speed.race import Rival
+from kvpress.bench.speed.rows import Cell
+from kvpress.bench.speed.setting import Setting
+
+
+class Everybody(benches.Own):
+    """Candidates of this process, and peers in processes of their own, started when needed."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._peers: dict[str, Peer] = {}
+
+    def rival(
+        self, setting: Setting, model: Any, ids: torch.Tensor, cell: Cell, name: str
+    ) -> Rival:
+        """One that is timed."""
+        if name.startswith(PREFIX):
+            return PeerRival(cell.bench, self._peer(name), ids, cell.batch)
+        return super().rival(setting, model, ids, cell, name)
+
+    def subject(self, model: Any, name: str) -> Subject:
+        """One that is asked about contexts."""
+        return self._peer(name) if name.startswith(PREFIX) else super().subject(model, name)
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for peer in self._peers.values():
+            peer.close()
+
+    def _peer(self, name: str) -> Peer:
+        if name not in self._peers:
+            self._peers[name] = Peer(name, self._setting)
+        return self._peers[name]

@@ -1,0 +1,144 @@
+"""A peer in another process, as a subject of the evaluation and as a rival of the benchmarks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from kvpress.bench import models
+from kvpress.bench.journal import Row
+from kvpress.bench.quality.sample import Question
+from kvpress.bench.speed.setting import Setting
+from kvpress.bench.timing import Samples
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kvpress.errors import KVPressError
+
+PREFIX = "nvidia/"  # of the names of its presses
+_CHILD = Path(__file__).with_name("child.py")
+
+
+class PeerError(KVPressError, RuntimeError):
+    """A peer that is not installed, or that failed."""
+
+
+def environment() -> Path:
+    """The Python of the peer's environment. Raises PeerError where there is none."""
+    given = os.environ.get("KVPRESS_PEERS")
+    folder = Path(given) if given else Path(__file__).parents[2] / ".venv-peers"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        raise PeerError(
+            f"There is no environment of peers at {folder}. Make it with scripts/peers, or name one"
+            " in KVPRESS_PEERS."
+        )
+    return python
+
+
+class Peer:
+    """NVIDIA's kvpress with one press: `nvidia/SnapKVPress:budget=0.5`.
+
+    A subject of the evaluation. It keeps one cache at a time: the one that was read last.
+    """
+
+    def __init__(self, name: str, setting: Setting) -> None:
+        self.name = name
+        self._files = tempfile.TemporaryDirectory()
+        self._log = Path(self._files.name, "log")
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [str(environment()), str(_CHILD)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        folder = models.demo_folder() if setting.model == models.DEMO else setting.model
+        self.versions = self.request(
+            model=str(folder),
+            dtype=setting.dtype,
+            device=setting.device,
+            threads=setting.threads,
+            press=name.removeprefix(PREFIX),
+        )
+
+    def request(self, **what: Any) -> dict[str, Any]:
+        """The reply to a request. Raises PeerError."""
+        assert self._process.stdin is not None and self._process.stdout is not None, "it has pipes"
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(what) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            last = self._log.read_text().strip().rpartition("\n")[2]
+            raise PeerError(f"{self.name}: its process ended: {last}")
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise PeerError(f"{self.name}: {reply['error']}")
+        return reply
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+        self._files.cleanup()
+
+    def read(self, tokens: Sequence[int], calls: Sequence[Any] = ()) -> int:
+        """Reads a context; the bytes that it then holds. calls are of no use to it."""
+        return int(self.request(do="read", tokens=[list(tokens)])["bytes"])
+
+    def ask(self, cache: int, question: Question, stepwise: bool = False) -> Tensor:
+        """The logits before each token of the answer, `[T, V]`."""
+        file = str(Path(self._files.name, "logits.safetensors"))
+        prompt, answer = list(question.prompt), list(question.answer)
+        self.request(do="ask", prompt=prompt, answer=answer, stepwise=stepwise, file=file)
+        return load_file(file)["logits"]
+
+    def bytes(self, cache: int) -> tuple[int, int]:
+        """Bytes held; what the full cache would hold is not known here."""
+        return cache, 0
+
+
+class PeerRival:
+    """A rival of `decode` or `prefill`; seconds are those of the peer's own clock."""
+
+    def __init__(self, bench: str, peer: Peer, ids: torch.Tensor, batch: int) -> None:
+        self._bench, self._peer = bench, peer
+        prompts = ids[:1].repeat(batch, 1) if bench == "decode" else ids[:batch]
+        self._prompts: list[list[int]] = prompts.tolist()
+        self._seconds: list[float] = []
+        self._reply: dict[str, Any] = {}
+        if bench == "decode":
+            self._reply = peer.request(do="read", tokens=self._prompts)
+
+    def round(self, number: int) -> None:
+        """Reads the prompts, or decodes one token."""
+        if self._bench == "prefill":
+            self._reply = self._peer.request(do="read", tokens=self._prompts)
+        else:
+            last = [prompt[-1:] for prompt in self._prompts]
+            self._reply = self._peer.request(do="step", tokens=last)
+
+    def settle(self, timed: bool) -> None:
+        """Notes the seconds of the round."""
+        if timed:
+            self._seconds.append(self._reply["seconds"])
+
+    def row(self, taken: Samples) -> Row:
+        """As of the benchmark's other rivals, as far as it is known."""
+        own = Samples(self._seconds)
+        batch, tokens = len(self._prompts), len(self._prompts[0])
+        done = batch * tokens if self._bench == "prefill" else batch
+        return {
+            "seconds": own.to_dict(),
+            "tokens_per_second": done / own.median,
+            "bytes_held": self._reply["bytes"],
+        }

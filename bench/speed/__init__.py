@@ -1,0 +1,1 @@
+"""Time and memory of policies beside transformers' caches: what `kvpress bench` measures."""

@@ -1,0 +1,85 @@
+"""The benchmarks of models by name, and how one cell of each is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from kvpress.bench.candidates import prompts
+from kvpress.bench.journal import Row
+from kvpress.bench.quality.subject import InProcess, Subject
+from kvpress.bench.speed import decode, memory, prefill, throughput
+from kvpress.bench.speed.race import Rival, race
+from kvpress.bench.speed.rows import Cell, Sheet, sheets
+from kvpress.bench.speed.setting import Setting
+
+TIMED = {"decode": decode, "prefill": prefill, "throughput": throughput}
+BENCHES = {**TIMED, "memory": memory}
+Load = Callable[[], tuple[Any, Any]]  # a model and its tokenizer
+OnRound = Callable[[int], None]
+
+
+class Field(Protocol):
+    """Where candidates come from, by name."""
+
+    def rival(
+        self, setting: Setting, model: Any, ids: torch.Tensor, cell: Cell, name: str
+    ) -> Rival:
+        """One that is timed on the prompts `[batch, tokens]`."""
+
+    def subject(self, model: Any, name: str) -> Subject:
+        """One that is asked about contexts."""
+
+
+class Own:
+    """Candidates in this process: policies, and transformers' caches."""
+
+    def rival(
+        self, setting: Setting, model: Any, ids: torch.Tensor, cell: Cell, name: str
+    ) -> Rival:
+        """One that is timed."""
+        made: Rival = TIMED[cell.bench].rival(setting, model, ids, cell.batch, name)
+        return made
+
+    def subject(self, model: Any, name: str) -> Subject:
+        """One that is asked about contexts."""
+        return InProcess(model, name)
+
+
+def rounds(bench: str, setting: Setting, candidates: int) -> int:
+    """How often `on_round` is called for one cell."""
+    return setting.rounds + setting.warmup if bench in TIMED else candidates
+
+
+def measure(
+    setting: Setting, field: Field, load: Load, on_round: OnRound, cell: Cell, names: Sequence[str]
+) -> dict[str, Row]:
+    """A row per candidate. The model is loaded only where this process runs it."""
+    if cell.bench not in TIMED:
+        return memory.measure(setting, cell, names, on_round)
+    model, tokenizer = load()
+    new_tokens = max(setting.new_tokens, setting.rounds + setting.warmup)
+    ids = prompts(model, tokenizer, cell.tokens, cell.batch, new_tokens)
+    return timed(setting, field, model, ids, cell, names, on_round)
+
+
+def timed(
+    setting: Setting,
+    field: Field,
+    model: Any,
+    ids: torch.Tensor,
+    cell: Cell,
+    names: Sequence[str],
+    on_round: OnRound | None = None,
+) -> dict[str, Row]:
+    """A row per candidate of a benchmark of time. ids: the prompts, `[batch, tokens]`."""
+    starts = {name: partial(field.rival, setting, model, ids, cell, name) for name in names}
+    synchronize = torch.cuda.synchronize if ids.is_cuda else None
+    return race(starts, setting.rounds, setting.warmup, on_round, synchronize)
+
+
+def sheets_of(rows: Iterable[Row]) -> list[Sheet]:
+    """A table in texts for every cell of any of the benchmarks."""
+    return list(sheets(rows, BENCHES))

@@ -1,0 +1,97 @@
+"""Decoding after a long prompt: seconds of one step of the whole batch.
+
+The prompt is read once per candidate and its cache repeated over the batch. Byte arithmetic is the
+ratio that there would be if only bytes counted: weights and cache of the one by those of the other.
+The linear layers, which are transformers' and PyTorch's, take longer than their bytes allow; what
+is ours shows in the attention alone, which the engine's ledger times.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from kvpress.bench.candidates import BASELINE, FULL, Candidate, candidate
+from kvpress.bench.journal import Row
+from kvpress.bench.peers.storages import storage_bytes
+from kvpress.bench.speed.race import Rival
+from kvpress.bench.speed.rows import Column, against, milliseconds, of_ideal, times
+from kvpress.bench.speed.setting import Setting
+from kvpress.bench.timing import Samples
+
+TITLE = "One decode step"
+LEGEND = (
+    "vs tf, vs full: speed-up over transformers and over the engine without compression, from"
+    " medians. attention: that of appending, attending, observing and evicting alone. In brackets:"
+    " what the bytes of weights and cache, or of the cache alone, would allow."
+)
+
+
+def rival(setting: Setting, model: Any, ids: torch.Tensor, batch: int, name: str) -> Rival:
+    """A candidate that decodes after `ids[:1]`, `batch` sequences together."""
+    own = candidate(model, name, setting.cache_dtype, setting.rounds + setting.warmup)
+    return _Decode(own, ids[:1], batch)
+
+
+class _Decode:
+    """A cache that grows by one token per round."""
+
+    def __init__(self, own: Candidate, ids: torch.Tensor, batch: int) -> None:
+        self._own, self._batch = own, batch
+        self._token = ids[:, -1:].repeat(batch, 1)
+        self._cache = own.read(ids, batch)
+        self._ledger = [_ledger(self._cache)]
+        self._warmup = 0
+
+    def round(self, number: int) -> torch.Tensor:
+        return self._own.forward(self._token, self._cache)
+
+    def settle(self, timed: bool) -> None:
+        self._ledger.append(_ledger(self._cache))
+        self._warmup += not timed
+
+    def row(self, taken: Samples) -> Row:
+        weights = sum(p.numel() * p.element_size() for p in self._own.model.parameters())
+        spent = [after - before for before, after in pairwise(self._ledger)][self._warmup :]
+        return {
+            "tokens_per_second": self._batch / taken.median,
+            "attention": Samples(spent).to_dict() if any(spent) else None,
+            "bytes_held": storage_bytes(self._cache),
+            "bytes_weights": weights,
+        }
+
+
+def _ledger(cache: Any) -> float:
+    """Seconds of all stages so far; none for a cache that keeps no ledger."""
+    return sum(cache.meter.seconds().values()) if hasattr(cache, "meter") else 0.0
+
+
+def columns(rows: dict[str, Row]) -> list[Column]:
+    """What the table of one cell shows."""
+    full = rows.get(FULL)
+    return [
+        Column("ms", lambda row: milliseconds(row["seconds"]["median"])),
+        Column("p95", lambda row: milliseconds(row["seconds"]["p95"])),
+        Column("tok/s", lambda row: f"{row['tokens_per_second']:.1f}"),
+        Column("MiB", lambda row: f"{row['bytes_held'] / 2**20:.0f}"),
+        Column("vs tf", lambda row: times(against(rows.get(BASELINE), row))),
+        Column("vs full", partial(_against_full, full)),
+        Column("attention", partial(_attention, full)),
+    ]
+
+
+def _against_full(full: Row | None, row: Row) -> str:
+    return of_ideal(against(full, row), _bytes_read(full or row) / _bytes_read(row))
+
+
+def _bytes_read(row: Row) -> int:
+    return int(row["bytes_held"] + row["bytes_weights"])
+
+
+def _attention(full: Row | None, row: Row) -> str:
+    if full is None or row["attention"] is None:
+        return "–"
+    gain = full["attention"]["median"] / row["attention"]["median"]
+    return of_ideal(gain, full["bytes_held"] / row["bytes_held"])

@@ -1,0 +1,61 @@
+"""Options that the benchmarks of models share, and the grid that they span."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Option(help="demo, a Hugging Face id, or a path.")]
+Policies = Annotated[
+    list[str] | None, typer.Option("--policy", help="name:key=value,… ; repeatable.")
+]
+Budgets = Annotated[
+    list[str] | None,
+    typer.Option("--budget", help="For policies that name none; repeat for each of several."),
+]
+Lengths = Annotated[
+    list[int] | None, typer.Option("--tokens", help="Of a prompt; repeatable.", min=64)
+]
+Batches = Annotated[
+    list[int] | None, typer.Option("--batch", help="Sequences together; repeatable.", min=1)
+]
+Rounds = Annotated[int, typer.Option(help="Timed rounds.", min=1)]
+Warmup = Annotated[int, typer.Option(help="Rounds that are not timed.", min=0)]
+Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
+CacheDtype = Annotated[str | None, typer.Option(help="Storage of keys and values.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda (default: a GPU if there is one).")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.", min=1)]
+WithEval = Annotated[
+    bool, typer.Option("--with-eval", help="Also copies from compressed contexts: a score per row.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="JSON lines, to which rows are added; a run goes on from what is there."),
+]
+
+
+def with_budgets(policies: Sequence[str], budgets: Sequence[str]) -> Iterator[str]:
+    """Every policy, at every budget where it takes one and names none. Raises PolicyError.
+
+    A name of one of transformers' caches stays as it is.
+    """
+    from kvpress.bench.candidates import CACHES
+
+    from kvpress.loading import parse
+
+    for text in policies:
+        if text in CACHES:
+            yield text
+            continue
+        recipe = parse(text)
+        takes = len(recipe.policies) == 1 and hasattr(recipe.policies[0], "budget")
+        if not (budgets and takes) or "budget=" in text:
+            yield text
+            continue
+        for budget in budgets:
+            made = f"{text}{',' if '=' in text else ':'}budget={budget}"
+            parse(made)
+            yield made

@@ -1,0 +1,121 @@
+"""Rows of measurements as tables: one per cell, one line per candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import NamedTuple
+
+from kvpress.bench.journal import Row
+from rich import box
+from rich.table import Table
+
+
+class Cell(NamedTuple):
+    """Candidates that were timed together: a benchmark at one length and batch."""
+
+    bench: str
+    tokens: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading and what a row without an error shows under it."""
+
+    title: str
+    text: Callable[[Row], str]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table in plain texts."""
+
+    title: str
+    head: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+
+
+def by_cell(rows: Iterable[Row]) -> dict[Cell, dict[str, Row]]:
+    """Rows by cell and candidate; of several for one candidate the last counts."""
+    found: dict[Cell, dict[str, Row]] = {}
+    for row in rows:
+        cell = Cell(row["bench"], row["tokens"], row["batch"])
+        found.setdefault(cell, {})[row["candidate"]] = row
+    return found
+
+
+def sheets(rows: Iterable[Row], benches: dict[str, ModuleType]) -> Iterator[Sheet]:
+    """A sheet per cell."""
+    for cell, found in by_cell(rows).items():
+        bench = benches[cell.bench]
+        good = {name: row for name, row in found.items() if row["error"] is None}
+        title = f"{bench.TITLE}: {cell.tokens:,} tokens, batch {cell.batch}"
+        yield sheet(title, [*bench.columns(good), *quality(good)], found)
+
+
+def sheet(title: str, columns: Sequence[Column], rows: dict[str, Row]) -> Sheet:
+    """Rows by candidate under some columns; what failed is a note."""
+    return Sheet(
+        title,
+        ("candidate", *(column.title for column in columns)),
+        tuple(_line(name, row, columns) for name, row in rows.items()),
+        tuple(f"{name}: {row['error']}" for name, row in rows.items() if row["error"]),
+    )
+
+
+def _line(name: str, row: Row, columns: Sequence[Column]) -> tuple[str, ...]:
+    if row["error"] is not None:
+        return (name, "failed", *("–" for _ in columns[1:]))
+    return (name, *(column.text(row) for column in columns))
+
+
+def quality(rows: dict[str, Row]) -> list[Column]:
+    """A column per task that was asked besides, where something was."""
+    tasks = dict.fromkeys(
+        asked["task"] for row in rows.values() for asked in row.get("quality") or ()
+    )
+    return [Column(f"{task} %", partial(_score, task)) for task in tasks]
+
+
+def _score(task: str, row: Row) -> str:
+    found = next((asked for asked in row["quality"] if asked["task"] == task), None)
+    if found is None or found["score"] is None:
+        return "–"
+    return "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * found[k] for k in ("score", "low", "high")))
+
+
+def table(sheet: Sheet) -> Table:
+    """The sheet for a terminal."""
+    made = Table(title=sheet.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    made.pad_edge, made.show_edge = False, False
+    made.add_column(sheet.head[0], overflow="fold", min_width=14)
+    for title in sheet.head[1:]:
+        made.add_column(title, justify="right", no_wrap=True)
+    for line in sheet.lines:
+        made.add_row(*line)
+    made.caption, made.caption_justify = "\n".join(sheet.notes) or None, "left"
+    return made
+
+
+def against(base: Row | None, row: Row) -> float | None:
+    """How many times as fast as `base`, from the medians; None where that was not measured."""
+    return None if base is None else float(base["seconds"]["median"] / row["seconds"]["median"])
+
+
+def milliseconds(seconds: float) -> str:
+    """Four digits at most."""
+    return f"{seconds * 1e3:.0f}" if seconds >= 1 else f"{seconds * 1e3:.1f}"
+
+
+def of_ideal(ratio: float | None, ideal: float) -> str:
+    """A ratio, and in brackets what would be possible."""
+    return "–" if ratio is None else f"{ratio:.2f}× ({ideal:.2f})"
+
+
+def times(ratio: float | None) -> str:
+    """A ratio, or a dash."""
+    return "–" if ratio is None else f"{ratio:.2f}×"

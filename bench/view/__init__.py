@@ -1,0 +1,1 @@
+"""Which tokens a policy kept, shown in the text: `kvpress view`."""

@@ -1,0 +1,99 @@
+"""The command line of the view: `kvpress view`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from kvpress.bench.commands import check_writable
+from kvpress.bench.quality.commands import write
+from rich.console import Console
+
+from kvpress.errors import KVPressError
+
+errors = Console(stderr=True)
+
+
+class ViewError(KVPressError, ValueError):
+    """A page that cannot be made as it was asked for."""
+
+
+def view(
+    model: Annotated[str, typer.Option(help="'demo', a Hugging Face id, or a path.")] = "demo",
+    policy: Annotated[str, typer.Option(help="name:key=value,…")] = "snapkv:budget=0.2",
+    prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="A text file that is the prompt.")
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(help="Length of the default prompt.", min=64)
+    ] = 1000,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    chat: Annotated[bool, typer.Option(help="Wrap prompts in the model's chat template.")] = True,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, … (default: a GPU if there is one)")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
+    out: Annotated[Path, typer.Option(help="A .html file for the page.")] = Path("view.html"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what was kept as JSON and write no page.")
+    ] = False,
+) -> None:
+    """Show which tokens each layer and KV head kept, in the text itself, as one HTML page.
+
+    The answer is decoded greedily. Without a prompt, about 1,000 tokens of Python's language
+    reference are used, with a question at the end.
+    """
+    import torch
+    from kvpress.bench import models
+    from kvpress.bench.view.kept import look
+    from kvpress.bench.view.page import page
+
+    from kvpress.loading import parse
+
+    parse(policy)  # refuse a wrong policy, file or prompt before a model is loaded
+    _check_out(out)
+    text = _given(prompt, prompt_file)
+    if threads:
+        torch.set_num_threads(threads)
+    with errors.status(f"Loading {model} …"):
+        loaded, tokenizer = models.load(model, dtype, device)
+    with errors.status("Reading the prompt …"):
+        whole = _wrap(text, tokenizer, chat, prompt_tokens)
+        kept = look(loaded, tokenizer, whole, policy, name=model, max_new_tokens=max_new_tokens)
+    if as_json:
+        sys.stdout.write(json.dumps(kept.to_dict()) + "\n")
+    else:
+        write(out, page(kept).encode())
+
+
+def _check_out(out: Path) -> None:
+    """Raises ViewError or BadParameter for a file that cannot be the page."""
+    check_writable("--out", out)
+    if out.suffix != ".html":
+        raise ViewError(f"--out {out}: the name must end in .html.")
+
+
+def _given(prompt: str | None, prompt_file: Path | None) -> str | None:
+    """The text of the prompt, None for the default one. Raises BadParameter."""
+    if prompt is not None and prompt_file is not None:
+        raise typer.BadParameter("give only one of --prompt and --prompt-file")
+    if prompt_file is None:
+        return prompt
+    try:
+        return prompt_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{prompt_file} cannot be read as UTF-8 text: {error}") from error
+
+
+def _wrap(text: str | None, tokenizer: Any, chat: bool, tokens: int) -> str:
+    """The prompt as the model gets it."""
+    from kvpress.bench.prompt import as_chat, reference_prompt
+
+    if text is None:
+        return reference_prompt(tokenizer, tokens)
+    return as_chat(tokenizer, text) if chat else text

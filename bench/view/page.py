@@ -1,0 +1,157 @@
+"""What was kept as one HTML page, which needs no other file and no network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvpress.bench.view.kept import Kept
+
+from kvpress.meter import size, span
+
+_MARKS = {"\n": "↵", "\t": "⇥"}  # of other control characters Unicode has pictures
+_PICTURES = 0x2400
+
+
+def page(kept: Kept) -> str:
+    """The page: the text with every token coloured, the map of layers and positions, the bars."""
+    title = f"Tokens that {kept.report.policy} kept"
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{html.escape(title)}</title>",
+            f"<style>{_asset('page.css')}</style></head><body>",
+            *_header(kept),
+            *_controls(),
+            *_texts(kept),
+            "<h2>Layers and positions</h2>",
+            '<p class="hint">The colour is the share of the heads of a layer. Click to choose a'
+            " layer and to find a token in the text.</p>",
+            '<div id="map"><canvas role="img" aria-label="Kept tokens: layers by positions">'
+            '</canvas><div id="cursor" hidden></div></div>',
+            *_bars(kept),
+            '<div id="tip" hidden></div>',
+            f'<script type="application/json" id="data">{_data(kept)}</script>',
+            f"<script>{_asset('page.js')}</script>",
+            "</body></html>",
+        ]
+    )
+
+
+def _header(kept: Kept) -> Iterable[str]:
+    report, seen = kept.report, kept.tokens_seen
+    rows = sum(len(slots) for slots in kept.slots_kept)
+    answer = len(kept.tokens) - kept.prompt_tokens
+    facts = {
+        "tokens seen": (f"{seen:,}", f"{kept.prompt_tokens:,} of the prompt"),
+        "slots kept": (f"{_total(kept):,}", f"of {rows * seen:,} in {rows:,} rows"),
+        "bytes held": (size(report.bytes_held), f"of {size(report.bytes_full)}"),
+        "share of bytes": (f"{report.fraction:.1%}", "of the full cache"),
+    }
+    yield f"<h1>Tokens that <code>{html.escape(report.policy)}</code> kept</h1>"
+    yield (
+        f'<p class="hint">Model <b>{html.escape(kept.model)}</b>, a prompt of'
+        f" {kept.prompt_tokens:,} tokens and {answer:,} decoded greedily. A row is one KV head of"
+        " one layer. Prompt attention is exact; only what is stored is compressed.</p>"
+    )
+    for note in report.notes:
+        yield f'<p class="hint">Note: {html.escape(note)}</p>'
+    yield '<dl class="facts">'
+    for name, (value, detail) in facts.items():
+        yield f"<div><dt>{name}</dt><dd>{value}</dd><dd>{detail}</dd></div>"
+    yield "</dl>"
+
+
+def _controls() -> Iterable[str]:
+    yield '<p id="error" role="alert" hidden></p>'
+    yield "<noscript>Colours, the map and the choice of rows need JavaScript.</noscript>"
+    yield '<div class="controls">'
+    yield '<label>Layer <select id="layer"></select></label>'
+    yield '<label>Head <select id="head"></select></label>'
+    yield (
+        '<div class="legend text"><span id="none" data-n="0"></span><b id="least"></b>'
+        '<i id="ramp"></i><b id="most"></b></div>'
+    )
+    yield '<p id="summary" aria-live="polite"></p></div>'
+
+
+def _texts(kept: Kept) -> Iterable[str]:
+    """The prompt and the answer, one span per token and nothing between them."""
+    cut = kept.prompt_tokens
+    for name, start, end in (("prompt", 0, cut), ("answer", cut, len(kept.tokens))):
+        spans = "".join(_token(kept, position) for position in range(start, end))
+        yield f"<h2>The {name}</h2>"
+        yield f'<div id="{name}" class="text tokens">{spans}</div>'
+
+
+def _token(kept: Kept, position: int) -> str:
+    text = kept.tokens[position]
+    kinds = {
+        "mark": position in kept.special,
+        "part": not text,
+        "unseen": position >= kept.tokens_seen,
+    }
+    names = " ".join(name for name, given in kinds.items() if given)
+    shown = "".join(_visible(char) for char in text)
+    return f'<span class="{names}">{shown}</span>' if names else f"<span>{shown}</span>"
+
+
+def _visible(char: str) -> str:
+    """The character in HTML; a control character behind a mark that is not copied with it."""
+    if char >= " ":
+        return html.escape(char)
+    mark = _MARKS.get(char, chr(_PICTURES + ord(char)))
+    return f'<u data-c="{mark}"></u>&#{ord(char)};'
+
+
+def _bars(kept: Kept) -> Iterable[str]:
+    """A line per layer: slots of each head, and their share of the tokens seen."""
+    yield "<h2>Slots kept per head</h2>"
+    yield f'<p class="hint">Of {kept.tokens_seen:,} tokens seen.</p><ol id="bars">'
+    for layer, slots in zip(kept.report.layers, kept.slots_kept, strict=True):
+        share = sum(slots) / len(slots) / kept.tokens_seen
+        window = " <small>window</small>" if layer.kind == "sliding" else ""
+        yield (
+            f'<li><a href="#layer={layer.index}"><span>layer {layer.index}{window}</span>'
+            f'<i><s style="width:{share:.2%}"></s></i><b>{span(slots)}</b></a></li>'
+        )
+    yield "</ol>"
+
+
+def _data(kept: Kept) -> str:
+    """JSON for the script, safe inside a script element: rows are bits, least significant first."""
+    layers = [
+        {
+            "sliding": layer.kind == "sliding",
+            "rows": [_bits(positions, kept.tokens_seen) for positions in rows],
+        }
+        for layer, rows in zip(kept.report.layers, kept.positions, strict=True)
+    ]
+    data: dict[str, Any] = {
+        "seen": kept.tokens_seen,
+        "prompt": kept.prompt_tokens,
+        "layers": layers,
+    }
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _bits(positions: Sequence[int], tokens: int) -> str:
+    """One bit per token in base64: a sixth of a byte per token, whatever was kept."""
+    held = bytearray(-(-tokens // 8))
+    for position in positions:
+        held[position // 8] |= 1 << position % 8
+    return base64.b64encode(held).decode()
+
+
+def _total(kept: Kept) -> int:
+    return sum(sum(slots) for slots in kept.slots_kept)
+
+
+def _asset(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
