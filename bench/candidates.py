@@ -86,6 +86,11 @@ def candidate(
     return Candidate(own, partial(engine.new_cache, new_tokens), cache_name(own))
 
 
+def weight_bytes(model: Any) -> int:
+    """Bytes of the model's parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
 def prompts(model: Any, tokenizer: Any, tokens: int, batch: int, new_tokens: int) -> torch.Tensor:
     """`[batch, tokens]`: consecutive parts of the language reference, on the model's device.
 

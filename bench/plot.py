@@ -13,6 +13,8 @@ from kvpress.bench.registry import PROBE
 from kvpress.errors import KVPressError
 
 WIDTH, DPI = 10, 100  # inches and dots per inch: 1000 pixels
+_COLUMNS = 2
+_PANEL = (5.0, 3.2)  # inches
 _BAR = 0.27  # inches of height per bar
 _COLOURS = ("#1b6ca8", "#e08e2b", "#b7b7b7", "#4f9d69", "#8e5aa8")
 
@@ -107,3 +109,20 @@ def _label(name: str, entry: Mapping[str, Any] | None) -> str:
     share = entry["share_of_probe"]
     of_probe = "" if share is None else f"{share:.0%}, "
     return f"{name}: {of_probe}{rate(entry['rate'], entry['unit'])}"
+
+
+def figure_of(panels: int) -> tuple[Any, list[Any]]:
+    """A figure with so many panels, and their axes. Raises PlotError without matplotlib."""
+    require()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(_COLUMNS, panels)
+    rows = -(-panels // columns)
+    size = (_PANEL[0] * columns, _PANEL[1] * rows + 0.6)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[panels:]:
+        axis.set_visible(False)
+    return figure, axes

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from kvpress import __version__, env
 from kvpress.bench.commands import bench
-from kvpress.bench.quality.commands import evaluate, plot, report
+from kvpress.bench.pages import plot, report
+from kvpress.bench.quality.commands import evaluate
 from kvpress.bench.view.commands import view
 from kvpress.errors import KVPressError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from kvpress.bench.candidates import weight_bytes
 from kvpress.bench.peers.remote import PREFIX, Peer, PeerRival
 from kvpress.bench.quality.subject import Subject
 from kvpress.bench.speed import benches
@@ -25,7 +26,8 @@ class Everybody(benches.Own):
     ) -> Rival:
         """One that is timed."""
         if name.startswith(PREFIX):
-            return PeerRival(cell.bench, self._peer(name), ids, cell.batch)
+            peer = self._peer(name)
+            return PeerRival(cell.bench, peer, ids, cell.batch, weight_bytes(model))
         return super().rival(setting, model, ids, cell, name)
 
     def subject(self, model: Any, name: str) -> Subject:

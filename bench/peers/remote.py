@@ -110,8 +110,8 @@ class Peer:
 class PeerRival:
     """A rival of `decode` or `prefill`; seconds are those of the peer's own clock."""
 
-    def __init__(self, bench: str, peer: Peer, ids: torch.Tensor, batch: int) -> None:
-        self._bench, self._peer = bench, peer
+    def __init__(self, bench: str, peer: Peer, ids: torch.Tensor, batch: int, weights: int) -> None:
+        self._bench, self._peer, self._weights = bench, peer, weights
         prompts = ids[:1].repeat(batch, 1) if bench == "decode" else ids[:batch]
         self._prompts: list[list[int]] = prompts.tolist()
         self._seconds: list[float] = []
@@ -137,8 +137,11 @@ class PeerRival:
         own = Samples(self._seconds)
         batch, tokens = len(self._prompts), len(self._prompts[0])
         done = batch * tokens if self._bench == "prefill" else batch
+        unknown = {"stages": {}} if self._bench == "prefill" else {"attention": None}
         return {
+            **unknown,
             "seconds": own.to_dict(),
             "tokens_per_second": done / own.median,
             "bytes_held": self._reply["bytes"],
+            "bytes_weights": self._weights,
         }

@@ -7,7 +7,8 @@ from functools import partial
 
 from kvpress.bench.candidates import BASELINE
 from kvpress.bench.journal import Row
-from kvpress.bench.speed.rows import Column, Sheet, by_cell, milliseconds, quality, sheet
+from kvpress.bench.report import Sheet
+from kvpress.bench.speed.rows import Column, by_cell, milliseconds, quality, sheet
 
 LEGEND = (
     "kept: bytes of all storages that the cache keeps alive, of those of transformers'"

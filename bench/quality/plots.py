@@ -8,13 +8,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kvpress.bench.plot import require
+from kvpress.bench.plot import figure_of
 from kvpress.bench.quality.results import Cell
 from kvpress.bench.quality.run import BLIND, FULL
 from kvpress.bench.quality.table import Block, Line
 
-_COLUMNS = 2
-_PANEL = (5.0, 3.2)  # inches
 _MARKS = "os^Dv<>P*X"
 
 
@@ -29,7 +27,7 @@ def quality(blocks: Sequence[Block]) -> Any:
     The dashed line is the full cache, the dotted one the questions without a context. Raises
     PlotError without matplotlib.
     """
-    figure, axes = _figure(len(blocks))
+    figure, axes = figure_of(len(blocks))
     names = dict.fromkeys(
         family(line.policy) for b in blocks for line in b.lines if line.policy not in (FULL, BLIND)
     )
@@ -101,7 +99,7 @@ def needles(cells: Iterable[Cell]) -> Any | None:
             found[cell.policy, cell.protocol][cell.depth, cell.tokens].append(exact)
     if not found:
         return None
-    figure, axes = _figure(len(found))
+    figure, axes = figure_of(len(found))
     for axis, ((policy, protocol), values) in zip(axes, found.items(), strict=False):
         _heat_map(axis, values)
         axis.set_title(f"{policy}, question {protocol}", fontsize=9, loc="left")
@@ -125,19 +123,3 @@ def _heat_map(axis: Any, values: dict[tuple[float, int], list[float]]) -> None:
     axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
     axis.set_xlabel("tokens", fontsize=8)
     axis.set_ylabel("depth", fontsize=8)
-
-
-def _figure(panels: int) -> tuple[Any, list[Any]]:
-    require()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(_COLUMNS, panels)
-    rows = -(-panels // columns)
-    size = (_PANEL[0] * columns, _PANEL[1] * rows + 0.6)
-    figure = Figure(figsize=size, dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes[panels:]:
-        axis.set_visible(False)
-    return figure, axes

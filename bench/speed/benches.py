@@ -10,9 +10,10 @@ import torch
 from kvpress.bench.candidates import prompts
 from kvpress.bench.journal import Row
 from kvpress.bench.quality.subject import InProcess, Subject
+from kvpress.bench.report import Sheet
 from kvpress.bench.speed import decode, memory, prefill, throughput
 from kvpress.bench.speed.race import Rival, race
-from kvpress.bench.speed.rows import Cell, Sheet, sheets
+from kvpress.bench.speed.rows import Cell, sheets
 from kvpress.bench.speed.setting import Setting
 
 TIMED = {"decode": decode, "prefill": prefill, "throughput": throughput}

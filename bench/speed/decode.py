@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from kvpress.bench.candidates import BASELINE, FULL, Candidate, candidate
+from kvpress.bench.candidates import BASELINE, FULL, Candidate, candidate, weight_bytes
 from kvpress.bench.journal import Row
 from kvpress.bench.peers.storages import storage_bytes
 from kvpress.bench.speed.race import Rival
@@ -53,13 +53,12 @@ class _Decode:
         self._warmup += not timed
 
     def row(self, taken: Samples) -> Row:
-        weights = sum(p.numel() * p.element_size() for p in self._own.model.parameters())
         spent = [after - before for before, after in pairwise(self._ledger)][self._warmup :]
         return {
             "tokens_per_second": self._batch / taken.median,
             "attention": Samples(spent).to_dict() if any(spent) else None,
             "bytes_held": storage_bytes(self._cache),
-            "bytes_weights": weights,
+            "bytes_weights": weight_bytes(self._own.model),
         }
 
 

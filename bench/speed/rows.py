@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from kvpress.bench.journal import Row
+from kvpress.bench.report import Sheet
 from rich import box
 from rich.table import Table
 
@@ -27,16 +28,6 @@ class Column:
 
     title: str
     text: Callable[[Row], str]
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table in plain texts."""
-
-    title: str
-    head: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...]
 
 
 def by_cell(rows: Iterable[Row]) -> dict[Cell, dict[str, Row]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from kvpress.bench.commands import check_writable
-from kvpress.bench.quality.commands import write
+from kvpress.bench.pages import write
 from rich.console import Console
 
 from kvpress.errors import KVPressError

@@ -17,6 +17,7 @@ from kvpress.bench.commands import bench
 from kvpress.bench.journal import Journal, JournalError, read
 from kvpress.bench.run import PromptError
 from kvpress.bench.speed import benches, grid, prefill
+from kvpress.bench.speed import report as speed_report
 from kvpress.bench.speed.memory import largest
 from kvpress.bench.speed.options import with_budgets
 from kvpress.bench.speed.race import race
@@ -25,6 +26,7 @@ from kvpress.bench.speed.setting import Setting
 from kvpress.bench.timing import Samples
 from typer.testing import CliRunner
 
+from kvpress.cli import app
 from kvpress.errors import PolicyError
 
 NAMES = ["transformers", "full", "h2o:budget=0.5"]
@@ -285,6 +287,25 @@ def test_the_command_writes_rows_with_all_that_they_need(tmp_path: Path, tiny_mo
     assert rows[1]["bytes_held"] < 0.6 * rows[0]["bytes_held"]
     again = CliRunner().invoke(bench, ["prefill", *options])
     assert again.output == done.output and len(read(out)) == len(rows)
+    for name, starts in (("page.html", b"<!doctype html>"), ("page.md", b"# Time and memory")):
+        done = CliRunner().invoke(app, ["report", str(out), "--out", str(tmp_path / name)])
+        assert done.exit_code == 0 and (tmp_path / name).read_bytes().startswith(starts)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 1 and page.count("<table>") == 2 and "copy %" in page
+    done = CliRunner().invoke(app, ["plot", str(out), "--out", str(tmp_path / "plot.png")])
+    assert done.exit_code == 0 and (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_lines_are_drawn_where_only_one_thing_changes() -> None:
+    cells = [Cell("decode", t, b) for t in (100, 200) for b in (1, 4)]
+    cells.append(Cell("prefill", 100, 1))
+    panels = [(axis, [tuple(c[1:]) for c in line]) for axis, line in speed_report.panels(cells)]
+    assert panels == [
+        ("tokens", [(100, 1), (200, 1)]),
+        ("tokens", [(100, 4), (200, 4)]),
+        ("batch", [(100, 1), (100, 4)]),
+        ("batch", [(200, 1), (200, 4)]),
+    ]
 
 
 def test_budgets_go_to_the_policies_that_take_one_and_name_none() -> None:
