@@ -62,13 +62,17 @@ class Peer:
                 text=True,
             )
         folder = models.demo_folder() if setting.model == models.DEMO else setting.model
-        self.versions = self.request(
-            model=str(folder),
-            dtype=setting.dtype,
-            device=setting.device,
-            threads=setting.threads,
-            press=name.removeprefix(PREFIX),
-        )
+        try:
+            self.request(
+                model=str(folder),
+                dtype=setting.dtype,
+                device=setting.device,
+                threads=setting.threads,
+                press=name.removeprefix(PREFIX),
+            )
+        except PeerError:
+            self.close()
+            raise
 
     def request(self, **what: Any) -> dict[str, Any]:
         """The reply to a request. Raises PeerError."""
@@ -87,8 +91,8 @@ class Peer:
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.kill()
-        self._process.wait()
+        with self._process:
+            self._process.kill()
         self._files.cleanup()
 
     def read(self, tokens: Sequence[int], calls: Sequence[Any] = ()) -> int:
