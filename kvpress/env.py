@@ -9,6 +9,7 @@ VARIABLES = {
     "KVPRESS_CACHE": "folder for converted models and compiled operators (default: the user's cache"
     " folder + /kvpress)",
     "KVPRESS_BACKEND": "force one operator backend: reference, cpu or triton",
+    "KVPRESS_PEERS": "the virtual environment of `kvpress bench peers` (default: .venv-peers)",
     "KVPRESS_CPU": "the CPU instruction set to use at most: avx512, avx2 or portable",
 }
 
