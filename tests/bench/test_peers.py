@@ -14,6 +14,7 @@ import torch
 from kvpress.bench import models
 from kvpress.bench.commands import bench
 from kvpress.bench.journal import read
+from kvpress.bench.peers import commands
 from kvpress.bench.peers.remote import Peer, PeerError, environment
 from kvpress.bench.peers.storages import storage_bytes
 from kvpress.bench.quality.sample import Question
@@ -153,7 +154,11 @@ def test_a_peer_that_cannot_do_it_says_why(
 
 
 @pytest.mark.usefixtures("installed")
-def test_the_command_compares_everybody(tmp_path: Path, tiny_model: Path) -> None:
+def test_the_command_compares_everybody(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # int4 needs a package that is not installed for the tests.
+    monkeypatch.setattr(commands, "CACHES", ("transformers", "transformers-fp8"))
     out = tmp_path / "peers.jsonl"
     options = ["peers", "--model", str(tiny_model), "--tokens", "300", "--rounds", "2"]
     options += ["--samples", "1", "--device", "cpu", "--threads", "1", "--out", str(out)]
