@@ -1,4 +1,4 @@
-"""Rows of measurements as JSON lines: appended as soon as they are known, found again later."""
+"""JSON lines on disk: appended as soon as they are known, found again by a later run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Row = dict[str, Any]
 
 
 class JournalError(KVPressError, ValueError):
-    """A file of rows that cannot be read or written."""
+    """A file of JSON lines that cannot be read or written."""
 
 
 class Journal:
-    """Rows in memory and, with a path, on disk. A file that exists is gone on with.
+    """Rows of measurements in memory and, with a path, on disk. A file that exists is gone on with.
 
     Raises JournalError.
     """
@@ -27,7 +27,7 @@ class Journal:
         self._rows: list[Row] = []
         if path is not None and path.exists():
             self._rows = read(path)
-            _drop_broken_line(path)
+            drop_broken_line(path)
 
     def find(self, wanted: Mapping[str, Any]) -> Row | None:
         """The newest row without an error that has all these entries, or None."""
@@ -43,32 +43,35 @@ class Journal:
     def add(self, row: Row) -> None:
         """Keeps a row."""
         self._rows.append(row)
-        if self._path is None:
-            return
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise JournalError(
-                f"{self._path} cannot be written: {error}. Give another file."
-            ) from error
+        if self._path is not None:
+            append(self._path, row)
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file; a last line that a process died over is left out. Raises JournalError."""
+    """The lines of a file; a last one that a process died over is left out. Raises JournalError."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines[:-1]]
     except (OSError, ValueError) as error:
         raise JournalError(
-            f"{path} does not hold rows of measurements: {error}. Give another file."
+            f"{path} does not hold JSON lines: {error}. Give another file."
         ) from error
     if not all(isinstance(row, dict) for row in rows):
-        raise JournalError(f"{path} does not hold rows of measurements. Give another file.")
+        raise JournalError(f"{path} holds lines that are no JSON objects. Give another file.")
     return rows
 
 
-def _drop_broken_line(path: Path) -> None:
+def append(path: Path, row: Row) -> None:
+    """Adds a line. Raises JournalError."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise JournalError(f"{path} cannot be written: {error}. Give another file.") from error
+
+
+def drop_broken_line(path: Path) -> None:
+    """Takes away what a process that died had written of its last line."""
     text = path.read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):
+    if not text.endswith("\n"):
         path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,8 +75,10 @@ def evaluate(
     import torch
     from kvpress.bench import models, record
     from kvpress.bench.quality import run
+    from kvpress.bench.quality.fill import fill
     from kvpress.bench.quality.results import Results
     from kvpress.bench.quality.sample import Writer, read_text
+    from kvpress.bench.quality.subject import InProcess
 
     from kvpress.loading import parse
 
@@ -103,7 +106,8 @@ def evaluate(
     }
     plans = plans_for(loaded)
     results = Results(settings, record.environment(loaded.device), out)
-    fill(results, loaded, names, Writer(tokenizer, source), plans, seed, stepwise)
+    subject_of = partial(InProcess, loaded)
+    fill(results, names, subject_of, Writer(tokenizer, source), plans, seed, stepwise)
     show(results, as_json)
 
 
@@ -138,33 +142,6 @@ def show(results: Any, as_json: bool) -> None:
     for made in table.tables(results):
         console.print(made)
     console.print(table.LEGEND)
-
-
-def fill(
-    results: Any,
-    model: Any,
-    policies: Sequence[str],
-    writer: Any,
-    plans: Sequence[Any],
-    seed: int,
-    stepwise: bool,
-) -> None:
-    """Runs the cells that the results do not hold yet, with a progress bar."""
-    from kvpress.bench.progress import bar
-    from kvpress.bench.quality import run
-    from kvpress.bench.quality.subject import InProcess
-
-    subjects = {name: InProcess(model, name) for name in policies}
-    reference = subjects.get(run.FULL) or InProcess(model, run.FULL)
-    with bar() as progress:
-        total = sum(plan.samples for plan in plans) * (len(subjects) + 1)
-        task = progress.add_task("", total=total)
-
-        def on_cell(cell: Any) -> None:
-            progress.update(task, advance=1, description=f"{cell.task} {cell.tokens} {cell.policy}")
-
-        judged = list(subjects.values())
-        run.evaluate(reference, judged, writer, plans, results, seed, stepwise, on_cell)
 
 
 def with_lm_eval(

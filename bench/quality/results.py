@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvpress.bench.journal import append, drop_broken_line, read
 from kvpress.bench.quality.tasks import TASKS, Metric
 
 from kvpress.errors import KVPressError
@@ -65,7 +65,7 @@ class Results:
             self._go_on(path)
         else:
             head = {"format": FORMAT, "settings": settings, "environment": environment}
-            self._append(head)
+            append(path, head)
 
     def _go_on(self, path: Path) -> None:
         before = load(path)
@@ -80,9 +80,7 @@ class Results:
                 " or remove the file."
             )
         self._cells = {cell.key: cell for cell in before if cell.error is None}
-        text = path.read_text(encoding="utf-8")
-        if not text.endswith("\n"):  # a process died while it wrote the last line
-            path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+        drop_broken_line(path)
 
     def __contains__(self, key: tuple[Any, ...]) -> bool:
         return key in self._cells
@@ -97,22 +95,13 @@ class Results:
         """Keeps a finished cell."""
         self._cells[cell.key] = cell
         if self._path is not None:
-            self._append(asdict(cell))
-
-    def _append(self, line: dict[str, Any]) -> None:
-        assert self._path is not None
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise ResultsError(f"{self._path} cannot be written: {error}.") from error
+            append(self._path, asdict(cell))
 
 
 def load(path: Path) -> Results:
     """The results in a file; of several lines for one cell the last counts. Raises ResultsError."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        whole = [json.loads(line) for line in lines[:-1]]  # the last one is empty, or broken
+        whole = read(path)
         head, cells = whole[0], [_cell(line) for line in whole[1:]]
         if head["format"] != FORMAT:
             raise ResultsError(f"{path} has format {head['format']}; this version reads {FORMAT}.")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kvpress.bench.candidates import FULL
 from kvpress.bench.journal import Row
-from kvpress.bench.progress import bar
-from kvpress.bench.quality import run, suites, table
+from kvpress.bench.quality import suites, table
+from kvpress.bench.quality.fill import fill
 from kvpress.bench.quality.results import Results
 from kvpress.bench.quality.sample import Writer
 from kvpress.bench.speed.benches import Field, Load
@@ -40,20 +40,7 @@ def measure(
     model, tokenizer = load()
     results = Results({"model": setting.model, "dtype": setting.dtype}, facts, path)
     plans = suites.plans(asked.tasks, [suites.HIDDEN], lengths=lengths, samples=asked.samples)
-    subjects = [field.subject(model, name) for name in names]
-    reference = next((s for s in subjects if s.name == FULL), None) or field.subject(model, FULL)
-    with bar() as shown:
-        task = shown.add_task(
-            "quality", total=(1 + len(names)) * sum(plan.samples for plan in plans)
-        )
-        run.evaluate(
-            reference,
-            subjects,
-            Writer(tokenizer),
-            plans,
-            results,
-            on_cell=lambda _: shown.advance(task),
-        )
+    fill(results, names, partial(field.subject, model), Writer(tokenizer), plans)
     found: dict[tuple[str, int], list[Row]] = {}
     for block in table.blocks(results):
         for line in block.lines:

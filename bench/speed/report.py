@@ -39,20 +39,20 @@ def plot(rows: Sequence[Row]) -> Any | None:
     None where no axis has two values. Raises PlotError without matplotlib.
     """
     cells = by_cell(rows)
-    drawn_panels = list(panels(list(cells)))
-    if not drawn_panels:
+    panels = list(lines_of(list(cells)))
+    if not panels:
         return None
-    figure, axes = figure_of(len(drawn_panels))
+    figure, axes = figure_of(len(panels))
     names = dict.fromkeys(name for found in cells.values() for name in found)
     style = {name: (f"C{i % 10}", _MARKS[i % len(_MARKS)]) for i, name in enumerate(names)}
-    for axis, (field, line) in zip(axes, drawn_panels, strict=False):
+    for axis, (field, line) in zip(axes, panels, strict=False):
         _draw(axis, field, [(cell, cells[cell]) for cell in line], style)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
-def panels(cells: Sequence[Cell]) -> Iterator[tuple[str, list[Cell]]]:
+def lines_of(cells: Sequence[Cell]) -> Iterator[tuple[str, list[Cell]]]:
     """The axis, and the cells along it where all else is equal."""
     for field, other in (("tokens", "batch"), ("batch", "tokens")):
         for bench, fixed in dict.fromkeys((c.bench, getattr(c, other)) for c in cells):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvpress.bench.journal import Row
 from kvpress.bench.report import Sheet
@@ -31,12 +31,24 @@ class Column:
 
 
 def by_cell(rows: Iterable[Row]) -> dict[Cell, dict[str, Row]]:
-    """Rows by cell and candidate; of several for one candidate the last counts."""
+    """Rows by cell and candidate, of each cell those that were measured together last.
+
+    A file may hold a cell several times, with other settings or of another machine: a ratio of such
+    rows would be none.
+    """
     found: dict[Cell, dict[str, Row]] = {}
     for row in rows:
         cell = Cell(row["bench"], row["tokens"], row["batch"])
-        found.setdefault(cell, {})[row["candidate"]] = row
+        together = found.setdefault(cell, {})
+        if any(_run(other) != _run(row) for other in together.values()):
+            together.clear()
+        together[row["candidate"]] = row
     return found
+
+
+def _run(row: Row) -> tuple[Any, Any]:
+    """What rows of one run share."""
+    return row.get("settings"), row.get("environment")
 
 
 def sheets(rows: Iterable[Row], benches: dict[str, ModuleType]) -> Iterator[Sheet]:
