@@ -6,6 +6,7 @@ counts. Peaks are those of the whole process (or of the GPU), weights and buffer
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -112,7 +113,7 @@ def _decode(own: Candidate, ids: torch.Tensor, cache: Any) -> None:
 
 def _largest_batch(own: Candidate, ids: torch.Tensor, cap: int) -> int:
     def peak_of(batch: int) -> int:
-        peak = Peak(ids.device)
+        peak = _fresh_peak(own, ids.device)
         _decode(own, ids.expand(batch, -1), own.read(ids, batch))
         return peak.bytes()
 
@@ -122,7 +123,7 @@ def _largest_batch(own: Candidate, ids: torch.Tensor, cap: int) -> int:
 def _largest_context(own: Candidate, prompt: Callable[[int], torch.Tensor], cap: int) -> int:
     def peak_of(tokens: int) -> int:
         ids = prompt(tokens)
-        peak, cache = Peak(ids.device), own.new_cache()
+        peak, cache = _fresh_peak(own, ids.device), own.new_cache()
         own.forward(ids, cache)
         _decode(own, ids, cache)
         return peak.bytes()
@@ -131,6 +132,13 @@ def _largest_context(own: Candidate, prompt: Callable[[int], torch.Tensor], cap:
     positions = getattr(config, "max_position_embeddings", None)
     limit = None if positions is None else positions - _STEPS
     return largest(_or_infinite(peak_of), cap, start=256, limit=limit, precision=_PRECISION)
+
+
+def _fresh_peak(own: Candidate, device: torch.device) -> Peak:
+    """A peak in which nothing of the trial before counts."""
+    own.new_cache()  # an engine remembers its newest cache: let it be an empty one
+    gc.collect()
+    return Peak(device)
 
 
 def _or_infinite(peak_of: Callable[[int], int]) -> Callable[[int], float]:

@@ -16,7 +16,7 @@ from kvpress.bench import candidates, models, progress
 from kvpress.bench.commands import bench
 from kvpress.bench.journal import Journal, JournalError, read
 from kvpress.bench.run import PromptError
-from kvpress.bench.speed import benches, grid, prefill
+from kvpress.bench.speed import benches, grid, memory, prefill
 from kvpress.bench.speed import report as speed_report
 from kvpress.bench.speed.memory import largest
 from kvpress.bench.speed.options import with_budgets
@@ -259,6 +259,17 @@ def test_memory_counts_the_bytes_of_a_process_of_its_own(tmp_path: Path, tiny_mo
         assert found["bytes_peak_prefill"] >= found["bytes_before"] > 50 << 20
     assert rows["transformers"]["bytes_held"] == 2 * 3 * 2 * 2 * 16 * 403 * 4
     assert rows["h2o:budget=0.2"]["bytes_held"] < 0.3 * rows["transformers"]["bytes_held"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trial_does_not_count_what_the_one_before_held(name: str) -> None:
+    own, ids = candidates.candidate(helpers.tiny("llama"), name), helpers.prompt(1, 64)
+    with torch.inference_mode():
+        used = own.read(ids, 4)
+    gone = weakref.ref(used)
+    del used
+    memory._fresh_peak(own, torch.device("cpu"))
+    assert gone() is None
 
 
 # ---- the command line
