@@ -22,15 +22,18 @@ RECENT = 0.3  # of the tokens seen are protected, as in Keyformer (arXiv 2403.09
 COLUMN_BYTES = 12  # per slot: position read, mass read and written
 STEPS = 3  # of a check; later ones read what earlier ones evicted
 LAYER = 2
+MERGING = (2.7, 0.3, 0.7, True, True, False, True, False, False)  # what the last operands name
 
 
 def decode_step_case(shape: RowsShape, rotation: int) -> Case:
     """Append, attend, accumulate with fresh noise and evict one, all rows at their quotas.
 
-    `decode_rows` beside it only attends.
+    `decode_rows` beside it only attends; `absorb_step` is the step of a policy that merges: both
+    operators, which read the keys once more.
     """
     rows = shape.batch * shape.heads
     appended = rows * 2 * shape.width * shape.dtype.itemsize
+    merged = sum(shape.lengths) * shape.width * shape.dtype.itemsize
     size = shape.bytes + appended + (sum(shape.lengths) + rows) * COLUMN_BYTES
     return Case(
         group="decode_step",
@@ -41,7 +44,7 @@ def decode_step_case(shape: RowsShape, rotation: int) -> Case:
         bound="bytes",
         prepare=partial(_prepare, shape, size, rotation),
         check=partial(_check, shape),
-        other_work={"decode_rows": shape.bytes},
+        other_work={"decode_rows": shape.bytes, "absorb_step": size + merged},
     )
 
 
@@ -60,8 +63,9 @@ class Step:
     seen_B: Tensor
     quota_R: Tensor
     recent_B: Tensor
+    threshold_B: Tensor
 
-    def run(self, operator: Callable[..., Any], scaling: float) -> Tensor:
+    def run(self, operator: Callable[..., Any], scaling: float, evict: bool = True) -> Tensor:
         """The next decode step of these rows."""
         # Part of what is timed, as it is part of a step: one addition per sequence.
         self.seen_B.add_(1)
@@ -79,8 +83,19 @@ class Step:
             self.seen_B,
             self.quota_R,
             self.recent_B,
-            *(0, True, "mass", "fresh", 1.0, SEED, LAYER, scaling, 0.0),
+            *(0, evict, "mass", "fresh", 1.0, SEED, LAYER, scaling, 0.0),
         )
+        return out
+
+    def run_merging(self, scaling: float) -> Tensor:
+        """The same, but the slot that goes is merged into the one with the nearest key."""
+        out = self.run(ops.decode_step, scaling, evict=False)
+        rows = self.rows
+        pools = (rows.key_PDS, rows.value_PSE, self.position_PS, self.mass_PS)
+        bounds = (self.seen_B, self.quota_R, self.recent_B, 0)
+        turning = (None, False, 0, rows.key_PDS.shape[1])
+        books = (rows.table_RW, rows.counts_R, *bounds)
+        ops.absorb_step(*pools, *books, "mass", self.threshold_B, *turning, *MERGING)
         return out
 
     def copy(self) -> Step:
@@ -125,6 +140,7 @@ def make_step(shape: RowsShape, device: torch.device) -> Step:
         seen_B,
         rows.counts_R.clone(),
         (seen_B * RECENT).long(),
+        torch.zeros(shape.batch, device=device),
     )
 
 
@@ -138,6 +154,7 @@ def _prepare(shape: RowsShape, size: int, rotation: int, device: torch.device) -
         "decode_step": lambda number: steps[number % len(steps)].run(
             ops.decode_step, shape.scaling
         ),
+        "absorb_step": lambda number: steps[number % len(steps)].run_merging(shape.scaling),
     }
 
 

@@ -72,7 +72,8 @@ class SumsShape:
     def bytes(self) -> int:
         """Bytes of the fp32 queries that are summed, of the keys and positions, and of the sums."""
         query = self.queries * self.heads * self.group * self.width * 4
-        return query + self.tokens * self.heads * (self.width * 4 + 8 + 4)
+        sums = self.tokens * self.heads * self.group * 4
+        return query + sums + self.tokens * self.heads * (self.width * 4 + 8)
 
 
 def attention_sums_case(shape: SumsShape) -> Case:
@@ -184,4 +185,4 @@ def _exact(shape: SumsShape, query_BNPD: Tensor, key_BHSD: Tensor, position_BHS:
         logits_BHGPS = logits_BHGPS - noise.double().log()
     token_P = torch.arange(shape.tokens, device=query_BNPD.device)
     logits_BHGPS = logits_BHGPS.masked_fill(token_P > token_P[:, None], -torch.inf)
-    return logits_BHGPS.softmax(-1)[..., -shape.queries :, :].sum((2, 3))
+    return logits_BHGPS.softmax(-1)[..., -shape.queries :, :].sum(3).flatten(1, 2)

@@ -118,6 +118,17 @@ def operands(width: int, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[A
         position = torch.arange(160).repeat(2, 2, 1)
         numbers = (0.1, 0.0, 160, noise, 1.0, 7, 3)
         yield "attention_sums", noise, (prompt, prompt[:, :2], position, *numbers)
+    store = (key, value, *marks, table, counts, batch, counts, batch, 4, "mass", torch.zeros(2))
+    for case, pairs, counted in (
+        ("", 0, False),
+        ("turned", width // 4, False),
+        ("counted", 0, True),
+    ):
+        turning = (torch.zeros(pairs) if pairs else None, False, 0, width - counted)
+        rule = (2.7, 0.3, 0.7, True, True, False, True, False, counted)
+        yield "absorb_step", case, (*store, *turning, *rule)
+    allowed = torch.ones(2, 2, 160, dtype=torch.bool)
+    yield "match_keys", "", (prompt[:, 2:4], prompt[:, :2], allowed)
     for pool, last in ((key, True), (value, False)):
         dense = torch.zeros(16, width, dtype=dtype)
         kind = "channel-major" if last else "slot-major"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from kvpress.bench.case_match import MatchShape, match_keys_case
 from kvpress.bench.case_rows import decode_rows_case
 from kvpress.bench.case_slots import slots_case
 from kvpress.bench.case_step import decode_step_case
@@ -31,6 +32,7 @@ def cases(quick: bool = False, long: bool = False) -> list[Case]:
             for window in (None, 64):
                 settings: dict[str, Any] = {**SMOL, "noise": noise, "window": window}
                 made.append(attention_sums_case(SumsShape(tokens=tokens, **settings)))
+    made += [match_keys_case(shape) for shape in _matches(quick)]
     slots = next(shape for shape, _ in rows)
     return made + [slots_case(name, slots, rotation) for name in ("gather_slots", "scatter_slots")]
 
@@ -49,6 +51,13 @@ def _rows(quick: bool) -> Iterator[tuple[RowsShape, bool]]:
             # No rival: a dense cache would pad ragged rows to about three times their bytes.
             yield RowsShape(ragged=True, **shape), False
             yield RowsShape(ragged=False, shuffled=True, **shape), False
+
+
+def _matches(quick: bool) -> Iterator[MatchShape]:
+    """A fifth of a prompt of 8,000 tokens is kept."""
+    evicted, kept = (160, 40) if quick else (6400, 1600)
+    for dtype in STORAGE:
+        yield MatchShape(evicted=evicted, kept=kept, heads=3, width=64, dtype=dtype)
 
 
 def _prompts(quick: bool, long: bool) -> list[int]:

@@ -141,9 +141,9 @@ Threads threads() {
           }};
 }
 
-// Checks and fills what decode_rows and decode_step share.
-DecodeRows rows_of(const char* op, Shapes& shapes, const Strided& query, const Tensor& key, const Tensor& value,
-                   const Tensor& table, const Tensor& counts, double scaling, double softcap, bool appends) {
+// Checks the pages of rows. `appends`: whether each row is about to get one more slot.
+Pages pages_of(const char* op, Shapes& shapes, const Tensor& key, const Tensor& value, const Tensor& table,
+               const Tensor& counts, bool appends) {
   shapes.bind(key, "key_PDS");
   shapes.bind(value, "value_PSE");
   shapes.bind(table, "table_RW");
@@ -152,17 +152,12 @@ DecodeRows rows_of(const char* op, Shapes& shapes, const Strided& query, const T
   expect(op, counts, "counts_R", ScalarType::Long, "int64");
   expect(op, key, "key_PDS", key.scalar_type(), "");
   expect(op, value, "value_PSE", key.scalar_type(), "of the same dtype as key_PDS");
-  const int64_t batch = shapes['B'], query_heads = shapes['N'], rows = shapes['R'];
   if (shapes['D'] > kMostWidth || shapes['E'] > kMostWidth)
     refuse(op, "heads of ", shapes['D'], " and ", shapes['E'], " channels; at most ", kMostWidth, " are supported");
-  if (batch == 0 || rows % batch || rows == 0 || query_heads % (rows / batch))
-    refuse(op, "table_RW has ", rows, " rows; query_BNQD of shape ", shape_of(query.tensor),
-           " needs a multiple of B whose number of KV heads divides N");
-  if (softcap < 0) refuse(op, "softcap is ", softcap, "; it must be positive, or 0 for none");
   const Pages pages{key.data_ptr(), value.data_ptr(), type_of(op, key, "key_PDS"), shapes['P'], shapes['S'],
                     shapes['D'], shapes['E'], static_cast<const int32_t*>(table.data_ptr()), shapes['W']};
   const auto* count = static_cast<const int64_t*>(counts.data_ptr());
-  for (int64_t r = 0; r < rows; r++) {
+  for (int64_t r = 0; r < shapes['R']; r++) {
     const int64_t slots = count[r] + appends, needed = (slots + pages.page_slots - 1) / pages.page_slots;
     if (count[r] < 0 || needed > pages.table_width)
       refuse(op, "row ", r, " holds ", slots, " slots, but table_RW has room for ", pages.table_width * pages.page_slots);
@@ -174,10 +169,21 @@ DecodeRows rows_of(const char* op, Shapes& shapes, const Strided& query, const T
     if (needed > 0 && last >= pages.pages)
       refuse(op, "table_RW names page ", int32_t(last), " in row ", r, "; pages 0 to ", pages.pages - 1, " exist");
   }
+  return pages;
+}
+
+// Checks and fills what decode_rows and decode_step share.
+DecodeRows rows_of(const char* op, Shapes& shapes, const Strided& query, const Tensor& key, const Tensor& value,
+                   const Tensor& table, const Tensor& counts, double scaling, double softcap, bool appends) {
   DecodeRows a{};
+  a.pages = pages_of(op, shapes, key, value, table, counts, appends);
+  const int64_t batch = shapes['B'], query_heads = shapes['N'], rows = shapes['R'];
+  if (batch == 0 || rows % batch || rows == 0 || query_heads % (rows / batch))
+    refuse(op, "table_RW has ", rows, " rows; query_BNQD of shape ", shape_of(query.tensor),
+           " needs a multiple of B whose number of KV heads divides N");
+  if (softcap < 0) refuse(op, "softcap is ", softcap, "; it must be positive, or 0 for none");
   a.query = query.heads;
-  a.pages = pages;
-  a.counts = count;
+  a.counts = static_cast<const int64_t*>(counts.data_ptr());
   a.batch = batch;
   a.heads = rows / batch;
   a.group = query_heads / a.heads;
@@ -269,6 +275,67 @@ Tensor decode_step(const Tensor& query, const Tensor& key, const Tensor& value, 
   return out;
 }
 
+void absorb_step(Tensor key_pool, Tensor value_pool, Tensor position_pool, std::optional<Tensor> mass_pool, Tensor table,
+                 Tensor counts, Tensor seen, Tensor quota, Tensor recent, int64_t sink, std::string rank, Tensor threshold,
+                 std::optional<Tensor> frequency, bool interleaved, int64_t start, int64_t width, double own,
+                 double memory, double gain, bool largest, bool normalised, bool together, bool keys, bool sinks,
+                 bool counted) {
+  const char* op = "absorb_step";
+  Shapes shapes(op);
+  shapes.bind(seen, "seen_B");
+  shapes.bind(quota, "quota_R");
+  shapes.bind(recent, "recent_B");
+  shapes.bind(threshold, "threshold_B");
+  for (const Tensor* x : {&seen, &quota, &recent}) expect(op, *x, "seen_B, quota_R and recent_B", ScalarType::Long, "int64");
+  expect(op, threshold, "threshold_B", ScalarType::Float, "float32");
+  const int64_t batch = shapes['B'], rows = shapes['R'];
+  if (batch == 0 || rows % batch) refuse(op, "quota_R has ", rows, " rows for ", batch, " sequences");
+  AbsorbStep a{};
+  a.pages = pages_of(op, shapes, key_pool, value_pool, table, counts, false);
+  shapes.bind(position_pool, "position_PS");
+  expect(op, position_pool, "position_PS", ScalarType::Int, "int32");
+  if (mass_pool) {
+    shapes.bind(*mass_pool, "mass_PS");
+    expect(op, *mass_pool, "mass_PS", ScalarType::Float, "float32");
+    a.mass = static_cast<float*>(mass_pool->data_ptr());
+  }
+  if (frequency) {
+    shapes.bind(*frequency, "frequency_F");
+    expect(op, *frequency, "frequency_F", ScalarType::Float, "float32");
+    a.frequency = static_cast<const float*>(frequency->data_ptr());
+    a.pairs = shapes['F'];
+  }
+  a.rank = one_of<Rank>(op, "rank", rank, {"mass", "mass_per_age", "position"});
+  if (!a.mass && a.rank != Rank::kPosition) refuse(op, "rank='", rank, "' needs mass_PS");
+  if (width < 1 || width > a.pages.key_width - counted)
+    refuse(op, "width is ", width, "; keys have ", a.pages.key_width, " channels, ", int(counted), " of counts");
+  if (start < 0 || start + 2 * a.pairs > width)
+    refuse(op, a.pairs, " pairs of channels from ", start, " on do not fit into ", width);
+  if (a.pairs && !keys) refuse(op, "frequency_F is given, but keys are not merged");
+  a.position = static_cast<int32_t*>(position_pool.data_ptr());
+  a.counts = static_cast<int64_t*>(counts.data_ptr());
+  a.seen = static_cast<const int64_t*>(seen.data_ptr());
+  a.quota = static_cast<const int64_t*>(quota.data_ptr());
+  a.recent = static_cast<const int64_t*>(recent.data_ptr());
+  a.batch = batch;
+  a.heads = rows / batch;
+  a.sink = sink;
+  a.threshold = static_cast<float*>(threshold.data_ptr());
+  a.start = start;
+  a.interleaved = interleaved;
+  a.width = width;
+  a.own = own;
+  a.memory = memory;
+  a.gain = gain;
+  a.largest = largest;
+  a.normalised = normalised;
+  a.together = together;
+  a.keys = keys;
+  a.sinks = sinks;
+  a.counted = counted;
+  kernels().absorb_step(a, threads());
+}
+
 // Checks and fills what attention_sums and attend_sums share. The tensors that `a` points into live in the others.
 AttentionSums sums_of(const char* op, Shapes& shapes, const Strided& queries, const Strided& keys, const Tensor& position,
                       const Tensor& sums, double scaling, double softcap, const Observation& observation) {
@@ -309,7 +376,7 @@ Tensor attention_sums(Tensor query, Tensor key, Tensor position, double scaling,
   const Tensor positions = positions_of(op, shapes, position);
   if (window < 0) refuse(op, "window is ", window, "; it must not be negative");
   const Strided queries(op, query, "query_BNPD"), keys(op, key, "key_BHSD");
-  Tensor sums = torch::stable::new_empty(query, {shapes['B'], shapes['H'], shapes['S']}, ScalarType::Float);
+  Tensor sums = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['S']}, ScalarType::Float);
   AttentionSums a = sums_of(op, shapes, queries, keys, positions, sums, scaling, softcap,
                             observation_of(op, noise, tau, seed, layer));
   a.window = window;
@@ -330,7 +397,7 @@ std::tuple<Tensor, Tensor> attend_sums(Tensor query, Tensor key, Tensor value, T
     refuse(op, shapes['P'], " queries for ", shapes['S'], " slots; a whole prompt has as many of both. Use attention_sums for a chunk");
   const Strided queries(op, query, "query_BNPD"), keys(op, key, "key_BHSD"), values(op, value, "value_BHSE");
   Tensor out = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['P'], shapes['E']});
-  Tensor sums = torch::stable::new_empty(query, {shapes['B'], shapes['H'], shapes['S']}, ScalarType::Float);
+  Tensor sums = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['S']}, ScalarType::Float);
   AttentionSums a = sums_of(op, shapes, queries, keys, positions, sums, scaling, softcap,
                             observation_of(op, noise, tau, seed, layer));
   a.value = values.heads;
@@ -338,6 +405,35 @@ std::tuple<Tensor, Tensor> attend_sums(Tensor query, Tensor key, Tensor value, T
   a.out = out.data_ptr();
   kernels().attention_sums(a, threads());
   return {out, sums};
+}
+
+std::tuple<Tensor, Tensor> match_keys(Tensor evicted, Tensor kept, Tensor allowed) {
+  const char* op = "match_keys";
+  Shapes shapes(op);
+  shapes.bind(evicted, "evicted_BHED");
+  shapes.bind(kept, "kept_BHCD");
+  shapes.bind(allowed, "allowed_BHC");
+  if (shapes['D'] > kMostWidth) refuse(op, "keys of ", shapes['D'], " channels; at most ", kMostWidth, " are supported");
+  const Strided evicted_keys(op, evicted, "evicted_BHED"), kept_keys(op, kept, "kept_BHCD");
+  if (kept.scalar_type() != evicted.scalar_type()) refuse(op, "kept_BHCD must be of the same dtype as evicted_BHED");
+  if (allowed.scalar_type() != ScalarType::Bool) refuse(op, "allowed_BHC must be bool");
+  const Tensor targets_allowed = torch::stable::contiguous(allowed);
+  const int64_t batch = shapes['B'], heads = shapes['H'], keys = shapes['E'];
+  Tensor similarity = empty({batch, heads, keys}, ScalarType::Float);
+  Tensor target = empty({batch, heads, keys}, ScalarType::Long);
+  MatchKeys a{};
+  a.evicted_key = evicted_keys.heads;
+  a.kept_key = kept_keys.heads;
+  a.allowed = static_cast<const bool*>(targets_allowed.data_ptr());
+  a.batch = batch;
+  a.heads = heads;
+  a.evicted = keys;
+  a.kept = shapes['C'];
+  a.width = shapes['D'];
+  a.similarity = static_cast<float*>(similarity.data_ptr());
+  a.target = static_cast<int64_t*>(target.data_ptr());
+  kernels().match_keys(a, threads());
+  return {similarity, target};
 }
 
 // Checks what gather_slots and scatter_slots share; `slots` is filled in by them.
@@ -390,8 +486,10 @@ void scatter_slots(Tensor pool, Tensor address, Tensor slots, bool slot_last) {
 STABLE_TORCH_LIBRARY_IMPL(kvpress, CPU, library) {
   library.impl("decode_rows", TORCH_BOX(&kvpress::decode_rows));
   library.impl("decode_step", TORCH_BOX(&kvpress::decode_step));
+  library.impl("absorb_step", TORCH_BOX(&kvpress::absorb_step));
   library.impl("attention_sums", TORCH_BOX(&kvpress::attention_sums));
   library.impl("attend_sums", TORCH_BOX(&kvpress::attend_sums));
+  library.impl("match_keys", TORCH_BOX(&kvpress::match_keys));
   library.impl("gather_slots", TORCH_BOX(&kvpress::gather_slots));
   library.impl("scatter_slots", TORCH_BOX(&kvpress::scatter_slots));
 }

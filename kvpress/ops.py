@@ -127,6 +127,11 @@ def decode_step(*args: Any) -> Tensor:
     return out
 
 
+def absorb_step(*args: Any) -> None:
+    """Evict one slot of rows above their quotas and merge it; see csrc/absorb_step."""
+    _operator("absorb_step")(*args)
+
+
 def attend_sums(*args: Any) -> tuple[Tensor, Tensor]:
     """Attention of a prompt and its column sums; see csrc/attend_sums."""
     out, sums = _operator("attend_sums")(*args)
@@ -137,6 +142,14 @@ def attention_sums(*args: Any) -> Tensor:
     """Column sums of a prompt's attention; see csrc/attention_sums."""
     sums: Tensor = _operator("attention_sums")(*args)
     return sums
+
+
+def match_keys(
+    evicted_BHED: Tensor, kept_BHCD: Tensor, allowed_BHC: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cosine and index of the nearest kept key of every evicted key; see csrc/match_keys."""
+    similarity, target = _operator("match_keys")(evicted_BHED, kept_BHCD, allowed_BHC)
+    return similarity, target
 
 
 def gather_slots(pool_PX: Tensor, address_N: Tensor, slot_last: bool = False) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 SCHEMA = (
     "attend_sums(Tensor query_BNPD, Tensor key_BHSD, Tensor value_BHSE, Tensor position_BHS,"
     " float scaling, float softcap, str noise, float tau, int seed, int layer)"
-    " -> (Tensor out_BNPE, Tensor sums_BHS)"
+    " -> (Tensor out_BNPE, Tensor sums_BNS)"
 )
 
 
@@ -18,4 +18,5 @@ def fake(
 ) -> tuple[Tensor, Tensor]:
     """Empty results of the right shapes and dtypes."""
     out_BNPE = query_BNPD.new_empty(*query_BNPD.shape[:3], value_BHSE.shape[3])
-    return out_BNPE, key_BHSD.new_empty(key_BHSD.shape[:3]).float()
+    sums_BNS = key_BHSD.new_empty(*query_BNPD.shape[:2], key_BHSD.shape[2]).float()
+    return out_BNPE, sums_BNS

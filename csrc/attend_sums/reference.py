@@ -23,7 +23,7 @@ def attend_sums(
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of a whole prompt, `[B, N, P, E]`, and what each slot received of it.
 
-    The sums, fp32 `[B, H, S]`, are those of `attention_sums` over all queries. Every slot holds a
+    The sums, fp32 `[B, N, S]`, are those of `attention_sums` over all queries. Every slot holds a
     token, so that P = S. Raises OperatorError.
     """
     check(query_BNPD, key_BHSD, value_BHSE, position_BHS, softcap, noise, tau)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 SCHEMA = (
     "attention_sums(Tensor query_BNPD, Tensor key_BHSD, Tensor position_BHS, float scaling, float"
-    " softcap, int window, str noise, float tau, int seed, int layer) -> Tensor sums_BHS"
+    " softcap, int window, str noise, float tau, int seed, int layer) -> Tensor sums_BNS"
 )
 
 
 def fake(query_BNPD: Tensor, key_BHSD: Tensor, *args: Any) -> Tensor:
     """An empty result of the right shape and dtype."""
-    return key_BHSD.new_empty(key_BHSD.shape[:3], dtype=torch.float32)
+    shape = (*query_BNPD.shape[:2], key_BHSD.shape[2])
+    return key_BHSD.new_empty(shape, dtype=torch.float32)

@@ -41,10 +41,10 @@ class RowSums {
       const int64_t begin = first + (per_head - 1 - i / a_.group) * step;  // the longest first
       sum_queries(i % a_.group, begin, std::min(begin + step, a_.queries), partial + i * padded_);
     });
-    float* sums = a_.sums + (b_ * a_.heads + h_) * a_.slots;
-    std::fill_n(sums, a_.slots, 0.0f);
+    float* sums = a_.sums + (b_ * a_.heads + h_) * a_.group * a_.slots;
+    std::fill_n(sums, a_.group * a_.slots, 0.0f);
     for (int64_t i = 0; i < tasks; i++)
-      for (int64_t s = 0; s < a_.slots; s++) sums[s] += partial[i * padded_ + s];
+      for (int64_t s = 0; s < a_.slots; s++) sums[i % a_.group * a_.slots + s] += partial[i * padded_ + s];
   }
 
  private:

@@ -24,9 +24,9 @@ def attention_sums(
     seed: int,
     layer: int,
 ) -> Tensor:
-    """Attention that each slot receives from the last `window` queries: fp32 `[B, H, S]`.
+    """Attention that each slot receives from the last `window` queries: fp32 `[B, N, S]`.
 
-    Summed over the query group. The P queries belong to the last P slots, in order; query i sees
+    The P queries belong to the last P slots, in order; query i sees
     slots 0 … S − P + i that hold a token (position >= 0). See README.md for the formulas of the
     three kinds of noise. Raises OperatorError.
     """
@@ -40,7 +40,7 @@ def attention_sums(
     key_position_BH11S = position_BHS[:, :, None, None]
     empty_BH11S = key_position_BH11S < 0
     any_empty = bool(empty_BH11S.any())
-    sums_BHS = torch.zeros(batch, heads, slots, dtype=torch.float32, device=query_BNPD.device)
+    sums_BHGS = torch.zeros(batch, heads, group, slots, device=query_BNPD.device)
 
     frozen_BHG1S = None
     if noise == "frozen":
@@ -70,7 +70,7 @@ def attention_sums(
             boost_BHG1s = frozen_BHG1S[..., :seen].reciprocal()
             norm_BHGp1 = torch.matmul(w_BHGps, boost_BHG1s.mT)
             sums = torch.matmul(norm_BHGp1.reciprocal().mT, w_BHGps) * boost_BHG1s
-            sums_BHS[..., :seen] += sums.squeeze(3).sum(2)
+            sums_BHGS[..., :seen] += sums.squeeze(3)
             continue
         if frozen_BHG1S is not None:
             x_BHGps -= frozen_BHG1S[..., :seen].log()
@@ -81,8 +81,8 @@ def attention_sums(
             ).log_()
         if tau != 1.0:
             x_BHGps /= tau
-        sums_BHS[..., :seen] += x_BHGps.softmax(-1).sum((2, 3))
-    return sums_BHS
+        sums_BHGS[..., :seen] += x_BHGps.softmax(-1).sum(3)
+    return sums_BHGS.flatten(1, 2)
 
 
 def check(

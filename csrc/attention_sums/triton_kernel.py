@@ -67,7 +67,7 @@ def attention_sums(
     seed: int,
     layer: int,
 ) -> Tensor:
-    """Attention that each slot receives from the last `window` queries: fp32 `[B, H, S]`.
+    """Attention that each slot receives from the last `window` queries: fp32 `[B, N, S]`.
 
     The same as the reference. Moves keys once per block of queries and queries once per block of
     keys, and holds 4 bytes per query and part of the keys. Raises OperatorError.
@@ -76,15 +76,16 @@ def attention_sums(
     batch, query_heads, queries, width = query_BNPD.shape
     heads, slots = key_BHSD.shape[1:3]
     summed = min(window, queries)
-    sums_BHS = torch.zeros(batch, heads, slots, dtype=torch.float32, device=query_BNPD.device)
-    if not summed or not sums_BHS.numel():
-        return sums_BHS
+    shape = (batch, query_heads, slots)
+    sums_BNS = torch.zeros(shape, dtype=torch.float32, device=query_BNPD.device)
+    if not summed or not sums_BNS.numel():
+        return sums_BNS
     is_wide = wide(query_BNPD.dtype, key_BHSD.dtype)
     launch = by_architecture(LAUNCH, query_BNPD, width, is_wide)
     blocks, key_blocks = triton.cdiv(summed, launch.block_m), triton.cdiv(slots, launch.block_s)
     splits = min(key_blocks, max(1, PROGRAMS // (blocks * batch * query_heads)))
     chunk = triton.cdiv(key_blocks, splits) * launch.block_s
-    lse = sums_BHS.new_empty(splits, batch, query_heads, summed)
+    lse = sums_BNS.new_empty(splits, batch, query_heads, summed)
     operands = (query_BNPD, key_BHSD, position_BHS)
     numbers = (scaling, softcap, 1.0 / tau, noise_stream(seed, layer))
     strides = (*query_BNPD.stride(), *key_BHSD.stride(), *position_BHS.stride())
@@ -108,10 +109,10 @@ def attention_sums(
             *operands, lse, *numbers, *strides, *sizes, chunk, **options
         )
         lse_BNP = lse.logsumexp(0) if splits > 1 else lse
-        sums_kernel[(key_blocks, batch * heads)](
-            *operands, lse_BNP, sums_BHS, *numbers, *strides, *sizes, **options
+        sums_kernel[(key_blocks, batch * query_heads)](
+            *operands, lse_BNP, sums_BNS, *numbers, *strides, *sizes, **options
         )
-    return sums_BHS
+    return sums_BNS
 
 
 @triton.jit
@@ -285,43 +286,41 @@ def sums_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The columns of a block of slots of one row, over its query group and all queries."""
-    row = tl.program_id(1).to(tl.int64)
-    sequence, kv_head = row // HEADS, row % HEADS
+    """The columns of a block of slots of one query head, over all queries."""
+    item = tl.program_id(1).to(tl.int64)
+    sequence, head = item // (HEADS * GROUP), item % (HEADS * GROUP)
     query += sequence * query_batch
-    key += sequence * key_batch + kv_head * key_head
-    position += sequence * position_batch + kv_head * position_head
+    key += sequence * key_batch + head // GROUP * key_head
+    position += sequence * position_batch + head // GROUP * position_head
     s_S = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     key_DS = load_keys(key, s_S, key_slot, key_width, slots, D, BLOCK_D)
     at_S = s_S.to(tl.int64) * position_slot
     position_S = tl.load(position + at_S, mask=s_S < slots, other=-1).to(tl.int32)
     first = tl.maximum(queries - summed, tl.program_id(0) * BLOCK_S - (slots - queries))
     sums_MS = tl.zeros([BLOCK_M, BLOCK_S], tl.float32)
-    for member in range(GROUP):
-        head = kv_head * GROUP + member
-        for start in range(first, queries, BLOCK_M):
-            i_M = start + tl.arange(0, BLOCK_M)
-            own_M = slots - queries + i_M
-            query_MD = load_queries(
-                query, head, i_M, query_head, query_token, query_width, queries, D, BLOCK_D
-            )
-            noise_M = noise_rows(stream, head, position, own_M, position_slot, slots, NOISE)
-            y_MS = noisy_logits(
-                query_MD,
-                key_DS,
-                position_S,
-                s_S,
-                own_M,
-                noise_M,
-                scaling,
-                softcap,
-                coldness,
-                WIDE,
-                CAPPED,
-                NOISE,
-            )
-            from_M = (row * GROUP + member) * summed + i_M - (queries - summed)
-            # A query that sees nothing has an LSE of -inf, one that is not there one of +inf.
-            norm_M = tl.load(lse + from_M, mask=i_M < queries, other=float("inf"))
-            sums_MS += tl.exp(y_MS - finite(norm_M)[:, None])
-    tl.store(sums + row * slots + s_S, tl.sum(sums_MS, 0), mask=s_S < slots)
+    for start in range(first, queries, BLOCK_M):
+        i_M = start + tl.arange(0, BLOCK_M)
+        own_M = slots - queries + i_M
+        query_MD = load_queries(
+            query, head, i_M, query_head, query_token, query_width, queries, D, BLOCK_D
+        )
+        noise_M = noise_rows(stream, head, position, own_M, position_slot, slots, NOISE)
+        y_MS = noisy_logits(
+            query_MD,
+            key_DS,
+            position_S,
+            s_S,
+            own_M,
+            noise_M,
+            scaling,
+            softcap,
+            coldness,
+            WIDE,
+            CAPPED,
+            NOISE,
+        )
+        from_M = item * summed + i_M - (queries - summed)
+        # A query that sees nothing has an LSE of -inf, one that is not there one of +inf.
+        norm_M = tl.load(lse + from_M, mask=i_M < queries, other=float("inf"))
+        sums_MS += tl.exp(y_MS - finite(norm_M)[:, None])
+    tl.store(sums + item * slots + s_S, tl.sum(sums_MS, 0), mask=s_S < slots)

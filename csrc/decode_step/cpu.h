@@ -3,19 +3,16 @@
 
 #include "../decode_rows/cpu.h"
 #include "../include/noise.h"
+#include "../include/slots.h"
 
 namespace kvpress::KERNEL_ISA {
 
 // The unprotected slot with the smallest score; of equal ones the latest. A NaN is the smallest of all.
 class Victim {
  public:
-  Victim(const DecodeStep& a, int64_t r) {
-    const int64_t b = r / a.attend.heads;
-    seen_ = a.seen[b];
-    sink_ = int32_t(std::min<int64_t>(a.sink, INT32_MAX));
-    until_ = int32_t(std::max<int64_t>(0, seen_ - a.recent[b]));
-    rank_ = a.rank;
-  }
+  Victim(Rank rank, int64_t seen, int64_t sink, int64_t recent)
+      : seen_(seen), sink_(int32_t(std::min<int64_t>(sink, INT32_MAX))),
+        until_(int32_t(std::max<int64_t>(0, seen - recent))), rank_(rank) {}
 
   // Slots slot … slot + kWidth − 1, of which those from `count` on are none.
   void consider(int64_t slot, int64_t count, IntVec position, Vec score) {
@@ -54,17 +51,17 @@ class Step {
  public:
   // kept: without memory where no mass is kept; totals: [R, M, blocks], the sums of noisy exponentials
   Step(const DecodeStep& a, const BlockWeights& kept, float* totals)
-      : a_(a), kept_(kept), totals_(totals), plain_(a.observation.noise == Noise::kNone && a.observation.tau == 1.0) {}
+      : a_(a), slots_{a.attend.pages, a.position, a.mass}, kept_(kept), totals_(totals), plain_(a.observation.noise == Noise::kNone && a.observation.tau == 1.0) {}
 
   // The new token goes behind the others of its row. Its page is read right after, by the same thread.
   void before_last_chunk(int64_t r) {
     const int64_t slot = a_.counts[r], b = r / heads(), h = r % heads();
-    const Place place = find(r, slot);
+    const Place place = slots_.find(r, slot);
     const int64_t key = b * a_.key.batch_stride + h * a_.key.head_stride;
     const int64_t value = b * a_.value.batch_stride + h * a_.value.head_stride;
-    E* channel = key_of(place);
+    E* channel = slots_.key(place);
     for (int64_t d = 0; d < pages().key_width; d++) copy_one(a_.key, key + d, channel + d * pages().page_slots);
-    for (int64_t d = 0; d < pages().value_width; d++) copy_one(a_.value, value + d, value_of(place) + d);
+    for (int64_t d = 0; d < pages().value_width; d++) copy_one(a_.value, value + d, slots_.value(place) + d);
     a_.position[place.address] = int32_t(a_.seen[b] - 1);
     if (a_.mass) a_.mass[place.address] = 0;
   }
@@ -97,69 +94,30 @@ class Step {
     const bool evicts = a_.evict && count > a_.quota[r];
     if (!a_.mass && !evicts) return;
     for (int64_t m = 0; m < kept_.m && a_.mass; m++) kept_.normalise(r, m, count, plain_ ? lse[m] : noisy_lse(r, m, count));
-    Victim victim(a_, r);
+    Victim victim(a_.rank, a_.seen[r / heads()], a_.sink, a_.recent[r / heads()]);
     alignas(64) int32_t position[kTile];
     alignas(64) float mass[kTile] = {};
-    Place place = find(r, 0);  // of the tile, where tiles lie in one page
-    for (int64_t s = 0, w = 0; s < count; s += kTile) {
-      const int64_t slots = std::min<int64_t>(kTile, count - s);
-      read_tile(r, s, slots, place, a_.position, position);
+    slots_.each_tile(r, count, [&](int64_t s, int64_t slots, const Place& place) {
+      slots_.read_tile(r, s, slots, place, a_.position, position);
       if (a_.mass) {
-        read_tile(r, s, slots, place, a_.mass, mass);
+        slots_.read_tile(r, s, slots, place, a_.mass, mass);
         observe(r, s, mass);
-        write_tile(r, s, slots, place, mass, a_.mass);
+        slots_.write_tile(r, s, slots, place, mass, a_.mass);
       }
       for (int i = 0; i < kTile && evicts; i += kWidth)
         victim.consider(s + i, count, load(position + i), load(mass + i));
-      place.address += kTile;
-      place.offset += kTile;
-      if (place.offset >= pages().page_slots && s + kTile < count) {
-        place.offset = 0;
-        place.address = int64_t{pages().table[r * pages().table_width + ++w]} * pages().page_slots;
-      }
-    }
-    if (evicts) evict(r, count, victim.slot());
+    });
+    if (evicts && slots_.drop(r, victim.slot(), count)) a_.counts[r] = count - 1;
   }
 
  private:
-  struct Place {
-    int64_t page, offset, address;
-  };
-
   const Pages& pages() const { return a_.attend.pages; }
   int64_t heads() const { return a_.attend.heads; }
-  bool in_place() const { return pages().page_slots % kTile == 0; }
-
-  Place find(int64_t r, int64_t slot) const {
-    const int64_t page = pages().table[r * pages().table_width + slot / pages().page_slots];
-    const int64_t offset = slot % pages().page_slots;
-    return {page, offset, page * pages().page_slots + offset};
-  }
-  E* key_of(Place p) const { return static_cast<E*>(pages().key) + p.page * pages().key_width * pages().page_slots + p.offset; }
-  E* value_of(Place p) const { return static_cast<E*>(pages().value) + p.address * pages().value_width; }
 
   static void copy_one(const Heads& from, int64_t offset, E* to) {
     float x = 0;
     read_floats(from.data, from.type, offset, 1, 1.0f, &x);
     from_float(x, to);
-  }
-
-  // A tile lies in one page, at `place`, where pages hold whole tiles; otherwise in several.
-  template <class T>
-  void read_tile(int64_t r, int64_t begin, int64_t slots, const Place& place, const T* column, T* to) const {
-    if (in_place()) {
-      std::copy_n(column + place.address, kTile, to);
-    } else {
-      for (int64_t i = 0; i < slots; i++) to[i] = column[find(r, begin + i).address];
-    }
-  }
-  template <class T>
-  void write_tile(int64_t r, int64_t begin, int64_t slots, const Place& place, const T* from, T* column) const {
-    if (in_place()) {
-      std::copy_n(from, kTile, column + place.address);
-    } else {
-      for (int64_t i = 0; i < slots; i++) column[find(r, begin + i).address] = from[i];
-    }
   }
 
   // Keeps y = (x + ζ)/τ of a block, -inf beyond its slots up to a whole tile, and the largest y of each query.
@@ -173,7 +131,7 @@ class Step {
     alignas(64) int32_t position[kBlock];
     alignas(64) float noise[kBlock];
     for (int64_t s = 0; s < slots && noisy; s += kTile)
-      read_tile(r, begin + s, std::min<int64_t>(kTile, slots - s), find(r, begin + s), a_.position, position + s);
+      slots_.read_tile(r, begin + s, std::min<int64_t>(kTile, slots - s), slots_.find(r, begin + s), a_.position, position + s);
     for (int m = 0; m < queries; m++) {
       const uint32_t row = noise_row(o.seed, o.layer, r % heads() * a_.attend.group + m0 + m, of_query);
       float* y = kept_.row(r, m0 + m) + begin;
@@ -210,19 +168,8 @@ class Step {
     }
   }
 
-  // The last slot of the row takes the place of the victim.
-  void evict(int64_t r, int64_t count, int64_t slot) const {
-    if (slot < 0) return;
-    const Place to = find(r, slot), from = find(r, count - 1);
-    for (int64_t d = 0; d < pages().key_width; d++)
-      key_of(to)[d * pages().page_slots] = key_of(from)[d * pages().page_slots];
-    std::copy_n(value_of(from), pages().value_width, value_of(to));
-    a_.position[to.address] = a_.position[from.address];
-    if (a_.mass) a_.mass[to.address] = a_.mass[from.address];
-    a_.counts[r] = count - 1;
-  }
-
   const DecodeStep& a_;
+  RowSlots<E> slots_;
   BlockWeights kept_;
   float* totals_;
   bool plain_;

@@ -202,6 +202,39 @@ def noisy(
     return y_GS * coldness
 
 
+@triton.jit
+def rank_of(mass_S, position_S, now, RANK: tl.constexpr):
+    """What slots are ranked by."""
+    score_S = position_S.to(tl.float32)
+    if RANK == MASS:
+        score_S = mass_S
+    if RANK == MASS_PER_AGE:
+        age_S = tl.maximum(now - position_S, 1)
+        score_S = tl.div_rn(mass_S, age_S.to(tl.float32))
+    return score_S
+
+
+@triton.jit
+def consider(lowest_S, latest_S, victim_S, score_S, position_S, s_S, open_S):
+    """The lowest open slot that every lane has met; of equal ones the latest."""
+    score_S = tl.where(score_S != score_S, float("-inf"), score_S)
+    tied_S = (score_S == lowest_S) & (position_S > latest_S)
+    worse_S = open_S & ((score_S < lowest_S) | tied_S)
+    lowest_S = tl.where(worse_S, score_S, lowest_S)
+    latest_S = tl.where(worse_S, position_S, latest_S)
+    return lowest_S, latest_S, tl.where(worse_S, s_S, victim_S)
+
+
+@triton.jit
+def worst(lowest_S, latest_S, victim_S):
+    """The position and the slot of the lowest of all lanes; the position is -1 if there is none."""
+    lowest = tl.min(tl.where(latest_S >= 0, lowest_S, float("inf")), 0)
+    latest = tl.max(tl.where(lowest_S == lowest, latest_S, -1), 0)
+    # Positions differ within a row, so that one lane is left.
+    victim = tl.max(tl.where((latest_S == latest) & (lowest_S == lowest), victim_S, 0), 0)
+    return latest, victim
+
+
 @triton.jit(do_not_specialize=["sink", "stream", "table_width"])
 def finish_kernel(
     key,
@@ -278,7 +311,6 @@ def finish_kernel(
                 top_G = new_G
             norm_G = finite(top_G) + tl.log(tl.where(total_G == 0, 1.0, total_G))
 
-    # The lowest open slot that every lane has met.
     lowest_S = tl.full([BLOCK_S], float("inf"), tl.float32)
     latest_S = tl.full([BLOCK_S], -1, tl.int32)
     victim_S = tl.zeros([BLOCK_S], tl.int32)
@@ -305,25 +337,15 @@ def finish_kernel(
             mass_S = tl.load(mass + address_S, mask=s_S < count, other=0)
             mass_S += tl.sum(tl.exp(y_GS - norm_G[:, None]), 0)
             tl.store(mass + address_S, mass_S, mask=s_S < count)
-            if RANK == MASS:
-                score_S = mass_S
-            if RANK == MASS_PER_AGE:
-                age_S = tl.maximum(now - position_S, 1)
-                score_S = tl.div_rn(mass_S, age_S.to(tl.float32))
+            score_S = rank_of(mass_S, position_S, now, RANK)
         if EVICTS:
-            score_S = tl.where(score_S != score_S, float("-inf"), score_S)
             open_S = (s_S < count) & (position_S >= sink) & (position_S < open_to)
-            tied_S = (score_S == lowest_S) & (position_S > latest_S)
-            worse_S = open_S & ((score_S < lowest_S) | tied_S)
-            lowest_S = tl.where(worse_S, score_S, lowest_S)
-            latest_S = tl.where(worse_S, position_S, latest_S)
-            victim_S = tl.where(worse_S, s_S, victim_S)
+            lowest_S, latest_S, victim_S = consider(
+                lowest_S, latest_S, victim_S, score_S, position_S, s_S, open_S
+            )
     if EVICTS:
-        lowest = tl.min(tl.where(latest_S >= 0, lowest_S, float("inf")), 0)
-        latest = tl.max(tl.where(lowest_S == lowest, latest_S, -1), 0)
+        latest, victim = worst(lowest_S, latest_S, victim_S)
         if over & (latest >= 0):
-            # Positions differ within a row, so that one lane is left.
-            victim = tl.max(tl.where((latest_S == latest) & (lowest_S == lowest), victim_S, 0), 0)
             tl.debug_barrier()  # the masses written above are moved below, by other threads
             to_page = tl.load(table + victim // PAGE).to(tl.int64)
             from_page = tl.load(table + (count - 1) // PAGE).to(tl.int64)

@@ -70,16 +70,41 @@ struct DecodeStep {
   Observation observation;
 };
 
+struct AbsorbStep {
+  Pages pages;
+  int32_t* position;  // [P, S]
+  float* mass;        // [P, S] or null
+  int64_t* counts;    // [R]
+  const int64_t *seen, *quota, *recent;  // [B], [R], [B]
+  int64_t batch, heads, sink;
+  Rank rank;
+  float* threshold;        // [B]
+  const float* frequency;  // [pairs]
+  int64_t pairs, start;
+  bool interleaved;
+  int64_t width;  // channels of keys that are compared and merged
+  double own, memory, gain;
+  bool largest, normalised, together, keys, sinks, counted;
+};
+
 struct AttentionSums {
   Heads query, key;         // [B, N, P, D], [B, H, S, D]
   const int64_t* position;  // [B, H, S]
   int64_t batch, heads, group, queries, slots, width, window;
   Logits logits;
   Observation observation;
-  float* sums;  // [B, H, S]
+  float* sums;  // [B, N, S]
   Heads value;  // [B, H, S, D'], where there is `out`
   int64_t value_width;
   void* out;  // [B, N, P, D'], contiguous, of the query's type; or null
+};
+
+struct MatchKeys {
+  Heads evicted_key, kept_key;  // [B, H, E, D], [B, H, C, D]
+  const bool* allowed;          // [B, H, C]
+  int64_t batch, heads, evicted, kept, width;
+  float* similarity;  // [B, H, E]
+  int64_t* target;    // [B, H, E]
 };
 
 struct CopySlots {
@@ -93,7 +118,9 @@ struct CopySlots {
 struct Kernels {
   void (*decode_rows)(const DecodeRows&, const Threads&);
   void (*decode_step)(const DecodeStep&, const Threads&);
+  void (*absorb_step)(const AbsorbStep&, const Threads&);
   void (*attention_sums)(const AttentionSums&, const Threads&);
+  void (*match_keys)(const MatchKeys&, const Threads&);
   void (*copy_slots)(const CopySlots&, const Threads&);
 };
 

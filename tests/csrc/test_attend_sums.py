@@ -60,7 +60,7 @@ def test_output_and_sums_equal_those_of_two_passes(case: tuple[Any, ...]) -> Non
         query, key, position, scaling, softcap, prompt, *draw
     )
     torch.testing.assert_close(sums, wanted, rtol=2e-5, atol=1e-5)
-    total = torch.full(sums.shape[:2], float(query.shape[1] // key.shape[1] * prompt))
+    total = torch.full(sums.shape[:2], float(prompt))
     torch.testing.assert_close(sums.sum(-1), total, rtol=1e-5, atol=0)
 
 

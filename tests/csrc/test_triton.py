@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import matching
 import pytest
 import torch
 
@@ -326,7 +327,7 @@ def dense_sums(
     future = torch.arange(slots) > torch.arange(slots - new, slots)[:, None]
     x = (x / tau).masked_fill(future.to(DEVICE), -torch.inf)
     x = x.masked_fill((position < 0)[:, :, None, None], -torch.inf)
-    return x.softmax(-1)[..., new - min(window, new) :, :].sum((2, 3))
+    return x.softmax(-1)[..., new - min(window, new) :, :].sum(3).flatten(1, 2)
 
 
 # id: group, P, S, D, dtype, softcap, window, noise, tau
@@ -353,8 +354,8 @@ def test_attention_sums_equal_the_formula(run: Run, case: tuple[Any, ...]) -> No
     given = run("attention_sums", query, key, position, *numbers)
     pytorch = implementation("attention_sums", "reference")(query, key, position, *numbers)
     within(given, pytorch, dense_sums(query, key, position, *numbers))
-    assert (given[position < 0] == 0).all()
-    total = torch.full((2, 2), float(group * min(window, new)), device=DEVICE)
+    assert (given[(position < 0).repeat_interleave(group, 1)] == 0).all()
+    total = torch.full((2, 2 * group), float(min(window, new)), device=DEVICE)
     torch.testing.assert_close(given.sum(-1), total, rtol=1e-5, atol=0)
 
 
@@ -369,6 +370,58 @@ def test_attend_sums_are_attention_and_its_sums(run: Run, softcap: float) -> Non
     out, sums = attend_sums(query, key, value, position, 0.3, softcap, *draw)
     assert torch.equal(out, prompt_attention(query, key, value, None, 0.3, softcap))
     assert torch.equal(sums, run("attention_sums", query, key, position, 0.3, softcap, 37, *draw))
+
+
+# id: B, H, E, C, D, dtype, size
+MATCHES = {
+    "E1-C1-D2": (1, 1, 1, 1, 2, FP32, 1.0),
+    "E40-C70-D7": (2, 2, 40, 70, 7, FP32, 1.0),
+    "E67-C131-D80": (1, 3, 67, 131, 80, FP32, 1.0),
+    "E17-C35-D256": (1, 1, 17, 35, 256, FP32, 1.0),
+    "E70-C129-D64-bf16": (2, 2, 70, 129, 64, BF16, 1.0),
+    "E65-C64-D96-fp16": (1, 2, 65, 64, 96, FP16, 1.0),
+    "E9-C40-D64-fp16-small": (1, 2, 9, 40, 64, FP16, 1e-3),
+    "E9-C40-D64-fp16-large": (1, 2, 9, 40, 64, FP16, 1e4),
+    "E9-C40-D64-bf16-large": (1, 2, 9, 40, 64, BF16, 1e17),
+    "E9-C40-D64-small": (1, 2, 9, 40, 64, FP32, 1e-14),
+}
+
+
+@pytest.mark.parametrize("case", MATCHES.values(), ids=MATCHES)
+def test_match_keys_equals_the_formula(run: Run, case: tuple[Any, ...]) -> None:
+    tensors = matching.operands(*case, device=DEVICE)
+    plain, _ = implementation("match_keys", "reference")(*tensors)
+    matching.agree(run("match_keys", *tensors), plain, tensors)
+
+
+def test_match_keys_of_equal_cosines_is_the_first(run: Run) -> None:
+    tensors, targets = matching.along_axes(DEVICE)
+    similarity, target = run("match_keys", *tensors)
+    assert target.tolist() == [[targets]]
+    torch.testing.assert_close(similarity, torch.ones_like(similarity))
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_match_keys_without_a_target(run: Run) -> None:
+    evicted, kept, allowed = matching.operands(2, 2, 40, 50, 16, FP32, device=DEVICE)
+    allowed[1, 0] = False
+    evicted[0, 0, 3, 2], kept[0, 0, 5, 1], allowed[0, 0, 5] = torch.nan, torch.inf, True
+    similarity, target = run("match_keys", evicted, kept, allowed)
+    none = torch.zeros(2, 2, 40, dtype=torch.bool, device=DEVICE)
+    none[1, 0] = none[0, 0, 3] = True
+    assert torch.equal(similarity == -torch.inf, none) and torch.equal(target == -1, none)
+    assert (target[0, 0] != 5).all()
+    similarity, target = run("match_keys", evicted, kept[:, :, :0], allowed[..., :0])
+    assert (similarity == -torch.inf).all() and (target == -1).all()
+    similarity, target = run("match_keys", evicted[:, :, :0], kept, allowed)
+    assert similarity.shape == target.shape == (2, 2, 0)
+
+
+def test_match_keys_of_a_row_does_not_depend_on_its_batch(run: Run) -> None:
+    tensors = matching.operands(2, 2, 40, 70, 32, FP32, device=DEVICE)
+    together = run("match_keys", *tensors)
+    alone = run("match_keys", *(x[1:, 1:] for x in tensors))
+    assert all(torch.equal(a[0, 0], t[1, 1]) for a, t in zip(alone, together, strict=True))
 
 
 def draw_kernel(
