@@ -6,6 +6,7 @@ layer.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -77,18 +78,21 @@ class Budget:
             raise BudgetError(f"budget={text} is out of range. {_ALLOWED}")
         return cls(kind, amount)
 
-    def slots(self, seen: int, geometry: Geometry) -> int:
-        """Slots per row after `seen` real tokens, before protection. Raises BudgetError."""
+    def slots(self, seen: int, geometry: Geometry, portion: float = 1.0) -> int:
+        """Slots per row after `seen` real tokens, before protection. Raises BudgetError.
+
+        portion: what this layer gets, in multiples of the budget.
+        """
         if self.amount == 1 and self.unit == "fraction":
             return UNLIMITED
+        exact = Fraction(str(round(portion, 9)))  # binary rounding must not cost a slot
         if self.unit == "fraction":
-            return max(1, share(self.amount, seen))
+            return max(1, share(self.amount * exact, seen))
         if self.unit == "tokens":
-            return min(int(self.amount), UNLIMITED)
+            return min(max(1, share(exact, int(self.amount))), UNLIMITED)
         rows = geometry.layers * geometry.heads
         pages = (int(self.amount) // rows - geometry.row_bytes) // geometry.page_bytes
-        slots = pages * geometry.page_slots - geometry.headroom
-        if slots < 1:
+        if pages * geometry.page_slots - geometry.headroom < 1:
             least = -(-(1 + geometry.headroom) // geometry.page_slots)
             needed = rows * (least * geometry.page_bytes + geometry.row_bytes)
             raise BudgetError(
@@ -97,7 +101,8 @@ class Budget:
                 f" need {needed} bytes per sequence. Raise the budget to at least {needed}B, or"
                 " lower page_size or interval."
             )
-        return min(slots, UNLIMITED)
+        slots = max(1, share(exact, pages)) * geometry.page_slots - geometry.headroom
+        return min(max(1, slots), UNLIMITED)
 
     def __str__(self) -> str:
         if self.unit == "fraction":
@@ -125,9 +130,13 @@ class Limits:
         if self.budget.unit == "tokens":
             self._protect(int(self.budget.amount))
 
+    def _recent(self, slots: int) -> int:
+        """The protected recent tokens of a row of `slots`."""
+        return share(self.recent_ratio, slots) if self.recent is None else self.recent
+
     def _protect(self, slots: int) -> tuple[int, bool]:
         """The protected recent tokens of a row of `slots`, and whether all protected tokens fit."""
-        recent = share(self.recent_ratio, slots) if self.recent is None else self.recent
+        recent = self._recent(slots)
         fits = self.sink + recent <= slots
         if not fits and self.budget.unit != "fraction":
             raise BudgetError(
@@ -137,13 +146,20 @@ class Limits:
             )
         return recent, fits
 
-    def quota(self, seen: int, geometry: Geometry) -> Quota:
+    def quota(self, seen: int, geometry: Geometry, portion: float = 1.0) -> Quota:
         """How many slots a row keeps after `seen` real tokens.
 
-        A fraction of a short prompt can fall below the protected tokens; they win then, and the
-        quota says so.
+        portion: of the budget, where layers have budgets of their own; infinite: everything. A
+        fraction of a short prompt, or a portion, can fall below the protected tokens; they win
+        then, and the quota says so.
         """
-        slots = self.budget.slots(seen, geometry)
+        if portion == math.inf:
+            return Quota(UNLIMITED, self.sink, self._recent(seen), False)
+        slots = self.budget.slots(seen, geometry, portion)
+        if portion != 1.0:
+            recent = self._recent(slots)
+            least = min(self.sink + recent, seen)
+            return Quota(max(slots, least), self.sink, recent, slots < least)
         recent, fits = self._protect(slots)
         if not fits:
             slots = self.sink + recent

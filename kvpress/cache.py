@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from kvpress.kinds import Fingerprint
 from kvpress.layer import Layer
 from kvpress.meter import Meter, Report
 from kvpress.policy import Recipe
+from kvpress.rotary import Rotation
 from kvpress.run import Run
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -68,6 +69,7 @@ class EngineCache(Cache):
         horizon: int | None,
         lease: Lease | None = None,
         cache_dtype: torch.dtype | None = None,
+        rotations: Sequence[Rotation | None] = (),
     ) -> None:
         self.fingerprint, self.recipe = shape, recipe
         self.meter = Meter()
@@ -81,8 +83,10 @@ class EngineCache(Cache):
             self.meter,
             self.notes,
             cache_dtype,
+            rotations=tuple(rotations),
         )
         self._engine_layers = [EngineLayer(kind, run) for kind in shape.kinds]
+        run.members = self.states
         super().__init__(layers=list(self._engine_layers))
         self._run, self._horizon, self.lease = run, horizon, lease or Lease()
         self._latest: EngineLayer | None = None  # that took keys
@@ -187,6 +191,7 @@ class EngineCache(Cache):
         run = self._run
         run.recording, run.announced, run.announces = False, None, False
         run.broken = run.newest = None
+        run.bytes_peak = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens of every layer, or of none at all."""
@@ -237,6 +242,7 @@ class EngineCache(Cache):
             self._horizon,
             self.lease,
             self._run.cache_dtype,
+            self._run.rotations,
         )
         other.notes.update(self.notes)
         for name in ("horizon", "recording", "announces"):
@@ -244,6 +250,7 @@ class EngineCache(Cache):
         for ours, theirs in zip(self._engine_layers, other._engine_layers, strict=True):
             theirs.state = ours.state.fork(other._run)
             theirs.is_initialized = ours.is_initialized
+        other._run.members = other.states
         return other
 
     def save(self, path: str | Path) -> None:
@@ -327,6 +334,7 @@ class EngineCache(Cache):
             bytes_held=sum(layer.bytes_held for layer in layers),
             bytes_full=sum(layer.bytes_full for layer in layers),
             bytes_shared=sum(layer.bytes_shared for layer in layers),
+            bytes_peak=self._run.bytes_peak,
             stages=self.meter.seconds(),
             notes=notes,
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpress.alibi import with_positions
+from kvpress.counting import with_counts
 from kvpress.errors import CacheError
 from kvpress.inline import Keys
 from kvpress.layer import Layer
@@ -88,6 +89,8 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         tokens, slopes = Tokens(query, key, value, scaling, softcap), self.state.kind.slopes
         if slopes is not None:
             tokens = with_positions(tokens, slopes, self.state.seen_before(len(key)), valid_BP)
+        if self.state.counts_tokens:
+            tokens = with_counts(tokens)
         return attend(self.state, tokens, valid_BP)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from kvpress import ops
+from kvpress.absorb import absorb_one, survive
 from kvpress.layer import Layer
 from kvpress.observe import Observation, step_sums
 from kvpress.run import Tokens
-from kvpress.select import drop_one, gather, kept_index
+from kvpress.select import drop_one
 from kvpress.selection import protected, score, select
 from kvpress.store import Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
@@ -39,8 +40,7 @@ def _run(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
         over = layer.excess + 1 if _is_due(layer, 0) else 0
         observation = _fusable(layer, over)
         if observation is not None:
-            with layer.timed("decode attention"):
-                return _run_fused(layer, tokens, over > 0, observation)
+            return _run_fused(layer, tokens, over > 0, observation)
         group = list(range(len(layer.seen_B)))
         due = over > 0
     else:
@@ -73,27 +73,30 @@ def _fusable(layer: Layer, over: int) -> Observation | None:
 def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observation) -> Tensor:
     rows, recipe = layer.rows, layer.recipe
     rows.reserve_one()
-    seen_B, quota_R, recent_B = layer.bounds()
-    out_BN1D = ops.decode_step(
-        *tokens[:3],
-        rows.pool(KEY),
-        rows.pool(VALUE),
-        rows.pool(POSITION),
+    pools = (
+        *(rows.pool(name) for name in (KEY, VALUE, POSITION)),
         rows.pool(MASS) if recipe.accumulates else None,
-        *rows.operands(),
-        seen_B,
-        quota_R,
-        recent_B,
-        layer.limits.sink if layer.limits else 0,
-        evicts,
-        recipe.rank or "position",
-        observation.noise,
-        observation.tau,
-        observation.seed,
-        layer.kind.index,
-        tokens.scaling,
-        tokens.softcap,
     )
+    bounds = (*layer.bounds(), layer.limits.sink if layer.limits else 0)
+    rank, merges = recipe.rank or "position", evicts and recipe.merging is not None
+    with layer.timed("decode attention"):
+        out_BN1D = ops.decode_step(
+            *tokens[:3],
+            *pools,
+            *rows.operands(),
+            *bounds,
+            evicts and not merges,
+            rank,
+            observation.noise,
+            observation.tau,
+            observation.seed,
+            layer.kind.index,
+            tokens.scaling,
+            tokens.softcap,
+        )
+    if merges:
+        with layer.timed("merge"):
+            absorb_one(layer, pools, bounds, rank)
     layer.count_step(evicts)
     return out_BN1D
 
@@ -131,6 +134,20 @@ def _some(layer: Layer, group: list[int]) -> list[int] | None:
     return None if len(group) == len(layer.seen_B) else group
 
 
+def stored(layer: Layer, group: list[int], seen_b: Tensor) -> Slots:
+    """The slots of some sequences as they are stored, after `seen_b` tokens."""
+    rows, some = layer.rows, _some(layer, group)
+    return Slots(
+        layer=layer.kind.index,
+        position_BHS=rows.dense(POSITION, some).long(),
+        seen_B=seen_b.to(rows.device),
+        new_tokens=1,
+        fetch=partial(rows.dense, sequences=some),
+        mass_BHS=rows.dense(MASS, some) if layer.recipe.accumulates else None,
+        key_width=layer.key_width,
+    )
+
+
 def observe(
     layer: Layer,
     group: list[int],
@@ -142,16 +159,7 @@ def observe(
 
     weights_bN1S: of the token that is number `seen_b` of its sequence, where they were asked for.
     """
-    rows, accumulates, some = layer.rows, layer.recipe.accumulates, _some(layer, group)
-    slots = Slots(
-        layer=layer.kind.index,
-        position_BHS=rows.dense(POSITION, some).long(),
-        seen_B=seen_b.to(rows.device),
-        new_tokens=1,
-        fetch=partial(rows.dense, sequences=some),
-        mass_BHS=rows.dense(MASS, some) if accumulates else None,
-        key_width=layer.key_width,
-    )
+    rows, slots = layer.rows, stored(layer, group, seen_b)
     if request is not None and weights_bN1S is not None:
         held = slots.position_BHS.shape[-1]
         sums_BHS = step_sums(
@@ -162,17 +170,23 @@ def observe(
             request,
         )
         slots = replace(slots, attention_BHS=sums_BHS)
-    if accumulates:
+    if layer.recipe.accumulates:
         mass_BHS = layer.recipe.stage("accumulate").accumulate(slots).float()
-        rows.write(MASS, mass_BHS, some)
+        rows.write(MASS, mass_BHS, _some(layer, group))
         slots = replace(slots, mass_BHS=mass_BHS)
     return slots
 
 
-def evict(layer: Layer, group: list[int], slots: Slots, excess_bH: Tensor) -> None:
-    """Brings every row back to its quota: by one overwrite each where one slot is over."""
+def evict(
+    layer: Layer, group: list[int], slots: Slots, excess_bH: Tensor, goes_on: bool = False
+) -> None:
+    """Brings every row back to its quota: by one overwrite each where one slot is over.
+
+    goes_on: whether this is a part of the eviction before, for thresholds of merging.
+    """
     layer.evicted_at = layer.columns_seen
-    ordinary = "select" not in layer.recipe.stage("select").replaces()
+    recipe = layer.recipe
+    ordinary = recipe.merging is None and not recipe.stage("select").overrides("select")
     if ordinary and int(excess_bH.max()) == 1:
         victim_bH = drop_one(
             score(layer, slots), slots.position_BHS, protected(layer, slots, group)
@@ -183,8 +197,7 @@ def evict(layer: Layer, group: list[int], slots: Slots, excess_bH: Tensor) -> No
         layer.rows_changed()
         return
     kept_BHS, counts_bH = select(layer, slots, group, layer.rows.counts_BH[group])
-    index_BHK = kept_index(kept_BHS, counts_bH)
-    columns = {name: gather(slots.fetch(name), index_BHK) for name in layer.rows.columns}
+    columns = survive(layer, group, slots, kept_BHS, counts_bH, goes_on)
     layer.refill([Survivors(tuple(group), columns, counts_bH)])
 
 

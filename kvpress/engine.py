@@ -17,6 +17,8 @@ from kvpress.errors import AttachError, CacheError, PolicyError
 from kvpress.loading import parse
 from kvpress.meter import Report
 from kvpress.policy import Policy, Recipe
+from kvpress.portions import check_portions
+from kvpress.rotary import Rotation, rotations
 from kvpress.shapes import FLOATS
 
 PAGE_SLOTS = 16
@@ -65,6 +67,9 @@ class Engine:
         engine = weakref.ref(self)  # a cache keeps neither the engine nor the model alive
         self._lease = Lease(weights=lambda: _identity(engine()))
         self.fingerprint = check_model(model)
+        check_portions(recipe, sum(kind.window is None for kind in self.fingerprint.kinds))
+        turns = recipe.merging is not None and recipe.merging.keys == "unrotated"
+        self._rotations: list[Rotation | None] = rotations(model) if turns else []
         self._attachment: Attachment | None = Attachment(model, self.new_cache, self._lease)
 
     def __enter__(self) -> Engine:
@@ -110,6 +115,7 @@ class Engine:
             max_new_tokens,
             self._lease,
             self._cache_dtype,
+            self._rotations,
         )
 
     def load_cache(self, path: str | Path) -> EngineCache:

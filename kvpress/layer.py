@@ -14,6 +14,7 @@ from kvpress.budget import UNLIMITED, Budget, Limits
 from kvpress.errors import CacheError
 from kvpress.meter import LayerReport
 from kvpress.policy import Recipe
+from kvpress.rotary import Rotation
 from kvpress.run import LayerKind, Newest, Run, Tokens
 from kvpress.store import Column, PagedRows, Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
@@ -47,6 +48,8 @@ class Layer:
         self.padded_at = 0  # logical length after the last padded column
         self.quota_R = torch.zeros(0, dtype=torch.int64)  # slots that every row may keep
         self.recent_B = torch.zeros(0, dtype=torch.int64)  # protected last tokens of each sequence
+        self.demand_B = torch.zeros(0, dtype=torch.float64)  # of slots; NaN: not known yet
+        self.threshold_B = torch.zeros(0)  # of merging, on the device; NaN: nothing was evicted yet
         self._in_step: bool | None = None  # None: not known
         self._excess: int | None = None  # None: not known
         self._level = False  # whether all rows are as far from their quotas
@@ -65,6 +68,7 @@ class Layer:
             self.store.trim()
         self.seen_B, self.quota_R = self.seen_B[chosen], self.quota_BH[chosen].flatten()
         self.recent_B, self.decoded_B = self.recent_B[chosen], self.decoded_B[chosen]
+        self.demand_B, self.threshold_B = self.demand_B[chosen], self.threshold_B[chosen]
         self.draft_weights = [weights[chosen] for weights in self.draft_weights]
         self.refresh()
 
@@ -152,6 +156,7 @@ class Layer:
                 other.store = self.store.select_sequences(range(len(self.seen_B)))
             other.quota_R, other.recent_B = self.quota_R.clone(), self.recent_B.clone()
             other._decoded_B = self._decoded_B.clone()
+            other.demand_B, other.threshold_B = self.demand_B.clone(), self.threshold_B.clone()
             other.draft_weights = list(self.draft_weights)
             other._limit_pages()
         return other
@@ -212,6 +217,11 @@ class Layer:
         return self.run.meter.stage(stage, None if rows.on_host else rows.device)
 
     @property
+    def rotation(self) -> Rotation | None:
+        """How keys turn with their position, where a policy needs it and they do."""
+        return self.run.rotations[self.kind.index] if self.run.rotations else None
+
+    @property
     def rows(self) -> PagedRows:
         """The store, which exists once tokens were fed."""
         assert self.store is not None, "start() makes the store"
@@ -219,8 +229,18 @@ class Layer:
 
     @property
     def key_width(self) -> int:
-        """Channels of the model's keys; ALiBi stores more."""
-        return self.rows.columns[KEY].shape[0] - (CHANNELS if self.kind.slopes else 0)
+        """Channels of the model's keys; positions and counts may stand behind them."""
+        return self.rows.columns[KEY].shape[0] - self.extra_channels
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the last channel of a key is the logarithm of its number of tokens."""
+        return self.recipe.merging is not None and self.recipe.merging.counts
+
+    @property
+    def extra_channels(self) -> int:
+        """Channels of stored keys that are not the model's."""
+        return (CHANNELS if self.kind.slopes else 0) + self.counts_tokens
 
     @property
     def value_width(self) -> int:
@@ -235,6 +255,10 @@ class Layer:
         self.store = PagedRows(batch, heads, columns, self.run.page_slots, key_BHPD.device)
         self.seen_B = torch.zeros(batch, dtype=torch.int64)
         self.decoded_B, self.recent_B = torch.zeros_like(self.seen_B), torch.zeros_like(self.seen_B)
+        self.demand_B = torch.full((batch,), torch.nan, dtype=torch.float64)
+        merging = self.recipe.merging
+        threshold = torch.nan if merging is None else merging.initial
+        self.threshold_B = torch.full((batch,), threshold, device=key_BHPD.device)
         self._in_step = self._excess = None
         self.quota_R = torch.full((batch * heads,), UNLIMITED)
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-STAGES = ("prefill attention", "observe", "select", "store", "decode attention")
+STAGES = ("prefill attention", "observe", "select", "merge", "store", "decode attention")
 
 
 class Meter:
@@ -82,8 +82,9 @@ class Report:
     tokens_seen: real tokens of each sequence, padding excluded. bytes_full: what an uncompressed
     cache of these tokens would hold, in the model's dtype, sliding layers at their window.
     bytes_held: the live storages of keys, values, positions, per-slot state and page tables.
-    bytes_shared: the part of them that forks of this cache use as well. Prompt attention is always
-    computed in full: only what is stored is compressed.
+    bytes_shared: the part of them that forks of this cache use as well. bytes_peak: the most that
+    was held during a prompt, with the new keys and values of the layer at work. Prompt attention is
+    always computed in full: only what is stored is compressed.
     """
 
     model: str
@@ -95,6 +96,7 @@ class Report:
     stages: dict[str, float]
     notes: list[str] = field(default_factory=list)
     bytes_shared: int = 0
+    bytes_peak: int = 0
 
     @property
     def slots_kept(self) -> list[list[list[int]]]:
@@ -145,6 +147,8 @@ class Report:
             f"{self.fraction:.3f}",
         )
         yield table
+        if self.bytes_peak:
+            yield f"Peak during a prompt: {size(self.bytes_peak)}."
         if self.bytes_shared:
             yield f"Shared with forks: {size(self.bytes_shared)} of the bytes held."
         yield "Seconds: " + ", ".join(f"{name} {value:.3f}" for name, value in self.stages.items())

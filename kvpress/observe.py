@@ -14,7 +14,7 @@ NoiseKind = Literal["none", "frozen", "fresh"]
 
 
 class Observation(NamedTuple):
-    """Column sums of softmax attention, in fp32, summed over the query group of each KV head.
+    """Column sums of softmax attention, in fp32.
 
     window: how many of the last queries of a prompt are summed; None sums all of them. A decode
     step has one. noise: Gumbel noise on the logits, drawn once per key ("frozen") or per query and
@@ -40,7 +40,7 @@ def attend_and_sum(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention output of a whole prompt and its `prompt_sums` over all queries, in one pass."""
-    out_BNPE, sums_BHP = ops.attend_sums(
+    out_BNPE, sums_BNP = ops.attend_sums(
         query_BNPD,
         key_BHPD,
         value_BHPE,
@@ -52,7 +52,7 @@ def attend_and_sum(
         observation.seed,
         layer,
     )
-    return out_BNPE, sums_BHP if observation.weight == 1.0 else sums_BHP * observation.weight
+    return out_BNPE, sums_BNP if observation.weight == 1.0 else sums_BNP * observation.weight
 
 
 def prompt_sums(
@@ -64,11 +64,11 @@ def prompt_sums(
     scaling: float,
     softcap: float,
 ) -> Tensor:
-    """Attention of a prompt chunk summed over its queries and the query group: fp32 `[B, H, S]`.
+    """Attention of a prompt chunk summed over its queries: fp32 `[B, N, S]`.
 
     The chunk's own tokens are the last P slots, in order.
     """
-    sums_BHS = ops.attention_sums(
+    sums_BNS = ops.attention_sums(
         query_BNPD,
         key_BHSD,
         position_BHS,
@@ -80,7 +80,13 @@ def prompt_sums(
         observation.seed,
         layer,
     )
-    return sums_BHS if observation.weight == 1.0 else sums_BHS * observation.weight
+    return sums_BNS if observation.weight == 1.0 else sums_BNS * observation.weight
+
+
+def over_group(sums_BNS: Tensor, heads: int) -> Tensor:
+    """Sums over the query group of each KV head: `[B, H, S]`."""
+    batch, _, slots = sums_BNS.shape
+    return sums_BNS.view(batch, heads, -1, slots).sum(2)
 
 
 def step_sums(

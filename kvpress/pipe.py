@@ -15,6 +15,7 @@ from kvpress.decode import run_decode
 from kvpress.drafts import commit, run_drafts
 from kvpress.errors import CacheError
 from kvpress.layer import Layer
+from kvpress.portions import foresee, trim
 from kvpress.prompt import run_prompt, store_prompt
 from kvpress.run import Tokens
 from kvpress.selection import set_quotas
@@ -70,6 +71,8 @@ def _attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     groups = _groups(layer, new_B, padded=valid_BP is not None)
     prompts = [b for group in groups if not group.decodes for b in group.sequences]
     set_quotas(layer, prompts, (before_B + new_B)[prompts])
+    if layer.recipe.shares:
+        foresee(layer, prompts, (before_B + new_B)[prompts])
     layer.advance(columns, before_B + new_B, padded=valid_BP is not None)
 
     outputs, survivors, chunks = [], [], []
@@ -84,6 +87,8 @@ def _attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
         survivors.append(kept)
         chunks.append((part, before_b))
     store_prompt(layer, survivors, chunks)
+    if layer.recipe.shares:
+        trim(layer, prompts)
     if valid_BP is None and len(groups) == 1:
         return outputs[0]
     return _scatter(tokens, groups, outputs, valid_BP)

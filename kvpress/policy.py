@@ -10,19 +10,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
 from kvpress.budget import Budget, Limits
+from kvpress.division import Division
 from kvpress.errors import PolicyError, did_you_mean
+from kvpress.merging import Merging
 from kvpress.observe import Observation
 from kvpress.select import Rank, keep_top, ranking
 from kvpress.types import Slots, Step
 
 _LARGEST = 2**53  # of a whole number in an option: beyond it tensors overflow
-STAGES = ("allocate", "observe", "accumulate", "score", "select")
+STAGES = ("allocate", "share", "observe", "accumulate", "score", "select", "absorb")
 
 
 def option(
@@ -44,20 +46,30 @@ class Policy:
 
     Common options, read by the engine where a policy declares them: `budget`, `sink`, `recent`
     (tokens), `recent_ratio` (share of the budget), `interval` (decoded tokens between evictions; 0:
-    prompts only).
+    prompts only); for policies with `share`, the fields of `Division`.
     """
 
     # True: a mass stays with the slots; `accumulate` renews it with every chunk and decode step.
     accumulates: ClassVar[bool] = False
+    # Value of the option `mode` -> options that are not given (none) and what they then are.
+    modes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __post_init__(self) -> None:
         hints = option_types(type(self))
+        for name, value in self.modes.get(getattr(self, "mode", ""), {}).items():
+            if str(getattr(self, name)).lower() == "none":
+                object.__setattr__(self, name, value)
         for field in dataclasses.fields(self):
             value = _coerce(type(self), field, hints[field.name], getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         limits = self.limits
         if limits is not None:
             limits.check()
+            if limits.budget.unit == "bytes" and max(self.division[2:]) > 0:
+                raise PolicyError(
+                    f"budget={limits.budget}: layers that are never compressed grow beyond any"
+                    " bytes. Give a fraction or tokens, or full_first=0,full_last=0."
+                )
 
     def allocate(self, slots: int, layer: int, layers: int, heads: int) -> Sequence[int]:
         """Slots that each KV head of a layer keeps, given the budget of one row.
@@ -65,6 +77,21 @@ class Policy:
         Default: all the same.
         """
         return [slots] * heads
+
+    def demand(self, attention_BNS: Tensor, position_BHS: Tensor) -> Tensor:
+        """What the observed attention of a prompt says of a layer's need of slots: fp32 `[B]`.
+
+        For `share`, and only asked for where that is replaced.
+        """
+        raise NotImplementedError
+
+    def share(self, demand_BL: Tensor) -> Tensor:
+        """The weights by which compressed layers share the budget: `[B, L]`, fp64, above 0.
+
+        demand_BL: their demands; NaN where a layer was not reached yet, which then gets the least
+        weight that it can come to get. Default: all the same. See `Division` for the bounds.
+        """
+        return demand_BL.new_ones(demand_BL.shape)
 
     def observe(self, step: Step) -> Observation | None:
         """What must be recorded while attending. Default: nothing."""
@@ -103,6 +130,10 @@ class Policy:
         """
         return keep_top(score_BHS, slots.position_BHS, protected_BHS, keep_BH)
 
+    def absorb(self) -> Merging | None:
+        """The rule by which evicted slots are merged into kept ones. Default: they are dropped."""
+        return None
+
     @property
     def name(self) -> str:
         """The name by which the policy is loaded: that of its module."""
@@ -115,6 +146,12 @@ class Policy:
             return None
         common = [field.name for field in dataclasses.fields(Limits)]
         return Limits(**{name: getattr(self, name) for name in common if hasattr(self, name)})
+
+    @property
+    def division(self) -> Division:
+        """The bounds within which layers share the budget."""
+        given = {name: getattr(self, name) for name in Division._fields if hasattr(self, name)}
+        return Division(**given)
 
     def replaces(self) -> set[str]:
         """The stages that this policy replaces."""
@@ -159,6 +196,12 @@ class Recipe:
                 f"{self} ranks by {ranked!r} but keeps no mass. Set `accumulates = True`, or rank"
                 " by 'position'."
             )
+        if "share" in owners and (ranked is None or self.stage("select").overrides("select")):
+            raise PolicyError(
+                f"{self} divides the budget among the layers once a prompt has passed all,"
+                " which needs a ranking by what is stored with the slots. Combine it with a policy"
+                " that has a `rank`."
+            )
         if self.limits and "score" not in owners and "select" not in owners:
             raise PolicyError(
                 f"{self} has a budget but neither scores nor selects. Combine it with a policy that"
@@ -183,6 +226,16 @@ class Recipe:
     def accumulates(self) -> bool:
         """Whether a per-slot mass is kept in the store."""
         return any(p.accumulates for p in self.policies)
+
+    @functools.cached_property
+    def shares(self) -> bool:
+        """Whether layers get budgets of their own once a prompt has passed all of them."""
+        return self.stage("share").overrides("share")
+
+    @functools.cached_property
+    def merging(self) -> Merging | None:
+        """By which rule evicted slots are merged into kept ones, if they are."""
+        return self.stage("absorb").absorb()
 
     @functools.cached_property
     def adds_attention(self) -> bool:

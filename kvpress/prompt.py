@@ -11,11 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kvpress.absorb import survive
 from kvpress.attend import prompt_attention
 from kvpress.layer import Layer
-from kvpress.observe import Observation, attend_and_sum, prompt_sums
+from kvpress.observe import Observation, attend_and_sum, over_group, prompt_sums
+from kvpress.portions import plan
 from kvpress.run import Tokens
-from kvpress.select import gather, kept_index
 from kvpress.selection import select
 from kvpress.store import Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
@@ -35,9 +36,9 @@ def run_prompt(
         layer.step(group[0], tokens.query_bNPD.shape[2])
     )
     with layer.timed("prefill attention"):
-        out_bNPD, sums_BHS = _attend(layer, tokens, columns, request)
+        out_bNPD, sums_BNS = _attend(layer, tokens, columns, request)
     with torch.no_grad():
-        return out_bNPD, _compress(layer, group, tokens, columns, request, sums_BHS)
+        return out_bNPD, _compress(layer, group, tokens, columns, request, sums_BNS)
 
 
 def _attend(
@@ -76,6 +77,13 @@ def store_prompt(
     """Stores what stays: in new pages, or in place where little changed and pages are shared."""
     if not survivors:
         return
+    _store(layer, survivors, chunks)
+    new = sum(x.nbytes for tokens, _ in chunks for x in (tokens.key_bHPD, tokens.value_bHPD))
+    held = sum(other.rows.nbytes for other in layer.run.members if other.store is not None)
+    layer.run.bytes_peak = max(layer.run.bytes_peak, held + new)
+
+
+def _store(layer: Layer, survivors: list[Survivors], chunks: list[tuple[Tokens, Tensor]]) -> None:
     with layer.timed("store"):
         evicted = any(kept.evicted for kept in survivors)
         if evicted:
@@ -97,7 +105,7 @@ def _in_place(
     layer: Layer, survivors: list[Survivors], chunks: list[tuple[Tokens, Tensor]]
 ) -> bool:
     """Whether pages are shared and rows lose so few slots that they can stay so."""
-    if not layer.rows.shares:
+    if not layer.rows.shares or layer.recipe.merging is not None:  # then kept slots change too
         return False
     stored_BH = layer.rows.counts_BH
     for kept, (tokens, _) in zip(survivors, chunks, strict=True):
@@ -130,13 +138,15 @@ def _compress(
     tokens: Tokens,
     columns: dict[str, Tensor],
     request: Observation | None,
-    sums_BHS: Tensor | None,
+    sums_BNS: Tensor | None,
 ) -> Survivors:
     """The slots of some sequences that stay, after observation and selection."""
     with layer.timed("observe"):
-        slots = _observe(layer, group, tokens, columns, request, sums_BHS)
+        slots = _observe(layer, group, tokens, columns, request, sums_BNS)
         if slots.mass_BHS is not None:
             columns[MASS] = slots.mass_BHS
+        if layer.recipe.shares:
+            plan(layer, group, slots)
     with layer.timed("select"):
         stored_BHS = slots.position_BHS != EMPTY
         stored_BH = stored_BHS.sum(-1).cpu()
@@ -145,8 +155,7 @@ def _compress(
         else:
             kept_BHS, counts_BH = select(layer, slots, group, stored_BH)
         if bool((counts_BH < stored_BHS.shape[-1]).any()):
-            index_BHK = kept_index(kept_BHS, counts_BH)
-            columns = {name: gather(x, index_BHK) for name, x in columns.items()}
+            columns = survive(layer, group, slots, kept_BHS, counts_BH)
         return Survivors(tuple(group), columns, counts_BH, bool((counts_BH < stored_BH).any()))
 
 
@@ -156,14 +165,14 @@ def _observe(
     tokens: Tokens,
     columns: dict[str, Tensor],
     request: Observation | None,
-    sums_BHS: Tensor | None,
+    sums_BNS: Tensor | None,
 ) -> Slots:
     """The slots of some sequences with what the policy asked to observe and to accumulate.
 
-    sums_BHS: what was observed already, with the attention.
+    sums_BNS: what was observed already, with the attention.
     """
-    if request is not None and sums_BHS is None:
-        sums_BHS = prompt_sums(
+    if request is not None and sums_BNS is None:
+        sums_BNS = prompt_sums(
             tokens.query_bNPD,
             columns[KEY],
             columns[POSITION],
@@ -178,7 +187,8 @@ def _observe(
         seen_B=layer.seen_B[group].to(tokens.key_bHPD.device),
         new_tokens=tokens.query_bNPD.shape[2],
         fetch=columns.__getitem__,
-        attention_BHS=sums_BHS,
+        attention_BHS=None if sums_BNS is None else over_group(sums_BNS, layer.kind.heads),
+        attention_BNS=sums_BNS,
         mass_BHS=columns.get(MASS),
         key_width=layer.key_width,
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvpress.meter import Meter
 from kvpress.policy import Policy, Recipe
+from kvpress.rotary import Rotation
 from kvpress.select import Rank
 
 
@@ -63,6 +64,11 @@ class Run:
     recording: bool = False  # whether drafted tokens may be taken back until the next forward pass
     announced: int | None = None  # drafted tokens of this pass, where that is known
     announces: bool = False  # whether the caller who records says how many they are
+    members: list[Any] = field(default_factory=list)  # the layers that share this
+    rotations: tuple[
+        Rotation | None, ...
+    ] = ()  # of keys, layer by layer, where a policy needs them
+    bytes_peak: int = 0  # the most that was held during a prompt; see `Report`
     broken: int | None = None  # the layer in which a pass is under way, or failed
 
     def drafted(self, tokens: int, first: bool) -> int:

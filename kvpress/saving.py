@@ -18,11 +18,11 @@ from kvpress.errors import CacheFileError
 from kvpress.layer import Layer
 from kvpress.store import PagedRows
 
-FORMAT = 1  # of the file; another one is refused
+FORMAT = 2  # of the file; another one is refused
 _SAMPLE = 64  # elements of every weight that identify a model
 _NUMBERS = ("columns_seen", "evicted_at", "prompted_at", "padded_at")
 _NEUTRAL = {"transformers_version", "name_or_path", "architectures", "use_cache", "id2label"}
-_PER_SEQUENCE = ("seen_B", "decoded_B", "quota_R", "recent_B")
+_PER_SEQUENCE = ("seen_B", "decoded_B", "quota_R", "recent_B", "demand_B", "threshold_B")
 
 
 def save(path: str | Path, layers: Sequence[Layer], facts: Mapping[str, Any]) -> None:
@@ -115,7 +115,7 @@ def _layer_numbers(state: Layer) -> dict[str, Any] | None:
 def _layer_tensors(state: Layer) -> dict[str, Tensor]:
     if state.store is None:
         return {}
-    counters = {name: getattr(state, name).clone() for name in _PER_SEQUENCE}
+    counters = {name: getattr(state, name).cpu().clone() for name in _PER_SEQUENCE}
     return {**counters, **state.store.state()}
 
 
@@ -129,6 +129,7 @@ def _fill(
         setattr(layer, name, tensors[name].clone())
     columns = layer.columns(tensors["page.key"].shape[1], tensors["page.value"].shape[2])
     layer.store = PagedRows.from_state(tensors, columns, layer.kind.heads, device)
+    layer.threshold_B = layer.threshold_B.to(layer.store.device)
     layer.refresh()
 
 

@@ -14,11 +14,9 @@ from kvpress.select import protect
 from kvpress.types import Slots
 
 
-def set_quotas(layer: Layer, group: Sequence[int], seen_b: Tensor) -> None:
-    """Decides how many slots rows may keep after `seen_b` tokens. Raises BudgetError."""
-    if layer.limits is None or not group:
-        return
-    geometry = Geometry(
+def geometry(layer: Layer) -> Geometry:
+    """What a budget in bytes must know of a layer."""
+    return Geometry(
         layers=layer.run.layers,
         heads=layer.kind.heads,
         page_slots=layer.rows.page_slots,
@@ -26,11 +24,26 @@ def set_quotas(layer: Layer, group: Sequence[int], seen_b: Tensor) -> None:
         row_bytes=layer.rows.row_bytes(),
         headroom=layer.headroom,
     )
-    quotas = [layer.limits.quota(seen, geometry) for seen in seen_b.tolist()]
+
+
+def set_quotas(
+    layer: Layer, group: Sequence[int], seen_b: Tensor, portion_b: Sequence[float] | None = None
+) -> None:
+    """Decides how many slots rows may keep after `seen_b` tokens. Raises BudgetError.
+
+    portion_b: what this layer gets in each sequence, in multiples of the budget; None: 1.
+    """
+    if layer.limits is None or not group:
+        return
+    portions = [1.0] * len(group) if portion_b is None else portion_b
+    sizes = zip(seen_b.tolist(), portions, strict=True)
+    quotas = [layer.limits.quota(seen, geometry(layer), portion) for seen, portion in sizes]
     slots = [_allocate(layer, quota) for quota in quotas]
     layer.recent_B[group] = torch.tensor([quota.recent for quota in quotas])
     layer.quota_BH[group] = torch.tensor(slots)
     layer.rows_changed()
+    if portion_b is not None:
+        return  # layers with budgets of their own are explained together
     for seen, quota in zip(seen_b.tolist(), quotas, strict=True):
         _explain(layer, seen, quota)
 

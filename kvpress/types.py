@@ -44,6 +44,7 @@ class Slots:
     attention_BHS: Tensor | None = None  # fp32: what the policy asked to observe
     mass_BHS: Tensor | None = None  # fp32: what the policy accumulated so far; 0 for new tokens
     key_width: int | None = None  # channels of keys, where the store keeps more than the model's
+    attention_BNS: Tensor | None = None  # what was observed of a prompt, for every query head
 
     @property
     def key_BHSD(self) -> Tensor:

@@ -24,7 +24,8 @@ def test_ops_checks_and_times_every_case(tmp_path: Path) -> None:
     done = CliRunner().invoke(bench, ["ops", *options, "--out", str(out), "--plot", str(plot)])
     assert done.exit_code == 0, done.output
     text = json.dumps(json.loads(out.read_text()))
-    for name in ("decode_rows", "decode_step", "attention_sums", "gather_slots", "scatter_slots"):
+    groups = ("decode_rows", "decode_step", "attention_sums", "match_keys")
+    for name in (*groups, "gather_slots", "scatter_slots"):
         assert name in text
     assert plot.read_bytes()[:4] == b"\x89PNG"
 

@@ -34,7 +34,10 @@ def test_bytes_held_are_those_of_all_tensors_that_the_cache_keeps_alive(
             counters = [  # per sequence, outside the store; layers share some of them
                 t
                 for state in cache.states
-                for t in (state.seen_B, state.quota_R, state.recent_B, state.decoded_B)
+                for t in (
+                    *(state.seen_B, state.quota_R, state.recent_B, state.decoded_B),
+                    *(state.demand_B, state.threshold_B),
+                )
             ] + list(cache.states[0].run.newest or ())
             books = {t.data_ptr(): t.untyped_storage().nbytes() for t in counters}
             assert helpers.live_storages(cache) == report.bytes_held + sum(books.values())
@@ -54,9 +57,9 @@ def test_the_report_is_an_object_a_dictionary_and_a_table() -> None:
     assert data["slots_kept"] == report.slots_kept
     assert data["fraction"] == pytest.approx(report.bytes_held / report.bytes_full)
     assert set(data["stages"]) == {
-        "prefill attention", "observe", "select", "store", "decode attention",
+        "prefill attention", "observe", "select", "merge", "store", "decode attention",
     }  # fmt: skip
-    assert all(seconds > 0 for seconds in data["stages"].values())
+    assert all((seconds > 0) == (stage != "merge") for stage, seconds in data["stages"].items())
     console = Console(width=100, file=io.StringIO(), record=True)
     console.print(report)
     assert "keyformer" in console.export_text()

@@ -45,7 +45,10 @@ def test_options_get_their_declared_types() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("keyfomer", r"Unknown policy 'keyfomer'. Did you mean 'keyformer'\? Allowed: full, h2o"),
+        (
+            "keyfomer",
+            r"Unknown policy 'keyfomer'. Did you mean 'keyformer'\? Allowed: d2o, full, h2o",
+        ),
         ("keyformer:bugdet=0.5", r"no option 'bugdet'. Did you mean 'budget'"),
         (
             "keyformer:noise=fresch",

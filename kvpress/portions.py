@@ -1,0 +1,112 @@
+"""Budgets of layers that depend on what every layer attends to in a prompt.
+
+A layer that has attended knows its own demand, but not those of the layers behind it: until a
+prompt has passed all of them it keeps the most that it can come to get. Then all are trimmed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvpress.decode import evict, stored
+from kvpress.layer import Layer
+from kvpress.policy import Recipe
+from kvpress.selection import geometry, set_quotas
+from kvpress.types import Slots
+
+
+def check_portions(recipe: Recipe, layers: int) -> None:
+    """Raises PolicyError where a policy cannot divide its budget among so many layers."""
+    if recipe.shares and recipe.limits is not None and recipe.limits.budget.unit == "fraction":
+        nothing_known = torch.full((1, layers), torch.nan, dtype=torch.float64)
+        kept = torch.tensor([float(recipe.limits.budget.amount)], dtype=torch.float64)
+        _portions(recipe, nothing_known, kept)
+
+
+def foresee(layer: Layer, group: Sequence[int], seen_b: Tensor) -> None:
+    """Raises PolicyError, before anything changes, if a prompt has no division of the budget.
+
+    seen_b: tokens of the sequences after it.
+    """
+    layers = _compressed(layer)
+    if layer is layers[0] and group:
+        nothing_known = torch.full((len(group), len(layers)), torch.nan, dtype=torch.float64)
+        _portions(layer.recipe, nothing_known, _kept(layer, seen_b))
+
+
+def plan(layer: Layer, group: Sequence[int], slots: Slots) -> None:
+    """Notes the demand of a layer that has attended, and bounds its rows for the time being."""
+    assert slots.attention_BNS is not None, "a policy with demands observes"
+    policy = layer.recipe.stage("share")
+    new_b = policy.demand(slots.attention_BNS, slots.position_BHS).double().cpu()
+    rows, seen_b = list(group), layer.seen_B[list(group)].double()
+    old_b = layer.demand_B[rows]  # of the chunks before: each counts by its tokens
+    part_b = slots.new_tokens / seen_b
+    layer.demand_B[rows] = torch.where(old_b.isnan(), new_b, old_b * (1 - part_b) + new_b * part_b)
+    _divide(layer, group, _compressed(layer), up_to=layer)
+
+
+def trim(layer: Layer, group: Sequence[int]) -> None:
+    """Brings all layers to their budgets after a prompt; called by the last one that attends."""
+    layers = _compressed(layer)
+    if layer is not layers[-1] or layer.limits is None or not group:
+        return
+    for other in layers:
+        other.changes()
+        with other.rows.lock:
+            _divide(other, group, layers, up_to=layers[-1])
+            _evict(other, list(group))
+    _explain(layers, group)
+
+
+def _compressed(layer: Layer) -> list[Layer]:
+    return [other for other in layer.run.members if other.kind.window is None]
+
+
+def _divide(layer: Layer, group: Sequence[int], layers: list[Layer], up_to: Layer) -> None:
+    """Sets the quotas of a layer by the demands of the layers up to one."""
+    known = layers.index(up_to) + 1
+    demand_bL = torch.full((len(group), len(layers)), torch.nan, dtype=torch.float64)
+    for i, other in enumerate(layers[:known]):
+        demand_bL[:, i] = other.demand_B[list(group)]
+    seen_b = layer.seen_B[list(group)]
+    portion_bL = _portions(layer.recipe, demand_bL, _kept(layer, seen_b))
+    set_quotas(layer, group, seen_b, portion_bL[:, layers.index(layer)].tolist())
+
+
+def _portions(recipe: Recipe, demand_BL: Tensor, kept_B: Tensor) -> Tensor:
+    """What layers keep, in multiples of the budget: `[B, L]`."""
+    policy = recipe.stage("share")
+    return policy.division.portions(policy.share(demand_BL), kept_B)
+
+
+def _kept(layer: Layer, seen_b: Tensor) -> Tensor:
+    """The part of the tokens that the budget keeps: fp64."""
+    assert layer.limits is not None, "only layers with a budget share one"
+    slots = [layer.limits.budget.slots(seen, geometry(layer)) for seen in seen_b.tolist()]
+    return (torch.tensor(slots, dtype=torch.float64) / seen_b.clamp_min(1)).clamp_max(1)
+
+
+@torch.no_grad()
+def _evict(layer: Layer, group: list[int]) -> None:
+    excess_bH = layer.rows.counts_BH[group] - layer.quota_BH[group]
+    if bool((excess_bH > 0).any()):
+        with layer.timed("select"):
+            slots = stored(layer, group, layer.seen_B[group])
+            evict(layer, group, slots, excess_bH, goes_on=True)
+
+
+def _explain(layers: list[Layer], group: Sequence[int]) -> None:
+    """A line for the report: what layers keep of the first of the prompts."""
+    first, limits = group[0], layers[-1].limits
+    assert limits is not None, "only layers with a budget are trimmed"
+    seen = int(layers[-1].seen_B[first])
+    kept = [int(layer.rows.counts_BH[first].sum()) / layer.kind.heads for layer in layers]
+    mean = sum(kept) / len(kept)
+    layers[-1].run.notes[
+        f"Layer budgets: of a prompt of {seen} tokens layers keep {min(kept):.0f} to"
+        f" {max(kept):.0f}, {mean / max(seen, 1):.1%} on average (budget {limits.budget})."
+    ] = None
