@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 
 import kvpress
+from kvpress import ops
 from kvpress.errors import KVPressError
 from kvpress.meter import Report, size, span
 
@@ -129,7 +130,11 @@ def check_positions(model: Any, tokens: int, new_tokens: int) -> None:
 
 
 def warm_up(model: Any) -> None:
-    """A short forward pass, so that the first measurement does not pay for lazy loading."""
+    """A short forward pass, so that the first measurement does not pay for lazy loading.
+
+    Nor for compiling the operators, where they were never used before.
+    """
+    ops.backends()
     with torch.inference_mode():
         model(torch.ones(1, 64, dtype=torch.long, device=model.device), use_cache=False)
 
