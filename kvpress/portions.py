@@ -17,6 +17,8 @@ from kvpress.policy import Recipe
 from kvpress.selection import geometry, set_quotas
 from kvpress.types import Slots
 
+_BUDGETS = "Layer budgets:"
+
 
 def check_portions(recipe: Recipe, layers: int) -> None:
     """Raises PolicyError where a policy cannot divide its budget among so many layers."""
@@ -105,8 +107,10 @@ def _explain(layers: list[Layer], group: Sequence[int]) -> None:
     assert limits is not None, "only layers with a budget are trimmed"
     seen = int(layers[-1].seen_B[first])
     kept = [int(layer.rows.counts_BH[first].sum()) / layer.kind.heads for layer in layers]
-    mean = sum(kept) / len(kept)
-    layers[-1].run.notes[
-        f"Layer budgets: of a prompt of {seen} tokens layers keep {min(kept):.0f} to"
-        f" {max(kept):.0f}, {mean / max(seen, 1):.1%} on average (budget {limits.budget})."
+    mean, notes = sum(kept) / len(kept), layers[-1].run.notes
+    for line in [line for line in notes if line.startswith(_BUDGETS)]:
+        del notes[line]  # of the chunk or turn before
+    notes[
+        f"{_BUDGETS} of a prompt of {seen} tokens layers keep {min(kept):.0f} to {max(kept):.0f},"
+        f" {mean / max(seen, 1):.1%} on average (budget {limits.budget})."
     ] = None

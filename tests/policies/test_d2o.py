@@ -431,6 +431,8 @@ def test_chunks_of_a_prompt_keep_the_budget() -> None:
         slots = [s.store.counts_BH.double().mean() for s in cache.states]
     assert 90 * 0.3 - 1 < float(sum(slots)) / 3 <= 90 * 0.3
     assert all(not s.demand_B.isnan().any() for s in cache.states)
+    (line,) = [note for note in cache.report().notes if "Layer budgets" in note]
+    assert "a prompt of 90 tokens" in line
 
 
 def test_a_trim_goes_on_with_the_eviction_of_its_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
