@@ -54,7 +54,8 @@ def absorb_one(
     assert rule is not None, "only recipes that merge absorb"
     turning: tuple[Tensor | None, bool, int] = (None, False, 0)
     if rule.keys == "unrotated" and turns is not None:
-        turning = (turns.frequency_F, turns.interleaved, turns.start)
+        frequency_F = turns.frequency_F.to(layer.rows.device)  # the model may have moved
+        turning = (frequency_F, turns.interleaved, turns.start)
     ops.absorb_step(
         *pools,
         *layer.rows.operands(),
@@ -87,6 +88,9 @@ def _absorb(
     losses_BH = evicted_BHS.sum(-1)
     index_BHE = kept_index(evicted_BHS, losses_BH)
     lost_BHE = torch.arange(index_BHE.shape[2], device=losses_BH.device) < losses_BH[..., None]
+    if rule.together:  # ranks are those of positions, and slots may stand in any order
+        position_BHE = slots.position_BHS.gather(2, index_BHE).masked_fill(~lost_BHE, 2**31 - 1)
+        index_BHE = index_BHE.gather(2, position_BHE.argsort(dim=-1, stable=True))
     key_BHCD, position_BHC = columns[KEY], columns[POSITION]
     stays_BHC = torch.arange(key_BHCD.shape[2]) < counts_BH[..., None]
     allowed_BHC = stays_BHC.to(position_BHC.device)

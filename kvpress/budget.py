@@ -146,6 +146,16 @@ class Limits:
             )
         return recent, fits
 
+    def least_slots(self, seen: int, geometry: Geometry) -> float:
+        """What a portion of the budget must leave to a row: its protected tokens, and a page."""
+        fixed = self.recent is not None or self.recent_ratio >= 1
+        least = self.sink + (self.recent or 0) if fixed else self.sink / (1 - self.recent_ratio)
+        if self.budget.unit != "bytes":
+            return math.ceil(least)
+        slots = self.budget.slots(seen, geometry)
+        pages = (slots + geometry.headroom) / geometry.page_slots
+        return max(math.ceil((least + geometry.headroom) / geometry.page_slots), 1) * slots / pages
+
     def quota(self, seen: int, geometry: Geometry, portion: float = 1.0) -> Quota:
         """How many slots a row keeps after `seen` real tokens.
 
@@ -158,7 +168,7 @@ class Limits:
         slots = self.budget.slots(seen, geometry, portion)
         if portion != 1.0:
             recent = self._recent(slots)
-            least = min(self.sink + recent, seen)
+            least = self.sink + recent
             return Quota(max(slots, least), self.sink, recent, slots < least)
         recent, fits = self._protect(slots)
         if not fits:

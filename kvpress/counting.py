@@ -6,10 +6,27 @@ is 0 for new tokens, and queries 1 / scaling, and no kernel needs to know.
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import torch
 
 from kvpress.errors import PolicyError
 from kvpress.run import Tokens
+from kvpress.shapes import MOST_WIDTH
+
+
+def check_counts(dtypes: Set[torch.dtype], key_width: int) -> None:
+    """Raises PolicyError where a channel cannot hold the logarithm, or there is no room for it.
+
+    key_width: channels of keys with that one. Half precision would round away what is added to
+    slots that hold many tokens already.
+    """
+    if dtypes != {torch.float32} or key_width > MOST_WIDTH:
+        raise PolicyError(
+            f"Merged tokens are counted in a channel of keys: that needs float32, here are"
+            f" {', '.join(sorted(map(str, dtypes)))}, keys of at most {MOST_WIDTH - 1} channels,"
+            f" here are {key_width - 1}. Do not count them (count_bias=false)."
+        )
 
 
 def with_counts(tokens: Tokens) -> Tokens:

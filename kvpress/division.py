@@ -26,11 +26,12 @@ class Division(NamedTuple):
     full_first: int = 0
     full_last: int = 0
 
-    def portions(self, weight_BL: Tensor, kept_B: Tensor) -> Tensor:
+    def portions(self, weight_BL: Tensor, kept_B: Tensor, least_B: Tensor) -> Tensor:
         """What layers keep in multiples of the budget, by their weights: fp64 `[B, L]`.
 
-        kept_B: the part of the prompt that the budget keeps. Infinite: never compressed. Raises
-        PolicyError if no division has this average.
+        kept_B: the part of the prompt that the budget keeps. least_B: the part that every layer
+        needs, besides `least`; where the average leaves less, all layers keep that. Infinite: never
+        compressed. Raises PolicyError if no division has this average.
         """
         layers = weight_BL.shape[1]
         ratio_BL = kept_B[:, None] * weight_BL / weight_BL.mean(1, keepdim=True)
@@ -39,32 +40,41 @@ class Division(NamedTuple):
         if self.exact_mean:
             others = part_BL.shape[1]
             target_B = (layers * kept_B - (layers - others)) / max(others, 1)
-            part_BL = self._scaled(part_BL, target_B, kept_B)
+            self._check(target_B, kept_B)
+            least_B = torch.minimum(least_B.clamp_min(self.least), target_B)
+            part_BL = _scaled(part_BL, target_B, least_B)
+        else:
+            least_B = least_B.clamp_min(self.least)
         portion_BL = torch.full_like(ratio_BL, math.inf)
-        portion_BL[:, compressed] = part_BL.clamp(self.least, 1) / kept_B[:, None]
+        portion_BL[:, compressed] = _within(part_BL, least_B) / kept_B[:, None]
         return portion_BL
 
-    def _scaled(self, ratio_BL: Tensor, target_B: Tensor, kept_B: Tensor) -> Tensor:
-        """The ratios times a factor with which they are `target_B` on average within the bounds."""
-        least = self.least if ratio_BL.shape[1] else 0.0
-        if bool((target_B < least).any()):
+    def _check(self, target_B: Tensor, kept_B: Tensor) -> None:
+        if bool((target_B < 0).any()):
             worst = int(target_B.argmin())
             raise PolicyError(
-                f"Layers cannot keep {float(kept_B[worst]):.3f} of a prompt on average: beside"
-                f" full_first={self.full_first} and full_last={self.full_last} whole layers, the"
-                f" others would keep {float(target_B[worst]):.3f}, and least={self.least}. Raise"
-                " the budget, keep fewer layers whole, or set exact_mean=false."
+                f"Layers cannot keep {float(kept_B[worst]):.3f} of a prompt on average where"
+                f" full_first={self.full_first} and full_last={self.full_last} of them are kept"
+                " whole. Raise the budget, keep fewer layers whole, or set exact_mean=false."
             )
-        if not ratio_BL.shape[1]:
-            return ratio_BL
-        plain_BL = ratio_BL * (target_B / ratio_BL.mean(1))[:, None]
-        if bool(((plain_BL >= self.least) & (plain_BL <= 1)).all()):
-            return plain_BL
-        low_B1, high_B1 = torch.zeros_like(ratio_BL[:, :1]), 1 / ratio_BL.amin(1, keepdim=True)
-        for _ in range(_HALVINGS):
-            factor_B1 = (low_B1 + high_B1) / 2
-            mean_B1 = (factor_B1 * ratio_BL).clamp(self.least, 1).mean(1, keepdim=True)
-            above_B1 = mean_B1 > target_B[:, None]
-            low_B1 = torch.where(above_B1, low_B1, factor_B1)
-            high_B1 = torch.where(above_B1, factor_B1, high_B1)
-        return high_B1 * ratio_BL
+
+
+def _within(ratio_BL: Tensor, least_B: Tensor) -> Tensor:
+    return ratio_BL.clamp_max(1).maximum(least_B[:, None])
+
+
+def _scaled(ratio_BL: Tensor, target_B: Tensor, least_B: Tensor) -> Tensor:
+    """The ratios times a factor with which they are `target_B` on average within the bounds."""
+    if not ratio_BL.shape[1]:
+        return ratio_BL
+    plain_BL = ratio_BL * (target_B / ratio_BL.mean(1))[:, None]
+    if bool(((plain_BL >= least_B[:, None]) & (plain_BL <= 1)).all()):
+        return plain_BL
+    low_B1, high_B1 = torch.zeros_like(ratio_BL[:, :1]), 1 / ratio_BL.amin(1, keepdim=True)
+    for _ in range(_HALVINGS):
+        factor_B1 = (low_B1 + high_B1) / 2
+        mean_B1 = _within(factor_B1 * ratio_BL, least_B).mean(1, keepdim=True)
+        above_B1 = mean_B1 > target_B[:, None]
+        low_B1 = torch.where(above_B1, low_B1, factor_B1)
+        high_B1 = torch.where(above_B1, factor_B1, high_B1)
+    return high_B1 * ratio_BL

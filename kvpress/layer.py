@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvpress.alibi import CHANNELS
 from kvpress.budget import UNLIMITED, Budget, Limits
+from kvpress.counting import check_counts
 from kvpress.errors import CacheError
 from kvpress.meter import LayerReport
 from kvpress.policy import Recipe
@@ -53,6 +54,7 @@ class Layer:
         self._in_step: bool | None = None  # None: not known
         self._excess: int | None = None  # None: not known
         self._level = False  # whether all rows are as far from their quotas
+        self.cut: set[int] = set()  # sequences of which the last prompt evicted, before a trim
         self.drafted = 0  # tokens of every sequence that may still be taken back; see drafts.py
         self.draft_weights: list[Tensor] = []  # what they attended to: blocks `[B, N, P, S]`
 
@@ -252,6 +254,8 @@ class Layer:
         batch, heads, _, key_width = key_BHPD.shape
         self.token_dtype = key_BHPD.dtype
         columns = self.columns(key_width, value_BHPD.shape[-1])
+        if self.counts_tokens:
+            check_counts({self.token_dtype, columns[KEY].dtype}, key_width)
         self.store = PagedRows(batch, heads, columns, self.run.page_slots, key_BHPD.device)
         self.seen_B = torch.zeros(batch, dtype=torch.int64)
         self.decoded_B, self.recent_B = torch.zeros_like(self.seen_B), torch.zeros_like(self.seen_B)

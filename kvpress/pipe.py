@@ -45,6 +45,12 @@ def attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
             "Speculative decoding (activate_past_recording) of a batch with padding among the"
             " new tokens is not supported. Draft as many tokens for every sequence."
         )
+    if drafted and layer.recipe.shares and drafted < tokens.key_bHPD.shape[2]:
+        raise CacheError(
+            f"{layer.recipe} divides its budget among the layers once a prompt has passed all of"
+            " them, and this pass holds a prompt and drafted tokens. Read the prompt in a pass of"
+            " its own before speculative decoding starts, or use a policy with equal budgets."
+        )
     with layer.rows.lock:
         if layer.drafted:
             commit(layer)
@@ -70,9 +76,9 @@ def _attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     new_B = torch.full_like(before_B, columns) if valid_BP is None else valid_BP.sum(1)
     groups = _groups(layer, new_B, padded=valid_BP is not None)
     prompts = [b for group in groups if not group.decodes for b in group.sequences]
-    set_quotas(layer, prompts, (before_B + new_B)[prompts])
     if layer.recipe.shares:
         foresee(layer, prompts, (before_B + new_B)[prompts])
+    set_quotas(layer, prompts, (before_B + new_B)[prompts])
     layer.advance(columns, before_B + new_B, padded=valid_BP is not None)
 
     outputs, survivors, chunks = [], [], []

@@ -25,7 +25,7 @@ def check_portions(recipe: Recipe, layers: int) -> None:
     if recipe.shares and recipe.limits is not None and recipe.limits.budget.unit == "fraction":
         nothing_known = torch.full((1, layers), torch.nan, dtype=torch.float64)
         kept = torch.tensor([float(recipe.limits.budget.amount)], dtype=torch.float64)
-        _portions(recipe, nothing_known, kept)
+        _portions(recipe, nothing_known, kept, torch.zeros_like(kept))
 
 
 def foresee(layer: Layer, group: Sequence[int], seen_b: Tensor) -> None:
@@ -36,7 +36,7 @@ def foresee(layer: Layer, group: Sequence[int], seen_b: Tensor) -> None:
     layers = _compressed(layer)
     if layer is layers[0] and group:
         nothing_known = torch.full((len(group), len(layers)), torch.nan, dtype=torch.float64)
-        _portions(layer.recipe, nothing_known, _kept(layer, seen_b))
+        _portions(layer.recipe, nothing_known, *_kept(layer, seen_b))
 
 
 def plan(layer: Layer, group: Sequence[int], slots: Slots) -> None:
@@ -60,7 +60,9 @@ def trim(layer: Layer, group: Sequence[int]) -> None:
         other.changes()
         with other.rows.lock:
             _divide(other, group, layers, up_to=layers[-1])
-            _evict(other, list(group))
+            for goes_on in (True, False):
+                part = [b for b in group if (b in other.cut) == goes_on]
+                _evict(other, part, goes_on)
     _explain(layers, group)
 
 
@@ -75,30 +77,34 @@ def _divide(layer: Layer, group: Sequence[int], layers: list[Layer], up_to: Laye
     for i, other in enumerate(layers[:known]):
         demand_bL[:, i] = other.demand_B[list(group)]
     seen_b = layer.seen_B[list(group)]
-    portion_bL = _portions(layer.recipe, demand_bL, _kept(layer, seen_b))
+    portion_bL = _portions(layer.recipe, demand_bL, *_kept(layer, seen_b))
     set_quotas(layer, group, seen_b, portion_bL[:, layers.index(layer)].tolist())
 
 
-def _portions(recipe: Recipe, demand_BL: Tensor, kept_B: Tensor) -> Tensor:
+def _portions(recipe: Recipe, demand_BL: Tensor, kept_B: Tensor, least_B: Tensor) -> Tensor:
     """What layers keep, in multiples of the budget: `[B, L]`."""
     policy = recipe.stage("share")
-    return policy.division.portions(policy.share(demand_BL), kept_B)
+    return policy.division.portions(policy.share(demand_BL), kept_B, least_B)
 
 
-def _kept(layer: Layer, seen_b: Tensor) -> Tensor:
-    """The part of the tokens that the budget keeps: fp64."""
+def _kept(layer: Layer, seen_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of the tokens that the budget keeps, and the least that any layer must: fp64."""
     assert layer.limits is not None, "only layers with a budget share one"
-    slots = [layer.limits.budget.slots(seen, geometry(layer)) for seen in seen_b.tolist()]
-    return (torch.tensor(slots, dtype=torch.float64) / seen_b.clamp_min(1)).clamp_max(1)
+    limits, shape = layer.limits, geometry(layer)
+    sizes = [(limits.budget.slots(n, shape), limits.least_slots(n, shape)) for n in seen_b.tolist()]
+    kept_b2 = torch.tensor(sizes, dtype=torch.float64) / seen_b.clamp_min(1)[:, None]
+    kept_b, least_b = kept_b2.clamp_max(1).unbind(1)
+    return kept_b, least_b
 
 
 @torch.no_grad()
-def _evict(layer: Layer, group: list[int]) -> None:
+def _evict(layer: Layer, group: list[int], goes_on: bool) -> None:
+    """goes_on: whether the prompt evicted already; the trim then belongs to that eviction."""
     excess_bH = layer.rows.counts_BH[group] - layer.quota_BH[group]
     if bool((excess_bH > 0).any()):
         with layer.timed("select"):
             slots = stored(layer, group, layer.seen_B[group])
-            evict(layer, group, slots, excess_bH, goes_on=True)
+            evict(layer, group, slots, excess_bH, goes_on)
 
 
 def _explain(layers: list[Layer], group: Sequence[int]) -> None:

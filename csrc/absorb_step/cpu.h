@@ -46,6 +46,7 @@ class Absorption {
     read_key(slots_.find(r, victim), key);
     float norm = 0;
     for (int64_t d = 0; d < a_.width; d++) norm += key[d] * key[d];
+    if (!(norm < INFINITY)) return {victim, -1, -INFINITY};
     for (int64_t d = 0; d < a_.width && norm > 0; d++) key[d] /= std::sqrt(norm);
     Vec best[kVectors];
     IntVec at[kVectors];
@@ -65,10 +66,10 @@ class Absorption {
       slots_.read_tile(r, s, slots, place, a_.position, position);
       for (int v = 0; v < kVectors; v++) {
         const Vec size = dot[v] < 0 ? -dot[v] : dot[v];
-        const Vec score = square[v] > 0 ? dot[v] * size / square[v] : Vec{};
+        const Vec score = square[v] == 0 ? Vec{} : dot[v] * size / square[v];
         const IntVec slot = lanes() + int32_t(s + v * kWidth);
         const IntVec better = (slot < int32_t(count)) & (slot != int32_t(victim)) &
-                              (load(position + v * kWidth) >= first) & (score > best[v]);
+                              (load(position + v * kWidth) >= first) & (square[v] < INFINITY) & (score > best[v]);
         best[v] = better ? score : best[v];
         at[v] = better ? slot : at[v];
       }

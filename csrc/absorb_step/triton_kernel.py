@@ -156,7 +156,7 @@ def find_kernel(
     from_D = key + (own_page * D + d_D) * PAGE + victim % PAGE
     key_D = tl.load(from_D, mask=d_D < WIDTH, other=0).to(tl.float32)
     norm = tl.sqrt(tl.sum(key_D * key_D, 0))
-    key_D = key_D / tl.where(norm == 0, 1.0, norm)
+    key_D = tl.where(norm < float("inf"), key_D, 0.0) / tl.where(norm == 0, 1.0, norm)
     best_S = tl.full([BLOCK_S], float("-inf"), tl.float32)
     at_S = tl.full([BLOCK_S], -1, tl.int32)
     for start in range(0, count, BLOCK_S):
@@ -170,8 +170,9 @@ def find_kernel(
         ).to(tl.float32)
         square_S = tl.sum(other_DS * other_DS, 0)
         dot_S = tl.sum(other_DS * key_D[:, None], 0)
-        u_S = tl.where(square_S > 0, dot_S / tl.sqrt(tl.where(square_S > 0, square_S, 1.0)), 0.0)
-        allowed_S = (s_S < count) & (s_S != victim)
+        u_S = tl.where(square_S == 0, 0.0, dot_S / tl.sqrt(tl.where(square_S == 0, 1.0, square_S)))
+        allowed_S = (s_S < tl.where(norm < float("inf"), count, 0)) & (s_S != victim)
+        allowed_S = allowed_S & (square_S < float("inf"))  # neither infinite nor a NaN
         if not SINKS:
             allowed_S = allowed_S & (position_S >= sink)
         better_S = allowed_S & (u_S > best_S)
@@ -232,6 +233,7 @@ def merge_kernel(
     before = tl.load(threshold + sequence)
     after = tl.where(before != before, mean, memory * before + gain * news)
     after = tl.where(matched > 0, after, before)
+    tl.debug_barrier()  # all threads have read it
     tl.store(threshold + sequence, after)
 
     d_D, e_E = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)

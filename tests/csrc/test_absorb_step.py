@@ -282,6 +282,22 @@ def test_zero_norms_have_the_cosine_zero_and_ties_go_to_the_lowest_slot(run: Any
             assert torch.equal(rows.value[rows.at(r, slot)], before.value[before.at(r, slot)])
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, where Triton is interpreted
+def test_keys_that_are_not_finite_match_nothing(run: Any) -> None:
+    rows = Rows([6, 6], 4, 4, FP32)
+    rows.mass[rows.at(0, 2)], rows.mass[rows.at(1, 2)] = -1.0, -1.0  # the victims
+    page, offset = rows.at(0, torch.tensor([0]))
+    rows.key[page, :, offset] = NAN
+    page, offset = rows.at(1, torch.tensor([2]))
+    rows.key[page, :, offset] = math.inf
+    before, o = rows.copy(), DEFAULTS | {"sink": 0, "recent": 0, "threshold": [-1.0]}
+    call(run, rows, [5, 5], o | {"memory": 1.0, "gain": 0.0})
+    assert torch.equal(rows.value[rows.at(0, 0)], before.value[before.at(0, 0)])
+    for slot in (0, 1, 3, 4):  # nobody got the infinite one
+        assert torch.equal(rows.value[rows.at(1, slot)], before.value[before.at(1, slot)])
+    assert rows.counts.tolist() == [5, 5]
+
+
 def test_a_sequence_does_not_depend_on_its_batch(run: Any) -> None:
     rows = Rows([40, 41, 300, 7], 16, 16, FP32)
     together, o = rows.copy(), DEFAULTS | {"threshold": [0.2, NAN]}
