@@ -31,7 +31,7 @@ def run_prompt(
     """Attention output `[b, N, P, D]` of a prompt chunk, and the slots that stay."""
     layer.decoded_B[group] = 0
     layer.prompted_at = layer.columns_seen
-    layer.cut -= set(group)
+    layer.cut = layer.cut - set(group)  # a new set: forks copy layers as they are
     columns = _candidates(layer, group, tokens, before_b)
     request = layer.recipe.stage("observe").observe(
         layer.step(group[0], tokens.query_bNPD.shape[2])
@@ -156,7 +156,7 @@ def _compress(
         else:
             kept_BHS, counts_BH = select(layer, slots, group, stored_BH)
             lost_b = (counts_BH < stored_BH).any(1).tolist()
-            layer.cut |= {b for b, lost in zip(group, lost_b, strict=True) if lost}
+            layer.cut = layer.cut | {b for b, lost in zip(group, lost_b, strict=True) if lost}
         if bool((counts_BH < stored_BHS.shape[-1]).any()):
             columns = survive(layer, group, slots, kept_BHS, counts_BH)
         return Survivors(tuple(group), columns, counts_BH, bool((counts_BH < stored_BH).any()))
