@@ -28,8 +28,9 @@ def survive(
     counts_BH: how many stay of each row, on the host. goes_on: whether this is a part of the
     eviction before: then the threshold of merging stays where that one set it.
     """
-    index_BHK = kept_index(kept_BHS, counts_BH)
-    columns = {name: gather(slots.fetch(name), index_BHK) for name in layer.rows.columns}
+    with layer.timed("select"):
+        index_BHK = kept_index(kept_BHS, counts_BH)
+        columns = {name: gather(slots.fetch(name), index_BHK) for name in layer.rows.columns}
     rule = layer.recipe.merging
     evicted_BHS = (slots.position_BHS != EMPTY) & ~kept_BHS
     if rule is not None and bool(evicted_BHS.any()):

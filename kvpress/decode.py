@@ -124,8 +124,7 @@ def _run_stages(layer: Layer, group: list[int], tokens: Tokens, due: bool) -> Te
         with layer.timed("observe"):
             slots = observe(layer, group, weights_bN1S, request, layer.seen_B[group])
     if evicts:
-        with layer.timed("select"):
-            evict(layer, group, slots, excess_bH)
+        evict(layer, group, slots, excess_bH)
     return out_bN1D
 
 
@@ -187,18 +186,20 @@ def evict(
     layer.evicted_at = layer.columns_seen
     recipe = layer.recipe
     ordinary = recipe.merging is None and not recipe.stage("select").overrides("select")
-    if ordinary and int(excess_bH.max()) == 1:
-        victim_bH = drop_one(
-            score(layer, slots), slots.position_BHS, protected(layer, slots, group)
-        )
-        over_r = (excess_bH > 0).flatten().nonzero().flatten()
-        row_N = layer.rows.row_index(group)[over_r]
-        layer.rows.evict_one(row_N, victim_bH.flatten()[over_r.to(victim_bH.device)])
-        layer.rows_changed()
-        return
-    kept_BHS, counts_bH = select(layer, slots, group, layer.rows.counts_BH[group])
+    with layer.timed("select"):
+        if ordinary and int(excess_bH.max()) == 1:
+            victim_bH = drop_one(
+                score(layer, slots), slots.position_BHS, protected(layer, slots, group)
+            )
+            over_r = (excess_bH > 0).flatten().nonzero().flatten()
+            row_N = layer.rows.row_index(group)[over_r]
+            layer.rows.evict_one(row_N, victim_bH.flatten()[over_r.to(victim_bH.device)])
+            layer.rows_changed()
+            return
+        kept_BHS, counts_bH = select(layer, slots, group, layer.rows.counts_BH[group])
     columns = survive(layer, group, slots, kept_BHS, counts_bH, goes_on)
-    layer.refill([Survivors(tuple(group), columns, counts_bH)])
+    with layer.timed("store"):
+        layer.refill([Survivors(tuple(group), columns, counts_bH)])
 
 
 _NOTHING = Observation()  # for steps that keep no mass: the operator then observes nothing

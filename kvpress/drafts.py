@@ -88,8 +88,7 @@ def _commit(layer: Layer, group: list[int], tokens: int, weights_bNPS: Tensor | 
             if layer.recipe.accumulates or (evicts and token == tokens - 1):
                 slots = _observe(layer, group, weights_bNPS, token, tokens)
     if evicts:
-        with layer.timed("select"):
-            evict(layer, group, slots, excess_bH)
+        evict(layer, group, slots, excess_bH)
 
 
 def _observe(

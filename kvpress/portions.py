@@ -48,7 +48,10 @@ def plan(layer: Layer, group: Sequence[int], slots: Slots) -> None:
     old_b = layer.demand_B[rows]  # of the chunks before: each counts by its tokens
     part_b = slots.new_tokens / seen_b
     layer.demand_B[rows] = torch.where(old_b.isnan(), new_b, old_b * (1 - part_b) + new_b * part_b)
-    _divide(layer, group, _compressed(layer), up_to=layer)
+    layers = _compressed(layer)
+    place = layers.index(layer)
+    portion_bL = _divide(layers, group, known=place + 1)
+    set_quotas(layer, group, layer.seen_B[rows], portion_bL[:, place].tolist())
 
 
 def trim(layer: Layer, group: Sequence[int]) -> None:
@@ -56,10 +59,12 @@ def trim(layer: Layer, group: Sequence[int]) -> None:
     layers = _compressed(layer)
     if layer is not layers[-1] or layer.limits is None or not group:
         return
-    for other in layers:
+    portion_bL = _divide(layers, group, known=len(layers))
+    for place, other in enumerate(layers):
         other.changes()
         with other.rows.lock:
-            _divide(other, group, layers, up_to=layers[-1])
+            seen_b = other.seen_B[list(group)]
+            set_quotas(other, group, seen_b, portion_bL[:, place].tolist())
             for goes_on in (True, False):
                 part = [b for b in group if (b in other.cut) == goes_on]
                 _evict(other, part, goes_on)
@@ -70,15 +75,13 @@ def _compressed(layer: Layer) -> list[Layer]:
     return [other for other in layer.run.members if other.kind.window is None]
 
 
-def _divide(layer: Layer, group: Sequence[int], layers: list[Layer], up_to: Layer) -> None:
-    """Sets the quotas of a layer by the demands of the layers up to one."""
-    known = layers.index(up_to) + 1
+def _divide(layers: list[Layer], group: Sequence[int], known: int) -> Tensor:
+    """The portions of all layers, `[b, L]`, by the demands of the first `known` ones."""
     demand_bL = torch.full((len(group), len(layers)), torch.nan, dtype=torch.float64)
     for i, other in enumerate(layers[:known]):
         demand_bL[:, i] = other.demand_B[list(group)]
-    seen_b = layer.seen_B[list(group)]
-    portion_bL = _portions(layer.recipe, demand_bL, *_kept(layer, seen_b))
-    set_quotas(layer, group, seen_b, portion_bL[:, layers.index(layer)].tolist())
+    last = layers[known - 1]
+    return _portions(last.recipe, demand_bL, *_kept(last, last.seen_B[list(group)]))
 
 
 def _portions(recipe: Recipe, demand_BL: Tensor, kept_B: Tensor, least_B: Tensor) -> Tensor:
@@ -102,9 +105,8 @@ def _evict(layer: Layer, group: list[int], goes_on: bool) -> None:
     """goes_on: whether the prompt evicted already; the trim then belongs to that eviction."""
     excess_bH = layer.rows.counts_BH[group] - layer.quota_BH[group]
     if bool((excess_bH > 0).any()):
-        with layer.timed("select"):
-            slots = stored(layer, group, layer.seen_B[group])
-            evict(layer, group, slots, excess_bH, goes_on)
+        slots = stored(layer, group, layer.seen_B[group])
+        evict(layer, group, slots, excess_bH, goes_on)
 
 
 def _explain(layers: list[Layer], group: Sequence[int]) -> None:

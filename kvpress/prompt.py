@@ -157,9 +157,9 @@ def _compress(
             kept_BHS, counts_BH = select(layer, slots, group, stored_BH)
             lost_b = (counts_BH < stored_BH).any(1).tolist()
             layer.cut = layer.cut | {b for b, lost in zip(group, lost_b, strict=True) if lost}
-        if bool((counts_BH < stored_BHS.shape[-1]).any()):
-            columns = survive(layer, group, slots, kept_BHS, counts_BH)
-        return Survivors(tuple(group), columns, counts_BH, bool((counts_BH < stored_BH).any()))
+    if bool((counts_BH < stored_BHS.shape[-1]).any()):
+        columns = survive(layer, group, slots, kept_BHS, counts_BH)
+    return Survivors(tuple(group), columns, counts_BH, bool((counts_BH < stored_BH).any()))
 
 
 def _observe(

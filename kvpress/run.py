@@ -65,9 +65,7 @@ class Run:
     announced: int | None = None  # drafted tokens of this pass, where that is known
     announces: bool = False  # whether the caller who records says how many they are
     members: list[Any] = field(default_factory=list)  # the layers that share this
-    rotations: tuple[
-        Rotation | None, ...
-    ] = ()  # of keys, layer by layer, where a policy needs them
+    rotations: tuple[Rotation | None, ...] = ()  # of the keys of every layer, where needed
     bytes_peak: int = 0  # the most that was held during a prompt; see `Report`
     broken: int | None = None  # the layer in which a pass is under way, or failed
 

@@ -51,7 +51,8 @@ class Step {
  public:
   // kept: without memory where no mass is kept; totals: [R, M, blocks], the sums of noisy exponentials
   Step(const DecodeStep& a, const BlockWeights& kept, float* totals)
-      : a_(a), slots_{a.attend.pages, a.position, a.mass}, kept_(kept), totals_(totals), plain_(a.observation.noise == Noise::kNone && a.observation.tau == 1.0) {}
+      : a_(a), slots_{a.attend.pages, a.position, a.mass}, kept_(kept), totals_(totals),
+        plain_(a.observation.noise == Noise::kNone && a.observation.tau == 1.0) {}
 
   // The new token goes behind the others of its row. Its page is read right after, by the same thread.
   void before_last_chunk(int64_t r) {
