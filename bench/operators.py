@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from kvpress.bench.case_match import MatchShape, match_keys_case
+from kvpress.bench.case_packed import packed_case
 from kvpress.bench.case_rows import decode_rows_case
 from kvpress.bench.case_slots import slots_case
 from kvpress.bench.case_step import decode_step_case
@@ -17,6 +18,11 @@ from kvpress.bench.rows import RowsShape
 
 SMOL = {"heads": 3, "group": 3, "width": 64}  # SmolLM2-135M
 LLAMA = {"heads": 8, "group": 4, "width": 128}  # Llama 3 8B
+LLAMA_2 = {
+    "heads": 8,
+    "group": 1,
+    "width": 128,
+}  # a quarter of Llama 2 7B: a KV head per query head
 STORAGE = (torch.float32, torch.bfloat16)
 QUICK_ROTATION = 1 << 20
 
@@ -27,6 +33,7 @@ def cases(quick: bool = False, long: bool = False) -> list[Case]:
     rows = list(_rows(quick))
     made = [decode_rows_case(shape, rotation, rival) for shape, rival in rows]
     made += [decode_step_case(shape, rotation) for shape, _ in rows]
+    made += [packed_case(shape, rotation) for shape in _packed(quick)]
     for tokens in _prompts(quick, long):
         for noise in ("none", "fresh"):
             for window in (None, 64):
@@ -51,6 +58,18 @@ def _rows(quick: bool) -> Iterator[tuple[RowsShape, bool]]:
             # No rival: a dense cache would pad ragged rows to about three times their bytes.
             yield RowsShape(ragged=True, **shape), False
             yield RowsShape(ragged=False, shuffled=True, **shape), False
+
+
+def _packed(quick: bool) -> Iterator[RowsShape]:
+    """The shapes of old slots: 32,768 of them, and a batch of 8 after 8,000 tokens."""
+    for batch, model, slots in (
+        (1, LLAMA_2, 32768),
+        (1, SMOL, 32768),
+        (8, SMOL, 8000),
+        (1, LLAMA, 32768),
+    ):
+        length = 320 if quick else slots
+        yield RowsShape(batch=batch, slots=length, dtype=torch.bfloat16, ragged=False, **model)
 
 
 def _matches(quick: bool) -> Iterator[MatchShape]:

@@ -191,9 +191,88 @@ DecodeRows rows_of(const char* op, Shapes& shapes, const Strided& query, const T
   return a;
 }
 
+constexpr size_t kLayoutSizes = 10, kPartTensors = 8;
+
+// Sizes as they stand in kvpress/layout.py.
+Layout layout_of(const char* op, const int64_t* sizes) {
+  const auto known = [](int64_t bits) { return bits == 16 || bits == 8 || bits == 4 || bits == 2; };
+  for (size_t i = 0; i < kLayoutSizes; i++)
+    if (sizes[i] < 1) refuse(op, "layout: size ", i, " is ", sizes[i], "; every size must be at least 1");
+  if (!known(sizes[5]) || !known(sizes[6])) refuse(op, "layout: bits must be 16, 8, 4, 2");
+  const Layout l(sizes);
+  if (l.slots % (l.key_bits < 16 || l.value_bits < 16 ? 64 : 16) || l.key_group % 32 || l.slots % l.key_group || l.value_group % 32)
+    refuse(op, "layout: slots must be a multiple of 64 (16 where nothing is quantised) and of key_group, groups multiples of 32");
+  if (l.key_kept > l.key_width || l.value_kept > l.value_width || l.key_width > kMostWidth || l.value_width > kMostWidth)
+    refuse(op, "layout: more channels than there are, or than ", kMostWidth);
+  return l;
+}
+
+const int16_t* channels_of(const char* op, const Tensor& x, int64_t rows, int64_t kept, int64_t width) {
+  expect(op, x, "channels", ScalarType::Short, "int16");
+  if (x.dim() != 2 || x.size(0) != rows || x.size(1) != kept) refuse(op, "channels of shape ", shape_of(x), " for ", rows, " rows and ", kept, " channels");
+  const auto* channel = static_cast<const int16_t*>(x.data_ptr());
+  for (int64_t i = 0; i < rows * kept; i++)
+    if (channel[i] < 0 || channel[i] >= width) refuse(op, "channel ", channel[i], " of ", width);
+  return channel;
+}
+
+template <class T>
+T* optional_of(const char* op, const Tensor& x, const char* name, ScalarType type, const char* text, int64_t numbers) {
+  if (x.numel() == 0) return nullptr;
+  expect(op, x, name, type, text);
+  if (x.numel() != numbers) refuse(op, name, " of old slots has shape ", shape_of(x));
+  return static_cast<T*>(x.data_ptr());
+}
+
+// Checks parts of old slots: the tensors of kvpress/layout.py one after the other.
+void add_parts(const char* op, DecodeRows& a, const std::vector<Tensor>& old, const std::vector<int64_t>& layouts) {
+  const size_t parts = layouts.size() / kLayoutSizes;
+  if (layouts.size() % kLayoutSizes || old.size() != parts * kPartTensors || parts > size_t(kMostParts))
+    refuse(op, old.size(), " tensors and ", layouts.size(), " sizes of old slots; each of at most ", kMostParts, " parts has ", kPartTensors, " and ", kLayoutSizes);
+  const int64_t rows = a.batch * a.heads, item = a.pages.type == Type::kFloat32 ? 4 : 2;
+  for (size_t i = 0; i < parts; i++) {
+    Part& part = a.part[a.parts++];
+    const Tensor* x = &old[i * kPartTensors];
+    const Layout& l = part.layout = layout_of(op, &layouts[i * kLayoutSizes]);
+    if (l.key_width != a.pages.key_width || l.value_width != a.pages.value_width || l.item_bytes != item)
+      refuse(op, "old slots of ", l.key_width, ", ", l.value_width, " channels and ", l.item_bytes, " bytes beside others");
+    expect(op, x[0], "pages", ScalarType::Byte, "uint8");
+    expect(op, x[3], "table", ScalarType::Int, "int32");
+    expect(op, x[4], "counts", ScalarType::Long, "int64");
+    if (x[0].dim() != 2 || x[0].size(1) != l.page_bytes) refuse(op, "pages have shape ", shape_of(x[0]), ", not ", l.page_bytes, " bytes");
+    if (x[3].dim() != 2 || x[3].size(0) != rows || x[4].dim() != 1 || x[4].size(0) != rows)
+      refuse(op, "table ", shape_of(x[3]), " and counts ", shape_of(x[4]), " of old slots for ", rows, " rows");
+    part.page = static_cast<uint8_t*>(x[0].data_ptr());
+    part.pages = x[0].size(0);
+    part.key_channel = channels_of(op, x[1], rows, l.key_kept, l.key_width);
+    part.value_channel = channels_of(op, x[2], rows, l.value_kept, l.value_width);
+    part.table = static_cast<const int32_t*>(x[3].data_ptr());
+    part.table_width = x[3].size(1);
+    part.counts = static_cast<const int64_t*>(x[4].data_ptr());
+    part.position = optional_of<int32_t>(op, x[5], "position", ScalarType::Int, "int32", part.pages * l.slots);
+    part.mass = optional_of<float>(op, x[6], "mass", ScalarType::Float, "float32", part.pages * l.slots);
+    part.dropped = optional_of<int64_t>(op, x[7], "dropped", ScalarType::Long, "int64", rows);
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t needed = (part.counts[r] + l.slots - 1) / l.slots;
+      if (part.counts[r] < 0 || needed > part.table_width) refuse(op, "row ", r, " holds ", part.counts[r], " old slots; its table has room for ", part.table_width * l.slots);
+      for (int64_t w = 0; w < needed; w++)
+        if (part.table[r * part.table_width + w] < 0 || part.table[r * part.table_width + w] >= part.pages)
+          refuse(op, "table names page ", part.table[r * part.table_width + w], " of old slots in row ", r, "; ", part.pages, " exist");
+    }
+  }
+}
+
+// Columns of weights that old slots take: see span() in kvpress/layout.py.
+int64_t spans_of(const DecodeRows& a) {
+  int64_t columns = 0;
+  for (int p = 0; p < a.parts; p++) columns += Layout::up(a.part[p].table_width * a.part[p].layout.slots, 64);
+  return columns;
+}
+
 std::tuple<Tensor, Tensor, Tensor> decode_rows(const Tensor& query, const Tensor& key, const Tensor& value,
                                                const Tensor& table, const Tensor& counts, double scaling,
-                                               double softcap, bool need_weights) {
+                                               double softcap, bool need_weights, const std::vector<Tensor>& old,
+                                               const std::vector<int64_t>& layouts) {
   const char* op = "decode_rows";
   Shapes shapes(op);
   shapes.bind(query, "query_BNQD");
@@ -202,7 +281,8 @@ std::tuple<Tensor, Tensor, Tensor> decode_rows(const Tensor& query, const Tensor
   const Strided queries(op, query, "query_BNQD");
   DecodeRows a = rows_of(op, shapes, queries, key, value, table, counts, scaling, softcap, false);
   a.queries = shapes['Q'];
-  const int64_t slots = a.pages.table_width * a.pages.page_slots;
+  add_parts(op, a, old, layouts);
+  const int64_t slots = spans_of(a) + a.pages.table_width * a.pages.page_slots;
   Tensor out = empty({shapes['B'], shapes['N'], a.queries, a.pages.value_width}, query.scalar_type());
   Tensor lse = empty({shapes['B'], shapes['N'], a.queries}, ScalarType::Float);
   Tensor weights = need_weights ? empty({shapes['B'], shapes['N'], a.queries, slots}, ScalarType::Float)
@@ -235,7 +315,8 @@ Tensor decode_step(const Tensor& query, const Tensor& key, const Tensor& value, 
                    const Tensor& value_pool, const Tensor& position_pool, const std::optional<Tensor>& mass_pool,
                    const Tensor& table, const Tensor& counts, const Tensor& seen, const Tensor& quota,
                    const Tensor& recent, int64_t sink, bool evict, const std::string& rank, const std::string& noise,
-                   double tau, int64_t seed, int64_t layer, double scaling, double softcap) {
+                   double tau, int64_t seed, int64_t layer, double scaling, double softcap, const std::vector<Tensor>& old,
+                   const std::vector<int64_t>& layouts) {
   const char* op = "decode_step";
   Shapes shapes(op);
   shapes.bind(query, "query_BN1D");
@@ -269,6 +350,13 @@ Tensor decode_step(const Tensor& query, const Tensor& key, const Tensor& value, 
   a.rank = one_of<Rank>(op, "rank", rank, {"mass", "mass_per_age", "position"});
   if (evict && !a.mass && a.rank != Rank::kPosition) refuse(op, "rank='", rank, "' needs mass_PS");
   a.observation = observation_of(op, noise, tau, seed, layer);
+  add_parts(op, a.attend, old, layouts);
+  for (int p = 0; p < a.attend.parts; p++) {
+    const Part& part = a.attend.part[p];
+    if (part.pages == 0) continue;
+    if ((a.mass && (!part.mass || !part.position)) || (evict && (!part.position || !part.dropped)))
+      refuse(op, "old slots need positions and dropped counts where something is evicted, and mass where it is kept");
+  }
   Tensor out = empty({shapes['B'], shapes['N'], 1, shapes['E']}, query.scalar_type());
   a.attend.out = out.data_ptr();
   kernels().decode_step(a, threads());
@@ -436,6 +524,75 @@ std::tuple<Tensor, Tensor> match_keys(Tensor evicted, Tensor kept, Tensor allowe
   return {similarity, target};
 }
 
+// Checks what pack and unpack share.
+PackPages pages_to_pack(const char* op, const Tensor& key_channels, const Tensor& value_channels,
+                        const std::vector<int64_t>& layout, int64_t pages, Type type) {
+  if (layout.size() != kLayoutSizes) refuse(op, "layout has ", layout.size(), " sizes, not ", kLayoutSizes);
+  PackPages a{};
+  a.layout = layout_of(op, layout.data());
+  a.type = type;
+  if (a.layout.item_bytes != (type == Type::kFloat32 ? 4 : 2)) refuse(op, "layout of numbers of ", a.layout.item_bytes, " bytes for another dtype");
+  a.key_channel = channels_of(op, key_channels, pages, a.layout.key_kept, a.layout.key_width);
+  a.value_channel = channels_of(op, value_channels, pages, a.layout.value_kept, a.layout.value_width);
+  a.pages = pages;
+  return a;
+}
+
+Tensor pack(Tensor key, Tensor value, Tensor key_channels, Tensor value_channels, std::vector<int64_t> layout) {
+  const char* op = "pack";
+  Shapes shapes(op);
+  shapes.bind(key, "key_PSD");
+  shapes.bind(value, "value_PSE");
+  expect(op, key, "key_PSD", key.scalar_type(), "");
+  expect(op, value, "value_PSE", key.scalar_type(), "of the dtype of key_PSD");
+  PackPages a = pages_to_pack(op, key_channels, value_channels, layout, shapes['P'], type_of(op, key, "key_PSD"));
+  if (shapes['S'] != a.layout.slots || shapes['D'] != a.layout.key_width || shapes['E'] != a.layout.value_width)
+    refuse(op, "key_PSD ", shape_of(key), " and value_PSE ", shape_of(value), " do not fit the layout");
+  Tensor page = empty({a.pages, a.layout.page_bytes}, ScalarType::Byte);
+  a.key = key.data_ptr();
+  a.value = value.data_ptr();
+  a.page = static_cast<uint8_t*>(page.data_ptr());
+  kernels().pack_pages(a, threads());
+  return page;
+}
+
+std::tuple<Tensor, Tensor> unpack(Tensor page, Tensor key_channels, Tensor value_channels, std::vector<int64_t> layout,
+                                  Tensor like) {
+  const char* op = "unpack";
+  Shapes shapes(op);
+  shapes.bind(page, "page_PX");
+  expect(op, page, "page_PX", ScalarType::Byte, "uint8");
+  PackPages a = pages_to_pack(op, key_channels, value_channels, layout, shapes['P'], type_of(op, like, "like"));
+  if (shapes['X'] != a.layout.page_bytes) refuse(op, "page_PX has ", shapes['X'], " bytes, the layout ", a.layout.page_bytes);
+  Tensor key = empty({a.pages, a.layout.slots, a.layout.key_width}, like.scalar_type());
+  Tensor value = empty({a.pages, a.layout.slots, a.layout.value_width}, like.scalar_type());
+  a.key = key.data_ptr();
+  a.value = value.data_ptr();
+  a.page = static_cast<uint8_t*>(page.data_ptr());
+  a.unpack = true;
+  kernels().pack_pages(a, threads());
+  return {key, value};
+}
+
+Tensor channel_scores(Tensor query, Tensor key, Tensor held) {
+  const char* op = "channel_scores";
+  Shapes shapes(op);
+  shapes.bind(query, "query_BNWD");
+  shapes.bind(key, "key_BHSD");
+  shapes.bind(held, "held_BHS");
+  if (held.scalar_type() != ScalarType::Bool) refuse(op, "held_BHS must be bool");
+  if (shapes['H'] == 0 || shapes['N'] % shapes['H'] || shapes['W'] == 0)
+    refuse(op, "query_BNWD of shape ", shape_of(query), " needs a multiple of the ", shapes['H'], " KV heads, and a query");
+  if (shapes['D'] > kMostWidth) refuse(op, "heads of ", shapes['D'], " channels; at most ", kMostWidth, " are supported");
+  const Strided queries(op, query, "query_BNWD"), keys(op, key, "key_BHSD");
+  const Tensor holds = torch::stable::contiguous(held);
+  Tensor scores = empty({shapes['B'], shapes['H'], shapes['D']}, ScalarType::Float);
+  ChannelScores a{queries.heads, keys.heads, static_cast<const bool*>(holds.data_ptr()), shapes['B'], shapes['H'],
+                  shapes['N'] / shapes['H'], shapes['W'], shapes['S'], shapes['D'], static_cast<float*>(scores.data_ptr())};
+  kernels().channel_scores(a, threads());
+  return scores;
+}
+
 // Checks what gather_slots and scatter_slots share; `slots` is filled in by them.
 CopySlots copy_of(const char* op, const Tensor& pool, const Tensor& address, bool slot_last) {
   const int64_t dims = pool.dim();
@@ -490,6 +647,9 @@ STABLE_TORCH_LIBRARY_IMPL(kvpress, CPU, library) {
   library.impl("attention_sums", TORCH_BOX(&kvpress::attention_sums));
   library.impl("attend_sums", TORCH_BOX(&kvpress::attend_sums));
   library.impl("match_keys", TORCH_BOX(&kvpress::match_keys));
+  library.impl("pack", TORCH_BOX(&kvpress::pack));
+  library.impl("unpack", TORCH_BOX(&kvpress::unpack));
+  library.impl("channel_scores", TORCH_BOX(&kvpress::channel_scores));
   library.impl("gather_slots", TORCH_BOX(&kvpress::gather_slots));
   library.impl("scatter_slots", TORCH_BOX(&kvpress::scatter_slots));
 }

@@ -30,7 +30,7 @@ def survive(
     """
     with layer.timed("select"):
         index_BHK = kept_index(kept_BHS, counts_BH)
-        columns = {name: gather(slots.fetch(name), index_BHK) for name in layer.rows.columns}
+        columns = {name: gather(slots.fetch(name), index_BHK) for name in layer.rewritten}
     rule = layer.recipe.merging
     evicted_BHS = (slots.position_BHS != EMPTY) & ~kept_BHS
     if rule is not None and bool(evicted_BHS.any()):

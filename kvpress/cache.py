@@ -326,6 +326,10 @@ class EngineCache(Cache):
                 f" {DEFAULT_HORIZON}. Use engine.generate(), engine.new_cache(max_new_tokens=...)"
                 " or the policy's option horizon."
             )
+        wide = sum(state.wide_rows for state in self.states)
+        if wide:
+            rows = sum(len(state.quota_R) for state in self.states)
+            notes.append(f"{wide} of {rows} rows keep old slots in 8 bits: see the option guard.")
         return Report(
             model=model or self.fingerprint.model_type,
             policy=str(self.recipe),

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from kvpress.errors import KVPressError
 from kvpress.loading import available
-from kvpress.policy import Policy, as_text
+from kvpress.options import as_text
+from kvpress.policy import Policy
 
 
 class Entry(NamedTuple):

@@ -60,6 +60,8 @@ def _fusable(layer: Layer, over: int) -> Observation | None:
     recipe = layer.recipe
     if recipe.accumulates and not recipe.adds_attention:
         return None
+    if recipe.formats and ops.backends()[layer.rows.device.type] != "cpu":
+        return None  # elsewhere a victim among old slots is found by the stages
     if over > (0 if recipe.rank is None else 1):
         return None
     if (over > 0 or recipe.accumulates) and layer.rows.shares:
@@ -79,6 +81,7 @@ def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observat
     )
     bounds = (*layer.bounds(), layer.limits.sink if layer.limits else 0)
     rank, merges = recipe.rank or "position", evicts and recipe.merging is not None
+    old, layouts = rows.old()
     with layer.timed("decode attention"):
         out_BN1D = ops.decode_step(
             *tokens[:3],
@@ -93,6 +96,8 @@ def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observat
             layer.kind.index,
             tokens.scaling,
             tokens.softcap,
+            old=old,
+            layouts=layouts,
         )
     if merges:
         with layer.timed("merge"):
@@ -111,11 +116,9 @@ def _run_stages(layer: Layer, group: list[int], tokens: Tokens, due: bool) -> Te
     looks = evicts or layer.recipe.accumulates
     request = layer.recipe.stage("observe").observe(layer.step(group[0], 1)) if looks else None
     with layer.timed("decode attention"):
-        out_bN1D, _, weights_bN1S = ops.decode_rows(
+        out_bN1D, weights_bN1S = rows.attend(
             tokens.query_bNPD,
-            rows.pool(KEY),
-            rows.pool(VALUE),
-            *rows.operands(_some(layer, group)),
+            _some(layer, group),
             tokens.scaling,
             tokens.softcap,
             request is not None,
@@ -193,13 +196,14 @@ def evict(
             )
             over_r = (excess_bH > 0).flatten().nonzero().flatten()
             row_N = layer.rows.row_index(group)[over_r]
-            layer.rows.evict_one(row_N, victim_bH.flatten()[over_r.to(victim_bH.device)])
+            victim_N = victim_bH.flatten()[over_r.to(victim_bH.device)]
+            layer.rows.evict_one(row_N, victim_N, _some(layer, group))
             layer.rows_changed()
             return
         kept_BHS, counts_bH = select(layer, slots, group, layer.rows.counts_BH[group])
     columns = survive(layer, group, slots, kept_BHS, counts_bH, goes_on)
     with layer.timed("store"):
-        layer.refill([Survivors(tuple(group), columns, counts_bH)])
+        layer.keep(Survivors(tuple(group), columns, counts_bH))
 
 
 _NOTHING = Observation()  # for steps that keep no mass: the operator then observes nothing

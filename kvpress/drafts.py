@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvpress import ops
 from kvpress.attend import prompt_attention
 from kvpress.decode import evict, observe
 from kvpress.layer import Layer
@@ -47,16 +46,10 @@ def _attend(layer: Layer, tokens: Tokens) -> Tensor:
         rest = (columns[POSITION], tokens.scaling, tokens.softcap, layer.kind.window)
         return prompt_attention(tokens.query_bNPD, key, value, *rest)
     watched = _request(layer, 0) is not None
-    out_bNPD, _, weights_bNPS = ops.decode_rows(
-        tokens.query_bNPD,
-        rows.pool(KEY),
-        rows.pool(VALUE),
-        *rows.operands(),
-        tokens.scaling,
-        tokens.softcap,
-        watched,
+    out_bNPD, weights_bNPS = rows.attend(
+        tokens.query_bNPD, None, tokens.scaling, tokens.softcap, watched
     )
-    if watched:
+    if weights_bNPS is not None:
         layer.draft_weights.append(weights_bNPS)
     return out_bNPD
 

@@ -68,7 +68,12 @@ class Engine:
         self._lease = Lease(weights=lambda: _identity(engine()))
         self.fingerprint = check_model(model)
         check_portions(recipe, sum(kind.window is None for kind in self.fingerprint.kinds))
-        turns = recipe.merging is not None and recipe.merging.keys == "unrotated"
+        if recipe.formats and any(kind.slopes for kind in self.fingerprint.kinds):
+            raise PolicyError(
+                f"{recipe}: keys of this model carry ALiBi positions in channels, which"
+                " must not be pruned or quantised. Use a policy that keeps keys as they are."
+            )
+        turns = recipe.needs_rotation
         self._rotations: list[Rotation | None] = rotations(model) if turns else []
         self._attachment: Attachment | None = Attachment(model, self.new_cache, self._lease)
 

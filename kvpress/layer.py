@@ -13,11 +13,12 @@ from kvpress.alibi import CHANNELS
 from kvpress.budget import UNLIMITED, Budget, Limits
 from kvpress.counting import check_counts
 from kvpress.errors import CacheError
+from kvpress.formats import layouts as old_layouts
 from kvpress.meter import LayerReport
 from kvpress.policy import Recipe
 from kvpress.rotary import Rotation
 from kvpress.run import LayerKind, Newest, Run, Tokens
-from kvpress.store import Column, PagedRows, Survivors
+from kvpress.store import Column, FormattedRows, PagedRows, Store, Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
 from kvpress.types import EMPTY, Step
 
@@ -27,7 +28,7 @@ class Layer:
 
     def __init__(self, kind: LayerKind, run: Run) -> None:
         self.kind, self.run = kind, run
-        self.store: PagedRows | None = None  # made with the first tokens
+        self.store: Store | None = None  # made with the first tokens
         self.reset()
         if kind.window is None:
             self.recipe, self.limits = run.recipe, run.recipe.limits
@@ -57,6 +58,8 @@ class Layer:
         self.cut: set[int] = set()  # sequences of which the last prompt evicted, before a trim
         self.drafted = 0  # tokens of every sequence that may still be taken back; see drafts.py
         self.draft_weights: list[Tensor] = []  # what they attended to: blocks `[B, N, P, S]`
+        self.watched: dict[int, Tensor] = {}  # last queries [N, W, D] of sequences; formatting.py
+        self.logits = (1.0, 0.0)  # scaling and softcap of these queries
 
     # The layer contract
 
@@ -72,6 +75,8 @@ class Layer:
         self.recent_B, self.decoded_B = self.recent_B[chosen], self.decoded_B[chosen]
         self.demand_B, self.threshold_B = self.demand_B[chosen], self.threshold_B[chosen]
         self.draft_weights = [weights[chosen] for weights in self.draft_weights]
+        kept = {i: self.watched.get(b) for i, b in enumerate(chosen)}
+        self.watched = {i: query for i, query in kept.items() if query is not None}
         self.refresh()
 
     def unshare(self) -> None:
@@ -79,9 +84,9 @@ class Layer:
         if self.store is None:
             return
         with self.store.lock:
-            everybody = tuple(range(self.store.sequences))
-            columns = {name: self.store.dense(name) for name in self.store.columns}
-            self.refill([Survivors(everybody, columns, self.store.counts_BH)])
+            self.store.unshare(self._room)
+        self.rows_changed()
+        self._limit_pages()
 
     def contents(self) -> list[tuple[int, ...]]:
         """For each sequence, what tells whether it holds the same as another one."""
@@ -132,6 +137,8 @@ class Layer:
             return
         self.columns_seen -= tokens
         self.seen_B = self.seen_B - tokens
+        for b, query_NWD in self.watched.items():
+            self.watched[b] = query_NWD[:, : max(0, query_NWD.shape[1] - tokens)]
         with self.rows.lock:  # since then nothing was evicted: the tokens are the last slots
             self.rows.truncate(tokens)
         self.rows_changed()
@@ -159,7 +166,7 @@ class Layer:
             other.quota_R, other.recent_B = self.quota_R.clone(), self.recent_B.clone()
             other._decoded_B = self._decoded_B.clone()
             other.demand_B, other.threshold_B = self.demand_B.clone(), self.threshold_B.clone()
-            other.draft_weights = list(self.draft_weights)
+            other.draft_weights, other.watched = list(self.draft_weights), dict(self.watched)
             other._limit_pages()
         return other
 
@@ -167,7 +174,8 @@ class Layer:
     def is_croppable(self) -> bool:
         """Whether any tokens decoded from now on can be taken back exactly."""
         steady = self.limits is None or self.limits.interval == 0
-        return self.run.recording or (steady and not self.recipe.accumulates)
+        exact = not self.recipe.accumulates and not self.recipe.formats
+        return self.run.recording or (steady and exact)
 
     def kept_positions(self, sequence: int, head: int) -> list[int]:
         """The sorted logical positions of one row; padding has no position."""
@@ -187,7 +195,8 @@ class Layer:
             index=self.kind.index,
             kind=self.kind.name,
             slots_kept=self.store.counts_BH.tolist(),
-            bytes_held=self.store.nbytes + sum(w.nbytes for w in self.draft_weights),
+            bytes_held=self.store.nbytes
+            + sum(w.nbytes for w in (*self.draft_weights, *self.watched.values())),
             bytes_full=tokens * self.kind.heads * slot_bytes,
             bytes_shared=self.store.nbytes_shared,
         )
@@ -224,7 +233,12 @@ class Layer:
         return self.run.rotations[self.kind.index] if self.run.rotations else None
 
     @property
-    def rows(self) -> PagedRows:
+    def wide_rows(self) -> int:
+        """Rows whose old slots a guard keeps at more bits."""
+        return int(self.store.wide_R.sum()) if isinstance(self.store, FormattedRows) else 0
+
+    @property
+    def rows(self) -> Store:
         """The store, which exists once tokens were fed."""
         assert self.store is not None, "start() makes the store"
         return self.store
@@ -256,7 +270,9 @@ class Layer:
         columns = self.columns(key_width, value_BHPD.shape[-1])
         if self.counts_tokens:
             check_counts({self.token_dtype, columns[KEY].dtype}, key_width)
-        self.store = PagedRows(batch, heads, columns, self.run.page_slots, key_BHPD.device)
+        self.store = self.new_store(
+            PagedRows(batch, heads, columns, self.run.page_slots, key_BHPD.device)
+        )
         self.seen_B = torch.zeros(batch, dtype=torch.int64)
         self.decoded_B, self.recent_B = torch.zeros_like(self.seen_B), torch.zeros_like(self.seen_B)
         self.demand_B = torch.full((batch,), torch.nan, dtype=torch.float64)
@@ -265,6 +281,36 @@ class Layer:
         self.threshold_B = torch.full((batch,), threshold, device=key_BHPD.device)
         self._in_step = self._excess = None
         self.quota_R = torch.full((batch * heads,), UNLIMITED)
+
+    def new_store(self, rows: PagedRows) -> Store:
+        """The store of this layer, from an empty one for slots as they come."""
+        if not self.recipe.formats:
+            return rows
+        ordered = self.limits is None and not self.recipe.accumulates
+        return FormattedRows(rows, self.recipe.residual, ordered)
+
+    @property
+    def page_of_old(self) -> int:
+        """Slots of a page of old slots."""
+        (layout, *_) = old_layouts(self.recipe.packing, (1, 1), (1, 1), 4)
+        return layout.slots
+
+    @property
+    def rewritten(self) -> list[str]:
+        """The columns of slots that are written anew where others are dropped."""
+        if isinstance(self.store, FormattedRows) and bool(self.store.counts.any()):
+            return [
+                n for n, column in self.rows.columns.items() if n == POSITION or column.volatile
+            ]
+        return list(self.rows.columns)
+
+    def keep(self, survivors: Survivors) -> None:
+        """Leaves of some sequences only what survived; merged slots are written anew."""
+        if isinstance(self.rows, FormattedRows):
+            self.rows.retain(survivors)
+            self.rows_changed()
+        else:
+            self.refill([survivors])
 
     def columns(self, key_width: int, value_width: int) -> dict[str, Column]:
         """What the store keeps of a slot."""

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from kvpress.errors import BudgetError, PolicyError, did_you_mean
-from kvpress.policy import Policy, Recipe, option_types
+from kvpress.options import option_types
+from kvpress.policy import Policy, Recipe
 
 PACKAGE = "kvpress.policies"  # also the entry-point group of third-party policies
 

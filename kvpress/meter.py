@@ -12,7 +12,7 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-STAGES = ("prefill attention", "observe", "select", "merge", "store", "decode attention")
+STAGES = ("prefill attention", "observe", "select", "merge", "store", "format", "decode attention")
 
 
 class Meter:

@@ -43,9 +43,7 @@ def build() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         if not library.is_file():
-            _LOG.warning(
-                "Compiling the CPU operators with %s, once: about half a minute.", compiler
-            )
+            _LOG.warning("Compiling the CPU operators with %s, once: about a minute.", compiler)
             _compile(compiler, targets, library)
     return library
 

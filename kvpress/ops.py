@@ -13,6 +13,7 @@ import logging
 import os
 import pkgutil
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -115,15 +116,17 @@ def _operator(name: str) -> Any:
     return getattr(torch.ops.kvpress, name).default
 
 
-def decode_rows(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def decode_rows(
+    *args: Any, old: Sequence[Tensor] = (), layouts: Sequence[int] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of new queries over ragged paged rows; see csrc/decode_rows."""
-    out, lse, weights = _operator("decode_rows")(*args)
+    out, lse, weights = _operator("decode_rows")(*args, old, layouts)
     return out, lse, weights
 
 
-def decode_step(*args: Any) -> Tensor:
+def decode_step(*args: Any, old: Sequence[Tensor] = (), layouts: Sequence[int] = ()) -> Tensor:
     """Append, attend, observe and evict in one call; see csrc/decode_step."""
-    out: Tensor = _operator("decode_step")(*args)
+    out: Tensor = _operator("decode_step")(*args, old, layouts)
     return out
 
 
@@ -150,6 +153,24 @@ def match_keys(
     """Cosine and index of the nearest kept key of every evicted key; see csrc/match_keys."""
     similarity, target = _operator("match_keys")(evicted_BHED, kept_BHCD, allowed_BHC)
     return similarity, target
+
+
+def pack(*args: Any) -> Tensor:
+    """Whole pages of old slots: kept channels, quantised; see csrc/pack."""
+    pages: Tensor = _operator("pack")(*args)
+    return pages
+
+
+def unpack(*args: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values of whole pages of old slots; see csrc/unpack."""
+    key, value = _operator("unpack")(*args)
+    return key, value
+
+
+def channel_scores(query_BNWD: Tensor, key_BHSD: Tensor, held_BHS: Tensor) -> Tensor:
+    """How much each key channel contributes to the logits of queries; see csrc/channel_scores."""
+    scores: Tensor = _operator("channel_scores")(query_BNWD, key_BHSD, held_BHS)
+    return scores
 
 
 def gather_slots(pool_PX: Tensor, address_N: Tensor, slot_last: bool = False) -> Tensor:

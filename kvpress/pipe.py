@@ -14,6 +14,7 @@ from torch import Tensor
 from kvpress.decode import run_decode
 from kvpress.drafts import commit, run_drafts
 from kvpress.errors import CacheError
+from kvpress.formatting import settle, watch
 from kvpress.layer import Layer
 from kvpress.portions import foresee, trim
 from kvpress.prompt import run_prompt, store_prompt
@@ -54,7 +55,10 @@ def attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     with layer.rows.lock:
         if layer.drafted:
             commit(layer)
+            settle(layer)
         out = _with_drafts(layer, tokens, drafted) if drafted else _attend(layer, tokens, valid_BP)
+        if not layer.drafted:
+            settle(layer)
     layer.run.broken = None
     return out
 
@@ -71,6 +75,7 @@ def _attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     columns = tokens.key_bHPD.shape[2]
     if columns == 1 and valid_BP is None and layer.in_step:
         layer.advance_one()
+        watch(layer, range(len(layer.seen_B)), tokens)
         return run_decode(layer, None, tokens)
     before_B = layer.seen_B
     new_B = torch.full_like(before_B, columns) if valid_BP is None else valid_BP.sum(1)
@@ -84,6 +89,7 @@ def _attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     outputs, survivors, chunks = [], [], []
     for group in groups:
         part = _take(tokens, group.sequences, valid_BP)
+        watch(layer, group.sequences, part)
         if group.decodes:
             outputs.append(run_decode(layer, group.sequences, part))
             continue

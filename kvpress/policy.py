@@ -9,35 +9,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import types
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from kvpress.budget import Budget, Limits
+from kvpress.budget import Limits
 from kvpress.division import Division
-from kvpress.errors import PolicyError, did_you_mean
+from kvpress.errors import PolicyError
+from kvpress.formats import Channels, Packing, Window
 from kvpress.merging import Merging
 from kvpress.observe import Observation
+from kvpress.options import as_text, coerce, option, option_types
 from kvpress.select import Rank, keep_top, ranking
 from kvpress.types import Slots, Step
 
-_LARGEST = 2**53  # of a whole number in an option: beyond it tensors overflow
-STAGES = ("allocate", "share", "observe", "accumulate", "score", "select", "absorb")
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: Sequence[str] | None = None,
-) -> Any:
-    """A hyper-parameter: its default, its meaning with its unit, and the allowed values."""
-    meta = {"help": help, "low": low, "high": high, "choices": tuple(choices or ())}
-    return dataclasses.field(default=default, metadata=meta)
+STAGES = (
+    "allocate",
+    "share",
+    "observe",
+    "accumulate",
+    "score",
+    "select",
+    "absorb",
+    "prune",
+    "pack",
+)
+__all__ = ["STAGES", "Policy", "Recipe", "option"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,7 @@ class Policy:
             if str(getattr(self, name)).lower() == "none":
                 object.__setattr__(self, name, value)
         for field in dataclasses.fields(self):
-            value = _coerce(type(self), field, hints[field.name], getattr(self, field.name))
+            value = coerce(type(self), field, hints[field.name], getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         limits = self.limits
         if limits is not None:
@@ -132,6 +130,32 @@ class Policy:
 
     def absorb(self) -> Merging | None:
         """The rule by which evicted slots are merged into kept ones. Default: they are dropped."""
+        return None
+
+    @property
+    def residual(self) -> int:
+        """Last tokens that stay as they came, for policies that replace `prune` or `pack`."""
+        return 0
+
+    @property
+    def watched(self) -> int:
+        """Last queries that `prune` wants to see. The engine keeps them until old slots exist."""
+        return 0
+
+    @property
+    def needs_rotation(self) -> bool:
+        """Whether `prune` must know how keys turn with their positions."""
+        return False
+
+    def prune(self, window: Window) -> Channels:
+        """The channels that old slots of some sequences keep, as many in every row.
+
+        Asked for once per sequence, when its first slots become old. Default: all of them.
+        """
+        return Channels()
+
+    def pack(self) -> Packing | None:
+        """The bits of old slots. Default: as they came."""
         return None
 
     @property
@@ -208,6 +232,17 @@ class Recipe:
                 " does."
             )
 
+        if self.formats and ("absorb" in owners or "share" in owners):
+            raise PolicyError(
+                f"{self} merges into slots, or trims layers later, that it also packs: packed slots"
+                " are never written again. Combine prune and pack stages with policies that drop."
+            )
+        if self.formats and self.limits and self.limits.budget.unit == "bytes":
+            raise PolicyError(
+                f"{self}: a budget in bytes counts slots as they came, not packed ones. Give a"
+                " fraction or tokens."
+            )
+
     def stage(self, name: str) -> Policy:
         """The policy that answers this stage: the one that replaces it, or the default."""
         return self._owners.get(name, _DEFAULT)
@@ -238,6 +273,34 @@ class Recipe:
         return self.stage("absorb").absorb()
 
     @functools.cached_property
+    def formats(self) -> bool:
+        """Whether old slots keep fewer channels or bits."""
+        return self.stage("prune").overrides("prune") or self.packing is not None
+
+    @functools.cached_property
+    def packing(self) -> Packing | None:
+        """The bits of old slots, if they are quantised."""
+        return self.stage("pack").pack()
+
+    @property
+    def residual(self) -> int:
+        """Last tokens that stay as they came."""
+        return max(self.stage("prune").residual, self.stage("pack").residual)
+
+    @property
+    def watched(self) -> int:
+        """Last queries that decide how old slots are stored."""
+        guards = self.packing is not None and self.packing.bound is not None
+        own = self.packing.window if self.packing and guards else 0
+        return max(self.stage("prune").watched, own)
+
+    @property
+    def needs_rotation(self) -> bool:
+        """Whether some stage must know how keys turn with their positions."""
+        turns = self.merging is not None and self.merging.keys == "unrotated"
+        return turns or self.stage("prune").needs_rotation
+
+    @functools.cached_property
     def adds_attention(self) -> bool:
         """Whether the mass is the plain sum of the observed attention, which kernels can keep."""
         return self.accumulates and not self.stage("accumulate").overrides("accumulate")
@@ -252,68 +315,6 @@ class Recipe:
 
     def __str__(self) -> str:
         return "+".join(str(p) for p in self.policies)
-
-
-def as_text(value: Any) -> str:
-    """An option's value as a specification writes it: `none`, `true`, `0.5`."""
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def option_types(cls: type[Policy]) -> dict[str, Any]:
-    """The resolved type hints of a policy's options, kept on the class once they are known."""
-    if "_option_types" not in cls.__dict__:
-        setattr(cls, "_option_types", get_type_hints(cls))  # noqa: B010
-    hints: dict[str, Any] = cls.__dict__["_option_types"]
-    return hints
-
-
-def _coerce(cls: type[Policy], field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
-    """An option's value in its declared type and range, from a value or from text.
-
-    Raises PolicyError.
-    """
-    if hint is Budget:
-        return Budget.parse(value)
-    meta, where = (
-        field.metadata,
-        f"Option {field.name}={value!s} of policy {cls.__module__.rpartition('.')[2]!r}",
-    )
-    choices = meta.get("choices", ())
-    if value in choices:
-        return value
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if type(None) in kinds and str(value).lower() == "none":
-        return None
-    number = _number(value, kinds)
-    if number is None:
-        wanted = [k.__name__ for k in (bool, int, float) if k in kinds] + [repr(c) for c in choices]
-        near = did_you_mean(str(value), choices) if choices and isinstance(value, str) else ""
-        raise PolicyError(f"{where} must be {' or '.join(wanted) or 'text'}.{near}")
-    low, high = meta.get("low"), meta.get("high")
-    high = _LARGEST if high is None and isinstance(number, int) else high
-    if (low is not None and number < low) or (high is not None and number > high):
-        raise PolicyError(f"{where} is out of range: allowed are values from {low} to {high}.")
-    return number
-
-
-def _number(value: Any, kinds: Sequence[Any]) -> Any:
-    """`value` as the first of `bool`, `int`, `float` among `kinds` that fits it, or None."""
-    if bool in kinds:
-        return {"true": True, "false": False}.get(str(value).lower())
-    if isinstance(value, bool):
-        return None
-    for kind in (int, float):
-        if kind not in kinds or (
-            kind is int and isinstance(value, float) and not value.is_integer()
-        ):
-            continue
-        try:
-            number = kind(value)
-        except (TypeError, ValueError):
-            continue
-        if number == number and abs(number) != float("inf"):
-            return number
-    return None
 
 
 _DEFAULT = Policy()

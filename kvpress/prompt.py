@@ -18,7 +18,7 @@ from kvpress.observe import Observation, attend_and_sum, over_group, prompt_sums
 from kvpress.portions import plan
 from kvpress.run import Tokens
 from kvpress.selection import select
-from kvpress.store import Survivors
+from kvpress.store import FormattedRows, Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
 from kvpress.types import EMPTY, Slots
 
@@ -106,6 +106,8 @@ def _in_place(
     layer: Layer, survivors: list[Survivors], chunks: list[tuple[Tokens, Tensor]]
 ) -> bool:
     """Whether pages are shared and rows lose so few slots that they can stay so."""
+    if isinstance(layer.rows, FormattedRows):
+        return True  # old slots are never written again
     if not layer.rows.shares or layer.recipe.merging is not None:  # then kept slots change too
         return False
     stored_BH = layer.rows.counts_BH

@@ -15,10 +15,11 @@ from torch import Tensor
 from kvpress import __version__, sealed
 from kvpress.drafts import commit
 from kvpress.errors import CacheFileError
+from kvpress.formatting import layouts
 from kvpress.layer import Layer
-from kvpress.store import PagedRows
+from kvpress.store import FormattedRows, PagedRows, Store
 
-FORMAT = 2  # of the file; another one is refused
+FORMAT = 3  # of the file; another one is refused
 _SAMPLE = 64  # elements of every weight that identify a model
 _NUMBERS = ("columns_seen", "evicted_at", "prompted_at", "padded_at")
 _NEUTRAL = {"transformers_version", "name_or_path", "architectures", "use_cache", "id2label"}
@@ -109,6 +110,7 @@ def _layer_numbers(state: Layer) -> dict[str, Any] | None:
     if state.store is None:
         return None
     numbers = {name: getattr(state, name) for name in _NUMBERS}
+    numbers["logits"] = list(state.logits)
     return {**numbers, "token_dtype": str(state.token_dtype).removeprefix("torch.")}
 
 
@@ -116,7 +118,8 @@ def _layer_tensors(state: Layer) -> dict[str, Tensor]:
     if state.store is None:
         return {}
     counters = {name: getattr(state, name).cpu().clone() for name in _PER_SEQUENCE}
-    return {**counters, **state.store.state()}
+    watched = {f"watched.{b}": query.cpu().contiguous() for b, query in state.watched.items()}
+    return {**counters, **watched, **state.store.state()}
 
 
 def _fill(
@@ -127,10 +130,30 @@ def _fill(
     layer.token_dtype = getattr(torch, numbers["token_dtype"])
     for name in _PER_SEQUENCE:
         setattr(layer, name, tensors[name].clone())
-    columns = layer.columns(tensors["page.key"].shape[1], tensors["page.value"].shape[2])
-    layer.store = PagedRows.from_state(tensors, columns, layer.kind.heads, device)
+    layer.store = _store(layer, tensors, device)
+    prefix = "watched."
+    layer.watched = {
+        int(name.removeprefix(prefix)): query.to(layer.store.device)
+        for name, query in tensors.items()
+        if name.startswith(prefix)
+    }
+    layer.logits = tuple(numbers["logits"])
     layer.threshold_B = layer.threshold_B.to(layer.store.device)
     layer.refresh()
+
+
+def _store(layer: Layer, tensors: Mapping[str, Tensor], device: torch.device) -> Store:
+    """The store that gave these tensors."""
+    packs, heads = layer.recipe.formats, layer.kind.heads
+    prefix = "recent." if packs else ""
+    own = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+    columns = layer.columns(own["page.key"].shape[1], own["page.value"].shape[2])
+    recent = PagedRows.from_state(own, columns, heads, device)
+    layer.store = layer.new_store(recent)
+    if isinstance(layer.store, FormattedRows):
+        kept = (tensors["key_channels"].shape[-1], tensors["value_channels"].shape[-1])
+        layer.store.load(tensors, layouts(layer, kept))
+    return layer.store
 
 
 _VERSIONS = {"format": FORMAT, "engine": __version__}

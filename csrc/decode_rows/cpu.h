@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../include/codes.h"
 #include "../include/tasks.h"
-#include "../include/tiles.h"
 
 namespace kvpress::KERNEL_ISA {
 
@@ -37,17 +37,43 @@ inline void write_floats(const float* from, int64_t count, void* to, Type type, 
   });
 }
 
-// Extra is what an operator does besides:
+// The places of slots in what is kept per slot: parts of old slots first, each from a multiple of kBlock on, then the
+// pages of the store's own numbers.
+struct Regions {
+  const DecodeRows& a;
+  const int64_t* counts;  // slots of every row in the last region, as the queries see them
+  int64_t begin[kMostParts + 2];
+
+  Regions(const DecodeRows& a, const int64_t* counts) : a(a), counts(counts) {
+    begin[0] = 0;
+    for (int p = 0; p < a.parts; p++)
+      begin[p + 1] = begin[p] + Layout::up(a.part[p].table_width * a.part[p].layout.slots, kBlock);
+  }
+
+  int64_t count(int64_t r, int p) const { return p < a.parts ? a.part[p].counts[r] : counts[r]; }
+
+  // Which region a place is in.
+  int of(int64_t place) const {
+    int p = 0;
+    while (p < a.parts && place >= begin[p + 1]) p++;
+    return p;
+  }
+
+  // The first place behind those of a row.
+  int64_t end(int64_t r) const { return begin[a.parts] + counts[r]; }
+};
+
+// Extra is what an operator does besides. Slots are named by their places in the regions:
 //   before_last_chunk(row)
 //   on_logits(row, first query, queries, first slot, slots, logits [queries, kBlock], ahead)
 //       of a block, with -inf where a query does not look and up to the next multiple of kTile
 //   on_weights(row, query, first slot, slots, exponentials, the logit of which they are relative to)
-//   after_row(row, count, LSE of its queries)
+//   after_row(row, regions, LSE of its queries)
 template <class E, class Extra>
 class RowsAttention {
  public:
-  // counts: slots of every row as the queries see them.
-  RowsAttention(const DecodeRows& a, const int64_t* counts, Extra& extra) : a_(a), counts_(counts), extra_(extra) {
+  RowsAttention(const DecodeRows& a, const Regions& regions, Extra& extra)
+      : a_(a), regions_(regions), counts_(regions.counts), extra_(extra) {
     rows_ = a.batch * a.heads;
     m_ = a.group * a.queries;
     width_ = a.pages.key_width;
@@ -56,32 +82,42 @@ class RowsAttention {
   }
 
   void run(const Threads& threads) {
-    int64_t* first = scratch<int64_t, struct FirstChunks>(rows_ + 1);
+    const int64_t regions = a_.parts + 1;
+    int64_t* first = scratch<int64_t, struct FirstChunks>(rows_ * regions + 1);  // of every row and region
     int64_t slots = 0;
     first[0] = 0;
-    for (int64_t r = 0; r < rows_; r++) {
-      first[r + 1] = first[r] + std::max<int64_t>(1, (counts_[r] + kChunk - 1) / kChunk);
-      slots += counts_[r];
+    for (int64_t i = 0; i < rows_ * regions; i++) {
+      const int64_t count = regions_.count(i / regions, int(i % regions));
+      const bool last = i % regions == a_.parts;  // has a chunk, however few slots there are
+      first[i + 1] = first[i] + std::max<int64_t>(last, (count + kChunk - 1) / kChunk);
+      slots += count;
     }
-    const int64_t chunks = first[rows_];
+    const int64_t chunks = first[rows_ * regions];
     query_ = scratch<float, struct Queries>(rows_ * m_ * width_);
     partial_ = scratch<float, struct Partials>(chunks * m_ * record_);
     auto* left = scratch<std::atomic<int32_t>, struct Counters>(rows_);
     for (int64_t r = 0; r < rows_; r++) {
-      left[r].store(int32_t(first[r + 1] - first[r]), std::memory_order_relaxed);
+      left[r].store(int32_t(first[(r + 1) * regions] - first[r * regions]), std::memory_order_relaxed);
       read_queries(r);
     }
+    if (a_.parts) kept_queries_ = scratch<float, struct KeptQueries>(rows_ * a_.parts * m_ * kKept);
+    for (int64_t i = 0; i < rows_ * a_.parts; i++) read_kept_queries(i / a_.parts, int(i % a_.parts));
     const bool worthwhile = slots * (width_ + value_width_) * m_ > 1 << 17;
     const auto chunk_of = [&](int64_t i) {
-      const int64_t r = std::upper_bound(first, first + rows_ + 1, i) - first - 1;
-      return Chunk{r, (i - first[r]) * kChunk};
+      const int64_t at = std::upper_bound(first, first + rows_ * regions + 1, i) - first - 1;
+      return Chunk{at / regions, int(at % regions), (i - first[at]) * kChunk};
     };
     const auto attend = [&](int64_t i, int64_t following) {
       const Chunk chunk = chunk_of(i);
-      const int64_t r = chunk.row;
-      if (i + 1 == first[r + 1]) extra_.before_last_chunk(r);
-      attend_chunk(chunk, chunk_of(following), partial_ + i * m_ * record_);
-      if (left[r].fetch_sub(1, std::memory_order_acq_rel) == 1) join(r, first[r], first[r + 1]);
+      const int64_t r = chunk.row, begin = first[r * regions], end = first[(r + 1) * regions];
+      float* records = partial_ + i * m_ * record_;
+      if (i + 1 == end) extra_.before_last_chunk(r);
+      if (chunk.region < a_.parts) {
+        attend_old_chunk(chunk, records);
+      } else {
+        attend_chunk(chunk, chunk_of(following), records);
+      }
+      if (left[r].fetch_sub(1, std::memory_order_acq_rel) == 1) join(r, begin, end);
     };
     // Neighbouring chunks together, so that the start of the next one is fetched during the end of the last.
     const int64_t together = std::max<int64_t>(1, chunks / (threads.count * 8));
@@ -93,7 +129,9 @@ class RowsAttention {
 
  private:
   struct Chunk {
-    int64_t row, begin;
+    int64_t row;
+    int region;
+    int64_t begin;
   };
 
   // Query m = g·Q + q of row r = b·H + h stands at [b, h·G + g, q], which is [r, m] where that is contiguous.
@@ -106,6 +144,29 @@ class RowsAttention {
                              m % a_.queries * a_.query.token_stride;
       read_floats(a_.query.data, a_.query.type, offset, width_, float(a_.logits.scaling), to);
     });
+  }
+
+  static constexpr int64_t kKept = 256;  // floats of a query for kept channels
+
+  float* kept_query(int64_t r, int p, int64_t m) const { return kept_queries_ + ((r * a_.parts + p) * m_ + m) * kKept; }
+
+  // The channels that a part of old slots keeps; as logits_of_tile takes them where its keys are not quantised.
+  void read_kept_queries(int64_t r, int p) {
+    const Part& part = a_.part[p];
+    const int16_t* channel = part.key_channel + r * part.layout.key_kept;
+    float* row = scratch<float, struct QueryRow>(width_);
+    const auto read = [&](int64_t m, float* to) {
+      const int64_t offset = r / a_.heads * a_.query.batch_stride + head_of(r, m) * a_.query.head_stride +
+                             m % a_.queries * a_.query.token_stride;
+      read_floats(a_.query.data, a_.query.type, offset, width_, float(a_.logits.scaling), row);
+      for (int64_t c = 0; c < part.layout.key_kept; c++) to[c] = row[channel[c]];
+    };
+    if (part.layout.key_bits == 16) {
+      alignas(64) float kept[kKept];
+      pack_queries(m_, part.layout.key_kept, kept, kept_query(r, p, 0), read);
+    } else {
+      for (int64_t m = 0; m < m_; m++) read(m, kept_query(r, p, m));
+    }
   }
 
   // The first slot that query m of a row does not see.
@@ -127,20 +188,122 @@ class RowsAttention {
       std::fill(record + 1, record + record_, 0.0f);
     }
     const int64_t end = std::min(chunk.begin + kChunk, counts_[chunk.row]);
+    const int64_t place = regions_.begin[a_.parts];
     Block block = find_tiles(chunk.row, chunk.begin);
     for (int64_t s = chunk.begin; s < end; s += kBlock) {
       const bool last = s + kBlock >= end;
       Block next;
       Ahead ahead;
       if (in_place()) {  // where tiles are copied, there is room for one copy, and nothing to fetch ahead
-        next = last ? find_tiles(following.row, following.begin) : find_tiles(chunk.row, s + kBlock);
+        if (!last) next = find_tiles(chunk.row, s + kBlock);
+        if (last && following.region == a_.parts) next = find_tiles(following.row, following.begin);
         fetch_meanwhile(next, ahead);
       }
       in_parts(m_, [&](int64_t m, auto M) {
-        attend_block<M()>(chunk.row, m, s, block, ahead, records + m * record_);
+        attend_block<M()>(chunk.row, m, s, place + s, block, ahead, records + m * record_);
       });
       if (!last) block = in_place() ? next : find_tiles(chunk.row, s + kBlock);
     }
+    for (int64_t m = 0; m < m_; m++)
+      channels_in_order(static_cast<const E*>(nullptr), records + m * record_ + kOut, value_width_);
+  }
+
+  // The same over old slots: records hold kept channels until the chunk ends.
+  void attend_old_chunk(Chunk chunk, float* records) {
+    const Part& part = a_.part[chunk.region];
+    const int64_t kept_width = part.layout.value_kept, record = kOut + Layout::up(kept_width, kTile);
+    float* kept = scratch<float, struct KeptRecords>(m_ * record);
+    std::fill_n(kept, m_ * record, 0.0f);
+    for (int64_t m = 0; m < m_; m++) kept[m * record] = -INFINITY;
+    const int64_t end = std::min(chunk.begin + kChunk, part.counts[chunk.row]);
+    for (int64_t s = chunk.begin; s < end; s += kBlock) {
+      Ahead ahead;
+      fetch_meanwhile(part, chunk.row, s, ahead);
+      in_parts(m_, [&](int64_t m, auto M) {
+        attend_old_block<M()>(chunk.row, chunk.region, m, s, std::min(kBlock, end - s), ahead, kept + m * record, record);
+      });
+    }
+    const int16_t* channel = part.value_channel + chunk.row * part.layout.value_kept;
+    for (int64_t m = 0; m < m_; m++) {
+      float *from = kept + m * record, *to = records + m * record_;
+      if (part.layout.value_bits == 16) channels_in_order(static_cast<const E*>(nullptr), from + kOut, kept_width);
+      std::copy_n(from, kOut, to);
+      std::fill(to + kOut, to + record_, 0.0f);
+      for (int64_t u = 0; u < part.layout.value_kept; u++) to[kOut + channel[u]] = from[kOut + u];
+    }
+  }
+
+  const uint8_t* page_of(const Part& part, int64_t r, int64_t slot) const {
+    return part.page + part.table[r * part.table_width + slot / part.layout.slots] * part.layout.page_bytes;
+  }
+
+  // Meanwhile the pages of the next block are fetched, or a part of the next page where that lasts for several blocks:
+  // from kLines places at a time.
+  void fetch_meanwhile(const Part& part, int64_t r, int64_t slot, Ahead& ahead) const {
+    const int64_t size = part.layout.slots, span = std::max(size, kBlock), next = (slot / span + 1) * span;
+    if (next >= part.counts[r]) return;
+    const int64_t pages = span / size, blocks = span / kBlock, places = Ahead::kLines / pages;
+    const int64_t lines = (part.layout.page_bytes / kLine + places * blocks) / (places * blocks);
+    for (int i = 0; i < Ahead::kLines; i++) {
+      const int64_t first = std::min(next + i / places * size, part.counts[r] - 1);
+      const uint8_t* from = page_of(part, r, first) + (slot % span / kBlock * places + i % places) * lines * kLine;
+      if (i < Ahead::kPlaces) ahead.keys(i, from, kLine, lines);
+      if (i >= Ahead::kPlaces) ahead.values(i - Ahead::kPlaces, from, kLine, lines);
+    }
+  }
+
+  // Calls f(page, offset in it, slots, slots before) for the pages of some neighbouring slots.
+  template <class F>
+  void each_page(const Part& part, int64_t r, int64_t begin, int64_t slots, const F& f) const {
+    for (int64_t i = 0; i < slots;) {
+      const int64_t offset = (begin + i) % part.layout.slots, take = std::min(part.layout.slots - offset, slots - i);
+      f(page_of(part, r, begin + i), offset, take, i);
+      i += take;
+    }
+  }
+
+  template <int M>
+  void attend_old_block(int64_t r, int p, int64_t m0, int64_t begin, int64_t slots, Ahead& ahead, float* records,
+                        int64_t record) {
+    const Part& part = a_.part[p];
+    const Layout& l = part.layout;
+    const int64_t place = regions_.begin[p] + begin, padded = Layout::up(slots, kTile);
+    alignas(64) float x[M][kBlock];
+    each_page(part, r, begin, padded, [&](const uint8_t* page, int64_t offset, int64_t take, int64_t i) {
+      if (l.key_bits == 16) {
+        const E* keys = reinterpret_cast<const E*>(page) + offset;
+        const float* query = kept_query(r, p, 0) + m0 * l.key_kept;
+        for (int64_t t = 0; t < take; t += kTile)
+          logits_of_tile<M>(query, keys + t, l.slots, l.key_kept, x[0] + i + t, kBlock, ahead);
+      }
+      with_bits(l.key_bits, [&](auto bits) {
+        page_logits<M, bits()>(l, page, kept_query(r, p, m0), kKept, offset, take, x[0] + i, kBlock, ahead);
+      });
+    });
+    for (int m = 0; m < M; m++) finish_logits(x[m], padded, slots);
+    if (part.position) {
+      each_page(part, r, begin, slots, [&](const uint8_t* page, int64_t offset, int64_t take, int64_t i) {
+        const int32_t* position = part.position + (page - part.page) / l.page_bytes * l.slots + offset;
+        for (int64_t s = 0; s < take; s++)
+          for (int m = 0; m < M && position[s] < 0; m++) x[m][i + s] = -INFINITY;
+      });
+    }
+    extra_.on_logits(r, m0, M, place, slots, x[0], ahead);
+    for (int m = 0; m < M; m++) {
+      weigh(x[m], padded, records + m * record, record, ahead);
+      extra_.on_weights(r, m0 + m, place, slots, x[m], records[m * record]);
+    }
+    each_page(part, r, begin, padded, [&](const uint8_t* page, int64_t offset, int64_t take, int64_t i) {
+      if (l.value_bits == 16) {
+        const E* tile[kBlock / kTile];
+        for (int64_t t = 0; t * kTile < take; t++)
+          tile[t] = reinterpret_cast<const E*>(page + l.value_codes) + (offset + t * kTile) * l.value_kept;
+        add_all_values<M>(x[0] + i, kBlock, tile, take, l.value_kept, records + kOut, record, ahead);
+      }
+      with_bits(l.value_bits, [&](auto bits) {
+        add_page_values<M, bits()>(l, page, x[0] + i, kBlock, offset, take, records + kOut, record, ahead);
+      });
+    });
   }
 
   void fetch_meanwhile(const Block& next, Ahead& ahead) const {
@@ -188,7 +351,7 @@ class RowsAttention {
   }
 
   template <int M>
-  void attend_block(int64_t r, int64_t m0, int64_t begin, const Block& block, Ahead& ahead, float* records) {
+  void attend_block(int64_t r, int64_t m0, int64_t begin, int64_t place, const Block& block, Ahead& ahead, float* records) {
     alignas(64) float x[M][kBlock];
     const int64_t channel_stride = in_place() ? a_.pages.page_slots : kTile;
     const int64_t padded = (block.slots + kTile - 1) / kTile * kTile;
@@ -196,10 +359,10 @@ class RowsAttention {
       logits_of_tile<M>(query_ + (r * m_ + m0) * width_, block.key[t], channel_stride, width_, x[0] + t * kTile,
                         kBlock, ahead);
     for (int m = 0; m < M; m++) finish_logits(x[m], padded, std::min(block.slots, seen_by(r, m0 + m) - begin));
-    extra_.on_logits(r, m0, M, begin, block.slots, x[0], ahead);
+    extra_.on_logits(r, m0, M, place, block.slots, x[0], ahead);
     for (int m = 0; m < M; m++) {
-      weigh(x[m], padded, records + m * record_, ahead);
-      extra_.on_weights(r, m0 + m, begin, block.slots, x[m], records[m * record_]);
+      weigh(x[m], padded, records + m * record_, record_, ahead);
+      extra_.on_weights(r, m0 + m, place, block.slots, x[m], records[m * record_]);
     }
     add_all_values<M>(x[0], kBlock, block.value, block.slots, value_width_, records + kOut, record_, ahead);
   }
@@ -211,13 +374,13 @@ class RowsAttention {
   }
 
   // Turns logits into exponentials relative to the largest logit of the record so far.
-  void weigh(float* x, int64_t padded, float* record, Ahead& ahead) const {
+  void weigh(float* x, int64_t padded, float* record, int64_t size, Ahead& ahead) const {
     Vec largest = load(x);
     for (int64_t i = kWidth; i < padded; i += kWidth) largest = max(load(x + i), largest);
     const float top = max(largest);
     if (top > record[0]) {
       const float shrink = std::exp(record[0] - top);
-      for (int64_t d = 1; d < record_; d++) record[d] *= shrink;
+      for (int64_t d = 1; d < size; d++) record[d] *= shrink;
       record[0] = top;
     }
     if (record[0] == -INFINITY) {
@@ -249,18 +412,18 @@ class RowsAttention {
       }
       for (int64_t d = 0; d < value_width_ && total != 0; d++) out[d] /= total;
       lse[m] = largest + std::log(total);
-      channels_in_order(static_cast<const E*>(nullptr), out, value_width_);
       write_floats(out, value_width_, a_.out, a_.query.type, (r * m_ + m) * value_width_);
       if (a_.lse) a_.lse[r * m_ + m] = lse[m];
     }
-    extra_.after_row(r, counts_[r], lse);
+    extra_.after_row(r, regions_, lse);
   }
 
   const DecodeRows& a_;
+  const Regions& regions_;
   const int64_t* counts_;
   Extra& extra_;
   int64_t rows_, m_, width_, value_width_, record_;
-  float *query_, *partial_;
+  float *query_, *kept_queries_ = nullptr, *partial_;
 };
 
 // Exponentials of all slots, each block relative to a logit of its own, until the row's LSE is known.
@@ -278,9 +441,12 @@ struct BlockWeights {
   }
 
   // References become factors: exp(reference − lse).
-  void normalise(int64_t r, int64_t query, int64_t slots, float lse) const {
-    float* factor = references(r, query);
-    for (int64_t k = 0; k * kBlock < slots; k++) factor[k] = lse == -INFINITY ? 0.0f : std::exp(factor[k] - lse);
+  void normalise(int64_t r, int64_t query, const Regions& regions, float lse) const {
+    for (int p = 0; p <= regions.a.parts; p++) {
+      float* factor = references(r, query) + regions.begin[p] / kBlock;
+      for (int64_t k = 0; k * kBlock < regions.count(r, p); k++)
+        factor[k] = lse == -INFINITY ? 0.0f : std::exp(factor[k] - lse);
+    }
   }
 };
 
@@ -292,23 +458,27 @@ struct Weights {
   void on_weights(int64_t r, int64_t m, int64_t begin, int64_t slots, const float* x, float relative_to) {
     if (kept.weights) kept.keep(r, m, begin, slots, x, relative_to);
   }
-  void after_row(int64_t r, int64_t slots, const float* lse) {
+  void after_row(int64_t r, const Regions& regions, const float* lse) {
     for (int64_t m = 0; m < kept.m && kept.weights; m++) {
-      kept.normalise(r, m, slots, lse[m]);
-      float* weights = kept.row(r, m);
-      for (int64_t s = 0; s < slots; s++) weights[s] *= kept.references(r, m)[s / kBlock];
-      std::fill(weights + slots, weights + kept.stride, 0.0f);
+      kept.normalise(r, m, regions, lse[m]);
+      for (int p = 0; p <= regions.a.parts; p++) {
+        const int64_t begin = regions.begin[p], end = begin + regions.count(r, p);
+        float* weights = kept.row(r, m);
+        for (int64_t s = begin; s < end; s++) weights[s] *= kept.references(r, m)[s / kBlock];
+        std::fill(weights + end, weights + (p < regions.a.parts ? regions.begin[p + 1] : kept.stride), 0.0f);
+      }
     }
   }
 };
 
 inline void decode_rows(const DecodeRows& a, const Threads& threads) {
-  const int64_t stride = a.pages.table_width * a.pages.page_slots, blocks = (stride + kBlock - 1) / kBlock;
-  const int64_t m = a.group * a.queries;
+  const Regions regions(a, a.counts);
+  const int64_t stride = regions.begin[a.parts] + a.pages.table_width * a.pages.page_slots;
+  const int64_t m = a.group * a.queries, blocks = (stride + kBlock - 1) / kBlock;
   float* references = a.weights ? scratch<float, struct References>(a.batch * a.heads * m * blocks) : nullptr;
   Weights extra{{a.weights, references, m, stride, blocks}};
   with_storage(a.pages.type, [&](auto storage) {
-    RowsAttention<decltype(storage), Weights>(a, a.counts, extra).run(threads);
+    RowsAttention<decltype(storage), Weights>(a, regions, extra).run(threads);
   });
 }
 

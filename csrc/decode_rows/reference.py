@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from kvpress.csrc.decode_rows import MOST_QUERIES
+from kvpress.csrc.unpack.reference import numbers
 from torch import Tensor
 
 from kvpress import shapes
+from kvpress.layout import PageLayout, parts_of, span
+from kvpress.types import EMPTY
+
+
+class Dense(NamedTuple):
+    """Slots of all rows side by side, and where a query may look."""
+
+    key_RSD: Tensor
+    value_RSE: Tensor
+    hidden_RQS: Tensor
 
 
 def decode_rows(
@@ -18,41 +32,75 @@ def decode_rows(
     scaling: float,
     softcap: float,
     need_weights: bool,
+    old: Sequence[Tensor] = (),
+    layouts: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, N, Q, E]`, LSE `[B, N, Q]` and, on demand, weights `[B, N, Q, W·S]`.
 
     LSE (natural logarithm) and weights are fp32. The Q queries belong to the last Q slots of each
     row, in order, and are causal among themselves. A query without a slot to attend to gets zeros
-    and an LSE of -inf. Raises OperatorError.
+    and an LSE of -inf. old, layouts: parts of old slots (`kvpress/layout.py`), which stand before
+    the others, also in the weights. Raises OperatorError.
     """
     check(query_BNQD, key_PDS, value_PSE, table_RW, counts_R, softcap)
     batch, query_heads, queries, width = query_BNQD.shape
-    rows, page_slots = table_RW.shape[0], key_PDS.shape[2]
-    slots = table_RW.shape[1] * page_slots
-    page_N = table_RW.flatten().long()
-    key_RDS = key_PDS[page_N].view(rows, -1, width, page_slots).transpose(1, 2).flatten(2)
-    value_RSE = value_PSE[page_N].view(rows, slots, -1)
-    slot_S = torch.arange(slots, device=counts_R.device)
-    beyond_RS = slot_S >= counts_R[:, None]
-    # Memory that was never written may hold NaN, and 0 · NaN is NaN.
-    value_RSE = value_RSE.masked_fill(beyond_RS[..., None], 0)
+    rows, group = table_RW.shape[0], query_heads * batch // table_RW.shape[0]
+    recent = _recent(key_PDS, value_PSE, table_RW, counts_R, queries)
+    parts = check_parts(old, layouts, query_BNQD, key_PDS, value_PSE, table_RW)
+    dense = [*(_old(layout, tensors, queries, key_PDS) for layout, tensors in parts), recent]
+    key_RSD, value_RSE = (torch.cat([part[i].float() for part in dense], dim=1) for i in (0, 1))
+    hidden_RQS = torch.cat([part.hidden_RQS for part in dense], dim=2)
+    slots = key_RSD.shape[1]
 
-    group = query_heads * batch // rows
     query_RMD = query_BNQD.float().reshape(rows, group * queries, width)  # M = G·Q
-    logits_RMS = torch.matmul(query_RMD * scaling, key_RDS.float())
+    logits_RMS = torch.matmul(query_RMD * scaling, key_RSD.mT)
     if softcap:
         logits_RMS = torch.tanh(logits_RMS / softcap) * softcap
-    last_RQ = counts_R[:, None] - queries + torch.arange(queries, device=counts_R.device)
-    hidden_RQS = slot_S > last_RQ[..., None]
     hidden_RMS = hidden_RQS[:, None].expand(rows, group, queries, slots).reshape_as(logits_RMS)
     logits_RMS = logits_RMS.masked_fill(hidden_RMS, -torch.inf)
     lse_RM = logits_RMS.logsumexp(-1) if slots else query_RMD.new_full((rows, group), -torch.inf)
     weights_RMS = (logits_RMS - lse_RM[..., None]).exp().masked_fill(hidden_RMS, 0.0)
-    out_RME = torch.matmul(weights_RMS, value_RSE.float()).to(query_BNQD.dtype)
+    out_RME = torch.matmul(weights_RMS, value_RSE).to(query_BNQD.dtype)
 
     shape = (batch, query_heads, queries)
     weights = weights_RMS.view(*shape, slots) if need_weights else weights_RMS.new_empty(0)
     return out_RME.view(*shape, value_RSE.shape[-1]), lse_RM.view(shape), weights
+
+
+def _recent(
+    key_PDS: Tensor, value_PSE: Tensor, table_RW: Tensor, counts_R: Tensor, queries: int
+) -> Dense:
+    """The slots in pages of the store's dtype."""
+    rows, slots = len(table_RW), table_RW.shape[1] * key_PDS.shape[2]
+    page_N = table_RW.flatten().long()
+    key_RSD = key_PDS[page_N].mT.reshape(rows, slots, -1)
+    value_RSE = value_PSE[page_N].view(rows, slots, -1)
+    slot_S = torch.arange(slots, device=counts_R.device)
+    # Memory that was never written may hold NaN, and 0 · NaN is NaN.
+    value_RSE = value_RSE.masked_fill((slot_S >= counts_R[:, None])[..., None], 0)
+    last_RQ = counts_R[:, None] - queries + torch.arange(queries, device=counts_R.device)
+    return Dense(key_RSD, value_RSE, slot_S > last_RQ[..., None])
+
+
+def _old(layout: PageLayout, tensors: Sequence[Tensor], queries: int, like: Tensor) -> Dense:
+    """The slots in formatted pages, unpacked; all queries see them."""
+    pages, key_channels, value_channels, table_RW, counts_R, position_PS, *_ = tensors
+    rows, width = table_RW.shape
+    page_N = table_RW.flatten().long()
+    channels = [x.repeat_interleave(width, 0) for x in (key_channels, value_channels)]
+    key, value = numbers(pages[page_N], *channels, layout, like.dtype)
+    slots = width * layout.slots
+    slot_S = torch.arange(slots, device=counts_R.device)
+    hidden_RS = slot_S >= counts_R[:, None]
+    if position_PS.numel():
+        hidden_RS = hidden_RS | (position_PS[page_N].view(rows, slots) == EMPTY)
+    extra = span(layout, width) - slots
+    key_RSD, value_RSE = (x.view(rows, slots, x.shape[-1]) for x in (key, value))
+    value_RSE = value_RSE.masked_fill((slot_S >= counts_R[:, None])[..., None], 0)
+    pad = torch.nn.functional.pad
+    hidden_RS = pad(hidden_RS, (0, extra), value=True)
+    padded = (pad(x, (0, 0, 0, extra)) for x in (key_RSD, value_RSE))
+    return Dense(*padded, hidden_RS[:, None].expand(-1, queries, -1))
 
 
 def check(
@@ -76,3 +124,40 @@ def check(
     if softcap < 0:
         shapes.refuse(op, f"softcap is {softcap}; it must be positive, or 0 for none")
     shapes.paged(op, lengths, table_RW, counts_R)
+
+
+def check_parts(
+    old: Sequence[Tensor],
+    layouts: Sequence[int],
+    query_BNQD: Tensor,
+    key_PDS: Tensor,
+    value_PSE: Tensor,
+    table_RW: Tensor,
+) -> list[tuple[PageLayout, list[Tensor]]]:
+    """The parts of old slots. Raises OperatorError for parts that do not fit the rows."""
+    op, parts = "decode_rows", parts_of("decode_rows", list(old), list(layouts))
+    rows = len(table_RW)
+    for layout, (pages, key_channels, value_channels, table, counts, position, *_) in parts:
+        if (layout.key_width, layout.value_width) != (key_PDS.shape[1], value_PSE.shape[2]):
+            shapes.refuse(op, f"{layout} beside {key_PDS.shape[1]}, {value_PSE.shape[2]} channels")
+        if layout.item_bytes != key_PDS.element_size():
+            shapes.refuse(op, f"{layout} beside numbers of {key_PDS.element_size()} bytes")
+        shapes.of_dtype(op, torch.uint8, {"pages": pages})
+        shapes.of_dtype(op, torch.int16, {"channels": key_channels, "channels ": value_channels})
+        shapes.of_dtype(op, torch.int32, {"table": table, "position": position})
+        shapes.of_dtype(op, torch.int64, {"counts": counts})
+        wanted = [
+            (pages, (len(pages), layout.page_bytes)),
+            (key_channels, (rows, layout.key_kept)),
+            (value_channels, (rows, layout.value_kept)),
+            (table, (rows, table.shape[-1])),
+            (counts, (rows,)),
+            *([(position, (len(pages), layout.slots))] if position.numel() else []),
+        ]
+        for tensor, shape in wanted:
+            if tensor.shape != shape:
+                shapes.refuse(op, f"old slots in {layout}: {list(tensor.shape)}, not {list(shape)}")
+        lengths = {"B": len(query_BNQD), "R": rows, "N": query_BNQD.shape[1], "S": layout.slots}
+        lengths |= {"P": len(pages), "D": layout.key_width, "E": layout.value_width}
+        shapes.paged(op, lengths, table, counts)
+    return parts

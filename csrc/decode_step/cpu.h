@@ -50,8 +50,8 @@ template <class E>
 class Step {
  public:
   // kept: without memory where no mass is kept; totals: [R, M, blocks], the sums of noisy exponentials
-  Step(const DecodeStep& a, const BlockWeights& kept, float* totals)
-      : a_(a), slots_{a.attend.pages, a.position, a.mass}, kept_(kept), totals_(totals),
+  Step(const DecodeStep& a, const Regions& regions, const BlockWeights& kept, float* totals)
+      : a_(a), regions_(regions), slots_{a.attend.pages, a.position, a.mass}, kept_(kept), totals_(totals),
         plain_(a.observation.noise == Noise::kNone && a.observation.tau == 1.0) {}
 
   // The new token goes behind the others of its row. Its page is read right after, by the same thread.
@@ -90,30 +90,64 @@ class Step {
     if (a_.mass && plain_) kept_.keep(r, m, begin, slots, x, relative_to);
   }
 
-  void after_row(int64_t r, int64_t count, const float* lse) {
-    a_.counts[r] = count;
-    const bool evicts = a_.evict && count > a_.quota[r];
+  void after_row(int64_t r, const Regions& regions, const float* lse) {
+    const int64_t count = a_.counts[r] = regions.counts[r];
+    int64_t held = count;
+    for (int p = 0; p < a_.attend.parts; p++) held += old(p).counts[r] - (old(p).dropped ? old(p).dropped[r] : 0);
+    const bool evicts = a_.evict && held > a_.quota[r];
     if (!a_.mass && !evicts) return;
-    for (int64_t m = 0; m < kept_.m && a_.mass; m++) kept_.normalise(r, m, count, plain_ ? lse[m] : noisy_lse(r, m, count));
+    for (int64_t m = 0; m < kept_.m && a_.mass; m++) kept_.normalise(r, m, regions, plain_ ? lse[m] : noisy_lse(r, m, regions));
     Victim victim(a_.rank, a_.seen[r / heads()], a_.sink, a_.recent[r / heads()]);
     alignas(64) int32_t position[kTile];
     alignas(64) float mass[kTile] = {};
+    for (int p = 0; p < a_.attend.parts; p++) {
+      each_old_tile(old(p), r, [&](int64_t s, int64_t address) {
+        if (a_.mass) observe(r, regions.begin[p] + s, old(p).mass + address);
+        for (int i = 0; i < kTile && evicts; i += kWidth)
+          victim.consider(regions.begin[p] + s + i, INT32_MAX, load(old(p).position + address + i),
+                          a_.mass ? load(old(p).mass + address + i) : Vec{});
+      });
+    }
+    const int64_t begin = regions.begin[a_.attend.parts];
     slots_.each_tile(r, count, [&](int64_t s, int64_t slots, const Place& place) {
       slots_.read_tile(r, s, slots, place, a_.position, position);
       if (a_.mass) {
         slots_.read_tile(r, s, slots, place, a_.mass, mass);
-        observe(r, s, mass);
+        observe(r, begin + s, mass);
         slots_.write_tile(r, s, slots, place, mass, a_.mass);
       }
       for (int i = 0; i < kTile && evicts; i += kWidth)
-        victim.consider(s + i, count, load(position + i), load(mass + i));
+        victim.consider(begin + s + i, begin + count, load(position + i), load(mass + i));
     });
-    if (evicts && slots_.drop(r, victim.slot(), count)) a_.counts[r] = count - 1;
+    if (evicts && victim.slot() >= 0) drop(r, regions, victim.slot(), count);
   }
 
  private:
   const Pages& pages() const { return a_.attend.pages; }
   int64_t heads() const { return a_.attend.heads; }
+  const Part& old(int p) const { return a_.attend.part[p]; }
+
+  // Calls f(first slot, address) for every tile of old slots of a row: pages hold whole tiles.
+  template <class F>
+  void each_old_tile(const Part& part, int64_t r, const F& f) const {
+    for (int64_t s = 0; s < part.counts[r]; s += kTile) f(s, address(part, r, s));
+  }
+
+  static int64_t address(const Part& part, int64_t r, int64_t slot) {
+    const int64_t size = part.layout.slots;
+    return part.table[r * part.table_width + slot / size] * size + slot % size;
+  }
+
+  // An old slot leaves a hole, which the store fills when it packs again; others move up.
+  void drop(int64_t r, const Regions& regions, int64_t place, int64_t count) const {
+    const int p = regions.of(place);
+    if (p == a_.attend.parts) {
+      a_.counts[r] = count - slots_.drop(r, place - regions.begin[p], count);
+      return;
+    }
+    old(p).position[address(old(p), r, place - regions.begin[p])] = -1;
+    old(p).dropped[r]++;
+  }
 
   static void copy_one(const Heads& from, int64_t offset, E* to) {
     float x = 0;
@@ -131,8 +165,7 @@ class Step {
     const int64_t padded = (slots + kTile - 1) / kTile * kTile;
     alignas(64) int32_t position[kBlock];
     alignas(64) float noise[kBlock];
-    for (int64_t s = 0; s < slots && noisy; s += kTile)
-      slots_.read_tile(r, begin + s, std::min<int64_t>(kTile, slots - s), slots_.find(r, begin + s), a_.position, position + s);
+    for (int64_t s = 0; s < slots && noisy; s += kTile) read_positions(r, begin + s, std::min<int64_t>(kTile, slots - s), position + s);
     for (int m = 0; m < queries; m++) {
       const uint32_t row = noise_row(o.seed, o.layer, r % heads() * a_.attend.group + m0 + m, of_query);
       float* y = kept_.row(r, m0 + m) + begin;
@@ -151,13 +184,29 @@ class Step {
     }
   }
 
-  float noisy_lse(int64_t r, int64_t m, int64_t count) const {
+  // Positions of a tile, for noise: those of dropped slots are any.
+  void read_positions(int64_t r, int64_t place, int64_t slots, int32_t* to) const {
+    const int p = regions_.of(place);
+    const int64_t slot = place - regions_.begin[p];
+    if (p < a_.attend.parts) {
+      std::copy_n(old(p).position + address(old(p), r, slot), kTile, to);
+    } else {
+      slots_.read_tile(r, slot, slots, slots_.find(r, slot), a_.position, to);
+    }
+  }
+
+  float noisy_lse(int64_t r, int64_t m, const Regions& regions) const {
     const float *top = kept_.references(r, m), *total = totals_ + (r * kept_.m + m) * kept_.blocks;
-    const int64_t blocks = (count + kBlock - 1) / kBlock;
-    const float largest = *std::max_element(top, top + blocks);
-    float all = 0;
-    for (int64_t k = 0; k < blocks; k++) all += total[k] * std::exp(top[k] - largest);
+    float largest = -INFINITY, all = 0;
+    each_block(r, regions, [&](int64_t k) { largest = std::max(largest, top[k]); });
+    each_block(r, regions, [&](int64_t k) { all += top[k] == -INFINITY ? 0.0f : total[k] * std::exp(top[k] - largest); });
     return largest + std::log(all);
+  }
+
+  template <class F>
+  void each_block(int64_t r, const Regions& regions, const F& f) const {
+    for (int p = 0; p <= a_.attend.parts; p++)
+      for (int64_t s = 0; s < regions.count(r, p); s += kBlock) f((regions.begin[p] + s) / kBlock);
   }
 
   // mass += the weights of the query group, of one tile
@@ -170,6 +219,7 @@ class Step {
   }
 
   const DecodeStep& a_;
+  const Regions& regions_;
   RowSlots<E> slots_;
   BlockWeights kept_;
   float* totals_;
@@ -182,7 +232,8 @@ void step_of(const DecodeStep& a, const Threads& threads) {
   int64_t* counts = scratch<int64_t, struct Counts>(rows);
   int64_t most = 0;
   for (int64_t r = 0; r < rows; r++) most = std::max(most, counts[r] = a.counts[r] + 1);
-  const int64_t blocks = (most + kBlock - 1) / kBlock, stride = blocks * kBlock;
+  const Regions regions(a.attend, counts);
+  const int64_t blocks = (regions.begin[a.attend.parts] + most + kBlock - 1) / kBlock, stride = blocks * kBlock;
   BlockWeights kept{nullptr, nullptr, group, stride, blocks};
   float* totals = nullptr;
   if (a.mass) {
@@ -190,8 +241,8 @@ void step_of(const DecodeStep& a, const Threads& threads) {
     kept.reference = scratch<float, struct StepReferences>(2 * rows * group * blocks);
     totals = kept.reference + rows * group * blocks;
   }
-  Step<E> step(a, kept, totals);
-  RowsAttention<E, Step<E>>(a.attend, counts, step).run(threads);
+  Step<E> step(a, regions, kept, totals);
+  RowsAttention<E, Step<E>>(a.attend, regions, step).run(threads);
 }
 
 inline void decode_step(const DecodeStep& a, const Threads& threads) {

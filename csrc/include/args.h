@@ -33,6 +33,44 @@ struct Pages {
   int64_t table_width;
 };
 
+// How a page of old slots lies in memory: see kvpress/layout.py.
+struct Layout {
+  int64_t slots, key_width, value_width, key_kept, value_kept, key_bits, value_bits, key_group, value_group, item_bytes;
+  int64_t value_groups, key_scales, value_codes, value_scales, page_bytes;  // follow from the others
+
+  explicit Layout(const int64_t* sizes)
+      : slots(sizes[0]), key_width(sizes[1]), value_width(sizes[2]), key_kept(sizes[3]), value_kept(sizes[4]),
+        key_bits(sizes[5]), value_bits(sizes[6]), key_group(sizes[7]), value_group(sizes[8]), item_bytes(sizes[9]) {
+    value_groups = (value_kept + value_group - 1) / value_group;
+    const int64_t keys = key_bits == 16 ? key_kept * slots * item_bytes : bytes((key_kept + 1) / 2, slots, key_bits);
+    const int64_t values = value_bits == 16 ? slots * value_kept * item_bytes : bytes(slots / 2, value_kept, value_bits);
+    key_scales = up(keys, 16);
+    value_codes = up(key_scales + (key_bits < 16 ? 4 * key_kept * (slots / key_group) : 0), 16);
+    value_scales = up(value_codes + values, 16);
+    page_bytes = up(value_scales + (value_bits < 16 ? 4 * value_groups * slots : 0), 16);
+  }
+  Layout() = default;
+
+  static int64_t up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+  // Of pairs of lines, 8 lines to a vector of 16 codes.
+  static int64_t bytes(int64_t pairs, int64_t lines, int64_t bits) { return up(pairs * up(lines, 8) / 8, 16 / bits) * 2 * bits; }
+};
+
+// Old slots of all rows, in one format.
+struct Part {
+  Layout layout;
+  uint8_t* page;  // [P, bytes]
+  int64_t pages;
+  const int16_t *key_channel, *value_channel;  // [R, T], [R, U]
+  const int32_t* table;                        // [R, W]
+  int64_t table_width;
+  const int64_t* counts;  // [R], dropped slots included
+  int32_t* position;      // [P, S], -1 where a slot was dropped; or null: none was
+  float* mass;            // [P, S] or null
+  int64_t* dropped;       // [R] or null
+};
+constexpr int kMostParts = 2;
+
 struct Logits {
   double scaling, softcap;
 };
@@ -45,7 +83,9 @@ struct DecodeRows {
   Logits logits;
   void* out;       // [B, N, Q, D'], contiguous, of the query's type
   float* lse;      // [B, N, Q]
-  float* weights;  // [B, N, Q, W·S] or null
+  float* weights;  // [B, N, Q, spans of the parts + W·S] or null
+  Part part[kMostParts];
+  int parts;
 };
 
 enum class Noise { kNone, kFrozen, kFresh };
@@ -107,6 +147,23 @@ struct MatchKeys {
   int64_t* target;    // [B, H, E]
 };
 
+struct PackPages {
+  Layout layout;
+  Type type;
+  const void *key, *value;                     // [P, S, D], [P, S, E]; unpacking writes them
+  const int16_t *key_channel, *value_channel;  // [P, T], [P, U]
+  int64_t pages;
+  uint8_t* page;  // [P, bytes]
+  bool unpack;
+};
+
+struct ChannelScores {
+  Heads query, key;  // [B, N, W, D], [B, H, S, D]
+  const bool* held;  // [B, H, S]
+  int64_t batch, heads, group, queries, slots, width;
+  float* scores;  // [B, H, D]
+};
+
 struct CopySlots {
   void* pool;              // [P, S, width], or [P, width, S] where slot_last
   const int64_t* address;  // [N]: page · S + slot
@@ -122,6 +179,8 @@ struct Kernels {
   void (*attention_sums)(const AttentionSums&, const Threads&);
   void (*match_keys)(const MatchKeys&, const Threads&);
   void (*copy_slots)(const CopySlots&, const Threads&);
+  void (*pack_pages)(const PackPages&, const Threads&);
+  void (*channel_scores)(const ChannelScores&, const Threads&);
 };
 
 }  // namespace kvpress

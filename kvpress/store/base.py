@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 KEY, VALUE, POSITION, MASS = "key", "value", "position", "mass"
+PAGE = "page"  # the keys and values of a page of old slots
 
 
 class Column(NamedTuple):
@@ -17,25 +19,24 @@ class Column(NamedTuple):
 
     slot_last: pages are `[*shape, page_slots]`, so that a channel of neighbouring slots lies side
     by side, as kernels read keys; otherwise `[page_slots, *shape]`. volatile: every step writes it;
-    one number per slot.
+    one number per slot. whole: `shape` is that of a page.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     slot_last: bool = False
     volatile: bool = False
+    whole: bool = False
 
     def page_shape(self, page_slots: int) -> tuple[int, ...]:
         """The shape of one page."""
+        if self.whole:
+            return self.shape
         return (*self.shape, page_slots) if self.slot_last else (page_slots, *self.shape)
 
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of this field in one slot."""
-        elements = 1
-        for size in self.shape:
-            elements *= size
-        return elements * self.dtype.itemsize
+    def page_bytes(self, page_slots: int) -> int:
+        """Bytes of this field in one page."""
+        return math.prod(self.page_shape(page_slots)) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,27 @@ from torch import Tensor
 from kvpress import ops
 from kvpress.errors import CacheError
 from kvpress.store.aside import Aside
-from kvpress.store.base import POSITION, Column, Survivors
+from kvpress.store.base import KEY, POSITION, VALUE, Column, Survivors
 from kvpress.store.pool import PagePool
 from kvpress.store.table import PageTable
 from kvpress.types import EMPTY
+
+
+def by_position(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Dense columns, each row in the order of its positions, empty slots first."""
+    order_bHS = columns[POSITION].argsort(dim=-1, stable=True)
+    ordered = {}
+    for name, values in columns.items():
+        index = order_bHS.view(*order_bHS.shape, *[1] * (values.dim() - 3))
+        ordered[name] = values.gather(2, index.expand(*order_bHS.shape, *values.shape[3:]))
+    return ordered
 
 
 class PagedRows(PageTable):
     """The slots of one layer: `sequences × heads` rows of pages.
 
     Args: columns: the fields of a slot; `position` (int32) is added. page_slots: slots in a page.
+    ordered: slot s of a row always holds token s, so that no positions are needed.
     """
 
     def __init__(
@@ -37,9 +48,11 @@ class PagedRows(PageTable):
         columns: Mapping[str, Column],
         page_slots: int,
         device: torch.device,
+        ordered: bool = False,
     ) -> None:
         super().__init__(sequences, heads, page_slots, device)
-        self.columns = {**columns, POSITION: Column((), torch.int32)}
+        positions = {} if ordered else {POSITION: Column((), torch.int32)}
+        self.columns = {**columns, **positions}
         self.most_pages = 2**62  # the pool is never grown beyond what rows may come to need
         self._aside: Aside | None = None  # the volatile columns while pages are shared
         self._join(PagePool(self.columns, page_slots, device, 0))
@@ -67,7 +80,7 @@ class PagedRows(PageTable):
     @property
     def _pages_nbytes(self) -> int:
         """Bytes of the slots of one page."""
-        return self.page_slots * sum(column.slot_bytes for column in self.columns.values())
+        return sum(column.page_bytes(self.page_slots) for column in self.columns.values())
 
     @property
     def shares(self) -> bool:
@@ -76,11 +89,16 @@ class PagedRows(PageTable):
             return False
         self._pool.trim()
         shared = self._pool.lent and bool((self._pool.uses()[self.owned_pages()] > 1).any())
-        if not shared and self._aside is not None:
+        if not shared:
+            self._end_aside()
+        return shared
+
+    def _end_aside(self) -> None:
+        """Writes the volatile columns into the pages, which nobody shares any more."""
+        if self._aside is not None:
             aside, self._aside = self._aside, None
             for name, column_RS in aside.columns.items():
                 self._write_pages(name, column_RS, None)
-        return shared
 
     @property
     def lock(self) -> threading.RLock:
@@ -107,6 +125,30 @@ class PagedRows(PageTable):
     def pool(self, name: str) -> Tensor:
         """The pages of one column, `[P, *page_shape]`, as operators read them."""
         return self._pool.by_name[name]
+
+    def attend(
+        self,
+        query_bNQD: Tensor,
+        sequences: Sequence[int] | None,
+        scaling: float,
+        softcap: float,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention output of new queries, and weights in the order of `dense` where asked for."""
+        out_bNQE, _, weights_bNQS = ops.decode_rows(
+            query_bNQD,
+            self._pool.by_name[KEY],
+            self._pool.by_name[VALUE],
+            *self.operands(sequences),
+            scaling,
+            softcap,
+            need_weights,
+        )
+        return out_bNQE, weights_bNQS if need_weights else None
+
+    def old(self) -> tuple[list[Tensor], list[int]]:
+        """Parts of old slots, as operators take them: none, since all slots are alike here."""
+        return [], []
 
     def reserve_one(self) -> None:
         """Makes room for one more slot in every row."""
@@ -142,14 +184,7 @@ class PagedRows(PageTable):
 
     def dense_by_position(self, sequences: Sequence[int]) -> dict[str, Tensor]:
         """All columns of some sequences, dense: each row by position, its empty slots first."""
-        position_bHS = self.dense(POSITION, sequences)
-        order_bHS = position_bHS.argsort(dim=-1, stable=True)
-        columns = {}
-        for name, column in self.columns.items():
-            values = self.dense(name, sequences)
-            index = order_bHS.view(*order_bHS.shape, *[1] * len(column.shape))
-            columns[name] = values.gather(2, index.expand(*order_bHS.shape, *column.shape))
-        return columns
+        return by_position({name: self.dense(name, sequences) for name in self.columns})
 
     def append(self, columns: Mapping[str, Tensor], sequences: Sequence[int] | None = None) -> None:
         """Adds T tokens to every row of some sequences: each column `[b, H, T, ...]`.
@@ -181,8 +216,12 @@ class PagedRows(PageTable):
         slot_RS = torch.arange(values_RS.shape[1]).expand(len(rows), -1)
         self._aside.write(name, rows, slot_RS, values_RS)
 
-    def evict_one(self, row_N: Tensor, slot_N: Tensor) -> None:
+    def evict_one(
+        self, row_N: Tensor, slot_N: Tensor, sequences: Sequence[int] | None = None
+    ) -> None:
         """Drops one slot (int64, on the device) of each of some rows (int64, on the host).
+
+        sequences: whose dense form the slots are places in; here they are the same in any.
 
         The last slot of each such row moves into the gap. Raises CacheError for an empty row.
         """
@@ -206,7 +245,9 @@ class PagedRows(PageTable):
         chosen, device = list(survivors.sequences), self.device
         position_BHS = self.dense(POSITION, chosen).long()
         kept_BHK = survivors.columns[POSITION].long()
-        spare = int(position_BHS.max()) + 1  # stands for empty slots
+        if not position_BHS.numel():
+            return
+        spare = max(int(position_BHS.max()), int(kept_BHK.max())) + 1  # stands for empty slots
         real_BHK = torch.arange(kept_BHK.shape[2]) < survivors.counts_BH[..., None]
         kept_BHK = kept_BHK.where(real_BHK.to(device), spare)
         place_BHS = position_BHS.where(position_BHS != EMPTY, spare)
@@ -266,6 +307,12 @@ class PagedRows(PageTable):
         self._pool.lent, self._spare = True, 0
         return chosen
 
+    def unshare(self, headroom: int = 0) -> None:
+        """Gives every row pages of its own, side by side as after a prompt."""
+        columns = {name: self.dense(name) for name in self.columns}
+        everybody = tuple(range(self.sequences))
+        self.fill([Survivors(everybody, columns, self.counts_BH)], headroom)
+
     def truncate(self, tokens: int) -> None:
         """Drops the last `tokens` slots of every row, and its pages that are then empty."""
         self._set_counts((self.counts - tokens).clamp_min(0))
@@ -314,21 +361,25 @@ class PagedRows(PageTable):
         cls, state: Mapping[str, Tensor], columns: Mapping[str, Column], heads: int, device: Any
     ) -> PagedRows:
         """The store that gave `state`, on a device."""
-        pages, page_slots = state[f"page.{POSITION}"].shape
-        rows = len(state["counts"])
-        store = cls(rows // heads, heads, columns, page_slots, torch.device(device))
-        store._pool.leave(store)
-        store._join(PagePool(store.columns, page_slots, store.device, pages))
-        for name in store.columns:
-            store._pool.by_name[name].copy_(state[f"page.{name}"])
-        store._pool.lent = True  # rows may share pages
-        store._owned = state["owned"].clone()
-        store._set_counts(state["counts"].clone())
-        store._set_table(state["table"].clone())
-        aside = {n: state[f"aside.{n}"] for n in store._volatile if f"aside.{n}" in state}
-        if aside:
-            store._aside = Aside({n: x.to(store.device, copy=True) for n, x in aside.items()})
+        page_slots = state[f"page.{POSITION}"].shape[1]
+        store = cls(len(state["counts"]) // heads, heads, columns, page_slots, torch.device(device))
+        store.load(state)
         return store
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave."""
+        pages = len(state[f"page.{next(iter(self.columns))}"])
+        self._pool.leave(self)
+        self._join(PagePool(self.columns, self.page_slots, self.device, pages))
+        for name in self.columns:
+            self._pool.by_name[name].copy_(state[f"page.{name}"])
+        self._pool.lent = True  # rows may share pages
+        self._owned = state["owned"].clone()
+        self._set_counts(state["counts"].clone())
+        self._set_table(state["table"].clone())
+        aside = {n: state[f"aside.{n}"] for n in self._volatile if f"aside.{n}" in state}
+        if aside:
+            self._aside = Aside({n: x.to(self.device, copy=True) for n, x in aside.items()})
 
     def check_integrity(self) -> bool:
         """True if no page is lost or shared by rows that cannot share it, and every row fits.
@@ -342,19 +393,28 @@ class PagedRows(PageTable):
             raise CacheError(
                 f"{pages} pages, but {len(used)} in use and {len(free)} free do not add up."
             )
-        head_R = torch.arange(len(self.counts)) % self.heads
-        place_RW = head_R[:, None] * 2**32 + torch.arange(self._table.shape[1])
-        pages_N, places_N = self.owned_pages().tolist(), place_RW[self._held_RW].tolist()
+        pages_N, places_N = self.owned_pages().tolist(), self._places_RW[self._held_RW].tolist()
         if len(set(pages_N)) != len(set(zip(pages_N, places_N, strict=True))):
             raise CacheError("Rows of different heads, or different parts of rows, share a page.")
         if bool((self.counts > self._owned * self.page_slots).any()):
             raise CacheError("A row holds more slots than its pages have room for.")
         position_BHS = self.dense(POSITION).cpu()
-        for row, count in zip(position_BHS.flatten(0, 1), self.counts, strict=True):
+        for row, count in zip(position_BHS.flatten(0, 1), self.held, strict=True):
             held = row[row != EMPTY]
             if len(held) != int(count) or len(held.unique()) != len(held):
                 raise CacheError(f"A row of {int(count)} slots has the positions {held.tolist()}.")
         return True
+
+    @property
+    def held(self) -> Tensor:
+        """Slots of every row that hold a token: int64 `[R]`, on the host."""
+        return self.counts
+
+    @property
+    def _places_RW(self) -> Tensor:
+        """A number for each page of each row: rows that share one must have it at the same."""
+        head_R = torch.arange(len(self.counts)) % self.heads
+        return head_R[:, None] * 2**32 + torch.arange(self._table.shape[1])
 
     def _drop(self, row_R: Tensor, drops_RS: Tensor) -> None:
         """Drops some slots (bool, on the host) of some rows; their last slots fill the gaps."""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import packing
 import pytest
 import torch
 from kvpress.csrc.decode_rows.reference import decode_rows as rows_reference
@@ -239,7 +240,7 @@ def test_wide_heads_and_strides_are_refused() -> None:
 
 def test_operators_pass_opcheck() -> None:
     given = operands()
-    torch.library.opcheck(torch.ops.kvpress.decode_rows.default, (*given.values(), True))
+    torch.library.opcheck(torch.ops.kvpress.decode_rows.default, (*given.values(), True, [], []))
     query, key = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16)
     position = torch.arange(9).repeat(1, 2, 1)
     args = (query, key, position, 0.3, 0.0, 9, "fresh", 1.0, 0, 0)
@@ -248,13 +249,24 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.kvpress.gather_slots.default, (pool, address, True))
     slots = torch.randn(2, 16)
     torch.library.opcheck(torch.ops.kvpress.scatter_slots.default, (pool, address, slots, True))
+    layout = list(packing.layout_of(4, 8, (64, 64), (39, 64), FP32))
+    part = packing.make_part(packing.PageLayout(*layout), [1, 2], FP32, holes=True)
+    packed = (part.key_PSD, part.value_PSE, *part.channels, layout)
+    torch.library.opcheck(torch.ops.kvpress.pack.default, packed)
+    unpacked = (part.tensors[0], *part.channels, layout, torch.empty(0))
+    torch.library.opcheck(torch.ops.kvpress.unpack.default, unpacked)
+    held = torch.ones(1, 2, 9, dtype=torch.bool)
+    torch.library.opcheck(torch.ops.kvpress.channel_scores.default, (query, key, held))
+
+
+OLDER = ("test_cpu.py", "test_match_keys.py", "test_packed.py")
 
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
 def test_older_processors_get_the_same_results(instructions: str) -> None:
     if os.environ.get("KVPRESS_CPU"):
         pytest.skip("already inside")
-    files = [str(Path(__file__).with_name(name)) for name in ("test_cpu.py", "test_match_keys.py")]
+    files = [str(Path(__file__).with_name(name)) for name in OLDER]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command, env={**os.environ, "KVPRESS_CPU": instructions}, capture_output=True, text=True

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matching
+import packing
 import pytest
 import torch
 
@@ -467,3 +468,61 @@ def test_slots_are_copied_bit_by_bit(run: Run, dtype: torch.dtype, page: int) ->
             run("scatter_slots", moved, address, given, slot_last)
             implementation("scatter_slots", "reference")(target, address, given, slot_last)
             assert torch.equal(moved.view(torch.uint8), target.view(torch.uint8))
+
+
+# id: key bits, value bits, widths, kept, page, groups, dtype
+PACKED = {
+    "K4-V4-D64": (4, 4, (64, 64), (64, 64), 64, (64, 64), FP32),
+    "K2-V8-D64-T39": (2, 8, (64, 64), (39, 64), 64, (32, 32), FP32),
+    "K8-V2-D80-U48": (8, 2, (80, 80), (80, 48), 128, (128, 32), FP32),
+    "K16-V16-D64-T39": (16, 16, (64, 64), (39, 64), 32, (32, 64), FP32),
+    "K16-V4-D64-U33-fp16": (16, 4, (64, 64), (64, 33), 64, (64, 64), FP16),
+    "K4-V16-D128-T77-bf16": (4, 16, (128, 128), (77, 128), 64, (64, 64), BF16),
+}
+
+
+@pytest.mark.parametrize("case", PACKED.values(), ids=PACKED)
+def test_packed_pages_equal_the_references(run: Run, case: tuple[Any, ...]) -> None:
+    key_bits, value_bits, widths, kept, page, groups, dtype = case
+    layout = packing.layout_of(key_bits, value_bits, widths, kept, dtype, page, groups)
+    part = packing.make_part(layout, [2, 1], dtype, holes=True)
+    key, value = part.key_PSD.to(DEVICE), part.value_PSE.to(DEVICE)
+    channels = [x.to(DEVICE) for x in part.channels]
+    pages = run("pack", key, value, *channels, list(layout))
+    assert torch.equal(pages.cpu(), part.tensors[0])
+    like = torch.empty(0, dtype=dtype, device=DEVICE)
+    given = run("unpack", pages, *channels, list(layout), like)
+    wanted = implementation("unpack", "reference")(pages, *channels, list(layout), like)
+    for one, other in zip(given, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1.6e-2 if dtype == BF16 else 2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("case", PACKED.values(), ids=PACKED)
+def test_decode_rows_reads_packed_pages(
+    run: Run, case: tuple[Any, ...], need_weights: bool
+) -> None:
+    key_bits, value_bits, widths, kept, page, groups, dtype = case
+    layout = packing.layout_of(key_bits, value_bits, widths, kept, dtype, page, groups)
+    part = packing.make_part(layout, [11, 0, 1, 2], dtype, holes=need_weights)
+    rows = make_rows([3, 17, 30, 1], *widths, 16, dtype)
+    query = torch.randn(2, 6, 1, widths[0], device=DEVICE)
+    operands = (query, *rows.pools(wild=False), 0.2, 0.0, need_weights)
+    old = [x.to(DEVICE) for x in part.tensors]
+    given = run("decode_rows", *operands, old, list(layout))
+    wanted = implementation("decode_rows", "reference")(*operands, old, list(layout))
+    for one, other in zip(given, wanted, strict=True):
+        assert one.shape == other.shape
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+def test_channel_scores_equal_the_reference(run: Run, dtype: torch.dtype) -> None:
+    query = torch.randn(2, 6, 5, 80, device=DEVICE).to(dtype).transpose(1, 2).contiguous()
+    key = torch.randn(2, 2, 1100, 80, device=DEVICE).to(dtype)
+    held = torch.rand(2, 2, 1100, device=DEVICE) < 0.8
+    held[0, 0] = False
+    operands = (query.transpose(1, 2), key, held)
+    given = run("channel_scores", *operands)
+    wanted = implementation("channel_scores", "reference")(*operands)
+    torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-6)

@@ -151,7 +151,7 @@ def test_a_decode_step_is_one_operator_call_per_layer(
     for name in ("decode_step", "decode_rows", "gather_slots", "scatter_slots"):
         real = getattr(ops, name)
         monkeypatch.setattr(
-            ops, name, lambda *a, real=real, name=name: calls.append(name) or real(*a)
+            ops, name, lambda *a, real=real, name=name, **k: calls.append(name) or real(*a, **k)
         )
     model = helpers.tiny("llama")
     with kvpress.attach(model, policy) as engine, torch.inference_mode():

@@ -108,7 +108,7 @@ def test_kept_keys_and_values_are_bit_identical_to_the_originals(
         index = position[..., None].expand(*position.shape, 16)
         for column, given in original.items():
             assert torch.equal(state.store.dense(column), given.gather(2, index))
-        assert position.shape[2] == (PROMPT if name == "full" else PROMPT // 2)
+        assert position.shape[2] == (PROMPT // 2 if name in EVICTING else PROMPT)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5])

@@ -1,0 +1,37 @@
+"""PyTorch reference of `channel_scores`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpress import shapes
+
+
+def channel_scores(query_BNWD: Tensor, key_BHSD: Tensor, held_BHS: Tensor) -> Tensor:
+    """Scores fp32 `[B, H, D]`: mean q² over group and window, times mean k² over held slots.
+
+    held_BHS: bool; a row without a slot scores 0. Everything in fp32. Raises OperatorError.
+    """
+    check(query_BNWD, key_BHSD, held_BHS)
+    batch, heads, _, width = key_BHSD.shape
+    query_BHXD = query_BNWD.float().reshape(batch, heads, -1, width)
+    key_BHSD = key_BHSD.float().masked_fill(~held_BHS[..., None], 0)
+    slots_BH1 = held_BHS.sum(-1, keepdim=True).clamp_min(1)
+    return query_BHXD.square().mean(2) * (key_BHSD.square().sum(2) / slots_BH1)
+
+
+def check(query_BNWD: Tensor, key_BHSD: Tensor, held_BHS: Tensor) -> None:
+    """Raises OperatorError for tensors that do not fit together."""
+    op = "channel_scores"
+    floats = {"query_BNWD": query_BNWD, "key_BHSD": key_BHSD}
+    lengths = shapes.bind(op, {**floats, "held_BHS": held_BHS})
+    shapes.floating(op, floats)
+    if held_BHS.dtype != torch.bool:
+        shapes.refuse(op, f"held_BHS is {held_BHS.dtype}; it must be bool")
+    if not lengths["H"] or lengths["N"] % lengths["H"] or not lengths["W"]:
+        shapes.refuse(
+            op,
+            f"query_BNWD has {lengths['N']} heads and {lengths['W']} queries; it needs a multiple"
+            f" of the {lengths['H']} KV heads, and a query",
+        )

@@ -1,0 +1,94 @@
+"""PyTorch reference of `pack`; what codes and scales are is decided here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpress import shapes
+from kvpress.layout import PageLayout, to_bytes
+
+
+def pack(
+    key_PSD: Tensor, value_PSE: Tensor, channel_PT: Tensor, channel_PU: Tensor, layout: list[int]
+) -> Tensor:
+    """Pages uint8 `[P, bytes]` of S slots each. Raises OperatorError.
+
+    channel_PT, channel_PU: the kept channels of keys and values, int16, ascending.
+    """
+    sizes = check(key_PSD, value_PSE, channel_PT, channel_PU, layout)
+    key_PTS = key_PSD.gather(2, _over_slots(channel_PT, sizes.slots)).mT
+    value_PSU = value_PSE.gather(2, _over_slots(channel_PU, sizes.slots))
+    page_PX = key_PSD.new_zeros((len(key_PSD), sizes.page_bytes), dtype=torch.uint8)
+    key_scales, value_codes, value_scales, _ = sizes.offsets
+    if sizes.key_bits == 16:
+        _put(page_PX, 0, key_PTS)
+    else:
+        key_PTgs = key_PTS.unflatten(2, (-1, sizes.key_group))
+        code_PTgs, step_PTg, zero_PTg = quantise(key_PTgs, sizes.key_bits)
+        _put(page_PX, 0, to_bytes(code_PTgs.flatten(2), sizes.key_bits))
+        _put(page_PX, key_scales, torch.stack([step_PTg.mT, zero_PTg.mT], 2))
+    if sizes.value_bits == 16:
+        _put(page_PX, value_codes, value_PSU)
+        return page_PX
+    codes, scales = [], []
+    for value_PSg in value_PSU.split(sizes.value_group, dim=2):
+        code_PSg, *scale = quantise(value_PSg, sizes.value_bits)
+        codes.append(code_PSg)
+        scales.append(torch.stack(scale, 1))
+    _put(page_PX, value_codes, to_bytes(torch.cat(codes, 2), sizes.value_bits))
+    _put(page_PX, value_scales, torch.stack(scales, 2))
+    return page_PX
+
+
+def quantise(x_Xn: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (uint8), steps and zeros (fp16) of groups of n numbers.
+
+    zero is the largest fp16 number that is not above the least x, step the least one with which the
+    codes reach the largest x: |x − (step · code + zero)| ≤ step / 2. Codes round half to even.
+    """
+    x_Xn = x_Xn.float()
+    low_X, high_X = x_Xn.aminmax(dim=-1)
+    zero_X = _next(low_X.half(), low_X, -1)
+    exact_X = (high_X - zero_X.float()) / (2**bits - 1)
+    step_X = _next(exact_X.half(), exact_X, 1)
+    divisor_X = step_X.float().masked_fill(step_X == 0, 1.0)
+    code_Xn = ((x_Xn - zero_X.float()[..., None]) / divisor_X[..., None]).round()
+    return code_Xn.clamp(0, 2**bits - 1).to(torch.uint8), step_X, zero_X
+
+
+def _next(half_X: Tensor, exact_X: Tensor, sign: int) -> Tensor:
+    """`half_X`, or the next fp16 number in the direction of `sign` where it lies short of x."""
+    bits_X = half_X.view(torch.int16).int()
+    order_X = torch.where(bits_X < 0, -(bits_X & 0x7FFF), bits_X)  # in the order of the numbers
+    short_X = (half_X.float() - exact_X) * sign < 0
+    order_X = order_X + sign * short_X.int()
+    bits_X = torch.where(order_X < 0, -order_X | 0x8000, order_X)
+    return torch.where(short_X, bits_X.to(torch.int16).view(torch.float16), half_X)
+
+
+def _put(page_PX: Tensor, offset: int, numbers: Tensor) -> None:
+    data_PX = numbers.contiguous().flatten(1).view(torch.uint8)
+    page_PX[:, offset : offset + data_PX.shape[1]] = data_PX
+
+
+def _over_slots(channel_PT: Tensor, slots: int) -> Tensor:
+    return channel_PT.long()[:, None].expand(-1, slots, -1)
+
+
+def check(
+    key_PSD: Tensor, value_PSE: Tensor, channel_PT: Tensor, channel_PU: Tensor, layout: list[int]
+) -> PageLayout:
+    """The layout. Raises OperatorError for tensors that do not fit it."""
+    op, sizes = "pack", PageLayout(*layout)
+    sizes.check(op)
+    floats = {"key_PSD": key_PSD, "value_PSE": value_PSE}
+    channels = {"channel_PT": channel_PT, "channel_PU": channel_PU}
+    lengths = shapes.bind(op, {**floats, **channels})
+    shapes.floating(op, floats)
+    shapes.of_dtype(op, key_PSD.dtype, floats)
+    shapes.of_dtype(op, torch.int16, channels)
+    given = [lengths[letter] for letter in "SDETU"]
+    if given != list(sizes[:5]) or key_PSD.element_size() != sizes.item_bytes:
+        shapes.refuse(op, f"key_PSD, value_PSE and channels have S, D, E, T, U = {given}, {sizes}")
+    return sizes

@@ -1,0 +1,87 @@
+"""PyTorch reference of `unpack`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpress import shapes
+from kvpress.layout import PageLayout, from_bytes
+
+
+def unpack(
+    page_PX: Tensor, channel_PT: Tensor, channel_PU: Tensor, layout: list[int], like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys `[P, S, D]` and values `[P, S, E]` in the dtype of `like`, that of the store.
+
+    Dropped channels are zero. Raises OperatorError.
+    """
+    sizes = check(page_PX, channel_PT, channel_PU, layout, like)
+    key_PSD, value_PSE = numbers(page_PX, channel_PT, channel_PU, sizes, like.dtype)
+    return key_PSD.to(like.dtype), value_PSE.to(like.dtype)
+
+
+def numbers(
+    page_PX: Tensor, channel_PT: Tensor, channel_PU: Tensor, sizes: PageLayout, stored: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The same in fp32; `stored` is the dtype of numbers of 16 bits."""
+    pages, slots = len(page_PX), sizes.slots
+    key_scales, value_codes, value_scales, _ = sizes.offsets
+    if sizes.key_bits == 16:
+        key_PTS = _raw(page_PX, 0, sizes.key_kept * slots, stored).view(pages, -1, slots)
+    else:
+        code_PTS = from_bytes(page_PX[:, :key_scales], sizes.key_kept, slots, sizes.key_bits)
+        groups = slots // sizes.key_group
+        scale = _halves(page_PX, key_scales, 2 * groups * sizes.key_kept)
+        scale_P2TS = scale.view(pages, groups, 2, -1).permute(0, 2, 3, 1)
+        scale_P2TS = scale_P2TS.repeat_interleave(sizes.key_group, 3)
+        key_PTS = code_PTS.float() * scale_P2TS[:, 0] + scale_P2TS[:, 1]
+    if sizes.value_bits == 16:
+        value_PSU = _raw(page_PX, value_codes, slots * sizes.value_kept, stored)
+        value_PSU = value_PSU.view(pages, slots, -1)
+    else:
+        data = page_PX[:, value_codes:value_scales]
+        code_PSU = from_bytes(data, slots, sizes.value_kept, sizes.value_bits)
+        scale = _halves(page_PX, value_scales, 2 * sizes.value_groups * slots)
+        group_U = torch.arange(sizes.value_kept, device=page_PX.device) // sizes.value_group
+        scale_P2SU = scale.view(pages, 2, -1, slots)[:, :, group_U].mT
+        value_PSU = code_PSU.float() * scale_P2SU[:, 0] + scale_P2SU[:, 1]
+    return (
+        _spread(key_PTS.mT, channel_PT, sizes.key_width),
+        _spread(value_PSU, channel_PU, sizes.value_width),
+    )
+
+
+def _raw(page_PX: Tensor, offset: int, count: int, stored: torch.dtype) -> Tensor:
+    """Numbers that were not quantised, as fp32."""
+    return page_PX[:, offset : offset + count * stored.itemsize].contiguous().view(stored).float()
+
+
+def _halves(page_PX: Tensor, offset: int, count: int) -> Tensor:
+    return page_PX[:, offset : offset + 2 * count].contiguous().view(torch.float16).float()
+
+
+def _spread(x_PSt: Tensor, channel_Pt: Tensor, width: int) -> Tensor:
+    """All channels, zeros where they were dropped."""
+    pages, slots, _ = x_PSt.shape
+    full_PSd = x_PSt.new_zeros(pages, slots, width)
+    index_PSt = channel_Pt.long()[:, None].expand(x_PSt.shape)
+    return full_PSd.scatter_(2, index_PSt, x_PSt)
+
+
+def check(
+    page_PX: Tensor, channel_PT: Tensor, channel_PU: Tensor, layout: list[int], like: Tensor
+) -> PageLayout:
+    """The layout. Raises OperatorError for tensors that do not fit it."""
+    op, sizes = "unpack", PageLayout(*layout)
+    sizes.check(op)
+    channels = {"channel_PT": channel_PT, "channel_PU": channel_PU}
+    lengths = shapes.bind(op, {"page_PX": page_PX, **channels})
+    shapes.floating(op, {"like": like})
+    shapes.of_dtype(op, torch.uint8, {"page_PX": page_PX})
+    shapes.of_dtype(op, torch.int16, channels)
+    given = [lengths[letter] for letter in "XTU"]
+    wanted = [sizes.page_bytes, sizes.key_kept, sizes.value_kept]
+    if given != wanted or like.element_size() != sizes.item_bytes:
+        shapes.refuse(op, f"page_PX and channels have X, T, U = {given}, not {wanted} of {sizes}")
+    return sizes

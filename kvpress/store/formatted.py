@@ -1,0 +1,427 @@
+"""Rows with an old part, packed in few channels and bits, and a recent part as tokens came.
+
+A slot becomes old a page at a time, once `residual` later ones are there. Dense columns hold the
+slots of each part in turn.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from kvpress import ops
+from kvpress.errors import CacheError
+from kvpress.formats import pack
+from kvpress.layout import PageLayout, span
+from kvpress.store.base import KEY, POSITION, VALUE, Column, Survivors
+from kvpress.store.packed import PackedRows
+from kvpress.store.pages import PagedRows, by_position
+
+
+class FormattedRows:
+    """The slots of one layer, `sequences × heads` rows. Answers what `PagedRows` does.
+
+    Args: recent: an empty store. residual: last slots that stay as they came. layouts: of old pages
+    for given numbers of kept channels; the second one is for rows that are kept wide. ordered:
+    nothing is ever dropped.
+    """
+
+    def __init__(self, recent: PagedRows, residual: int, ordered: bool) -> None:
+        self.recent, self.residual, self.ordered = recent, residual, ordered
+        self.parts: list[PackedRows] = []
+        self.key_channels_RT = self.value_channels_RU = torch.empty(0)
+        self.wide_R = torch.zeros(len(recent.counts), dtype=torch.bool)  # on the host
+        self.decided_B = torch.zeros(recent.sequences, dtype=torch.bool)  # on the host
+        self._room = 0  # tokens that surely come before a slot becomes old
+
+    # What both parts have
+
+    @property
+    def sequences(self) -> int:
+        """Sequences."""
+        return self.recent.sequences
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self.recent.heads
+
+    @property
+    def device(self) -> torch.device:
+        """Where the slots are."""
+        return self.recent.device
+
+    @property
+    def on_host(self) -> bool:
+        """Whether that is the CPU."""
+        return self.recent.on_host
+
+    @property
+    def page_slots(self) -> int:
+        """Slots of a page of recent slots."""
+        return self.recent.page_slots
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """The fields of a slot."""
+        return self.recent.columns
+
+    @property
+    def counts(self) -> Tensor:
+        """Slots of every row that hold a token: int64 `[R]`, on the host."""
+        return sum((part.held for part in self.parts), self.recent.counts)
+
+    @property
+    def counts_BH(self) -> Tensor:
+        """The same as `[B, H]`."""
+        return self.counts.view(self.sequences, self.heads)
+
+    @property
+    def _stores(self) -> list[PagedRows]:
+        return [*self.parts, self.recent]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storages kept alive: pages of both kinds, tables, counts and channels."""
+        own = (self.key_channels_RT, self.value_channels_RU, self.wide_R, self.decided_B)
+        books = sum(tensor.nbytes for tensor in own)
+        return books + sum(store.nbytes for store in self._stores)
+
+    @property
+    def nbytes_shared(self) -> int:
+        """Bytes of the pages that rows of other stores use as well."""
+        return sum(store.nbytes_shared for store in self._stores)
+
+    @property
+    def shares(self) -> bool:
+        """Whether some page of these rows has other users."""
+        return any(store.shares for store in self._stores)
+
+    @property
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """To be held while the pages are used: forks may run in several threads."""
+        with ExitStack() as stack:
+            for store in self._stores:  # always in this order
+                stack.enter_context(store.lock)
+            yield
+
+    @property
+    def most_pages(self) -> int:
+        """What the pool of recent slots may come to need."""
+        return self.recent.most_pages
+
+    @most_pages.setter
+    def most_pages(self, pages: int) -> None:
+        pass  # recent slots are few, and old ones come in whole pages
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that the store keeps alive."""
+        yield from (self.key_channels_RT, self.value_channels_RU, self.wide_R, self.decided_B)
+        for store in self._stores:
+            yield from store.tensors()
+
+    def row_index(self, sequences: Sequence[int]) -> Tensor:
+        """The rows of some sequences: int64, on the host."""
+        return self.recent.row_index(sequences)
+
+    def page_bytes(self) -> int:
+        """Bytes of a page of recent slots."""
+        return self.recent.page_bytes()
+
+    def row_bytes(self) -> int:
+        """Bytes of a row besides its pages."""
+        return sum(store.row_bytes() for store in self._stores)
+
+    # Attention
+
+    def pool(self, name: str) -> Tensor:
+        """The pages of one column of the recent slots."""
+        return self.recent.pool(name)
+
+    def operands(self, sequences: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Page table and counts of the recent slots."""
+        return self.recent.operands(sequences)
+
+    def old(self) -> tuple[list[Tensor], list[int]]:
+        """Parts of old slots, as operators take them."""
+        tensors = [tensor for part in self.parts for tensor in part.part()]
+        return tensors, [size for part in self.parts for size in part.layout]
+
+    def attend(
+        self,
+        query_bNQD: Tensor,
+        sequences: Sequence[int] | None,
+        scaling: float,
+        softcap: float,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention output of new queries, and weights in the order of `dense` where asked for."""
+        old, layouts = self.old()
+        if sequences is not None:
+            rows = self.row_index(sequences).to(self.device)
+            per_row = (1, 2, 3, 4, 7)  # channels, table, counts, dropped
+            old = [x[rows] if i % 8 in per_row else x for i, x in enumerate(old)]
+        out_bNQE, _, weights = ops.decode_rows(
+            query_bNQD,
+            *(self.pool(name) for name in (KEY, VALUE)),
+            *self.operands(sequences),
+            scaling,
+            softcap,
+            need_weights,
+            old=old,
+            layouts=layouts,
+        )
+        if not need_weights:
+            return out_bNQE, None
+        kept, start = [], 0
+        for part, slots in zip(self.parts, self._widths(sequences), strict=False):
+            kept.append(weights[..., start : start + slots])
+            start += span(part.layout, part.operands()[0].shape[1])
+        return out_bNQE, torch.cat([*kept, weights[..., start:]], dim=-1)
+
+    def _widths(self, sequences: Sequence[int] | None) -> list[int]:
+        """Dense slots of each part."""
+        rows = slice(None) if sequences is None else self.row_index(sequences)
+        return [int(part.counts[rows].max()) for part in self.parts]
+
+    # Slots
+
+    def reserve_one(self) -> None:
+        """Makes room for one more slot in every row."""
+        self.recent.reserve_one()
+
+    def count_step(self, quota_R: Tensor | None, everywhere: bool) -> None:
+        """Counts what the operator `decode_step` did: it changed the counts of all parts itself."""
+        self.recent.count_step(None, False)
+        self._room -= 1
+
+    def dense(self, name: str, sequences: Sequence[int] | None = None) -> Tensor:
+        """A dense copy of one column, `[b, H, S, ...]`; empty slots hold position -1."""
+        return torch.cat([store.dense(name, sequences) for store in self._stores], dim=2)
+
+    def dense_by_position(self, sequences: Sequence[int]) -> dict[str, Tensor]:
+        """All columns of some sequences, dense: each row by position, its empty slots first."""
+        return by_position({name: self.dense(name, sequences) for name in self.columns})
+
+    def append(self, columns: Mapping[str, Tensor], sequences: Sequence[int] | None = None) -> None:
+        """Adds T tokens to every row of some sequences: each column `[b, H, T, ...]`."""
+        self.recent.append(columns, sequences)
+        self._room -= columns[POSITION].shape[2]
+
+    def write(self, name: str, values_bHS: Tensor, sequences: Sequence[int] | None = None) -> None:
+        """Overwrites a volatile column of all slots from the form that `dense` gives it."""
+        start = 0
+        for part, slots in zip(self.parts, self._widths(sequences), strict=True):
+            part.write(name, values_bHS[:, :, start : start + slots], sequences)
+            start += slots
+        self.recent.write(name, values_bHS[:, :, start:], sequences)
+
+    def evict_one(
+        self, row_N: Tensor, slot_N: Tensor, sequences: Sequence[int] | None = None
+    ) -> None:
+        """Drops one slot of each of some rows, by its place in the dense form of some sequences."""
+        slot_N = slot_N.cpu()
+        for part, slots in zip(self.parts, self._widths(sequences), strict=True):
+            mine_N = (slot_N >= 0) & (slot_N < slots)
+            if bool(mine_N.any()):
+                part.evict_one(row_N[mine_N], slot_N[mine_N])
+            slot_N = torch.where(mine_N, -1, slot_N - slots)
+        mine_N = slot_N >= 0
+        if bool(mine_N.any()):
+            self.recent.evict_one(row_N[mine_N], slot_N[mine_N].to(self.device))
+
+    def retain(self, survivors: Survivors) -> None:
+        """Drops what did not survive of some sequences; their volatile columns are renewed."""
+        for store in self._stores:
+            store.retain(survivors)
+
+    def fill(self, groups: Sequence[Survivors], headroom: int = 0) -> None:
+        """Replaces what some sequences hold, which must have no old slots."""
+        listed = [b for group in groups for b in group.sequences]
+        if any(bool(part.counts[self.row_index(listed)].any()) for part in self.parts):
+            raise CacheError("Rows with packed slots cannot be filled anew; retain what stays.")
+        self.recent.fill(groups, headroom)
+        self._room = 0
+
+    # Formats
+
+    @property
+    def page(self) -> int:
+        """Slots of an old page; 0 before any."""
+        return self.parts[0].page_slots if self.parts else 0
+
+    def due(self, page_slots: int) -> list[int]:
+        """Sequences with rows of which at least a page has become old."""
+        if self._room > 0:
+            return []
+        most = self.residual + page_slots
+        counts_BH = self.recent.counts_BH
+        self._room = most - int(counts_BH.max()) if counts_BH.numel() else most
+        return (counts_BH >= most).any(1).nonzero().flatten().tolist()
+
+    def decide(
+        self,
+        sequences: Sequence[int],
+        layouts: Sequence[PageLayout],
+        key_channels_bHT: Tensor,
+        value_channels_bHU: Tensor,
+        wide_bH: Tensor,
+    ) -> None:
+        """Settles how old slots of some sequences are stored, for as long as they are here.
+
+        wide_bH: bool, on the host: rows that the second layout is for.
+        """
+        if not self.parts:
+            every = len(self.wide_R)
+            volatile = {n: column for n, column in self.columns.items() if column.volatile}
+            like = self.recent.pool(KEY).new_empty(0)
+            first = layouts[0]
+            channels = torch.zeros(every, first.key_kept, dtype=torch.int16, device=self.device)
+            self.key_channels_RT = channels
+            self.value_channels_RU = channels.new_zeros(every, first.value_kept)
+            sizes = (self.sequences, self.heads)
+            self.parts = [
+                PackedRows(*sizes, layout, volatile, like, self.ordered) for layout in layouts
+            ]
+        rows = self.row_index(sequences)
+        on_device = rows.to(self.device)
+        self.key_channels_RT[on_device] = key_channels_bHT.flatten(0, 1).to(torch.int16)
+        self.value_channels_RU[on_device] = value_channels_bHU.flatten(0, 1).to(torch.int16)
+        self.wide_R[rows] = wide_bH.flatten()
+        self.decided_B[list(sequences)] = True
+        self._share_channels()
+
+    def pack_old(self, sequences: Sequence[int]) -> None:
+        """Packs what has become old of some sequences, whole pages, the first tokens first."""
+        columns = self.recent.dense_by_position(sequences)
+        rows, size = self.row_index(sequences), self.page
+        held = columns[POSITION].shape[2]
+        count_r = self.recent.counts[rows]
+        pages_r = (count_r - self.residual).clamp_min(0) // size
+        row_N = torch.arange(len(rows)).repeat_interleave(pages_r)
+        page_N = torch.arange(len(row_N)) - torch.searchsorted(row_N, row_N)
+        first_N = held - count_r[row_N] + page_N * size
+        slot_NS = first_N[:, None] + torch.arange(size)
+        flat = {name: column.flatten(0, 1) for name, column in columns.items()}
+        for number, part in enumerate(self.parts):
+            mine_N = self.wide_R[rows[row_N]] == bool(number)
+            if bool(mine_N.any()):
+                own_N, slots = row_N[mine_N], slot_NS[mine_N].to(self.device)
+                at = (own_N.to(self.device)[:, None], slots)
+                old = {name: column[at] for name, column in flat.items()}
+                channels = part.channels(rows[own_N])
+                page_NX = pack(part.layout, old.pop(KEY), old.pop(VALUE), channels)
+                part.add(rows[own_N], page_NX, old)
+            part.compact()
+        left_r = count_r - pages_r * size
+        most = int(left_r.max())
+        slot_rS = (held - left_r[:, None] + torch.arange(most)).clamp_max(held - 1)
+        at = (torch.arange(len(rows), device=self.device)[:, None], slot_rS.to(self.device))
+        kept = {n: self._by_sequence(column[at]) for n, column in flat.items()}
+        survivors = Survivors(tuple(sequences), kept, left_r.view(-1, self.heads))
+        self.recent.fill([survivors], self.page_slots)
+        self._room = 0
+
+    def _share_channels(self) -> None:
+        for part in self.parts:
+            part.key_channels_RT = self.key_channels_RT
+            part.value_channels_RU = self.value_channels_RU
+
+    # What happens to whole sequences
+
+    def select_sequences(self, index: Sequence[int]) -> FormattedRows:
+        """A store whose sequence i holds what sequence `index[i]` holds, in the same pages."""
+        chosen, rows = copy.copy(self), self.row_index(index)
+        chosen.recent = self.recent.select_sequences(index)
+        chosen.parts = [part.select_sequences(index) for part in self.parts]
+        chosen.wide_R, chosen.decided_B = self.wide_R[rows], self.decided_B[list(index)]
+        if self.parts:
+            on_device = rows.to(self.device)
+            chosen.key_channels_RT = self.key_channels_RT[on_device]
+            chosen.value_channels_RU = self.value_channels_RU[on_device]
+            chosen._share_channels()
+        return chosen
+
+    def unshare(self, headroom: int = 0) -> None:
+        """Gives every row pages of its own."""
+        for part in self.parts:
+            part.own()
+        self.recent.unshare(self.page_slots)
+
+    def truncate(self, tokens: int) -> None:
+        """Drops the last `tokens` slots of every row; what is left of an old page is unpacked."""
+        missing_R = (tokens - self.recent.counts).clamp_min(0)
+        if bool((missing_R > 0).any()):
+            self._unpack_last(missing_R)
+        self.recent.truncate(tokens)
+        self._room = 0
+
+    def _unpack_last(self, missing_R: Tensor) -> None:
+        """Makes at least so many old slots of each row recent ones."""
+        columns = {name: self.recent.dense(name) for name in self.columns}
+        counts_R = self.recent.counts.clone()
+        for number, part in enumerate(self.parts):
+            taken_R, taken = part.take_last(missing_R * (self.wide_R == bool(number)))
+            counts_R += taken_R
+            slot_S = torch.arange(taken[POSITION].shape[2])
+            beyond = (slot_S >= taken_R[:, None]).view(*self.counts_BH.shape, -1)
+            taken[POSITION] = taken[POSITION].masked_fill(beyond.to(self.device), -1)
+            columns = {n: torch.cat([taken[n].to(x.dtype), x], dim=2) for n, x in columns.items()}
+        ordered = by_position(columns)
+        most, held = int(counts_R.max()), ordered[POSITION].shape[2]
+        start_R = held - counts_R
+        slot_RS = (start_R[:, None] + torch.arange(most)).clamp_max(held - 1).to(self.device)
+        row_R1 = torch.arange(len(counts_R), device=self.device)[:, None]
+        kept = {n: self._by_sequence(x.flatten(0, 1)[row_R1, slot_RS]) for n, x in ordered.items()}
+        everybody = tuple(range(self.sequences))
+        self.recent.fill([Survivors(everybody, kept, counts_R.view(-1, self.heads))])
+
+    def trim(self) -> None:
+        """Gives memory back if much of the pools is unused."""
+        for store in self._stores:
+            store.trim()
+
+    def pages_of_sequences(self) -> list[list[int]]:
+        """The counts and pages of all rows of each sequence; equal ones hold the same slots."""
+        lists = [store.pages_of_sequences() for store in self._stores]
+        return [[x for part in parts for x in part] for parts in zip(*lists, strict=True)]
+
+    def check_integrity(self) -> bool:
+        """True if every part is whole. Raises CacheError otherwise."""
+        return all(store.check_integrity() for store in self._stores)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the rows hold: tensors on the host."""
+        state = {"wide": self.wide_R.clone(), "decided": self.decided_B.clone()}
+        state |= {"key_channels": self.key_channels_RT.cpu().clone()}
+        state |= {"value_channels": self.value_channels_RU.cpu().clone()}
+        for name, store in self._named.items():
+            state |= {f"{name}.{key}": tensor for key, tensor in store.state().items()}
+        return state
+
+    def load(self, state: Mapping[str, Tensor], layouts: Sequence[PageLayout]) -> None:
+        """Takes over what `state` gave."""
+        if len(state["key_channels"]):
+            channels = (state["key_channels"], state["value_channels"])
+            key_BHT, value_BHU = (self._by_sequence(x).to(self.device) for x in channels)
+            wide_BH = self._by_sequence(state["wide"])
+            self.decide(range(self.sequences), layouts, key_BHT, value_BHU, wide_BH)
+        self.decided_B = state["decided"].clone()
+        for name, store in self._named.items():
+            prefix = f"{name}."
+            own = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
+            store.load(own)
+        self._room = 0
+
+    def _by_sequence(self, rows: Tensor) -> Tensor:
+        """What belongs to rows, `[R, ...]`, as `[B, H, ...]`."""
+        return rows.view(-1, self.heads, *rows.shape[1:])
+
+    @property
+    def _named(self) -> dict[str, PagedRows]:
+        return {"recent": self.recent, **{f"old{i}": part for i, part in enumerate(self.parts)}}
