@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction
 
 from kvpress import ops
 from kvpress.errors import BackendError
+from kvpress.layout import PageLayout
 
 TARGETS = (80, 90, 100)
 SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # of one SM
@@ -109,6 +110,7 @@ def operands(width: int, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[A
     pages = (key, value, table, counts)
     yield "decode_rows", "", (query, *pages, 0.1, 0.0, True)
     yield "decode_rows", "softcap Q=32", (query.expand(-1, -1, 32, -1), *pages, 0.1, 50.0, True)
+    yield from packed_operands(query, pages)
     marks = (torch.zeros(1, page, dtype=torch.int32), torch.zeros(1, page))
     for noise in triton_common.NOISES:
         state = (key, value, *marks, table, counts, batch, counts, batch, 4, True, "mass_per_age")
@@ -134,6 +136,30 @@ def operands(width: int, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[A
         kind = "channel-major" if last else "slot-major"
         yield "gather_slots", kind, (pool, torch.arange(16), last)
         yield "scatter_slots", f"{kind} scatter", (pool, torch.arange(16), dense, last)
+
+
+def packed_operands(
+    query: torch.Tensor, pages: tuple[torch.Tensor, ...]
+) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """The operators on old slots: channels and 4 bits, and channels alone."""
+    key, _, table, counts = pages
+    width, none = query.shape[3], torch.empty(0)
+    dense = torch.zeros(1, 64, width, dtype=key.dtype)
+    held = torch.ones(2, 2, 64, dtype=torch.bool)
+    prompt = torch.zeros(2, 8, 64, width, dtype=key.dtype)
+    yield "channel_scores", "", (prompt, prompt[:, :2], held)
+    for bits in (4, 16):
+        kept = width * 5 // 8
+        sizes = (64, width, width, kept, width, bits, bits, 64, 64, key.element_size())
+        layout, case = PageLayout(*sizes), f"{bits} bits"
+        channels = [torch.zeros(1, n, dtype=torch.int16) for n in (kept, width)]
+        yield "pack", case, (dense, dense, *channels, list(layout))
+        packed = torch.zeros(1, layout.page_bytes, dtype=torch.uint8)
+        yield "unpack", case, (packed, *channels, list(layout), key)
+        own = [x.expand(4, -1).contiguous() for x in channels]
+        holes = torch.zeros(1, 64, dtype=torch.int32)
+        old = [packed, *own, table[:, :1].contiguous(), counts * 4, holes, none, none.long()]
+        yield "decode_rows", case, (query, *pages, 0.1, 0.0, True, old, list(layout))
 
 
 def compile_one(launch: Launch, target: int) -> Compiled:

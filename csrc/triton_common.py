@@ -142,6 +142,19 @@ def finite(top):
 
 
 @triton.jit
+def grow(logits_MS, top_M, total_M):
+    """One more block of a running softmax.
+
+    Its exponentials relative to the largest logit so far, the factor for what was summed before,
+    that logit, and the sum of all exponentials.
+    """
+    new_M = tl.maximum(top_M, tl.max(logits_MS, 1))
+    weights_MS = tl.exp(logits_MS - finite(new_M)[:, None])
+    shrink_M = tl.exp(top_M - finite(new_M))
+    return weights_MS, shrink_M, new_M, total_M * shrink_M + tl.sum(weights_MS, 1)
+
+
+@triton.jit
 def dot(a, b, acc, WIDE: tl.constexpr):
     """acc + a·b with exact products and fp32 sums."""
     if WIDE:

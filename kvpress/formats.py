@@ -6,6 +6,7 @@ channels are kept of every slot that leaves the recent tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -105,14 +106,20 @@ def layouts(
     packing: Packing | None, widths: tuple[int, int], kept: tuple[int, int], item_bytes: int
 ) -> list[PageLayout]:
     """How old pages lie in memory; a second layout is that of rows which the guard keeps wide."""
-    rule = packing or Packing()
-    quantised = min(rule.key_bits, rule.value_bits) < 16
-    slots = max(_SLOTS, rule.key_group if rule.key_bits < 16 else 0) if quantised else _RAW_SLOTS
+    rule, slots = packing or Packing(), page_slots(packing)
     groups = min(rule.key_group, slots), rule.value_group
     bits = [(rule.key_bits, rule.value_bits)]
     if rule.bound is not None and min(bits[0]) < WIDE:
         bits.append((max(WIDE, rule.key_bits), max(WIDE, rule.value_bits)))
     return [PageLayout(slots, *widths, *kept, *pair, *groups, item_bytes) for pair in bits]
+
+
+def page_slots(packing: Packing | None) -> int:
+    """Slots of an old page: a whole group of keys."""
+    rule = packing or Packing()
+    if min(rule.key_bits, rule.value_bits) == 16:
+        return _RAW_SLOTS
+    return _SLOTS if rule.key_bits == 16 else math.lcm(_SLOTS, rule.key_group)
 
 
 def pack(

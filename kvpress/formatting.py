@@ -37,14 +37,25 @@ def settle(layer: Layer) -> None:
     rows = layer.store
     if not isinstance(rows, FormattedRows):
         return
-    due = rows.due(layer.page_of_old)
+    due = rows.due()
     if not due:
         return
     with layer.timed("format"):
+        ready = []
         for b in due:
-            if not rows.decided_B[b]:
+            # Tokens that were taken back may have been all that was watched: then the next decides.
+            if not rows.decided_B[b] and (not layer.recipe.watched or _watched(layer, b)):
                 _decide(layer, rows, b)
-        rows.pack_old(due)
+            if rows.decided_B[b]:
+                ready.append(b)
+        if ready:
+            rows.pack_old(ready)
+
+
+def _watched(layer: Layer, b: int) -> int:
+    """Queries of a sequence that are kept."""
+    query_NWD = layer.watched.get(b)
+    return 0 if query_NWD is None else query_NWD.shape[1]
 
 
 def layouts(layer: Layer, kept: tuple[int, int]) -> list[PageLayout]:

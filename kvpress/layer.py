@@ -13,7 +13,7 @@ from kvpress.alibi import CHANNELS
 from kvpress.budget import UNLIMITED, Budget, Limits
 from kvpress.counting import check_counts
 from kvpress.errors import CacheError
-from kvpress.formats import layouts as old_layouts
+from kvpress.formats import page_slots
 from kvpress.meter import LayerReport
 from kvpress.policy import Recipe
 from kvpress.rotary import Rotation
@@ -137,8 +137,9 @@ class Layer:
             return
         self.columns_seen -= tokens
         self.seen_B = self.seen_B - tokens
+        certain = max(0, tokens - self.drafted)  # drafted tokens are not watched
         for b, query_NWD in self.watched.items():
-            self.watched[b] = query_NWD[:, : max(0, query_NWD.shape[1] - tokens)]
+            self.watched[b] = query_NWD[:, : max(0, query_NWD.shape[1] - certain)]
         with self.rows.lock:  # since then nothing was evicted: the tokens are the last slots
             self.rows.truncate(tokens)
         self.rows_changed()
@@ -287,13 +288,7 @@ class Layer:
         if not self.recipe.formats:
             return rows
         ordered = self.limits is None and not self.recipe.accumulates
-        return FormattedRows(rows, self.recipe.residual, ordered)
-
-    @property
-    def page_of_old(self) -> int:
-        """Slots of a page of old slots."""
-        (layout, *_) = old_layouts(self.recipe.packing, (1, 1), (1, 1), 4)
-        return layout.slots
+        return FormattedRows(rows, page_slots(self.recipe.packing), self.recipe.residual, ordered)
 
     @property
     def rewritten(self) -> list[str]:
@@ -434,6 +429,8 @@ class Layer:
 
     def _limit_pages(self) -> None:
         """Tells the pool how many pages rows at their quotas can ever need."""
+        if not isinstance(self.store, PagedRows):
+            return  # recent slots are few, and old ones come in whole pages
         if self.limits is not None and self.limits.interval:
             most_BH = self.quota_BH.clamp_max(2**40) + self.headroom
-            self.rows.most_pages = int((-(-most_BH // self.rows.page_slots)).sum())
+            self.store.most_pages = int((-(-most_BH // self.store.page_slots)).sum())

@@ -20,6 +20,7 @@ from kvpress.csrc.triton_common import (
     dot,
     finish_logits,
     finite,
+    grow,
     weighted,
     wide,
 )
@@ -274,10 +275,7 @@ def split_kernel(
                 logits_MS,
                 mask=real_M[:, None] & (s_S < count)[None, :],
             )
-        new_M = tl.maximum(top_M, tl.max(logits_MS, 1))
-        weights_MS = tl.exp(logits_MS - finite(new_M)[:, None])
-        shrink_M = tl.exp(top_M - finite(new_M))
-        top_M, total_M = new_M, total_M * shrink_M + tl.sum(weights_MS, 1)
+        weights_MS, shrink_M, top_M, total_M = grow(logits_MS, top_M, total_M)
         value_SE = tl.load(
             value + ((page_S * PAGE + s_S % PAGE) * E)[:, None] + e_E[None, :],
             mask=(s_S < count)[:, None] & (e_E < E)[None, :],
@@ -471,10 +469,7 @@ def old_kernel(
                 logits_MS,
                 mask=real_M[:, None] & held_S[None, :],
             )
-        new_M = tl.maximum(top_M, tl.max(logits_MS, 1))
-        weights_MS = tl.exp(logits_MS - finite(new_M)[:, None])
-        shrink_M = tl.exp(top_M - finite(new_M))
-        top_M, total_M = new_M, total_M * shrink_M + tl.sum(weights_MS, 1)
+        weights_MS, shrink_M, top_M, total_M = grow(logits_MS, top_M, total_M)
         value_SU = numbers(
             words,
             halves,

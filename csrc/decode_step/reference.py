@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from kvpress.csrc.decode_rows.reference import decode_rows
 from kvpress.csrc.decode_step import RANKS
@@ -35,11 +37,14 @@ def decode_step(
     layer: int,
     scaling: float,
     softcap: float,
+    old: Sequence[Tensor] = (),
+    layouts: Sequence[int] = (),
 ) -> Tensor:
     """Output `[B, N, 1, E]`; changes the pools and `counts_R` in place.
 
     seen_B counts the new token, whose position is seen − 1. Rows above `quota_R` then lose the
-    unprotected slot that ranks lowest; their last slot takes its place. Raises OperatorError.
+    unprotected slot that ranks lowest; their last slot takes its place. Raises OperatorError, also
+    for old slots: only the C++ kernels take these.
     """
     check(
         query_BN1D,
@@ -56,6 +61,7 @@ def decode_step(
         recent_B,
     )
     check_choices(rank, noise, tau, softcap, evict and mass_PS is None)
+    refuse_old(old)
     batch, heads = key_BH1D.shape[:2]
     page_slots = key_PDS.shape[2]
     row_R = torch.arange(len(counts_R), device=counts_R.device)
@@ -135,6 +141,12 @@ def check(
     if lengths["H"] * lengths["B"] != lengths["R"]:
         shapes.refuse(op, f"table_RW has {lengths['R']} rows; B·H = {lengths['B'] * lengths['H']}")
     shapes.paged(op, lengths, table_RW, counts_R, appended=1)
+
+
+def refuse_old(old: Sequence[Tensor]) -> None:
+    """Raises OperatorError for parts of old slots."""
+    if old:
+        shapes.refuse("decode_step", "old slots are for the C++ kernels; use decode_rows here")
 
 
 def check_choices(rank: str, noise: str, tau: float, softcap: float, massless: bool) -> None:

@@ -5,12 +5,14 @@ Nothing is read back: which slot goes is found and overwritten on the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from kvpress.csrc.decode_rows.triton_kernel import attend
 from kvpress.csrc.decode_step import RANKS
-from kvpress.csrc.decode_step.reference import check, check_choices
+from kvpress.csrc.decode_step.reference import check, check_choices, refuse_old
 from kvpress.csrc.triton_common import (
     FRESH,
     FUSED,
@@ -50,11 +52,14 @@ def decode_step(
     layer: int,
     scaling: float,
     softcap: float,
+    old: Sequence[Tensor] = (),
+    layouts: Sequence[int] = (),
 ) -> Tensor:
     """Output `[B, N, 1, E]`; changes the pools and `counts_R` in place.
 
     The same as the reference, in three or four launches. Raises OperatorError.
     """
+    refuse_old(old)
     new, pools = (query_BN1D, key_BH1D, value_BH1E), (key_PDS, value_PSE, position_PS, mass_PS)
     check(*new, *pools, table_RW, counts_R, seen_B, quota_R, recent_B)
     check_choices(rank, noise, tau, softcap, evict and mass_PS is None)

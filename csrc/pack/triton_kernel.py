@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -49,26 +51,13 @@ def put(page_PX: Tensor, offset: int, numbers: Tensor) -> None:
 def _keys(
     page_PX: Tensor, key_PSD: Tensor, channel_PT: Tensor, sizes: PageLayout, scales: int
 ) -> None:
-    pages, slots, width = key_PSD.shape
-    groups, halves = slots // sizes.key_group, page_PX.view(torch.float16)
-    common = {"BITS": sizes.key_bits, "SLOTS": slots, "WIDTH": width, "KEPT": sizes.key_kept}
-    places = {"SCALES": scales // 2, "PAGE": sizes.page_bytes // 2, "GROUP": sizes.key_group}
-    key_steps_kernel[(pages, groups, triton.cdiv(sizes.key_kept, 16))](
-        key_PSD, channel_PT, halves, **common, **places, BLOCK_T=16, num_warps=4, **FUSED
-    )
-    words = scales // 2
-    words_kernel[(pages, triton.cdiv(words, BLOCK))](
-        *(key_PSD, channel_PT, halves, page_PX.view(torch.int16), words),
-        **common,
-        **places,
-        CODES=0,
-        BLOCKS=slots // LINES,
-        GROUPS=groups,
-        KEYS=True,
-        BLOCK=BLOCK,
-        num_warps=4,
-        **FUSED,
-    )
+    groups = sizes.slots // sizes.key_group
+    common = _common(page_PX, key_PSD, sizes.key_bits, sizes.key_kept, sizes.key_group, scales)
+    operands = (key_PSD, channel_PT, page_PX.view(torch.float16))
+    grid = (len(page_PX), groups, triton.cdiv(sizes.key_kept, 16))
+    key_steps_kernel[grid](*operands, **common, BLOCK_T=16)
+    places = {"CODES": 0, "BLOCKS": sizes.slots // LINES, "GROUPS": groups, "KEYS": True}
+    _words(page_PX, operands, scales // 2, {**common, **places})
 
 
 def _values(
@@ -78,36 +67,32 @@ def _values(
     sizes: PageLayout,
     offsets: tuple[int, int],
 ) -> None:
-    pages, slots, width = value_PSE.shape
     codes, scales = offsets
-    groups, halves = sizes.value_groups, page_PX.view(torch.float16)
-    common = {"BITS": sizes.value_bits, "SLOTS": slots, "WIDTH": width, "KEPT": sizes.value_kept}
-    places = {"SCALES": scales // 2, "PAGE": sizes.page_bytes // 2, "GROUP": sizes.value_group}
-    value_steps_kernel[(pages, groups, slots // 16)](
-        value_PSE,
-        channel_PU,
-        halves,
-        **common,
-        **places,
-        GROUPS=groups,
-        BLOCK_S=16,
-        BLOCK_G=triton.next_power_of_2(sizes.value_group),
-        num_warps=4,
-        **FUSED,
-    )
-    words = (scales - codes) // 2
-    words_kernel[(pages, triton.cdiv(words, BLOCK))](
-        *(value_PSE, channel_PU, halves, page_PX.view(torch.int16), words),
-        **common,
-        **places,
-        CODES=codes // 2,
-        BLOCKS=triton.cdiv(sizes.value_kept, LINES),
-        GROUPS=groups,
-        KEYS=False,
-        BLOCK=BLOCK,
-        num_warps=4,
-        **FUSED,
-    )
+    kept, group, groups = sizes.value_kept, sizes.value_group, sizes.value_groups
+    common = _common(page_PX, value_PSE, sizes.value_bits, kept, group, scales)
+    operands = (value_PSE, channel_PU, page_PX.view(torch.float16))
+    blocks = {"BLOCK_S": 16, "BLOCK_G": triton.next_power_of_2(group)}
+    grid = (len(page_PX), groups, sizes.slots // 16)
+    value_steps_kernel[grid](*operands, **common, GROUPS=groups, **blocks)
+    vectors = triton.cdiv(kept, LINES)
+    places = {"CODES": codes // 2, "BLOCKS": vectors, "GROUPS": groups, "KEYS": False}
+    _words(page_PX, operands, (scales - codes) // 2, {**common, **places})
+
+
+def _common(
+    page_PX: Tensor, numbers: Tensor, bits: int, kept: int, group: int, scales: int
+) -> dict[str, Any]:
+    """What steps and words are launched with. Places count numbers of two bytes."""
+    sizes = {"BITS": bits, "SLOTS": numbers.shape[1], "WIDTH": numbers.shape[2], "KEPT": kept}
+    places = {"SCALES": scales // 2, "PAGE": page_PX.shape[1] // 2, "GROUP": group}
+    return {**sizes, **places, "num_warps": 4, **FUSED}
+
+
+def _words(
+    page_PX: Tensor, operands: tuple[Tensor, ...], words: int, options: dict[str, Any]
+) -> None:
+    grid = (len(page_PX), triton.cdiv(words, BLOCK))
+    words_kernel[grid](*operands, page_PX.view(torch.int16), words, **options, BLOCK=BLOCK)
 
 
 @triton.jit
@@ -197,7 +182,7 @@ def value_steps_kernel(
     tl.store(to_S + GROUPS * SLOTS, zero_S, mask=s_S < SLOTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words"])
 def words_kernel(
     numbers,
     channels,

@@ -26,47 +26,19 @@ def unpack(
     views = page_PX.view(torch.int16), page_PX.view(torch.float16), page_PX.view(like.dtype)
     if not pages:
         return key, value
+    keys = {"BITS": sizes.key_bits, "WIDTH": sizes.key_width, "KEPT": sizes.key_kept}
+    keys |= {"CODES": 0, "SCALES": key_scales // 2, "GROUP": sizes.key_group}
+    keys |= {"GROUPS": slots // sizes.key_group, "BLOCKS": slots // LINES, "KEYS": True}
+    values = {"BITS": sizes.value_bits, "WIDTH": sizes.value_width, "KEPT": sizes.value_kept}
+    values |= {"CODES": value_codes // 2, "SCALES": value_scales // 2, "GROUP": sizes.value_group}
+    values |= {"GROUPS": sizes.value_groups, "BLOCKS": triton.cdiv(sizes.value_kept, LINES)}
+    values |= {"KEYS": False}
+    common = {"SLOTS": slots, "BYTES": sizes.page_bytes, "ITEM": sizes.item_bytes, "BLOCK": BLOCK}
     with device_of(page_PX):
-        unpack_kernel[(pages, triton.cdiv(slots * sizes.key_kept, BLOCK))](
-            *views,
-            channel_PT,
-            key,
-            BITS=sizes.key_bits,
-            SLOTS=slots,
-            WIDTH=sizes.key_width,
-            KEPT=sizes.key_kept,
-            BYTES=sizes.page_bytes,
-            CODES=0,
-            SCALES=key_scales // 2,
-            GROUP=sizes.key_group,
-            GROUPS=slots // sizes.key_group,
-            BLOCKS=slots // LINES,
-            ITEM=sizes.item_bytes,
-            KEYS=True,
-            BLOCK=BLOCK,
-            num_warps=4,
-            **FUSED,
-        )
-        unpack_kernel[(pages, triton.cdiv(slots * sizes.value_kept, BLOCK))](
-            *views,
-            channel_PU,
-            value,
-            BITS=sizes.value_bits,
-            SLOTS=slots,
-            WIDTH=sizes.value_width,
-            KEPT=sizes.value_kept,
-            BYTES=sizes.page_bytes,
-            CODES=value_codes // 2,
-            SCALES=value_scales // 2,
-            GROUP=sizes.value_group,
-            GROUPS=sizes.value_groups,
-            BLOCKS=triton.cdiv(sizes.value_kept, LINES),
-            ITEM=sizes.item_bytes,
-            KEYS=False,
-            BLOCK=BLOCK,
-            num_warps=4,
-            **FUSED,
-        )
+        for channels, out, places in ((channel_PT, key, keys), (channel_PU, value, values)):
+            grid = (pages, triton.cdiv(slots * places["KEPT"], BLOCK))
+            options = {**common, **places, "num_warps": 4, **FUSED}
+            unpack_kernel[grid](*views, channels, out, **options)
     return key, value
 
 

@@ -25,13 +25,12 @@ from kvpress.store.pages import PagedRows, by_position
 class FormattedRows:
     """The slots of one layer, `sequences × heads` rows. Answers what `PagedRows` does.
 
-    Args: recent: an empty store. residual: last slots that stay as they came. layouts: of old pages
-    for given numbers of kept channels; the second one is for rows that are kept wide. ordered:
-    nothing is ever dropped.
+    Args: recent: the store of recent slots. page: slots of an old page. residual: last slots that
+    stay as they came. ordered: nothing is ever dropped.
     """
 
-    def __init__(self, recent: PagedRows, residual: int, ordered: bool) -> None:
-        self.recent, self.residual, self.ordered = recent, residual, ordered
+    def __init__(self, recent: PagedRows, page: int, residual: int, ordered: bool) -> None:
+        self.recent, self.page, self.residual, self.ordered = recent, page, residual, ordered
         self.parts: list[PackedRows] = []
         self.key_channels_RT = self.value_channels_RU = torch.empty(0)
         self.wide_R = torch.zeros(len(recent.counts), dtype=torch.bool)  # on the host
@@ -109,15 +108,6 @@ class FormattedRows:
             for store in self._stores:  # always in this order
                 stack.enter_context(store.lock)
             yield
-
-    @property
-    def most_pages(self) -> int:
-        """What the pool of recent slots may come to need."""
-        return self.recent.most_pages
-
-    @most_pages.setter
-    def most_pages(self, pages: int) -> None:
-        pass  # recent slots are few, and old ones come in whole pages
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that the store keeps alive."""
@@ -250,16 +240,11 @@ class FormattedRows:
 
     # Formats
 
-    @property
-    def page(self) -> int:
-        """Slots of an old page; 0 before any."""
-        return self.parts[0].page_slots if self.parts else 0
-
-    def due(self, page_slots: int) -> list[int]:
+    def due(self) -> list[int]:
         """Sequences with rows of which at least a page has become old."""
         if self._room > 0:
             return []
-        most = self.residual + page_slots
+        most = self.residual + self.page
         counts_BH = self.recent.counts_BH
         self._room = most - int(counts_BH.max()) if counts_BH.numel() else most
         return (counts_BH >= most).any(1).nonzero().flatten().tolist()
@@ -274,7 +259,8 @@ class FormattedRows:
     ) -> None:
         """Settles how old slots of some sequences are stored, for as long as they are here.
 
-        wide_bH: bool, on the host: rows that the second layout is for.
+        layouts: the second one, if there is one, is for rows that are kept wide. wide_bH: these,
+        bool, on the host.
         """
         if not self.parts:
             every = len(self.wide_R)

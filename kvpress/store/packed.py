@@ -10,7 +10,7 @@ from torch import Tensor
 from kvpress import ops
 from kvpress.formats import pack
 from kvpress.layout import PageLayout
-from kvpress.store.base import KEY, PAGE, POSITION, VALUE, Column
+from kvpress.store.base import KEY, MASS, PAGE, POSITION, VALUE, Column
 from kvpress.store.pages import PagedRows
 from kvpress.types import EMPTY
 
@@ -41,6 +41,8 @@ class PackedRows(PagedRows):
         )
         self.dropped = torch.zeros(sequences * heads, dtype=torch.int64)  # on the host
         self.key_channels_RT = self.value_channels_RU = torch.empty(0)
+        # What operators get where there are no positions, no mass, no counts on their device.
+        self._none = [like.new_empty(0, dtype=t) for t in (torch.int32, torch.float32, torch.int64)]
 
     @property
     def held(self) -> Tensor:
@@ -49,13 +51,11 @@ class PackedRows(PagedRows):
 
     def part(self) -> list[Tensor]:
         """The tensors that operators take; see kvpress/layout.py."""
-        empty = self.like.new_empty(0)
-        position = self._pool.by_name.get(POSITION, empty.int())
-        mass = self._pool.by_name.get("mass", empty.float())
-        table, counts = self.operands()
-        channels = (self.key_channels_RT, self.value_channels_RU)
-        dropped = self.dropped if self.on_host else empty.long()
-        return [self._pool.by_name[PAGE], *channels, table, counts, position, mass, dropped]
+        no_position, no_mass, no_counts = self._none
+        pool, channels = self._pool.by_name, (self.key_channels_RT, self.value_channels_RU)
+        position, mass = pool.get(POSITION, no_position), pool.get(MASS, no_mass)
+        dropped = self.dropped if self.on_host else no_counts
+        return [pool[PAGE], *channels, *self.operands(), position, mass, dropped]
 
     def add(self, row_N: Tensor, page_NX: Tensor, columns: Mapping[str, Tensor]) -> None:
         """Adds whole pages to rows (int64 on the host, ascending; several pages may go to one).
@@ -221,6 +221,7 @@ class PackedRows(PagedRows):
         return ops.unpack(packed_NX, *self.channels(row_N), list(self.layout), self.like)
 
     def channels(self, row_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The kept channels of some rows (int64, on the host)."""
         row_N = row_N.to(self.device)
         return self.key_channels_RT[row_N], self.value_channels_RU[row_N]
 

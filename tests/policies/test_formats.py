@@ -374,9 +374,10 @@ def test_chunks_and_turns_keep_the_channels(recipe: str) -> None:
         assert helpers.positions(cache)[0][0] == list(range(265))
 
 
+@pytest.mark.parametrize("tokens", [40, 100])  # before and after channels are chosen
 @pytest.mark.parametrize("recipe", [PRUNED, PACKED])
-def test_speculative_decoding_gives_the_same_tokens(recipe: str) -> None:
-    model, ids = helpers.tiny(), helpers.prompt(1, 100)
+def test_speculative_decoding_gives_the_same_tokens(recipe: str, tokens: int) -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, tokens)
     with kvpress.attach(model, recipe) as engine:
         rest = {"max_new_tokens": 60, "do_sample": False}
         plain = engine.generate(ids, cache=engine.new_cache(), **rest)
@@ -403,6 +404,31 @@ def test_the_guard_keeps_rows_wide_that_do_not_stand_few_bits() -> None:
             assert (int(eight.counts.sum()) > 0) == wide
             notes = " ".join(engine.report(cache).notes)
             assert ("8 bits" in notes) == wide
+
+
+@pytest.mark.parametrize("group", [32, 96, 160, 256])
+def test_groups_of_any_allowed_size_work(group: int) -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 400)
+    recipe = f"quant:key_bits=8,value_bits=8,residual=8,guard=none,group={group}"
+    with kvpress.attach(model, recipe) as engine, torch.no_grad():
+        cache = engine.new_cache()
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+    (part,) = cache.states[0].store.parts
+    assert part.layout.key_group == group and int(part.counts.min()) > 0
+
+
+@pytest.mark.parametrize("recipe", [PRUNED, "quant:residual=8,guard=0.0"])
+def test_taken_back_tokens_leave_something_to_choose_channels_by(recipe: str) -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 60)
+    with kvpress.attach(model, recipe) as engine, torch.no_grad():
+        cache = engine.new_cache()
+        model(ids, past_key_values=cache)
+        cache.crop(-50)
+        assert all(x.shape[1] == 0 for x in cache.states[0].watched.values())
+        model(ids, past_key_values=cache)
+        model(helpers.prompt(1, 20, seed=3), past_key_values=cache)
+    assert cache.states[0].store.parts and cache.check_integrity()
 
 
 def test_numbers_beyond_the_range_of_steps_are_refused() -> None:
