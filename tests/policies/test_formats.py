@@ -246,18 +246,17 @@ def test_one_call_per_step_equals_the_stages(recipe: str, monkeypatch: pytest.Mo
             torch.testing.assert_close(*held, rtol=1e-3, atol=1e-4)
 
 
-def test_evicted_old_slots_leave_holes_that_are_packed_again() -> None:
+@pytest.mark.parametrize("recipe", ["streaming_llm:budget=0.5", "h2o:budget=0.5,recent=4"])
+def test_evicted_old_slots_leave_holes_that_are_packed_again(recipe: str) -> None:
     model, ids = helpers.tiny(initializer_range=0.3), helpers.prompt(2, 400)
-    _, cache = run(model, f"h2o:budget=0.5,recent=4+{PACKED}", ids, 300)
-    compacted = 0
+    _, cache = run(model, f"{recipe}+{PACKED}", ids, 300)
     for state in cache.states:
         (part,) = state.store.parts
-        holes = (part.dense(POSITION) < 0) & (
-            torch.arange(int(part.counts.max())) < part.counts.view(2, 2, 1)
-        )
+        slot_S = torch.arange(int(part.counts.max()))
+        holes = (part.dense(POSITION) < 0) & (slot_S < part.counts.view(2, 2, 1))
         assert torch.equal(holes.sum(-1).flatten(), part.dropped)
-        assert int(part.dropped.max()) <= max(64, int(part.counts.max()) // 8) + 1 + 64
-        compacted += int((part.counts < 192).sum())
+        # A page more than the limit may come together until the next tokens become old.
+        assert int(part.dropped.max()) <= max(64, int(part.counts.max()) // 8) + 64
         assert state.store.counts_BH.tolist() == [[200, 200]] * 2
     assert cache.check_integrity()
 
@@ -429,6 +428,18 @@ def test_taken_back_tokens_leave_something_to_choose_channels_by(recipe: str) ->
         model(ids, past_key_values=cache)
         model(helpers.prompt(1, 20, seed=3), past_key_values=cache)
     assert cache.states[0].store.parts and cache.check_integrity()
+
+
+def test_rejected_drafts_leave_what_is_watched() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 30)
+    with kvpress.attach(model, PRUNED) as engine, torch.no_grad():
+        cache = engine.new_cache()
+        model(ids, past_key_values=cache)
+        before = cache.states[0].watched[0].clone()
+        cache.activate_past_recording()
+        model(ids[:, :5], past_key_values=cache)
+        cache.crop(-5)
+    assert torch.equal(cache.states[0].watched[0], before)
 
 
 def test_numbers_beyond_the_range_of_steps_are_refused() -> None:
