@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,8 @@ from transformers import DynamicCache, QuantizedCache
 import kvpress
 from kvpress.attachment import cache_name
 from kvpress.cache import EngineCache
+from kvpress.errors import KVPressError
+from kvpress.loading import parse
 
 BASELINE = "transformers"  # its DynamicCache with SDPA
 FULL = "full"  # the engine without compression
@@ -26,6 +29,10 @@ CACHES: dict[str, Callable[[Any], Any]] = {
     "transformers-int4": lambda config: QuantizedCache("hqq", config, nbits=4),
     "transformers-int2": lambda config: QuantizedCache("hqq", config, nbits=2),
 }
+
+
+class CandidateError(KVPressError):
+    """A candidate needs something that is not installed."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,16 @@ def candidate(
         return Candidate(own, partial(CACHES[name], own.config), cache_name(own))
     engine = kvpress.attach(own, name, cache_dtype=cache_dtype)
     return Candidate(own, partial(engine.new_cache, new_tokens), cache_name(own))
+
+
+def refuse_unknown(name: str) -> None:
+    """Raises CandidateError or PolicyError before a model is loaded in vain."""
+    if name not in CACHES:
+        parse(name)
+    elif name.startswith("transformers-int") and importlib.util.find_spec("hqq") is None:
+        raise CandidateError(
+            f"{name} needs the package hqq. Install it: scripts/install demo,peers."
+        )
 
 
 def weight_bytes(model: Any) -> int:

@@ -29,7 +29,10 @@ def evaluate(
     ] = None,
     model: Annotated[str, typer.Option(help="'demo', a Hugging Face id, or a path.")] = "demo",
     policy: Annotated[
-        list[str] | None, typer.Option(help="name:key=value,… ; repeat or join with commas.")
+        list[str] | None,
+        typer.Option(
+            help="name:key=value,… or transformers-int4, …; repeat or join with commas."
+        ),
     ] = None,
     protocol: Annotated[
         str, typer.Option(help="Is the question known while compressing? hidden, visible, or both.")
@@ -74,6 +77,7 @@ def evaluate(
     """
     import torch
     from kvpress.bench import models, record
+    from kvpress.bench.candidates import refuse_unknown
     from kvpress.bench.quality import run
     from kvpress.bench.quality.fill import fill
     from kvpress.bench.quality.results import Results
@@ -85,7 +89,8 @@ def evaluate(
     refuse_idle(context)
     names = list(dict.fromkeys(split_policies(policy or [run.FULL])))
     for name in names:
-        parse(name)  # refuse a wrong policy before a model is loaded
+        # before a model is loaded; lm-eval generates, by itself, with policies alone
+        parse(name) if lm_eval is not None else refuse_unknown(name)
     if threads:
         torch.set_num_threads(threads)
     if lm_eval is not None:

@@ -58,9 +58,6 @@ struct Regions {
     while (p < a.parts && place >= begin[p + 1]) p++;
     return p;
   }
-
-  // The first place behind those of a row.
-  int64_t end(int64_t r) const { return begin[a.parts] + counts[r]; }
 };
 
 // Extra is what an operator does besides. Slots are named by their places in the regions:
@@ -113,7 +110,7 @@ class RowsAttention {
       float* records = partial_ + i * m_ * record_;
       if (i + 1 == end) extra_.before_last_chunk(r);
       if (chunk.region < a_.parts) {
-        attend_old_chunk(chunk, records);
+        attend_old_chunk(chunk, chunk_of(following), records);
       } else {
         attend_chunk(chunk, chunk_of(following), records);
       }
@@ -132,6 +129,10 @@ class RowsAttention {
     int64_t row;
     int region;
     int64_t begin;
+
+    bool operator==(const Chunk& other) const {
+      return row == other.row && region == other.region && begin == other.begin;
+    }
   };
 
   // Query m = g·Q + q of row r = b·H + h stands at [b, h·G + g, q], which is [r, m] where that is contiguous.
@@ -196,9 +197,9 @@ class RowsAttention {
       Ahead ahead;
       if (in_place()) {  // where tiles are copied, there is room for one copy, and nothing to fetch ahead
         if (!last) next = find_tiles(chunk.row, s + kBlock);
-        if (last && following.region == a_.parts) next = find_tiles(following.row, following.begin);
-        fetch_meanwhile(next, ahead);
+        if (!last) fetch_meanwhile(next, ahead);
       }
+      if (last && !(following == chunk)) fetch_meanwhile(following, 0, 1, ahead);
       in_parts(m_, [&](int64_t m, auto M) {
         attend_block<M()>(chunk.row, m, s, place + s, block, ahead, records + m * record_);
       });
@@ -209,16 +210,19 @@ class RowsAttention {
   }
 
   // The same over old slots: records hold kept channels until the chunk ends.
-  void attend_old_chunk(Chunk chunk, float* records) {
+  void attend_old_chunk(Chunk chunk, Chunk following, float* records) {
     const Part& part = a_.part[chunk.region];
     const int64_t kept_width = part.layout.value_kept, record = kOut + Layout::up(kept_width, kTile);
     float* kept = scratch<float, struct KeptRecords>(m_ * record);
     std::fill_n(kept, m_ * record, 0.0f);
     for (int64_t m = 0; m < m_; m++) kept[m * record] = -INFINITY;
     const int64_t end = std::min(chunk.begin + kChunk, part.counts[chunk.row]);
-    for (int64_t s = chunk.begin; s < end; s += kBlock) {
+    const int64_t span = span_of(part), blocks = span / kBlock;
+    for (int64_t s = chunk.begin, next = s, block = blocks; s < end; s += kBlock, block++) {
+      if (block == blocks) block = 0, next += span;
       Ahead ahead;
-      fetch_meanwhile(part, chunk.row, s, ahead);
+      if (next < end) fetch_meanwhile({chunk.row, chunk.region, next}, block, blocks, ahead);
+      if (next >= end && !(following == chunk)) fetch_meanwhile(following, block, blocks, ahead);
       in_parts(m_, [&](int64_t m, auto M) {
         attend_old_block<M()>(chunk.row, chunk.region, m, s, std::min(kBlock, end - s), ahead, kept + m * record, record);
       });
@@ -237,18 +241,22 @@ class RowsAttention {
     return part.page + part.table[r * part.table_width + slot / part.layout.slots] * part.layout.page_bytes;
   }
 
-  // Meanwhile the pages of the next block are fetched, or a part of the next page where that lasts for several blocks:
-  // from kLines places at a time.
-  void fetch_meanwhile(const Part& part, int64_t r, int64_t slot, Ahead& ahead) const {
-    const int64_t size = part.layout.slots, span = std::max(size, kBlock), next = (slot / span + 1) * span;
-    if (next >= part.counts[r]) return;
-    const int64_t pages = span / size, blocks = span / kBlock, places = Ahead::kLines / pages;
-    const int64_t lines = (part.layout.page_bytes / kLine + places * blocks) / (places * blocks);
-    for (int i = 0; i < Ahead::kLines; i++) {
-      const int64_t first = std::min(next + i / places * size, part.counts[r] - 1);
-      const uint8_t* from = page_of(part, r, first) + (slot % span / kBlock * places + i % places) * lines * kLine;
-      if (i < Ahead::kPlaces) ahead.keys(i, from, kLine, lines);
-      if (i >= Ahead::kPlaces) ahead.values(i - Ahead::kPlaces, from, kLine, lines);
+  // Slots of neighbouring pages that are fetched together: a block, or a page that lasts for several.
+  static int64_t span_of(const Part& part) { return std::max(part.layout.slots, kBlock); }
+
+  // Meanwhile what is read next is fetched, a piece of it during each of `pieces` blocks, from kLines places at a time.
+  void fetch_meanwhile(Chunk next, int64_t piece, int64_t pieces, Ahead& ahead) const {
+    if (next.region == a_.parts) {
+      if (in_place() && piece == 0) fetch_meanwhile(find_tiles(next.row, next.begin), ahead);
+      return;
+    }
+    const Part& part = a_.part[next.region];
+    const int64_t size = part.layout.slots, pages = span_of(part) / size, places = Ahead::kLines / pages;
+    const int64_t lines = part.layout.page_bytes / (kLine * places * pieces) + 1;
+    for (int64_t i = 0, k = 0; k < pages; k++, next.begin += size) {
+      if (next.begin >= part.counts[next.row]) next.begin -= size;  // the last page once more
+      const uint8_t* from = page_of(part, next.row, next.begin) + piece * lines * kLine;
+      for (int64_t j = 0; j < places; j++, i++, from += pieces * lines * kLine) ahead.place(int(i), from, kLine, lines);
     }
   }
 

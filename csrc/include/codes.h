@@ -7,7 +7,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 
 #include "args.h"
 #include "tiles.h"
@@ -18,6 +17,7 @@ namespace kvpress::KERNEL_ISA {
 constexpr int kVector = 16;      // codes: 8 lines (slots of keys, channels of values), each of a pair
 constexpr int kUnitBytes = 32;
 constexpr int64_t kLines = kVector / 2;
+constexpr int64_t kMostFactors = 256;
 
 inline float one_code(const uint8_t* codes, int64_t vector, int64_t i, int64_t bits) {
   const int64_t fields = 16 / bits;
@@ -43,28 +43,33 @@ inline void with_bits(int64_t bits, const F& f) {
   if (bits == 2) f(std::integral_constant<int, 2>{});
 }
 
-// Factors of 16 bits: whole[m, i] · unit[m] is factor[m, i]. The row is filled up to pairs with 0.
-inline void round_factors(const float* factor, int64_t count, int16_t* whole, float* unit) {
-  Vec largest{};
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) {
-    const Vec x = load(factor + i);
-    largest = max(x < 0.0f ? -x : x, largest);
+// The factors of codes, in 16 bits: q[m, c] · step[c] is whole[m, c] · unit[m], 0 beyond the width up to a whole vector;
+// bias[m] = Σ_c q[m, c] · zero[c]. All may be read as far as a whole vector.
+template <int M>
+inline void fold(const float* q, int64_t q_stride, const Float16* step, const Float16* zero, int64_t width,
+                 int16_t* whole, int64_t whole_stride, float* unit, float* bias) {
+  alignas(64) float factor[M][kMostFactors];
+  Vec total[M] = {}, largest[M] = {};
+  const auto add = [&](int64_t c, Vec s, Vec z, auto inside) __attribute__((always_inline)) {
+    KVPRESS_UNROLL for (int m = 0; m < M; m++) {
+      const Vec query = inside(load(q + m * q_stride + c)), x = query * s;
+      store(factor[m] + c, x);
+      largest[m] = max(magnitude(x), largest[m]);
+      total[m] += query * z;
+    }
+  };
+  int64_t c = 0;
+  for (; c + kWidth <= width; c += kWidth) add(c, load(step + c), load(zero + c), [](Vec x) { return x; });
+  if (c < width) {
+    const auto inside = [&](Vec x) { return lanes() < splat(int32_t(width - c)) ? x : Vec{}; };
+    add(c, inside(load(step + c)), inside(load(zero + c)), inside);
   }
-  float top = max(largest);
-  for (; i < count; i++) top = std::max(top, std::fabs(factor[i]));
-  *unit = top / 32767.0f;
-  const float scale = top > 0 ? 32767.0f / top : 0.0f;
-  i = 0;
-#if defined(__AVX2__)
-  for (const __m256 by = _mm256_set1_ps(scale); i + 8 <= count; i += 8) {
-    const __m256i x = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(factor + i), by));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(whole + i),
-                     _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+  for (int m = 0; m < M; m++) {
+    const float top = max(largest[m]), scale = top > 0 ? 32767.0f / top : 0.0f;
+    bias[m] = sum(total[m]);
+    unit[m] = top * (1 / 32767.0f);
+    for (c = 0; c < width; c += kWidth) to_whole(load(factor[m] + c) * scale, whole + m * whole_stride + c);
   }
-#endif
-  for (; i < count; i++) whole[i] = int16_t(std::nearbyint(factor[i] * scale));
-  if (count % 2) whole[count] = 0;
 }
 
 // sums[m, line] of V vectors of 8 lines over all pairs: Σ_p whole[m, 2p] · code[2p] + whole[m, 2p + 1] · code[2p + 1].
@@ -103,10 +108,11 @@ inline void multiply_codes(const uint8_t* codes, int64_t first, int64_t stride, 
     }
   };
   if constexpr (Whole) {
+    constexpr int64_t kEvery = Ahead::kLines * kLine / (2 * V * Bits);  // pairs: as much is fetched as is read
     const int64_t step = stride / int64_t(kFields) * kUnitBytes;
     const uint8_t* at = codes + uint64_t(first) / kFields * kUnitBytes;
     for (int64_t p = 0; p < pairs; p++, at += step, whole += 2) {
-      if (p % 8 == 0) ahead.fetch();
+      if (p % kEvery == 0) ahead.fetch();
       add_pair(at, __m128i{}, whole);
     }
   } else {
@@ -191,47 +197,17 @@ inline void add_all_products(const uint8_t* codes, int64_t first, int64_t vector
   for (; v < vectors; v++) call(integral_constant<int, 1>{}, integral_constant<bool, false>{}, integral_constant<int, 0>{}, v);
 }
 
-// folded[m, c] = q[m, c] · step[c]; bias[m] = Σ_c q[m, c] · zero[c]
-template <int M>
-inline void fold(const float* q, int64_t q_stride, const Float16* step, const Float16* zero, int64_t width,
-                 float* folded, int64_t folded_stride, float* bias) {
-  Vec total[M] = {};
-  int64_t c = 0;
-  for (; c + kWidth <= width; c += kWidth) {
-    const Vec s = load(step + c), z = load(zero + c);
-    KVPRESS_UNROLL for (int m = 0; m < M; m++) {
-      const Vec query = load(q + m * q_stride + c);
-      store(folded + m * folded_stride + c, query * s);
-      total[m] += query * z;
-    }
-  }
-  for (int m = 0; m < M; m++) bias[m] = sum(total[m]);
-  for (; c < width; c++) {
-    const float s = to_float(step[c]), z = to_float(zero[c]);
-    for (int m = 0; m < M; m++) {
-      folded[m * folded_stride + c] = q[m * q_stride + c] * s;
-      bias[m] += q[m * q_stride + c] * z;
-    }
-  }
-}
-
-constexpr int64_t kMostFactors = 256;
-
 // Logits of `slots` neighbouring slots of a page (a multiple of kTile) from `offset` on. q is [M, q_stride].
 template <int M, int Bits>
 __attribute__((noinline)) void page_logits(const Layout& l, const uint8_t* page, const float* q, int64_t q_stride,
                                            int64_t offset, int64_t slots, float* x, int64_t x_stride, Ahead& ahead) {
-  alignas(64) float folded[M][kMostFactors];
   alignas(64) int16_t whole[M][kMostFactors];
   for (int64_t i = 0; i < slots;) {
     const int64_t group = (offset + i) / l.key_group, take = std::min(slots - i, (group + 1) * l.key_group - offset - i);
     const auto* step = reinterpret_cast<const Float16*>(page + l.key_scales) + group * 2 * l.key_kept;
     float bias[M], unit[M];
-    fold<M>(q, q_stride, step, step + l.key_kept, l.key_kept, folded[0], kMostFactors, bias);
-    for (int m = 0; m < M; m++) {
-      round_factors(folded[m], l.key_kept, whole[m], unit + m);
-      std::fill_n(x + m * x_stride + i, take, bias[m]);
-    }
+    fold<M>(q, q_stride, step, step + l.key_kept, l.key_kept, whole[0], kMostFactors, unit, bias);
+    for (int m = 0; m < M; m++) std::fill_n(x + m * x_stride + i, take, bias[m]);
     add_all_products<M, Bits>(page, (offset + i) / kLines, take / kLines, l.slots / kLines, (l.key_kept + 1) / 2,
                               whole[0], kMostFactors, unit, x + i, x_stride, ahead);
     i += take;
@@ -243,21 +219,19 @@ template <int M, int Bits>
 __attribute__((noinline)) void add_page_values(const Layout& l, const uint8_t* page, const float* w, int64_t w_stride,
                                                int64_t offset, int64_t slots, float* out, int64_t out_stride,
                                                Ahead& ahead) {
-  alignas(64) float folded[M][64];
-  alignas(64) int16_t whole[M][64];
+  alignas(64) int16_t whole[M][kMostFactors];
   const int64_t stride = (l.value_kept + kLines - 1) / kLines;  // vectors of a pair of slots
   for (int64_t g = 0; g < l.value_groups; g++) {
     const auto* step = reinterpret_cast<const Float16*>(page + l.value_scales) + g * l.slots + offset;
     float bias[M], unit[M];
-    fold<M>(w, w_stride, step, step + l.value_groups * l.slots, slots, folded[0], 64, bias);
+    fold<M>(w, w_stride, step, step + l.value_groups * l.slots, slots, whole[0], kMostFactors, unit, bias);
     const int64_t first = g * l.value_group, end = std::min(first + l.value_group, l.value_kept);
     for (int m = 0; m < M; m++) {
-      round_factors(folded[m], slots, whole[m], unit + m);
       float* to = out + m * out_stride;
       for (int64_t u = first; u < end; u++) to[u] += bias[m];
     }
     add_all_products<M, Bits>(page + l.value_codes, offset / 2 * stride + first / kLines, (end - first + kLines - 1) / kLines,
-                              stride, slots / 2, whole[0], 64, unit, out + first, out_stride, ahead);
+                              stride, slots / 2, whole[0], kMostFactors, unit, out + first, out_stride, ahead);
   }
 }
 

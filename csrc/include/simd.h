@@ -4,6 +4,7 @@
 // extensions of GCC and Clang give one source for AVX-512, AVX2, NEON and machines without either.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -193,11 +194,26 @@ inline float max(Vec x) {
 }
 #endif
 
+// To the nearest whole numbers, of at most 16 bits.
+inline void to_whole(Vec x, int16_t* p) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
+#elif defined(__AVX2__)
+  const __m256i whole = _mm256_cvtps_epi32(x);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+#else
+  for (int i = 0; i < kWidth; i++) p[i] = int16_t(std::nearbyint(x[i]));
+#endif
+}
+
 inline IntVec lanes() {
   IntVec x;
   for (int i = 0; i < kWidth; i++) x[i] = i;
   return x;
 }
+
+inline Vec magnitude(Vec x) { return bits_as<Vec>(bits_as<IntVec>(x) & 0x7FFFFFFF); }
 
 // Polynomials are summed in pairs (Estrin): their latency, not their number of operations, limits the loops around them.
 
@@ -231,7 +247,7 @@ inline Vec log(Vec x) {
 
 // tanh(x) to 3 units in the last place.
 inline Vec tanh(Vec x) {
-  const Vec magnitude = x < 0.0f ? -x : x;
+  const Vec size = magnitude(x);
   const Vec z = x * x;
   Vec p = splat(-5.70498872745e-3f);
   p = p * z + 2.06390887954e-2f;
@@ -239,8 +255,8 @@ inline Vec tanh(Vec x) {
   p = p * z + 1.33314422036e-1f;
   p = p * z - 3.33332819422e-1f;
   const Vec near = p * z * x + x;
-  const Vec far = 1.0f - 2.0f / (exp(2.0f * (magnitude < 40.0f ? magnitude : splat(40.0f))) + 1.0f);
-  const Vec y = magnitude < 0.625f ? near : (x < 0.0f ? -far : far);
+  const Vec far = 1.0f - 2.0f / (exp(2.0f * (size < 40.0f ? size : splat(40.0f))) + 1.0f);
+  const Vec y = size < 0.625f ? near : (x < 0.0f ? -far : far);
   return x == x ? y : x;
 }
 

@@ -31,6 +31,10 @@ class Ahead {
   // `lines` cache lines from each place on, `step` bytes apart.
   void keys(int place, const void* from, int64_t step, int64_t lines) { set(place, 0, from, step, lines); }
   void values(int place, const void* from, int64_t step, int64_t lines) { set(place, 1, from, step, lines); }
+  // Of either kind, where that makes no difference.
+  void place(int place, const void* from, int64_t step, int64_t lines) {
+    set(place % kPlaces, place / kPlaces, from, step, lines);
+  }
 
   // Starts the next kLines lines.
   void fetch() {
