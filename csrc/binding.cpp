@@ -593,6 +593,76 @@ Tensor channel_scores(Tensor query, Tensor key, Tensor held) {
   return scores;
 }
 
+// Checks what estimate_blocks and attend_blocks share.
+BlockMap map_of(const char* op, const Shapes& shapes, uint8_t* bytes) {
+  if (!shapes['H'] || shapes['N'] % shapes['H'])
+    refuse(op, shapes['N'], " query heads are no multiple of ", shapes['H'], " KV heads");
+  if (shapes['P'] < 1 || shapes['P'] > shapes['S'])
+    refuse(op, shapes['P'], " queries for ", shapes['S'], " slots; 1 to S are allowed");
+  if (shapes['D'] > kMostWidth) refuse(op, "heads of ", shapes['D'], " channels; at most ", kMostWidth);
+  return {shapes['P'], shapes['S'], bytes};
+}
+
+Tensor estimate_blocks(Tensor query, Tensor query_scale, Tensor key, Tensor key_scale, Tensor shift, Tensor threshold,
+                       int64_t local) {
+  const char* op = "estimate_blocks";
+  Shapes shapes(op);
+  shapes.bind(query, "query_BNPD");
+  shapes.bind(query_scale, "query_scale_BNP");
+  shapes.bind(key, "key_BHSD");
+  shapes.bind(key_scale, "key_scale_BHJK");
+  shapes.bind(shift, "shift_BNS");
+  shapes.bind(threshold, "threshold_BNP");
+  expect(op, query, "query_BNPD", ScalarType::Char, "int8");
+  expect(op, key, "key_BHSD", ScalarType::Char, "int8");
+  expect(op, query_scale, "query_scale_BNP", ScalarType::Float, "float32");
+  expect(op, key_scale, "key_scale_BHJK", ScalarType::Float, "float32");
+  expect(op, shift, "shift_BNS", ScalarType::Float, "float32");
+  expect(op, threshold, "threshold_BNP", ScalarType::Float, "float32");
+  BlockMap map = map_of(op, shapes, nullptr);
+  if (shapes['J'] != map.columns() || shapes['K'] != BlockMap::kGroups)
+    refuse(op, "key_scale_BHJK must hold ", map.columns(), " × ", BlockMap::kGroups, " scales per head");
+  if (local < 0) refuse(op, "local is ", local, "; it must not be negative");
+  Tensor bytes = torch::stable::new_empty(query, {shapes['B'], shapes['N'], map.offset(map.rows())}, ScalarType::Byte);
+  map.bytes = static_cast<uint8_t*>(bytes.data_ptr());
+  const auto floats = [](const Tensor& x) { return static_cast<const float*>(x.data_ptr()); };
+  EstimateBlocks a{static_cast<const int8_t*>(query.data_ptr()),
+                   static_cast<const int8_t*>(key.data_ptr()),
+                   floats(query_scale),
+                   floats(key_scale),
+                   floats(shift),
+                   floats(threshold),
+                   shapes['B'],
+                   shapes['H'],
+                   shapes['N'] / shapes['H'],
+                   shapes['D'],
+                   local,
+                   map};
+  kernels().estimate_blocks(a, threads());
+  return bytes;
+}
+
+std::tuple<Tensor, Tensor> attend_blocks(Tensor query, Tensor key, Tensor value, Tensor map, double scaling) {
+  const char* op = "attend_blocks";
+  Shapes shapes(op);
+  shapes.bind(query, "query_BNPD");
+  shapes.bind(key, "key_BHSD");
+  shapes.bind(value, "value_BHSE");
+  shapes.bind(map, "map_BNX");
+  expect(op, map, "map_BNX", ScalarType::Byte, "uint8");
+  const BlockMap blocks = map_of(op, shapes, static_cast<uint8_t*>(map.data_ptr()));
+  if (shapes['E'] > kMostWidth) refuse(op, "values of ", shapes['E'], " channels; at most ", kMostWidth);
+  if (shapes['X'] != blocks.offset(blocks.rows()))
+    refuse(op, "map_BNX has ", shapes['X'], " bytes per head; it must have ", blocks.offset(blocks.rows()));
+  const Strided queries(op, query, "query_BNPD"), keys(op, key, "key_BHSD"), values(op, value, "value_BHSE");
+  Tensor out = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['P'], shapes['E']});
+  Tensor lse = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['P']}, ScalarType::Float);
+  AttendBlocks a{queries.heads, keys.heads, values.heads, shapes['B'], shapes['H'], shapes['N'] / shapes['H'],
+                 shapes['D'], shapes['E'], scaling, blocks, out.data_ptr(), static_cast<float*>(lse.data_ptr())};
+  kernels().attend_blocks(a, threads());
+  return {out, lse};
+}
+
 // Checks what gather_slots and scatter_slots share; `slots` is filled in by them.
 CopySlots copy_of(const char* op, const Tensor& pool, const Tensor& address, bool slot_last) {
   const int64_t dims = pool.dim();
@@ -646,6 +716,8 @@ STABLE_TORCH_LIBRARY_IMPL(kvpress, CPU, library) {
   library.impl("absorb_step", TORCH_BOX(&kvpress::absorb_step));
   library.impl("attention_sums", TORCH_BOX(&kvpress::attention_sums));
   library.impl("attend_sums", TORCH_BOX(&kvpress::attend_sums));
+  library.impl("estimate_blocks", TORCH_BOX(&kvpress::estimate_blocks));
+  library.impl("attend_blocks", TORCH_BOX(&kvpress::attend_blocks));
   library.impl("match_keys", TORCH_BOX(&kvpress::match_keys));
   library.impl("pack", TORCH_BOX(&kvpress::pack));
   library.impl("unpack", TORCH_BOX(&kvpress::unpack));

@@ -22,6 +22,7 @@ from kvpress.meter import Meter, Report
 from kvpress.policy import Recipe
 from kvpress.rotary import Rotation
 from kvpress.run import Run
+from kvpress.sparse import Thresholds
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -70,6 +71,7 @@ class EngineCache(Cache):
         lease: Lease | None = None,
         cache_dtype: torch.dtype | None = None,
         rotations: Sequence[Rotation | None] = (),
+        thresholds: Thresholds | None = None,
     ) -> None:
         self.fingerprint, self.recipe = shape, recipe
         self.meter = Meter()
@@ -84,6 +86,7 @@ class EngineCache(Cache):
             self.notes,
             cache_dtype,
             rotations=tuple(rotations),
+            thresholds=thresholds,
         )
         self._engine_layers = [EngineLayer(kind, run) for kind in shape.kinds]
         run.members = self.states
@@ -243,6 +246,7 @@ class EngineCache(Cache):
             self.lease,
             self._run.cache_dtype,
             self._run.rotations,
+            self._run.thresholds,
         )
         other.notes.update(self.notes)
         for name in ("horizon", "recording", "announces"):

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvpress import __version__, env
+from kvpress.bench.calibrate.commands import calibrate
 from kvpress.bench.commands import bench
 from kvpress.bench.pages import plot, report
 from kvpress.bench.quality.commands import evaluate
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 console, errors = Console(), Console(stderr=True)
 app.add_typer(bench, name="bench")
+app.add_typer(calibrate, name="calibrate")
 app.command("eval")(evaluate)
 app.command()(report)
 app.command()(plot)

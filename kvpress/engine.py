@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kvpress import saving
+from kvpress import calibration, saving
 from kvpress.attachment import Attachment, cache_name, check_model
 from kvpress.cache import EngineCache, Lease
 from kvpress.errors import AttachError, CacheError, PolicyError
@@ -75,6 +75,7 @@ class Engine:
             )
         turns = recipe.needs_rotation
         self._rotations: list[Rotation | None] = rotations(model) if turns else []
+        self._thresholds = calibration.thresholds(recipe.sparsity, model, self.fingerprint)
         self._attachment: Attachment | None = Attachment(model, self.new_cache, self._lease)
 
     def __enter__(self) -> Engine:
@@ -121,6 +122,7 @@ class Engine:
             self._lease,
             self._cache_dtype,
             self._rotations,
+            self._thresholds,
         )
 
     def load_cache(self, path: str | Path) -> EngineCache:

@@ -60,6 +60,7 @@ class Layer:
         self.draft_weights: list[Tensor] = []  # what they attended to: blocks `[B, N, P, S]`
         self.watched: dict[int, Tensor] = {}  # last queries [N, W, D] of sequences; formatting.py
         self.logits = (1.0, 0.0)  # scaling and softcap of these queries
+        self.computed: list[tuple[Tensor, int]] = []  # blocks of prompts: of heads [B, N], all
 
     # The layer contract
 
@@ -185,6 +186,20 @@ class Layer:
         position_S = self.store.dense(POSITION, [sequence])[0, head]
         return sorted(int(p) for p in position_S[position_S != EMPTY])
 
+    def count_blocks(self, computed_BN: Tensor, causal: int) -> None:
+        """Notes how many blocks of each head of a prompt were computed, of so many."""
+        self.computed = [*self.computed, (computed_BN, causal)]  # forks copy layers as they are
+
+    @property
+    def density(self) -> list[float]:
+        """The share of blocks that was computed, of every query head; empty: all were."""
+        if not self.computed:
+            return []
+        blocks = sum(len(computed_BN) * causal for computed_BN, causal in self.computed)
+        computed_XN = torch.cat([computed_BN for computed_BN, _ in self.computed])
+        shares: list[float] = (computed_XN.sum(0) / blocks).tolist()
+        return shares
+
     def report(self) -> LayerReport:
         """The ledger of this layer."""
         if self.store is None:
@@ -200,6 +215,7 @@ class Layer:
             + sum(w.nbytes for w in (*self.draft_weights, *self.watched.values())),
             bytes_full=tokens * self.kind.heads * slot_bytes,
             bytes_shared=self.store.nbytes_shared,
+            density=self.density,
         )
 
     def changes(self) -> None:

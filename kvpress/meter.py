@@ -73,6 +73,7 @@ class LayerReport:
     bytes_held: int
     bytes_full: int
     bytes_shared: int = 0
+    density: list[float] = field(default_factory=list)  # of prompt attention, per query head
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Report:
     bytes_held: the live storages of keys, values, positions, per-slot state and page tables.
     bytes_shared: the part of them that forks of this cache use as well. bytes_peak: the most that
     was held during a prompt, with the new keys and values of the layer at work. Prompt attention is
-    always computed in full: only what is stored is compressed.
+    computed in full unless a policy makes it sparse: a layer's density is then the share of blocks
+    computed.
     """
 
     model: str
@@ -107,6 +109,12 @@ class Report:
     def fraction(self) -> float:
         """Bytes held / bytes full."""
         return self.bytes_held / self.bytes_full if self.bytes_full else 1.0
+
+    @property
+    def density(self) -> float:
+        """The share of blocks of prompt attention that was computed, over layers and heads."""
+        every = [share for layer in self.layers for share in layer.density or [1.0]]
+        return sum(every) / max(1, len(every))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and text, ready for JSON."""
@@ -147,6 +155,11 @@ class Report:
             f"{self.fraction:.3f}",
         )
         yield table
+        if any(layer.density for layer in self.layers):
+            yield f"Blocks of prompt attention computed: {self.density:.1%}, by layer and head" + (
+                f" {min(map(min, filter(None, (x.density for x in self.layers)))):.1%} –"
+                f" {max(map(max, filter(None, (x.density for x in self.layers)))):.1%}."
+            )
         if self.bytes_peak:
             yield f"Peak during a prompt: {size(self.bytes_peak)}."
         if self.bytes_shared:

@@ -24,7 +24,10 @@ from kvpress.errors import BackendError
 
 _LOG = logging.getLogger("kvpress")
 _WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized")
-_ALIGNED = ("-falign-functions=64", "-falign-loops=64")  # hot loops lose up to 8 % by where they fall
+_ALIGNED = (
+    "-falign-functions=64",
+    "-falign-loops=64",
+)  # hot loops lose up to 8 % by where they fall
 _COMMON = ("-std=c++17", "-O3", "-fPIC", *_ALIGNED, *_WARNINGS)
 _TORCH = (2, 10)  # the oldest with the stable functions that the binding calls
 _X86 = {

@@ -135,6 +135,12 @@ def absorb_step(*args: Any) -> None:
     _operator("absorb_step")(*args)
 
 
+def attend_blocks(*args: Any) -> tuple[Tensor, Tensor]:
+    """Attention over the blocks of a bit map, and its LSE; see csrc/attend_blocks."""
+    out, lse = _operator("attend_blocks")(*args)
+    return out, lse
+
+
 def attend_sums(*args: Any) -> tuple[Tensor, Tensor]:
     """Attention of a prompt and its column sums; see csrc/attend_sums."""
     out, sums = _operator("attend_sums")(*args)
@@ -171,6 +177,12 @@ def channel_scores(query_BNWD: Tensor, key_BHSD: Tensor, held_BHS: Tensor) -> Te
     """How much each key channel contributes to the logits of queries; see csrc/channel_scores."""
     scores: Tensor = _operator("channel_scores")(query_BNWD, key_BHSD, held_BHS)
     return scores
+
+
+def estimate_blocks(*args: Any) -> Tensor:
+    """The bit map of blocks that matter, from 4-bit codes; see csrc/estimate_blocks."""
+    computed: Tensor = _operator("estimate_blocks")(*args)
+    return computed
 
 
 def gather_slots(pool_PX: Tensor, address_N: Tensor, slot_last: bool = False) -> Tensor:

@@ -56,6 +56,8 @@ def coerce(cls: type[Any], field: dataclasses.Field[Any], hint: Any, value: Any)
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if type(None) in kinds and str(value).lower() == "none":
         return None
+    if str in kinds and not choices and isinstance(value, str):
+        return value
     number = _number(value, kinds)
     if number is None:
         wanted = [k.__name__ for k in (bool, int, float) if k in kinds] + [repr(c) for c in choices]

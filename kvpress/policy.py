@@ -22,9 +22,11 @@ from kvpress.merging import Merging
 from kvpress.observe import Observation
 from kvpress.options import as_text, coerce, option, option_types
 from kvpress.select import Rank, keep_top, ranking
+from kvpress.sparse import Sparsity
 from kvpress.types import Slots, Step
 
 STAGES = (
+    "sparsify",
     "allocate",
     "share",
     "observe",
@@ -68,6 +70,10 @@ class Policy:
                     f"budget={limits.budget}: layers that are never compressed grow beyond any"
                     " bytes. Give a fraction or tokens, or full_first=0,full_last=0."
                 )
+
+    def sparsify(self) -> Sparsity | None:
+        """Which blocks of a prompt's attention are computed. Default: all of them."""
+        return None
 
     def allocate(self, slots: int, layer: int, layers: int, heads: int) -> Sequence[int]:
         """Slots that each KV head of a layer keeps, given the budget of one row.
@@ -271,6 +277,11 @@ class Recipe:
     def merging(self) -> Merging | None:
         """By which rule evicted slots are merged into kept ones, if they are."""
         return self.stage("absorb").absorb()
+
+    @functools.cached_property
+    def sparsity(self) -> Sparsity | None:
+        """Which blocks of a prompt's attention are computed, where not all of them are."""
+        return self.stage("sparsify").sparsify()
 
     @functools.cached_property
     def formats(self) -> bool:

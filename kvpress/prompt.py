@@ -13,11 +13,13 @@ from torch import Tensor
 
 from kvpress.absorb import survive
 from kvpress.attend import prompt_attention
+from kvpress.blocks import Blocks
 from kvpress.layer import Layer
 from kvpress.observe import Observation, attend_and_sum, over_group, prompt_sums
 from kvpress.portions import plan
 from kvpress.run import Tokens
 from kvpress.selection import select
+from kvpress.sparse import sparse_attention
 from kvpress.store import FormattedRows, Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
 from kvpress.types import EMPTY, Slots
@@ -48,6 +50,8 @@ def _attend(
     """The attention output, and the sums that a policy asked for, if one pass gives both."""
     fresh = columns[KEY] is tokens.key_bHPD  # nothing was stored before
     trains = torch.is_grad_enabled() and tokens.query_bNPD.requires_grad
+    if layer.run.thresholds is not None and not trains and _may_be_sparse(layer, tokens, columns):
+        return _attend_sparsely(layer, tokens, columns), None
     if fresh and request is not None and request.window is None and not trains:
         return attend_and_sum(
             tokens.query_bNPD,
@@ -69,6 +73,43 @@ def _attend(
         layer.kind.window,
     )
     return out_bNPD, None
+
+
+def _may_be_sparse(layer: Layer, tokens: Tokens, columns: dict[str, Tensor]) -> bool:
+    """Whether blocks of this attention can be skipped; otherwise the report says why not."""
+    assert layer.run.thresholds is not None
+    new, least = tokens.query_bNPD.shape[2], layer.run.thresholds.least
+    if new < least:
+        why = f"prompts of fewer than {least:,} new tokens"
+    elif layer.kind.window is not None:
+        why = "sliding-window layers"
+    elif tokens.softcap:
+        why = "layers with a cap on their logits"
+    elif layer.kind.slopes is not None:
+        why = "layers with ALiBi"
+    elif bool((columns[POSITION] == EMPTY).any()):
+        why = "prompts that go on from rows of different lengths"
+    else:
+        return True
+    layer.run.notes[f"Attention was computed in full for {why}."] = None
+    return False
+
+
+def _attend_sparsely(layer: Layer, tokens: Tokens, columns: dict[str, Tensor]) -> Tensor:
+    """Attention over the blocks that matter, which are counted for the report."""
+    assert layer.run.thresholds is not None
+    tau_LN, local, _ = layer.run.thresholds
+    out_bNPD, computed_bN = sparse_attention(
+        tokens.query_bNPD,
+        columns[KEY],
+        columns[VALUE],
+        tokens.scaling,
+        tau_LN[layer.kind.index],
+        local,
+    )
+    blocks = Blocks(tokens.query_bNPD.shape[2], columns[KEY].shape[2])
+    layer.count_blocks(computed_bN, blocks.causal)
+    return out_bNPD
 
 
 @torch.no_grad()
@@ -177,6 +218,10 @@ def _observe(
     sums_BNS: what was observed already, with the attention.
     """
     if request is not None and sums_BNS is None:
+        if request.window is None and layer.computed:
+            layer.run.notes[
+                "Attention sums of the prompt were taken over all blocks, computed or not."
+            ] = None
         sums_BNS = prompt_sums(
             tokens.query_bNPD,
             columns[KEY],

@@ -12,6 +12,7 @@ from kvpress.meter import Meter
 from kvpress.policy import Policy, Recipe
 from kvpress.rotary import Rotation
 from kvpress.select import Rank
+from kvpress.sparse import Thresholds
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Run:
     announces: bool = False  # whether the caller who records says how many they are
     members: list[Any] = field(default_factory=list)  # the layers that share this
     rotations: tuple[Rotation | None, ...] = ()  # of the keys of every layer, where needed
+    thresholds: Thresholds | None = None  # of blocks of prompt attention, where it is sparse
     bytes_peak: int = 0  # the most that was held during a prompt; see `Report`
     broken: int | None = None  # the layer in which a pass is under way, or failed
 

@@ -82,11 +82,17 @@ def identity(model: Any) -> str:
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict(keep_vars=False).items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        if type(weight) is Tensor and weight.device.type != "meta" and weight.numel():
-            step = max(1, weight.numel() // _SAMPLE)
-            sample = weight.detach().reshape(-1)[::step][:_SAMPLE].cpu()
-            digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(sample(weight))
     return digest.hexdigest()
+
+
+def sample(weight: Tensor, dtype: torch.dtype | None = None) -> bytes:
+    """Some elements of a weight, rounded to a dtype; nothing of one that has no plain storage."""
+    if type(weight) is not Tensor or weight.device.type == "meta" or not weight.numel():
+        return b""
+    step = max(1, weight.numel() // _SAMPLE)
+    some = weight.detach().reshape(-1)[::step][:_SAMPLE].cpu().to(dtype or weight.dtype)
+    return some.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _is_neutral(name: str) -> bool:

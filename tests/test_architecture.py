@@ -19,10 +19,10 @@ POLICIES = [path.stem for path in (ROOT / "policies").glob("*.py") if path.stem 
 
 # A module may import only from its own line and the lines above it.
 LAYERS = [
-    {"errors", "env", "types", "noise", "families"},
+    {"errors", "env", "types", "noise", "families", "blocks"},
     {"budget", "division", "native", "shapes", "rotary", "layout"},
     {"ops"},
-    {"select", "observe", "merging", "options", "formats"},
+    {"select", "observe", "merging", "options", "formats", "sparse"},
     {"policy"},
     {"loading"},
     {"store.base", "store.aside", "store.table"},
@@ -36,7 +36,7 @@ LAYERS = [
     {"portions", "drafts"},
     {"prompt"},
     {"pipe", "kinds", "saving"},
-    {"cache_layer"},
+    {"cache_layer", "calibration"},
     {"cache"},
     {"twins", "masks"},
     {"attachment"},

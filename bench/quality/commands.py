@@ -30,9 +30,7 @@ def evaluate(
     model: Annotated[str, typer.Option(help="'demo', a Hugging Face id, or a path.")] = "demo",
     policy: Annotated[
         list[str] | None,
-        typer.Option(
-            help="name:key=value,… or transformers-int4, …; repeat or join with commas."
-        ),
+        typer.Option(help="name:key=value,… or transformers-int4, …; repeat or join with commas."),
     ] = None,
     protocol: Annotated[
         str, typer.Option(help="Is the question known while compressing? hidden, visible, or both.")

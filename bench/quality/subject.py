@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from kvpress.attachment import NAME, attention
+from kvpress.loading import parse
 
 
 class Call(NamedTuple):
@@ -53,15 +54,16 @@ class InProcess:
         self.name = name
         self._rival, self._device = candidate(model, name, new_tokens=new_tokens), model.device
         self.model = self._rival.model  # a copy that shares the weights, with its engine attached
+        self._attends_in_full = name not in CACHES and parse(name).sparsity is None
 
     def read(self, tokens: Sequence[int], calls: Sequence[Call] = ()) -> Any:
         """A cache of these tokens, compressed; an empty one of none.
 
-        A context is attended to in full by every policy, and compressed after that: what the layers
-        of one policy get is what those of another would get, but for rounding.
+        A context is attended to in full by most policies, and compressed after that: what the
+        layers of one of them get is what those of another would get, but for rounding.
         """
         cache = self._rival.new_cache()
-        if calls and self.name not in CACHES:
+        if calls and self._attends_in_full:
             _replay(calls, cache)
         elif tokens:
             self._forward(tokens, cache, 1)

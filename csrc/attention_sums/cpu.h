@@ -8,6 +8,7 @@
 
 #include "../decode_rows/cpu.h"
 #include "../include/noise.h"
+#include "../include/prompt.h"
 
 namespace kvpress::KERNEL_ISA {
 
@@ -16,22 +17,21 @@ constexpr int64_t kKeyBlock = 256;
 constexpr int64_t kTaskQueries = 2 * kQueryBlock;  // at least
 constexpr int64_t kMostTasks = 64;  // of a row, about: each has partial sums of its own, 4 bytes per slot
 
-constexpr int64_t kPanel = 2 * kWidth;  // channels of values that lie side by side
-
 class RowSums {
  public:
-  RowSums(const AttentionSums& a, int64_t b, int64_t h, const Threads& threads) : a_(a), b_(b), h_(h), threads_(threads) {
-    tiles_ = (a.slots + kTile - 1) / kTile;
+  RowSums(const AttentionSums& a, int64_t b, int64_t h, const Threads& threads)
+      : a_(a), b_(b), h_(h), threads_(threads), row_(a.key, a.value, b, h, a.slots, a.width, a.out ? a.value_width : 0) {
+    tiles_ = row_.tiles;
+    panels_ = row_.panels;
     padded_ = (tiles_ * kTile + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
-    key_ = scratch<float, struct Keys>(tiles_ * kTile * a.width);
-    panels_ = (a.value_width + kPanel - 1) / kPanel;
-    value_ = a.out ? scratch<float, struct Values>(tiles_ * kTile * panels_ * kPanel) : nullptr;
     position_ = scratch<int32_t, struct KeyPositions>(padded_);
   }
 
   void run() {
-    share(threads_, (tiles_ + 15) / 16, worthwhile(), [&](int64_t i) { pack(i * 16, std::min(tiles_, i * 16 + 16)); });
-    std::fill(position_ + tiles_ * kTile, position_ + padded_, -1);
+    row_.pack(threads_, worthwhile());
+    const int64_t* position = a_.position + (b_ * a_.heads + h_) * a_.slots;
+    for (int64_t s = 0; s < a_.slots; s++) position_[s] = int32_t(position[s]);
+    std::fill(position_ + a_.slots, position_ + padded_, -1);
     gaps_ = std::any_of(position_, position_ + a_.slots, [](int32_t p) { return p < 0; });
     const int64_t first = std::max<int64_t>(0, a_.queries - a_.window), queries = a_.queries - first;
     const int64_t step = std::max<int64_t>(kTaskQueries, (queries * a_.group + kMostTasks - 1) / kMostTasks);
@@ -61,31 +61,7 @@ class RowSums {
     float logit[kQueryBlock], sum[kQueryBlock];  // the same without noise and temperature, where there is `out`
   };
 
-  // Channels p·kPanel … of all values: loops over slots then read neighbouring memory.
-  float* panel(int64_t p) const { return value_ + p * tiles_ * kTile * kPanel; }
-
   bool worthwhile() const { return a_.slots * a_.width * std::min(a_.queries, a_.window) > 1 << 16; }
-
-  void pack(int64_t from, int64_t to) {
-    const int64_t* position = a_.position + (b_ * a_.heads + h_) * a_.slots;
-    float* slot = scratch<float, struct Slot>(std::max(a_.width, panels_ * kPanel));
-    for (int64_t s = from * kTile; s < to * kTile; s++) {
-      const bool inside = s < a_.slots;
-      position_[s] = inside ? int32_t(position[s]) : -1;
-      if (inside) read_slot(a_.key, s, a_.width, slot);
-      float* tile = key_ + s / kTile * kTile * a_.width + s % kTile;
-      for (int64_t d = 0; d < a_.width; d++) tile[d * kTile] = inside ? slot[d] : 0.0f;
-      if (!value_) continue;
-      std::fill_n(slot, panels_ * kPanel, 0.0f);
-      if (inside) read_slot(a_.value, s, a_.value_width, slot);
-      for (int64_t p = 0; p < panels_; p++) std::copy_n(slot + p * kPanel, kPanel, panel(p) + s * kPanel);
-    }
-  }
-
-  void read_slot(const Heads& heads, int64_t s, int64_t width, float* to) const {
-    read_floats(heads.data, heads.type, b_ * heads.batch_stride + h_ * heads.head_stride + s * heads.token_stride, width,
-                1.0f, to);
-  }
 
   void sum_queries(int64_t g, int64_t begin, int64_t end, float* sums) {
     std::fill_n(sums, padded_, 0.0f);
@@ -122,7 +98,7 @@ class RowSums {
       for (int64_t s = 0; s < slots; s += kTile)  // a tile serves all queries before the next one
         in_parts(some.count, [&](int64_t m, auto M) {
           Ahead nothing;
-          logits_of_tile<M()>(some.packed + m * a_.width, key_ + (first + s) * a_.width, kTile, a_.width,
+          logits_of_tile<M()>(some.packed + m * a_.width, row_.tile((first + s) / kTile), kTile, a_.width,
                               some.weights + m * padded_ + first + s, padded_, nothing);
         });
       for (int64_t i = 0; i < some.count; i++) hide_and_cap(some.weights + i * padded_ + first, first, slots, own + i);
@@ -144,12 +120,6 @@ class RowSums {
     }
   }
 
-  static float largest_of(const float* x, int64_t slots) {
-    Vec top = load(x);
-    for (int64_t s = kWidth; s < slots; s += kWidth) top = max(load(x + s), top);
-    return max(top);
-  }
-
   // The attention output over one block. Where noise only divides, its exponentials serve the sums too.
   void attend(Queries& some, int64_t first, int64_t slots) {
     float* p = divides() || plain() ? some.weights + first : scratch<float, struct Exponentials>(kQueryBlock * kKeyBlock);
@@ -164,7 +134,7 @@ class RowSums {
     }
     const float* tile[kKeyBlock / kTile];
     for (int64_t panel_of = 0; panel_of < panels_; panel_of++) {
-      for (int64_t t = 0; t * kTile < slots; t++) tile[t] = panel(panel_of) + (first + t * kTile) * kPanel;
+      for (int64_t t = 0; t * kTile < slots; t++) tile[t] = row_.panel(panel_of, first + t * kTile);
       in_parts(some.count, [&](int64_t m, auto M) {
         Ahead nothing;
         add_values<M(), 1>(p + m * stride, stride, tile, slots, 0, kPanel, &out_of(some, m, panel_of * kPanel), kPanel,
@@ -175,21 +145,6 @@ class RowSums {
 
   static float& out_of(const Queries& some, int64_t i, int64_t channel) {
     return some.out[(channel / kPanel * some.count + i) * kPanel + channel % kPanel];
-  }
-
-  // to = exp(x − top); returns the sum.
-  static float exponentials(const float* x, int64_t slots, float top, float* to) {
-    if (top == -INFINITY) {
-      std::fill_n(to, slots, 0.0f);
-      return 0;
-    }
-    Vec sums{};
-    for (int64_t s = 0; s < slots; s += kWidth) {
-      const Vec weight = exp(load(x + s) - top);
-      sums += weight;
-      store(to + s, weight);
-    }
-    return sum(sums);
   }
 
   bool plain() const { return a_.observation.noise == Noise::kNone && a_.observation.tau == 1.0; }
@@ -272,8 +227,8 @@ class RowSums {
   const AttentionSums& a_;
   int64_t b_, h_;
   const Threads& threads_;
+  PackedRow row_;
   int64_t tiles_, padded_, panels_;
-  float *key_, *value_;
   int32_t* position_;
   bool gaps_ = false;  // whether some slots are empty
 };

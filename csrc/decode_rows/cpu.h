@@ -8,34 +8,13 @@
 #include <cmath>
 
 #include "../include/codes.h"
+#include "../include/storage.h"
 #include "../include/tasks.h"
 
 namespace kvpress::KERNEL_ISA {
 
 constexpr int64_t kBlock = 64;   // slots between two looks at the running maximum; their keys and values fit in L1
 constexpr int64_t kChunk = 512;  // slots of one task
-
-// Calls f with a value of the storage type.
-template <class F>
-inline void with_storage(Type type, const F& f) {
-  if (type == Type::kFloat32) f(float{});
-  if (type == Type::kBFloat16) f(BFloat16{});
-  if (type == Type::kFloat16) f(Float16{});
-}
-
-inline void read_floats(const void* from, Type type, int64_t offset, int64_t count, float factor, float* to) {
-  with_storage(type, [&](auto storage) {
-    const auto* typed = static_cast<const decltype(storage)*>(from) + offset;
-    for (int64_t i = 0; i < count; i++) to[i] = to_float(typed[i]) * factor;
-  });
-}
-
-inline void write_floats(const float* from, int64_t count, void* to, Type type, int64_t offset) {
-  with_storage(type, [&](auto storage) {
-    auto* typed = static_cast<decltype(storage)*>(to) + offset;
-    for (int64_t i = 0; i < count; i++) from_float(from[i], typed + i);
-  });
-}
 
 // The places of slots in what is kept per slot: parts of old slots first, each from a multiple of kBlock on, then the
 // pages of the store's own numbers.

@@ -139,6 +139,52 @@ struct AttentionSums {
   void* out;  // [B, N, P, D'], contiguous, of the query's type; or null
 };
 
+// The bit map of blocks of a prompt: see kvpress/blocks.py.
+struct BlockMap {
+  static constexpr int64_t kQueries = 64, kSlots = 32, kSegment = 4, kGroups = 4;
+  int64_t queries, slots;
+  uint8_t* bytes;  // [B, N, X]
+
+  int64_t rows() const { return (queries + kQueries - 1) / kQueries; }
+  int64_t columns() const { return (slots + kSlots - 1) / kSlots; }
+  // How many blocks of slots the queries of a row see.
+  int64_t end(int64_t row) const {
+    const int64_t last = ((row + 1) * kQueries + slots - queries + kSlots - 1) / kSlots;
+    return last < columns() ? last : columns();
+  }
+  // The first block of the local area, or 0: all of it is local.
+  int64_t first_local(int64_t row, int64_t local) const {
+    const int64_t last = end(row) - 1, all = (last + kSegment - 1) / kSegment, excess = all * kSegment - last;
+    const int64_t segments = all - (local / kSlots + excess + kSegment - 1) / kSegment;
+    return segments > 0 ? 1 + segments * kSegment : 0;
+  }
+  // The byte at which a row of the map begins; of `rows()`: all bytes.
+  int64_t offset(int64_t row) const {
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < row; i++) bytes += (end(i) + 7) / 8;
+    return bytes;
+  }
+};
+
+struct EstimateBlocks {
+  const int8_t *query, *key;  // codes [B, N, P, D], [B, H, S, D]
+  const float* query_scale;   // [B, N, P]
+  const float* key_scale;     // [B, H, J, kGroups]
+  const float* shift;         // [B, N, S]
+  const float* threshold;     // [B, N, P]
+  int64_t batch, heads, group, width, local;
+  BlockMap map;
+};
+
+struct AttendBlocks {
+  Heads query, key, value;  // [B, N, P, D], [B, H, S, D], [B, H, S, E]
+  int64_t batch, heads, group, width, value_width;
+  double scaling;
+  BlockMap map;
+  void* out;   // [B, N, P, E], contiguous, of the query's type
+  float* lse;  // [B, N, P]
+};
+
 struct MatchKeys {
   Heads evicted_key, kept_key;  // [B, H, E, D], [B, H, C, D]
   const bool* allowed;          // [B, H, C]
@@ -177,6 +223,8 @@ struct Kernels {
   void (*decode_step)(const DecodeStep&, const Threads&);
   void (*absorb_step)(const AbsorbStep&, const Threads&);
   void (*attention_sums)(const AttentionSums&, const Threads&);
+  void (*estimate_blocks)(const EstimateBlocks&, const Threads&);
+  void (*attend_blocks)(const AttendBlocks&, const Threads&);
   void (*match_keys)(const MatchKeys&, const Threads&);
   void (*copy_slots)(const CopySlots&, const Threads&);
   void (*pack_pages)(const PackPages&, const Threads&);

@@ -1,0 +1,1 @@
+"""Finding what sparse prompt attention needs to know of a model."""

@@ -1,0 +1,146 @@
+"""The command line of calibrations: `kvpress calibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+console, errors = Console(), Console(stderr=True)
+calibrate = typer.Typer(help="Find what a policy needs to know of a model.", no_args_is_help=True)
+
+
+@calibrate.callback()
+def _group() -> None:
+    """Find what a policy needs to know of a model."""
+
+
+@calibrate.command()
+def sale(
+    model: Annotated[str, typer.Option(help="'demo', a Hugging Face id, or a path.")] = "demo",
+    text: Annotated[
+        Path | None, typer.Option(help="A text to read (default: Python's reference).")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of a sample.", min=512)] = 8000,
+    samples: Annotated[int, typer.Option(help="Consecutive parts of the text.", min=1)] = 2,
+    error: Annotated[
+        float, typer.Option(help="Bound of a head's error: Σ|o − o'| / Σ|o|.", min=1e-6)
+    ] = 0.02,
+    absolute: Annotated[
+        bool, typer.Option("--absolute", help="Bound Σ|o − o'| per token instead (the paper's).")
+    ] = False,
+    local: Annotated[int, typer.Option(help="Local area, in slots.", min=0)] = 128,
+    out: Annotated[
+        Path, typer.Option(help="The file; an interrupted search goes on from it.")
+    ] = Path("sale.safetensors"),
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
+) -> None:
+    """Find the thresholds of sparse prompt attention, and from which length on it pays.
+
+    Every head gets the largest threshold of 0.008, 0.004, … with which its output stays within the
+    bound on all samples, or 0: dense. Use the file with `sale:calibration=FILE`.
+    """
+    import torch
+    from kvpress.bench import models
+    from kvpress.bench.calibrate import breakeven, search
+
+    from kvpress import calibration
+
+    if threads:
+        torch.set_num_threads(threads)
+    with errors.status(f"Loading {model} …"):
+        loaded, tokenizer = models.load(model, dtype, device)
+    texts = read_parts(loaded, tokenizer, text, tokens, samples)
+    settings = {
+        "text": "Python's language reference" if text is None else text.name,
+        "tokens": tokens,
+        "samples": samples,
+        "error": error,
+        "relative": not absolute,
+    }
+    found = begin(out, loaded, settings, local)
+    total = samples * len(found.tau_LN)
+    with Progress(console=errors) as progress:
+        task = progress.add_task("thresholds", total=total, completed=len(found.done))
+
+        def on_layer(known: Any) -> None:
+            calibration.write(out, loaded, known)
+            progress.update(task, completed=len(known.done))
+
+        bound = search.Bound(error, not absolute)
+        found = search.search(loaded, texts, found, bound, on_layer)
+    with errors.status("Measuring from which length on it pays …"):
+        least, gains = breakeven.break_even(loaded, texts[0], found)
+    calibration.write(out, loaded, found._replace(least=least))
+    show(found.tau_LN, gains, least, out)
+
+
+def read_parts(
+    model: Any, tokenizer: Any, text: Path | None, tokens: int, samples: int
+) -> list[Any]:
+    """Consecutive parts of a text: ids `[1, tokens]`, on the model's device."""
+    import torch
+    from kvpress.bench.prompt import reference_text
+    from kvpress.bench.quality.sample import read_text
+    from kvpress.bench.run import check_positions
+
+    from kvpress.errors import PolicyError
+
+    check_positions(model, tokens, 0)
+    whole = reference_text() if text is None else read_text(text)
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    if len(ids) < tokens * samples:
+        raise PolicyError(
+            f"The text has {len(ids):,} tokens; {samples} samples of {tokens:,} need"
+            f" {tokens * samples:,}. Give a longer text, or fewer --samples or --tokens."
+        )
+    parts = torch.tensor(ids[: tokens * samples]).view(samples, 1, tokens)
+    return list(parts.to(model.device))
+
+
+def begin(out: Path, model: Any, settings: dict[str, Any], local: int) -> Any:
+    """The calibration in a file, if it is of the same search; otherwise one that knows nothing.
+
+    Raises PolicyError for a file of another search.
+    """
+    import torch
+    from kvpress.bench.calibrate.search import FIRST
+
+    from kvpress import calibration
+    from kvpress.errors import PolicyError
+
+    if out.exists():
+        known = calibration.read(out, model)
+        if (known.settings, known.local) != (settings, local):
+            raise PolicyError(
+                f"{out} holds a search with {known.settings} and local={known.local}, not with"
+                f" {settings} and local={local}. Give another --out, or delete it."
+            )
+        return known
+    config = model.config.get_text_config(decoder=True)
+    first_LN = torch.full((config.num_hidden_layers, config.num_attention_heads), FIRST)
+    return calibration.Calibration(first_LN, local, None, settings, [])
+
+
+def show(tau_LN: Any, gains: dict[int, float], least: int, out: Path) -> None:
+    """Prints how many heads got which threshold, and the speed-up at every length."""
+    from rich.table import Table
+
+    heads = Table(title="Thresholds", title_justify="left")
+    heads.add_column("τ", justify="right")
+    heads.add_column("heads", justify="right")
+    for tau in sorted(set(tau_LN.flatten().tolist()), reverse=True):
+        heads.add_row(f"{tau:.6g}" if tau else "dense", str(int((tau_LN == tau).sum())))
+    console.print(heads)
+    speed = Table(title="Attention, exact / sparse", title_justify="left")
+    speed.add_column("tokens", justify="right")
+    speed.add_column("speed-up", justify="right")
+    for length, gain in gains.items():
+        speed.add_row(f"{length:,}", f"{gain:.2f}×")
+    console.print(speed)
+    console.print(f"Sparse from {least:,} new tokens on. Written to {out}.")

@@ -1,0 +1,93 @@
+"""PyTorch reference of `estimate_blocks`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpress import shapes
+from kvpress.blocks import GROUPS, QUERIES, SLOTS, Blocks, of_slots, to_map
+
+MOST_CODE = 7  # codes are −7 … 7
+LOW, HIGH = -(2**15), 2**15 - 1  # between which estimates saturate
+
+
+def estimate_blocks(
+    query_BNPD: Tensor,
+    query_scale_BNP: Tensor,
+    key_BHSD: Tensor,
+    key_scale_BHJK: Tensor,
+    shift_BNS: Tensor,
+    threshold_BNP: Tensor,
+    local: int,
+) -> Tensor:
+    """The map of blocks that hold a logit whose estimate is above the threshold of its query.
+
+    query_BNPD, key_BHSD: int8 codes; scales, shift (q̄·k' / s_k) and thresholds (unscaled logits):
+    fp32. The first block and the local area are always in the map. Raises OperatorError.
+    """
+    check(query_BNPD, query_scale_BNP, key_BHSD, key_scale_BHJK, shift_BNS, threshold_BNP, local)
+    batch, heads, queries, width = query_BNPD.shape
+    kv_heads, slots = key_BHSD.shape[1:3]
+    blocks = Blocks(queries, slots)
+    cap = HIGH - MOST_CODE**2 * width - 1
+    computed_BNIJ = blocks.always(local, query_BNPD.device).repeat(batch, heads, 1, 1)
+    step_BHS = of_slots(key_scale_BHJK, slots).reciprocal()
+    for row in range(blocks.rows):
+        end = blocks.first_local(row, local)
+        own, seen = slice(row * QUERIES, (row + 1) * QUERIES), slice(SLOTS, end * SLOTS)
+        if end < 2:
+            continue
+        inverse_BNp1 = query_scale_BNP[:, :, own, None].reciprocal()
+        query_BHGpD = query_BNPD[:, :, own].float().unflatten(1, (kv_heads, -1))
+        dot_BNps = (query_BHGpD @ key_BHSD[:, :, None, seen].float().mT).flatten(1, 2)
+        shift_BNps = (shift_BNS[:, :, None, seen] * inverse_BNp1).round()
+        shift_BNps = shift_BNps.nan_to_num(HIGH, HIGH, LOW).clamp(LOW, HIGH)
+        estimate_BNps = (dot_BNps + shift_BNps).clamp(LOW, HIGH)
+        own_BHGp1 = (threshold_BNP[:, :, own, None] * inverse_BNp1).unflatten(1, (kv_heads, -1))
+        bound_BNps = (own_BHGp1 * step_BHS[:, :, None, None, seen]).floor().flatten(1, 2)
+        never_BNp1 = threshold_BNP[:, :, own, None] == torch.inf
+        bound_BNps = torch.where(never_BNp1, torch.inf, bound_BNps.clamp(max=cap))
+        hit_BNps = (estimate_BNps > bound_BNps) | ~(bound_BNps >= LOW)
+        hit_BNj = hit_BNps.any(2).unflatten(-1, (-1, SLOTS)).any(-1)
+        computed_BNIJ[:, :, row, 1:end] |= hit_BNj
+    return to_map(computed_BNIJ, blocks)
+
+
+def check(
+    query_BNPD: Tensor,
+    query_scale_BNP: Tensor,
+    key_BHSD: Tensor,
+    key_scale_BHJK: Tensor,
+    shift_BNS: Tensor,
+    threshold_BNP: Tensor,
+    local: int,
+) -> None:
+    """Raises OperatorError for operands that do not fit together."""
+    op = "estimate_blocks"
+    codes = {"query_BNPD": query_BNPD, "key_BHSD": key_BHSD}
+    numbers = {
+        "query_scale_BNP": query_scale_BNP,
+        "key_scale_BHJK": key_scale_BHJK,
+        "shift_BNS": shift_BNS,
+        "threshold_BNP": threshold_BNP,
+    }
+    lengths = shapes.bind(op, {**codes, **numbers})
+    shapes.of_dtype(op, torch.int8, codes)
+    shapes.of_dtype(op, torch.float32, numbers)
+    blocks = Blocks(lengths["P"], lengths["S"])
+    if (lengths["J"], lengths["K"]) != (blocks.columns, GROUPS):
+        shapes.refuse(op, f"key_scale_BHJK must hold {blocks.columns} × {GROUPS} scales per head")
+    check_heads(op, lengths)
+    if local < 0:
+        shapes.refuse(op, f"local is {local}; it must not be negative")
+
+
+def check_heads(op: str, lengths: dict[str, int]) -> None:
+    """Raises OperatorError where queries do not own the last slots, or heads do not fit."""
+    if lengths["N"] % max(1, lengths["H"]) or not lengths["H"]:
+        shapes.refuse(op, f"{lengths['N']} query heads are no multiple of {lengths['H']} KV heads")
+    if not 0 < lengths["P"] <= lengths["S"]:
+        shapes.refuse(op, f"{lengths['P']} queries for {lengths['S']} slots; 1 to S are allowed")
+    if lengths["D"] > shapes.MOST_WIDTH:
+        shapes.refuse(op, f"heads of {lengths['D']} channels; at most {shapes.MOST_WIDTH}")
