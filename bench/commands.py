@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 from kvpress.bench.peers.commands import peers
+from kvpress.bench.sparse.commands import sparse
 from kvpress.bench.speed import commands as speed
 from rich.console import Console
 
 bench = typer.Typer(help="Measure the operators and the engine.", no_args_is_help=True)
 console = Console()
-for command in (speed.decode, speed.prefill, speed.throughput, speed.memory, peers):
+for command in (speed.decode, speed.prefill, speed.throughput, speed.memory, peers, sparse):
     bench.command()(command)
 
 

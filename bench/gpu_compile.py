@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of every Triton kernel, without a GPU: registers, spills, occupancy.
+"""Ahead-of-time compilation of the GPU kernels, without a GPU: registers, spills, occupancy.
 
 The operators run on small CPU tensors with launching replaced by recording, so that what is
 compiled is what would be launched: the same argument types, constants and launch parameters.
@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 import triton
 from kvpress.csrc import triton_common
+from kvpress.csrc.estimate_blocks import cuda_kernel
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
@@ -30,11 +31,13 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kvpress import ops
+from kvpress import cuda, ops
+from kvpress.blocks import GROUPS, Blocks
 from kvpress.errors import BackendError
 from kvpress.layout import PageLayout
 
 TARGETS = (80, 90, 100)
+CUDA_TARGETS = (80, 86, 89, 90)  # of the sources for nvcc
 SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # of one SM
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of one SM
 RESERVED_BYTES = 1 << 10  # of shared memory, by the driver for every block
@@ -130,12 +133,29 @@ def operands(width: int, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[A
         rule = (2.7, 0.3, 0.7, True, True, False, True, False, counted)
         yield "absorb_step", case, (*store, *turning, *rule)
     allowed = torch.ones(2, 2, 160, dtype=torch.bool)
+    yield from block_operands(prompt)
     yield "match_keys", "", (prompt[:, 2:4], prompt[:, :2], allowed)
     for pool, last in ((key, True), (value, False)):
         dense = torch.zeros(16, width, dtype=dtype)
         kind = "channel-major" if last else "slot-major"
         yield "gather_slots", kind, (pool, torch.arange(16), last)
         yield "scatter_slots", f"{kind} scatter", (pool, torch.arange(16), dense, last)
+
+
+def block_operands(prompt: torch.Tensor) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """The operators of block-sparse prompts."""
+    batch, heads, tokens, _ = prompt.shape
+    blocks, codes = Blocks(tokens, tokens), prompt.to(torch.int8)
+    numbers = torch.ones(batch, heads, tokens)
+    scales = torch.ones(batch, 2, blocks.columns, GROUPS)
+    yield (
+        "estimate_blocks",
+        "",
+        (codes, numbers, codes[:, :2].clone(), scales, numbers, numbers, 32),
+    )
+    bits = torch.zeros(batch, heads, blocks.offsets[-1], dtype=torch.uint8)
+    yield "attend_blocks", "", (prompt, prompt[:, :2], prompt[:, :2], bits, 0.1)
+    yield "attend_blocks", "LSE", (prompt, prompt[:, :2], prompt[:, :2, :, :0], bits, 0.1)
 
 
 def packed_operands(
@@ -269,6 +289,19 @@ def show(results: list[Compiled], console: Console) -> None:
     console.print(table)
 
 
+def compile_cuda() -> list[dict[str, Any]]:
+    """Registers and spills of the CUDA kernels for every target; empty without nvcc."""
+    made = []
+    for target in CUDA_TARGETS if cuda.compiler() else ():
+        with tempfile.TemporaryDirectory() as folder:
+            told = cuda.build(cuda_kernel.SOURCE, target, Path(folder) / "operator.so")
+        registers = [int(n) for n in re.findall(r"Used (\d+) registers", told)]
+        spills = [int(n) for n in re.findall(r"(\d+) bytes spill", told)]
+        numbers = {"registers": max(registers), "spill_bytes": sum(spills)}
+        made.append({"source": cuda_kernel.SOURCE, "target": f"sm_{target}", **numbers})
+    return made
+
+
 def main() -> int:
     """0 if nothing spills."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -280,9 +313,17 @@ def main() -> int:
     results.sort(key=lambda r: (r.kernel, r.specialisation, int(r.target.removeprefix("sm_"))))
     show(results, Console())
     out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"versions": versions(), "kernels": [asdict(result) for result in results]}
+    cuda_made = compile_cuda()
+    for one in cuda_made:
+        Console().print(" ".join(f"{name} {value}" for name, value in one.items()))
+    report = {
+        "versions": versions(),
+        "kernels": [asdict(result) for result in results],
+        "cuda": cuda_made,
+    }
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     spilling = sum(result.spill_bytes > 0 for result in results)
+    spilling += sum(one["spill_bytes"] > 0 for one in cuda_made)
     Console().print(f"{len(results)} kernels compiled, {spilling} spill. Written to {out}.")
     return int(spilling > 0)
 

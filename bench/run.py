@@ -142,7 +142,7 @@ def warm_up(model: Any) -> None:
 def table(results: Sequence[Result]) -> Table:
     """One line per policy: tokens seen, slots kept, bytes, time to first token, speed."""
     made = Table(
-        title="Prompt attention is exact; only what is stored is compressed.",
+        title=" ".join(dict.fromkeys(result.report.attention for result in results)),
         title_justify="left",
         padding=(0, 0, 0, 1),
     )

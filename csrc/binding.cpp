@@ -424,6 +424,28 @@ void absorb_step(Tensor key_pool, Tensor value_pool, Tensor position_pool, std::
   kernels().absorb_step(a, threads());
 }
 
+// Checks what operators with a map share.
+BlockMap map_of(const char* op, const Shapes& shapes, uint8_t* bytes) {
+  if (!shapes['H'] || shapes['N'] % shapes['H'])
+    refuse(op, shapes['N'], " query heads are no multiple of ", shapes['H'], " KV heads");
+  if (shapes['P'] < 1 || shapes['P'] > shapes['S'])
+    refuse(op, shapes['P'], " queries for ", shapes['S'], " slots; 1 to S are allowed");
+  if (shapes['D'] > kMostWidth) refuse(op, "heads of ", shapes['D'], " channels; at most ", kMostWidth);
+  return {shapes['P'], shapes['S'], bytes};
+}
+
+// The map of a prompt, where there is one.
+BlockMap map_of(const char* op, Shapes& shapes, const std::optional<Tensor>& map, double softcap = 0) {
+  if (!map) return {};
+  if (softcap != 0) refuse(op, "softcap=", softcap, " with a map; give one of them");
+  shapes.bind(*map, "map_BNX");
+  expect(op, *map, "map_BNX", ScalarType::Byte, "uint8");
+  const BlockMap blocks = map_of(op, shapes, static_cast<uint8_t*>(map->data_ptr()));
+  if (shapes['X'] != blocks.offset(blocks.rows()))
+    refuse(op, "map_BNX has ", shapes['X'], " bytes per head; it must have ", blocks.offset(blocks.rows()));
+  return blocks;
+}
+
 // Checks and fills what attention_sums and attend_sums share. The tensors that `a` points into live in the others.
 AttentionSums sums_of(const char* op, Shapes& shapes, const Strided& queries, const Strided& keys, const Tensor& position,
                       const Tensor& sums, double scaling, double softcap, const Observation& observation) {
@@ -456,7 +478,7 @@ Tensor positions_of(const char* op, Shapes& shapes, const Tensor& position) {
 }
 
 Tensor attention_sums(Tensor query, Tensor key, Tensor position, double scaling, double softcap, int64_t window,
-                      std::string noise, double tau, int64_t seed, int64_t layer) {
+                      std::string noise, double tau, int64_t seed, int64_t layer, std::optional<Tensor> map) {
   const char* op = "attention_sums";
   Shapes shapes(op);
   shapes.bind(query, "query_BNPD");
@@ -468,12 +490,14 @@ Tensor attention_sums(Tensor query, Tensor key, Tensor position, double scaling,
   AttentionSums a = sums_of(op, shapes, queries, keys, positions, sums, scaling, softcap,
                             observation_of(op, noise, tau, seed, layer));
   a.window = window;
+  a.map = map_of(op, shapes, map, softcap);
   kernels().attention_sums(a, threads());
   return sums;
 }
 
 std::tuple<Tensor, Tensor> attend_sums(Tensor query, Tensor key, Tensor value, Tensor position, double scaling,
-                                       double softcap, std::string noise, double tau, int64_t seed, int64_t layer) {
+                                       double softcap, std::string noise, double tau, int64_t seed, int64_t layer,
+                                       std::optional<Tensor> map) {
   const char* op = "attend_sums";
   Shapes shapes(op);
   shapes.bind(query, "query_BNPD");
@@ -491,6 +515,7 @@ std::tuple<Tensor, Tensor> attend_sums(Tensor query, Tensor key, Tensor value, T
   a.value = values.heads;
   a.value_width = shapes['E'];
   a.out = out.data_ptr();
+  a.map = map_of(op, shapes, map, softcap);
   kernels().attention_sums(a, threads());
   return {out, sums};
 }
@@ -593,16 +618,6 @@ Tensor channel_scores(Tensor query, Tensor key, Tensor held) {
   return scores;
 }
 
-// Checks what estimate_blocks and attend_blocks share.
-BlockMap map_of(const char* op, const Shapes& shapes, uint8_t* bytes) {
-  if (!shapes['H'] || shapes['N'] % shapes['H'])
-    refuse(op, shapes['N'], " query heads are no multiple of ", shapes['H'], " KV heads");
-  if (shapes['P'] < 1 || shapes['P'] > shapes['S'])
-    refuse(op, shapes['P'], " queries for ", shapes['S'], " slots; 1 to S are allowed");
-  if (shapes['D'] > kMostWidth) refuse(op, "heads of ", shapes['D'], " channels; at most ", kMostWidth);
-  return {shapes['P'], shapes['S'], bytes};
-}
-
 Tensor estimate_blocks(Tensor query, Tensor query_scale, Tensor key, Tensor key_scale, Tensor shift, Tensor threshold,
                        int64_t local) {
   const char* op = "estimate_blocks";
@@ -648,12 +663,8 @@ std::tuple<Tensor, Tensor> attend_blocks(Tensor query, Tensor key, Tensor value,
   shapes.bind(query, "query_BNPD");
   shapes.bind(key, "key_BHSD");
   shapes.bind(value, "value_BHSE");
-  shapes.bind(map, "map_BNX");
-  expect(op, map, "map_BNX", ScalarType::Byte, "uint8");
-  const BlockMap blocks = map_of(op, shapes, static_cast<uint8_t*>(map.data_ptr()));
+  const BlockMap blocks = map_of(op, shapes, std::optional<Tensor>(map));
   if (shapes['E'] > kMostWidth) refuse(op, "values of ", shapes['E'], " channels; at most ", kMostWidth);
-  if (shapes['X'] != blocks.offset(blocks.rows()))
-    refuse(op, "map_BNX has ", shapes['X'], " bytes per head; it must have ", blocks.offset(blocks.rows()));
   const Strided queries(op, query, "query_BNPD"), keys(op, key, "key_BHSD"), values(op, value, "value_BHSE");
   Tensor out = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['P'], shapes['E']});
   Tensor lse = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['P']}, ScalarType::Float);

@@ -56,6 +56,13 @@ class Blocks(NamedTuple):
             offsets.append(offsets[-1] + -(-self.end(row) // 8))
         return offsets
 
+    def tables(self, local: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """`offsets` without the last, `end` and `first_local` of every row: int32 `[I]` each."""
+        rows = [(self.end(row), self.first_local(row, local)) for row in range(self.rows)]
+        numbers = torch.tensor(rows, dtype=torch.int32, device=device)
+        begin = torch.tensor(self.offsets[:-1], dtype=torch.int32, device=device)
+        return begin, numbers[:, 0].contiguous(), numbers[:, 1].contiguous()
+
     @property
     def causal(self) -> int:
         """All blocks that some query sees."""

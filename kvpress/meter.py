@@ -111,6 +111,13 @@ class Report:
         return self.bytes_held / self.bytes_full if self.bytes_full else 1.0
 
     @property
+    def attention(self) -> str:
+        """A sentence on the attention of prompts."""
+        if not any(layer.density for layer in self.layers):
+            return "Prompt attention is exact; only what is stored is compressed."
+        return f"{self.density:.0%} of the blocks of prompt attention were computed."
+
+    @property
     def density(self) -> float:
         """The share of blocks of prompt attention that was computed, over layers and heads."""
         every = [share for layer in self.layers for share in layer.density or [1.0]]
@@ -155,10 +162,11 @@ class Report:
             f"{self.fraction:.3f}",
         )
         yield table
-        if any(layer.density for layer in self.layers):
-            yield f"Blocks of prompt attention computed: {self.density:.1%}, by layer and head" + (
-                f" {min(map(min, filter(None, (x.density for x in self.layers)))):.1%} –"
-                f" {max(map(max, filter(None, (x.density for x in self.layers)))):.1%}."
+        shares = [share for layer in self.layers for share in layer.density]
+        if shares:
+            yield (
+                f"Blocks of prompt attention computed: {self.density:.1%}, by layer and head"
+                f" {min(shares):.1%} – {max(shares):.1%}."
             )
         if self.bytes_peak:
             yield f"Peak during a prompt: {size(self.bytes_peak)}."

@@ -38,6 +38,7 @@ def attend_and_sum(
     observation: Observation,
     scaling: float,
     softcap: float,
+    map_BNX: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output of a whole prompt and its `prompt_sums` over all queries, in one pass."""
     out_BNPE, sums_BNP = ops.attend_sums(
@@ -51,6 +52,7 @@ def attend_and_sum(
         observation.tau,
         observation.seed,
         layer,
+        map_BNX,
     )
     return out_BNPE, sums_BNP if observation.weight == 1.0 else sums_BNP * observation.weight
 
@@ -63,10 +65,11 @@ def prompt_sums(
     observation: Observation,
     scaling: float,
     softcap: float,
+    map_BNX: Tensor | None = None,
 ) -> Tensor:
     """Attention of a prompt chunk summed over its queries: fp32 `[B, N, S]`.
 
-    The chunk's own tokens are the last P slots, in order.
+    The chunk's own tokens are the last P slots, in order. With a map: over its blocks.
     """
     sums_BNS = ops.attention_sums(
         query_BNPD,
@@ -79,6 +82,7 @@ def prompt_sums(
         observation.tau,
         observation.seed,
         layer,
+        map_BNX,
     )
     return sums_BNS if observation.weight == 1.0 else sums_BNS * observation.weight
 

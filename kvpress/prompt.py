@@ -11,15 +11,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kvpress import ops
 from kvpress.absorb import survive
 from kvpress.attend import prompt_attention
-from kvpress.blocks import Blocks
+from kvpress.blockwise import choose
 from kvpress.layer import Layer
 from kvpress.observe import Observation, attend_and_sum, over_group, prompt_sums
 from kvpress.portions import plan
 from kvpress.run import Tokens
 from kvpress.selection import select
-from kvpress.sparse import sparse_attention
 from kvpress.store import FormattedRows, Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
 from kvpress.types import EMPTY, Slots
@@ -47,69 +47,29 @@ def run_prompt(
 def _attend(
     layer: Layer, tokens: Tokens, columns: dict[str, Tensor], request: Observation | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention output, and the sums that a policy asked for, if one pass gives both."""
-    fresh = columns[KEY] is tokens.key_bHPD  # nothing was stored before
-    trains = torch.is_grad_enabled() and tokens.query_bNPD.requires_grad
-    if layer.run.thresholds is not None and not trains and _may_be_sparse(layer, tokens, columns):
-        return _attend_sparsely(layer, tokens, columns), None
-    if fresh and request is not None and request.window is None and not trains:
-        return attend_and_sum(
-            tokens.query_bNPD,
-            columns[KEY],
-            columns[VALUE],
-            columns[POSITION],
-            layer.kind.index,
-            request,
-            tokens.scaling,
-            tokens.softcap,
-        )
-    out_bNPD = prompt_attention(
-        tokens.query_bNPD,
-        columns[KEY],
-        columns[VALUE],
-        None if fresh else columns[POSITION],
-        tokens.scaling,
-        tokens.softcap,
-        layer.kind.window,
-    )
-    return out_bNPD, None
-
-
-def _may_be_sparse(layer: Layer, tokens: Tokens, columns: dict[str, Tensor]) -> bool:
-    """Whether blocks of this attention can be skipped; otherwise the report says why not."""
-    assert layer.run.thresholds is not None
-    new, least = tokens.query_bNPD.shape[2], layer.run.thresholds.least
-    if new < least:
-        why = f"prompts of fewer than {least:,} new tokens"
-    elif layer.kind.window is not None:
-        why = "sliding-window layers"
-    elif tokens.softcap:
-        why = "layers with a cap on their logits"
-    elif layer.kind.slopes is not None:
-        why = "layers with ALiBi"
-    elif bool((columns[POSITION] == EMPTY).any()):
-        why = "prompts that go on from rows of different lengths"
-    else:
-        return True
-    layer.run.notes[f"Attention was computed in full for {why}."] = None
-    return False
-
-
-def _attend_sparsely(layer: Layer, tokens: Tokens, columns: dict[str, Tensor]) -> Tensor:
-    """Attention over the blocks that matter, which are counted for the report."""
-    assert layer.run.thresholds is not None
-    tau_LN, local, _ = layer.run.thresholds
-    out_bNPD, computed_bN = sparse_attention(
-        tokens.query_bNPD,
-        columns[KEY],
-        columns[VALUE],
-        tokens.scaling,
-        tau_LN[layer.kind.index],
-        local,
-    )
-    blocks = Blocks(tokens.query_bNPD.shape[2], columns[KEY].shape[2])
-    layer.count_blocks(computed_bN, blocks.causal)
-    return out_bNPD
+    """The attention output, and the sums that a policy asked for, where they come with it."""
+    query, scaling, softcap = tokens.query_bNPD, tokens.scaling, tokens.softcap
+    key, value, position = columns[KEY], columns[VALUE], columns[POSITION]
+    fresh = key is tokens.key_bHPD  # nothing was stored before
+    trains = torch.is_grad_enabled() and query.requires_grad
+    map_bNX = None if trains else choose(layer, tokens, key, position)
+    index = layer.kind.index
+    if request is not None and request.window is None and not trains:
+        if map_bNX is not None:
+            layer.run.notes["Attention sums of prompts are of the blocks computed."] = None
+        if fresh:
+            return attend_and_sum(
+                query, key, value, position, index, request, scaling, softcap, map_bNX
+            )
+        if map_bNX is not None:
+            out_bNPD, _ = ops.attend_blocks(query, key, value, map_bNX, scaling)
+            return out_bNPD, prompt_sums(
+                query, key, position, index, request, scaling, softcap, map_bNX
+            )
+    if map_bNX is not None:
+        return ops.attend_blocks(query, key, value, map_bNX, scaling)[0], None
+    seen = None if fresh else position
+    return prompt_attention(query, key, value, seen, scaling, softcap, layer.kind.window), None
 
 
 @torch.no_grad()
@@ -218,10 +178,6 @@ def _observe(
     sums_BNS: what was observed already, with the attention.
     """
     if request is not None and sums_BNS is None:
-        if request.window is None and layer.computed:
-            layer.run.notes[
-                "Attention sums of the prompt were taken over all blocks, computed or not."
-            ] = None
         sums_BNS = prompt_sums(
             tokens.query_bNPD,
             columns[KEY],

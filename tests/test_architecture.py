@@ -21,6 +21,7 @@ POLICIES = [path.stem for path in (ROOT / "policies").glob("*.py") if path.stem 
 LAYERS = [
     {"errors", "env", "types", "noise", "families", "blocks"},
     {"budget", "division", "native", "shapes", "rotary", "layout"},
+    {"cuda"},
     {"ops"},
     {"select", "observe", "merging", "options", "formats", "sparse"},
     {"policy"},
@@ -33,7 +34,7 @@ LAYERS = [
     {"layer"},
     {"selection", "absorb", "formatting"},
     {"decode"},
-    {"portions", "drafts"},
+    {"portions", "drafts", "blockwise"},
     {"prompt"},
     {"pipe", "kinds", "saving"},
     {"cache_layer", "calibration"},

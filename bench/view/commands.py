@@ -42,11 +42,17 @@ def view(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what was kept as JSON and write no page.")
     ] = False,
+    map_file: Annotated[
+        Path | None,
+        typer.Option("--map", help="Instead: a .png of the blocks that a layer attends to."),
+    ] = None,
+    layer: Annotated[int, typer.Option(help="The layer of --map.", min=0)] = 0,
 ) -> None:
     """Show which tokens each layer and KV head kept, in the text itself, as one HTML page.
 
     The answer is decoded greedily. Without a prompt, about 1,000 tokens of Python's language
-    reference are used, with a question at the end.
+    reference are used, with a question at the end. With --map: which blocks of the prompt's
+    attention a sparse policy computes in one layer, per query head.
     """
     import torch
     from kvpress.bench import models
@@ -56,7 +62,10 @@ def view(
     from kvpress.loading import parse
 
     parse(policy)  # refuse a wrong policy, file or prompt before a model is loaded
-    _check_out(out)
+    if map_file is None:
+        _check_out(out)
+    else:
+        _check_map(map_file)
     text = _given(prompt, prompt_file)
     if threads:
         torch.set_num_threads(threads)
@@ -64,6 +73,9 @@ def view(
         loaded, tokenizer = models.load(model, dtype, device)
     with errors.status("Reading the prompt …"):
         whole = _wrap(text, tokenizer, chat, prompt_tokens)
+        if map_file is not None:
+            _draw_map(loaded, tokenizer, whole, policy, layer, map_file)
+            return
         kept = look(loaded, tokenizer, whole, policy, name=model, max_new_tokens=max_new_tokens)
     if as_json:
         sys.stdout.write(json.dumps(kept.to_dict()) + "\n")
@@ -76,6 +88,27 @@ def _check_out(out: Path) -> None:
     check_writable("--out", out)
     if out.suffix != ".html":
         raise ViewError(f"--out {out}: the name must end in .html.")
+
+
+def _check_map(path: Path) -> None:
+    """Raises ViewError, BadParameter or PlotError for a picture that cannot be written."""
+    from kvpress.bench import plot
+
+    plot.require()
+    check_writable("--map", path)
+    if path.suffix != ".png":
+        raise ViewError(f"--map {path}: the name must end in .png.")
+
+
+def _draw_map(model: Any, tokenizer: Any, prompt: str, policy: str, layer: int, path: Path) -> None:
+    from kvpress.bench.view import kept, maps
+
+    from kvpress.blocks import Blocks
+
+    ids_1T = kept.tokenize(model, tokenizer, prompt, 0)["input_ids"]
+    blocks = Blocks(ids_1T.shape[1], ids_1T.shape[1])
+    title = f"{policy}: layer {layer}, {blocks.slots:,} tokens"
+    maps.draw(maps.computed_of(model, ids_1T, policy, layer), blocks, title, path)
 
 
 def _given(prompt: str | None, prompt_file: Path | None) -> str | None:

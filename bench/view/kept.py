@@ -60,7 +60,7 @@ def look(
 
     name: of the model, as the page calls it. Raises PromptError and the engine's errors.
     """
-    inputs = _tokenize(model, tokenizer, prompt, max_new_tokens)
+    inputs = tokenize(model, tokenizer, prompt, max_new_tokens)
     with kvpress.attach(model, policy) as engine, torch.inference_mode():
         out = engine.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
         cache, report = engine.cache, engine.report()
@@ -78,7 +78,7 @@ def look(
     )
 
 
-def _tokenize(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Any:
+def tokenize(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Any:
     """The tokens of a prompt, on the model's device. Raises PromptError."""
     if not prompt:
         raise PromptError("The prompt is empty. Give a prompt of at least one token.")

@@ -58,7 +58,7 @@ def _header(kept: Kept) -> Iterable[str]:
     yield (
         f'<p class="hint">Model <b>{html.escape(kept.model)}</b>, a prompt of'
         f" {kept.prompt_tokens:,} tokens and {answer:,} decoded greedily. A row is one KV head of"
-        " one layer. Prompt attention is exact; only what is stored is compressed.</p>"
+        f" one layer. {html.escape(report.attention)}</p>"
     )
     for note in report.notes:
         yield f'<p class="hint">Note: {html.escape(note)}</p>'

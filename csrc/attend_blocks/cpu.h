@@ -21,9 +21,7 @@ class BlockAttention {
     const int64_t rows = map_.rows();
     const bool worthwhile = map_.slots * a_.width * map_.queries > 1 << 16;
     row_.pack(threads_, worthwhile);
-    offset_ = scratch<int64_t, struct MapOffsets>(rows + 1);
-    offset_[0] = 0;
-    for (int64_t i = 0; i < rows; i++) offset_[i + 1] = offset_[i] + (map_.end(i) + 7) / 8;
+    offset_ = map_row_offsets<struct MapOffsets>(map_);
     share(threads_, rows * a_.group, worthwhile,
           [&](int64_t i) { attend(rows - 1 - i / a_.group, (b_ * a_.heads + h_) * a_.group + i % a_.group); });
   }
@@ -117,7 +115,7 @@ class BlockAttention {
   int64_t b_, h_;
   const Threads& threads_;
   PackedRow row_;
-  int64_t* offset_;
+  const int64_t* offset_;
 };
 
 inline void attend_blocks(const AttendBlocks& a, const Threads& threads) {

@@ -88,8 +88,7 @@ def attend_blocks(
     slots, value_width, device = key.shape[2], value.shape[3], query.device
     blocks = Blocks(queries, slots)
     offsets = blocks.offsets
-    tables = (offsets[:-1], [blocks.end(row) for row in range(blocks.rows)])
-    offset, end = (torch.tensor(x, dtype=torch.int32, device=device) for x in tables)
+    offset, end, _ = blocks.tables(0, device)
     out_BNPE = query.new_empty(batch, heads, queries, value_width)
     lse_BNP = torch.empty(batch, heads, queries, dtype=torch.float32, device=device)
     with device_of(query):

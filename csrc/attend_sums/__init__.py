@@ -8,8 +8,8 @@ from torch import Tensor
 
 SCHEMA = (
     "attend_sums(Tensor query_BNPD, Tensor key_BHSD, Tensor value_BHSE, Tensor position_BHS,"
-    " float scaling, float softcap, str noise, float tau, int seed, int layer)"
-    " -> (Tensor out_BNPE, Tensor sums_BNS)"
+    " float scaling, float softcap, str noise, float tau, int seed, int layer,"
+    " Tensor? map_BNX=None) -> (Tensor out_BNPE, Tensor sums_BNS)"
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvpress.csrc.attend_blocks.reference import attend_blocks
 from kvpress.csrc.attention_sums import reference as sums
 from torch import Tensor
 
@@ -20,17 +21,22 @@ def attend_sums(
     tau: float,
     seed: int,
     layer: int,
+    map_BNX: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of a whole prompt, `[B, N, P, E]`, and what each slot received of it.
 
     The sums, fp32 `[B, N, S]`, are those of `attention_sums` over all queries. Every slot holds a
-    token, so that P = S. Raises OperatorError.
+    token, so that P = S. Both are of the blocks of the map, where there is one. Raises
+    OperatorError.
     """
-    check(query_BNPD, key_BHSD, value_BHSE, position_BHS, softcap, noise, tau)
+    check(query_BNPD, key_BHSD, value_BHSE, position_BHS, softcap, noise, tau, map_BNX)
     queries = query_BNPD.shape[2]
-    out_BNPE = prompt_attention(query_BNPD, key_BHSD, value_BHSE, None, scaling, softcap)
+    if map_BNX is None:
+        out_BNPE = prompt_attention(query_BNPD, key_BHSD, value_BHSE, None, scaling, softcap)
+    else:
+        out_BNPE, _ = attend_blocks(query_BNPD, key_BHSD, value_BHSE, map_BNX, scaling)
     numbers = (scaling, softcap, queries, noise, tau, seed, layer)
-    return out_BNPE, sums.attention_sums(query_BNPD, key_BHSD, position_BHS, *numbers)
+    return out_BNPE, sums.attention_sums(query_BNPD, key_BHSD, position_BHS, *numbers, map_BNX)
 
 
 def check(
@@ -41,6 +47,7 @@ def check(
     softcap: float,
     noise: str,
     tau: float,
+    map_BNX: Tensor | None = None,
 ) -> None:
     """Raises OperatorError for operands that do not fit together."""
     op = "attend_sums"
@@ -58,4 +65,4 @@ def check(
             " Use attention_sums for a chunk",
         )
     window = lengths["P"]
-    sums.check(query_BNPD, key_BHSD, position_BHS, softcap, window, noise, tau)
+    sums.check(query_BNPD, key_BHSD, position_BHS, softcap, window, noise, tau, map_BNX)

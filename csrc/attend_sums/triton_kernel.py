@@ -6,6 +6,7 @@ keep the exponentials of all slots until the normalisers are known.
 
 from __future__ import annotations
 
+from kvpress.csrc.attend_blocks.triton_kernel import attend_blocks
 from kvpress.csrc.attend_sums.reference import check
 from kvpress.csrc.attention_sums.triton_kernel import attention_sums
 from torch import Tensor
@@ -24,9 +25,13 @@ def attend_sums(
     tau: float,
     seed: int,
     layer: int,
+    map_BNX: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same as the reference. Raises OperatorError."""
-    check(query_BNPD, key_BHSD, value_BHSE, position_BHS, softcap, noise, tau)
-    out_BNPE = prompt_attention(query_BNPD, key_BHSD, value_BHSE, None, scaling, softcap)
+    check(query_BNPD, key_BHSD, value_BHSE, position_BHS, softcap, noise, tau, map_BNX)
+    if map_BNX is None:
+        out_BNPE = prompt_attention(query_BNPD, key_BHSD, value_BHSE, None, scaling, softcap)
+    else:
+        out_BNPE, _ = attend_blocks(query_BNPD, key_BHSD, value_BHSE, map_BNX, scaling)
     numbers = (scaling, softcap, query_BNPD.shape[2], noise, tau, seed, layer)
-    return out_BNPE, attention_sums(query_BNPD, key_BHSD, position_BHS, *numbers)
+    return out_BNPE, attention_sums(query_BNPD, key_BHSD, position_BHS, *numbers, map_BNX)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 SCHEMA = (
     "attention_sums(Tensor query_BNPD, Tensor key_BHSD, Tensor position_BHS, float scaling, float"
-    " softcap, int window, str noise, float tau, int seed, int layer) -> Tensor sums_BNS"
+    " softcap, int window, str noise, float tau, int seed, int layer, Tensor? map_BNX=None)"
+    " -> Tensor sums_BNS"
 )
 
 

@@ -29,6 +29,7 @@ class RowSums {
 
   void run() {
     row_.pack(threads_, worthwhile());
+    offset_ = map_row_offsets<struct SumOffsets>(a_.map);
     const int64_t* position = a_.position + (b_ * a_.heads + h_) * a_.slots;
     for (int64_t s = 0; s < a_.slots; s++) position_[s] = int32_t(position[s]);
     std::fill(position_ + a_.slots, position_ + padded_, -1);
@@ -51,6 +52,7 @@ class RowSums {
   // Some queries of one head and what is known of them after some blocks of slots.
   struct Queries {
     int64_t g, q, count;
+    const uint8_t* bits;  // of the blocks that are attended to, one byte per block of slots here; or null: all are
     const float* packed;  // as logits_of_tile takes them
     float* weights;       // [count, padded]: exponentials, relative to the reference of their block
     float* reference;     // [count, blocks]
@@ -73,9 +75,16 @@ class RowSums {
     some.weights = scratch<float, struct SumWeights>(kQueryBlock * padded_);
     some.reference = scratch<float, struct References>(kQueryBlock * most);
     some.out = a_.out ? scratch<float, struct SumOut>(kQueryBlock * panels_ * kPanel) : nullptr;
-    for (int64_t q = begin; q < end; q += kQueryBlock) {
+    for (int64_t q = begin; q < end; q += some.count) {
       some.q = q;
       some.count = std::min<int64_t>(kQueryBlock, end - q);
+      some.bits = nullptr;
+      if (a_.map.bytes) {  // all queries in one row of the map
+        const int64_t row = q / BlockMap::kQueries;
+        some.count = std::min(some.count, (row + 1) * BlockMap::kQueries - q);
+        const int64_t head = (b_ * a_.heads + h_) * a_.group + g;
+        some.bits = a_.map.bytes + head * offset_[a_.map.rows()] + offset_[row];
+      }
       pack_queries(some.count, a_.width, query + kQueryBlock * a_.width, query, [&](int64_t i, float* to) {
         read_floats(a_.query.data, a_.query.type,
                     b_ * a_.query.batch_stride + (h_ * a_.group + g) * a_.query.head_stride + (q + i) * a_.query.token_stride,
@@ -95,18 +104,40 @@ class RowSums {
     if (some.out) std::fill_n(some.out, some.count * panels_ * kPanel, 0.0f);
     for (int64_t k = 0; k < some.blocks; k++) {
       const int64_t first = k * kKeyBlock, slots = std::min(kKeyBlock, tiles_ * kTile - first);
-      for (int64_t s = 0; s < slots; s += kTile)  // a tile serves all queries before the next one
+      if (some.bits && !some.bits[k]) {
+        leave_out(some, k, slots);
+        continue;
+      }
+      for (int64_t s = 0; s < slots; s += kTile) {  // a tile serves all queries before the next one
+        if (!attended(some, k, s)) {
+          for (int64_t i = 0; i < some.count; i++) std::fill_n(some.weights + i * padded_ + first + s, kTile, -INFINITY);
+          continue;
+        }
         in_parts(some.count, [&](int64_t m, auto M) {
           Ahead nothing;
           logits_of_tile<M()>(some.packed + m * a_.width, row_.tile((first + s) / kTile), kTile, a_.width,
                               some.weights + m * padded_ + first + s, padded_, nothing);
         });
+      }
       for (int64_t i = 0; i < some.count; i++) hide_and_cap(some.weights + i * padded_ + first, first, slots, own + i);
       if (some.out) attend(some, first, slots);
       for (int64_t i = 0; i < some.count; i++) weigh(some, i, k, slots);
     }
     if (some.out) write_out(some);
     add_columns(some, sums);
+  }
+
+  // Whether the tile at slot s of block k is attended to. The bits of a byte are the blocks of the map in one block here.
+  static bool attended(const Queries& some, int64_t k, int64_t s) {
+    static_assert(kKeyBlock == 8 * BlockMap::kSlots);
+    return !some.bits || (some.bits[k] >> s / BlockMap::kSlots & 1);
+  }
+
+  void leave_out(Queries& some, int64_t k, int64_t slots) const {
+    for (int64_t i = 0; i < some.count; i++) {
+      some.reference[i * some.blocks + k] = -INFINITY;
+      std::fill_n(some.weights + i * padded_ + k * kKeyBlock, slots, 0.0f);
+    }
   }
 
   // −∞ for slots that are empty or in the future, and softcap.
@@ -132,6 +163,14 @@ class RowSums {
       for (int64_t c = 0; c < panels_ * kPanel && shrink != 1.0f; c++) out_of(some, i, c) *= shrink;
       some.sum[i] = some.sum[i] * shrink + exponentials(x, slots, top, p + i * stride);
     }
+    for (int64_t s = 0, end; s < slots; s = end) {  // runs of tiles that are attended to, of all where there is no map
+      while (s < slots && !attended(some, first / kKeyBlock, s)) s += kTile;
+      for (end = s; end < slots && attended(some, first / kKeyBlock, end);) end += kTile;
+      if (s < end) add_run(some, p + s, stride, first + s, end - s);
+    }
+  }
+
+  void add_run(Queries& some, const float* p, int64_t stride, int64_t first, int64_t slots) const {
     const float* tile[kKeyBlock / kTile];
     for (int64_t panel_of = 0; panel_of < panels_; panel_of++) {
       for (int64_t t = 0; t * kTile < slots; t++) tile[t] = row_.panel(panel_of, first + t * kTile);
@@ -230,6 +269,7 @@ class RowSums {
   PackedRow row_;
   int64_t tiles_, padded_, panels_;
   int32_t* position_;
+  const int64_t* offset_;  // of the rows of the map
   bool gaps_ = false;  // whether some slots are empty
 };
 

@@ -7,6 +7,7 @@ from kvpress.csrc.decode_step.reference import check_noise
 from torch import Tensor
 
 from kvpress import shapes
+from kvpress.blocks import QUERIES, SLOTS, Blocks, from_map
 from kvpress.noise import NO_QUERY, exponential
 
 BLOCK_ELEMENTS = 1 << 20  # logits per block: 4 MiB in fp32, which stays near the cores
@@ -23,14 +24,15 @@ def attention_sums(
     tau: float,
     seed: int,
     layer: int,
+    map_BNX: Tensor | None = None,
 ) -> Tensor:
     """Attention that each slot receives from the last `window` queries: fp32 `[B, N, S]`.
 
     The P queries belong to the last P slots, in order; query i sees
-    slots 0 … S − P + i that hold a token (position >= 0). See README.md for the formulas of the
-    three kinds of noise. Raises OperatorError.
+    slots 0 … S − P + i that hold a token (position >= 0), of the blocks of the map where there is
+    one. See README.md for the formulas of the three kinds of noise. Raises OperatorError.
     """
-    check(query_BNPD, key_BHSD, position_BHS, softcap, window, noise, tau)
+    check(query_BNPD, key_BHSD, position_BHS, softcap, window, noise, tau, map_BNX)
     batch, query_heads, queries, width = query_BNPD.shape
     heads, slots = key_BHSD.shape[1:3]
     group = query_heads // heads
@@ -42,6 +44,9 @@ def attention_sums(
     any_empty = bool(empty_BH11S.any())
     sums_BHGS = torch.zeros(batch, heads, group, slots, device=query_BNPD.device)
 
+    computed_BNIJ = None
+    if map_BNX is not None:
+        computed_BNIJ = from_map(map_BNX, Blocks(queries, slots))
     frozen_BHG1S = None
     if noise == "frozen":
         no_query = torch.full_like(key_position_BH11S[..., :1], NO_QUERY)
@@ -62,6 +67,11 @@ def attention_sums(
         x_BHGps[..., slots - queries + start :].masked_fill_(future_pp, -torch.inf)
         if any_empty:
             x_BHGps.masked_fill_(empty_BH11S[..., :seen], -torch.inf)
+        if computed_BNIJ is not None:
+            row_p = torch.arange(start, stop, device=x_BHGps.device) // QUERIES
+            of_rows_BNpJ = computed_BNIJ[:, :, row_p]
+            chosen_BNps = of_rows_BNpJ.repeat_interleave(SLOTS, -1)[..., :seen]
+            x_BHGps.masked_fill_(~chosen_BNps.view_as(x_BHGps), -torch.inf)
 
         if frozen_BHG1S is not None and tau == 1.0:
             # N_q = Σ_j A_qj·exp(ζ_j), so that one ordinary softmax gives the noisy sums (README,
@@ -93,6 +103,7 @@ def check(
     window: int,
     noise: str,
     tau: float,
+    map_BNX: Tensor | None = None,
 ) -> None:
     """Raises OperatorError for operands that do not fit together."""
     op = "attention_sums"
@@ -114,3 +125,16 @@ def check(
     if window < 0:
         shapes.refuse(op, f"window is {window}; it must not be negative")
     check_noise(op, noise, tau, softcap)
+    if map_BNX is not None:
+        check_map(op, map_BNX, lengths, softcap)
+
+
+def check_map(op: str, map_BNX: Tensor, lengths: dict[str, int], softcap: float) -> None:
+    """Raises OperatorError for a map that is not of this prompt."""
+    shape = (lengths["B"], lengths["N"], Blocks(lengths["P"], lengths["S"]).offsets[-1])
+    if tuple(map_BNX.shape) != shape or map_BNX.dtype != torch.uint8:
+        shapes.refuse(
+            op, f"map_BNX is {map_BNX.dtype} {list(map_BNX.shape)}; it must be uint8 {list(shape)}"
+        )
+    if softcap:
+        shapes.refuse(op, f"softcap={softcap} with a map; give one of them")

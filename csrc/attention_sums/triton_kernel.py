@@ -28,8 +28,11 @@ from kvpress.csrc.triton_common import (
 )
 from torch import Tensor
 
+from kvpress.blocks import QUERIES, SLOTS, Blocks
+
+ROWS, COLUMNS = tl.constexpr(QUERIES), tl.constexpr(SLOTS)
 # Sizes that change from prompt to prompt must not lead to another compilation.
-SIZES = ["stream", "position_batch", "position_head", "queries", "slots", "summed"]
+SIZES = ["bytes_of_head", "stream", "position_batch", "position_head", "queries", "slots", "summed"]
 PROGRAMS = 1024  # enough to fill a device: few queries are split along the keys
 
 
@@ -66,13 +69,14 @@ def attention_sums(
     tau: float,
     seed: int,
     layer: int,
+    map_BNX: Tensor | None = None,
 ) -> Tensor:
     """Attention that each slot receives from the last `window` queries: fp32 `[B, N, S]`.
 
     The same as the reference. Moves keys once per block of queries and queries once per block of
     keys, and holds 4 bytes per query and part of the keys. Raises OperatorError.
     """
-    check(query_BNPD, key_BHSD, position_BHS, softcap, window, noise, tau)
+    check(query_BNPD, key_BHSD, position_BHS, softcap, window, noise, tau, map_BNX)
     batch, query_heads, queries, width = query_BNPD.shape
     heads, slots = key_BHSD.shape[1:3]
     summed = min(window, queries)
@@ -87,7 +91,10 @@ def attention_sums(
     chunk = triton.cdiv(key_blocks, splits) * launch.block_s
     lse = sums_BNS.new_empty(splits, batch, query_heads, summed)
     operands = (query_BNPD, key_BHSD, position_BHS)
-    numbers = (scaling, softcap, 1.0 / tau, noise_stream(seed, layer))
+    blocks_of = Blocks(queries, slots)
+    offset_I = torch.tensor(blocks_of.offsets, dtype=torch.int32, device=query_BNPD.device)
+    chosen = (position_BHS if map_BNX is None else map_BNX, offset_I)  # not read without a map
+    numbers = (blocks_of.offsets[-1], scaling, softcap, 1.0 / tau, noise_stream(seed, layer))
     strides = (*query_BNPD.stride(), *key_BHSD.stride(), *position_BHS.stride())
     options = {
         "HEADS": heads,
@@ -96,6 +103,7 @@ def attention_sums(
         "WIDE": is_wide,
         "CAPPED": softcap != 0,
         "NOISE": NOISES[noise],
+        "MAPPED": map_BNX is not None,
         "BLOCK_M": launch.block_m,
         "BLOCK_S": launch.block_s,
         "BLOCK_D": max(16, triton.next_power_of_2(width)),
@@ -106,11 +114,11 @@ def attention_sums(
     sizes = (queries, slots, summed)
     with device_of(query_BNPD):
         lse_kernel[(blocks, batch * query_heads, splits)](
-            *operands, lse, *numbers, *strides, *sizes, chunk, **options
+            *operands, lse, *chosen, *numbers, *strides, *sizes, chunk, **options
         )
         lse_BNP = lse.logsumexp(0) if splits > 1 else lse
         sums_kernel[(key_blocks, batch * query_heads)](
-            *operands, lse_BNP, sums_BNS, *numbers, *strides, *sizes, **options
+            *operands, lse_BNP, sums_BNS, *chosen, *numbers, *strides, *sizes, **options
         )
     return sums_BNS
 
@@ -126,17 +134,35 @@ def noisy_logits(
     scaling,
     softcap,
     coldness,
+    chosen_MS,
     WIDE: tl.constexpr,
     CAPPED: tl.constexpr,
     NOISE: tl.constexpr,
 ):
-    """Logits with noise and temperature; -inf for slots that are empty or in a query's future."""
+    """Logits with noise and temperature; -inf for slots that a query does not see."""
     zeros_MS = tl.zeros([query_MD.shape[0], key_DS.shape[1]], tl.float32)
     y_MS = finish_logits(dot(query_MD, key_DS, zeros_MS, WIDE), scaling, softcap, CAPPED)
     if NOISE != 0:
         y_MS += gumbel(noise_M[:, None], position_S[None, :])
-    seen_MS = (s_S[None, :] <= own_M[:, None]) & (position_S >= 0)[None, :]
+    seen_MS = (s_S[None, :] <= own_M[:, None]) & (position_S >= 0)[None, :] & chosen_MS
     return tl.where(seen_MS, y_MS * coldness, float("-inf"))
+
+
+@triton.jit
+def chosen(computed, offset, begin, i_M, own_M, s_S, queries, MAPPED: tl.constexpr):
+    """Which slots lie in blocks of the map, of those that a query can see; all without a map."""
+    visible_MS = s_S[None, :] <= own_M[:, None]
+    if not MAPPED:
+        return visible_MS
+    real_M = i_M < queries
+    row_M = tl.load(offset + i_M // ROWS, mask=real_M, other=0)
+    column_S = s_S // COLUMNS
+    byte_MS = tl.load(
+        computed + begin + row_M[:, None] + (column_S // 8)[None, :],
+        mask=visible_MS & real_M[:, None],
+        other=0,
+    ).to(tl.int32)
+    return (byte_MS >> (column_S % 8)[None, :]) & 1 != 0
 
 
 @triton.jit
@@ -176,6 +202,9 @@ def lse_kernel(
     key,
     position,
     lse,
+    computed,
+    offset,
+    bytes_of_head,
     scaling,
     softcap,
     coldness,
@@ -201,6 +230,7 @@ def lse_kernel(
     WIDE: tl.constexpr,
     CAPPED: tl.constexpr,
     NOISE: tl.constexpr,
+    MAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -227,6 +257,7 @@ def lse_kernel(
         key_DS = load_keys(key, s_S, key_slot, key_width, slots, D, BLOCK_D)
         at_S = s_S.to(tl.int64) * position_slot
         position_S = tl.load(position + at_S, mask=s_S < slots, other=-1).to(tl.int32)
+        chosen_MS = chosen(computed, offset, item * bytes_of_head, i_M, own_M, s_S, queries, MAPPED)
         y_MS = noisy_logits(
             query_MD,
             key_DS,
@@ -237,6 +268,7 @@ def lse_kernel(
             scaling,
             softcap,
             coldness,
+            chosen_MS,
             WIDE,
             CAPPED,
             NOISE,
@@ -258,6 +290,9 @@ def sums_kernel(
     position,
     lse,
     sums,
+    computed,
+    offset,
+    bytes_of_head,
     scaling,
     softcap,
     coldness,
@@ -282,6 +317,7 @@ def sums_kernel(
     WIDE: tl.constexpr,
     CAPPED: tl.constexpr,
     NOISE: tl.constexpr,
+    MAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -305,6 +341,7 @@ def sums_kernel(
             query, head, i_M, query_head, query_token, query_width, queries, D, BLOCK_D
         )
         noise_M = noise_rows(stream, head, position, own_M, position_slot, slots, NOISE)
+        chosen_MS = chosen(computed, offset, item * bytes_of_head, i_M, own_M, s_S, queries, MAPPED)
         y_MS = noisy_logits(
             query_MD,
             key_DS,
@@ -315,6 +352,7 @@ def sums_kernel(
             scaling,
             softcap,
             coldness,
+            chosen_MS,
             WIDE,
             CAPPED,
             NOISE,

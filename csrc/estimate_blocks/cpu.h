@@ -7,8 +7,7 @@
 
 #include <cmath>
 
-#include "../include/tasks.h"
-#include "../include/tiles.h"
+#include "../include/prompt.h"
 
 namespace kvpress::KERNEL_ISA {
 
@@ -28,9 +27,7 @@ class RowEstimate {
     key_ = scratch<uint8_t, struct PackedCodes>(tiles_ * tile_bytes_);
     share(threads_, tiles_, worthwhile(), [&](int64_t t) { pack(t); });
     const int64_t rows = map_.rows();
-    offset_ = scratch<int64_t, struct EstimateOffsets>(rows + 1);
-    offset_[0] = 0;
-    for (int64_t i = 0; i < rows; i++) offset_[i + 1] = offset_[i] + (map_.end(i) + 7) / 8;
+    offset_ = map_row_offsets<struct EstimateOffsets>(map_);
     share(threads_, rows * a_.group, worthwhile(),
           [&](int64_t i) { estimate(rows - 1 - i / a_.group, row_ * a_.group + i % a_.group); });
   }
@@ -168,7 +165,7 @@ class RowEstimate {
   const Threads& threads_;
   int64_t pairs_, tile_bytes_, tiles_;
   uint8_t* key_;
-  int64_t* offset_;
+  const int64_t* offset_;
 };
 
 inline void estimate_blocks(const EstimateBlocks& a, const Threads& threads) {

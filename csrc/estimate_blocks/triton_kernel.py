@@ -1,7 +1,8 @@
 """Triton kernel of `estimate_blocks`: one program per block of queries of a head.
 
-4-bit codes are multiplied as int8 with int32 sums, which every architecture has. All that decides
-is done in the same order as in the reference, so that maps are equal to the bit.
+4-bit codes are multiplied as int8 with int32 sums, which every architecture has; on those with
+4-bit products, and with nvcc, cuda_kernel.py takes over. All that decides is done in the same order
+as in the reference, so that maps are equal to the bit.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from kvpress.csrc.estimate_blocks import cuda_kernel
 from kvpress.csrc.estimate_blocks.reference import HIGH, LOW, MOST_CODE, check
 from kvpress.csrc.triton_common import FUSED, device_of
 from torch import Tensor
@@ -87,18 +89,19 @@ def estimate_blocks(
     local: int,
 ) -> Tensor:
     """The same as the reference, to the bit. Raises OperatorError."""
-    check(query_BNPD, query_scale_BNP, key_BHSD, key_scale_BHJK, shift_BNS, threshold_BNP, local)
+    operands = (query_BNPD, query_scale_BNP, key_BHSD, key_scale_BHJK, shift_BNS, threshold_BNP)
+    if cuda_kernel.available(query_BNPD):
+        return cuda_kernel.estimate_blocks(*operands, local)
+    check(*operands, local)
     batch, heads, queries, width = query_BNPD.shape
     slots, device = key_BHSD.shape[2], query_BNPD.device
     blocks = Blocks(queries, slots)
     offsets = blocks.offsets
     map_BNX = torch.empty(batch, heads, offsets[-1], dtype=torch.uint8, device=device)
-    sizes = [(blocks.end(row), blocks.first_local(row, local)) for row in range(blocks.rows)]
-    tables = (offsets[:-1], *zip(*sizes, strict=True))
-    offset, end, first_local = (torch.tensor(x, dtype=torch.int32, device=device) for x in tables)
+    offset, end, first_local = blocks.tables(local, device)
     with device_of(query_BNPD):
         block_kernel[(blocks.rows, batch * heads)](
-            query_BNPD, query_scale_BNP, key_BHSD, key_scale_BHJK, shift_BNS, threshold_BNP,
+            *operands,
             offset, end, first_local, map_BNX, queries, slots, blocks.columns, offsets[-1],
             float(HIGH - MOST_CODE**2 * width - 1), heads // key_BHSD.shape[1],
             WIDTH=width, BLOCK_D=max(32, triton.next_power_of_2(width)), BLOCK_M=QUERIES,

@@ -127,18 +127,6 @@ struct AbsorbStep {
   bool largest, normalised, together, keys, sinks, counted;
 };
 
-struct AttentionSums {
-  Heads query, key;         // [B, N, P, D], [B, H, S, D]
-  const int64_t* position;  // [B, H, S]
-  int64_t batch, heads, group, queries, slots, width, window;
-  Logits logits;
-  Observation observation;
-  float* sums;  // [B, N, S]
-  Heads value;  // [B, H, S, D'], where there is `out`
-  int64_t value_width;
-  void* out;  // [B, N, P, D'], contiguous, of the query's type; or null
-};
-
 // The bit map of blocks of a prompt: see kvpress/blocks.py.
 struct BlockMap {
   static constexpr int64_t kQueries = 64, kSlots = 32, kSegment = 4, kGroups = 4;
@@ -164,6 +152,19 @@ struct BlockMap {
     for (int64_t i = 0; i < row; i++) bytes += (end(i) + 7) / 8;
     return bytes;
   }
+};
+
+struct AttentionSums {
+  Heads query, key;         // [B, N, P, D], [B, H, S, D]
+  const int64_t* position;  // [B, H, S]
+  int64_t batch, heads, group, queries, slots, width, window;
+  Logits logits;
+  Observation observation;
+  float* sums;  // [B, N, S]
+  Heads value;  // [B, H, S, D'], where there is `out`
+  int64_t value_width;
+  void* out;  // [B, N, P, D'], contiguous, of the query's type; or null
+  BlockMap map;  // the blocks that are attended to; all of them where it has no bytes
 };
 
 struct EstimateBlocks {

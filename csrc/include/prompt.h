@@ -57,6 +57,15 @@ class PackedRow {
   float *key_, *value_;
 };
 
+// The byte at which every row of a map begins, and all bytes of a head.
+template <class Tag>
+inline const int64_t* map_row_offsets(const BlockMap& map) {
+  int64_t* offset = scratch<int64_t, Tag>(map.rows() + 1);
+  offset[0] = 0;
+  for (int64_t i = 0; i < map.rows(); i++) offset[i + 1] = offset[i] + (map.end(i) + 7) / 8;
+  return offset;
+}
+
 // Of a multiple of kWidth logits.
 inline float largest_of(const float* x, int64_t slots) {
   Vec top = load(x);

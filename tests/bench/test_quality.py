@@ -15,6 +15,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from kvpress.bench import candidates
 from kvpress.bench.quality import plots, run, suites, table
 from kvpress.bench.quality.metrics import score
 from kvpress.bench.quality.options import split_policies
@@ -418,3 +419,23 @@ def test_a_question_that_vanishes_is_refused(writer: Writer) -> None:
     with pytest.raises(TaskError, match="leaves nothing"):
         writer.question("", "answer")
     assert Sample((), ()).depth is None
+
+
+def test_caches_of_transformers_are_candidates(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cells.jsonl"
+    words = ["eval", "--suite", "copy", "--length", "300", "--samples", "1", "--out", str(out)]
+    names = ["--policy", "full,transformers,transformers-fp8"]
+    done = CliRunner().invoke(app, [*words, "--model", str(tiny_model), *names])
+    assert done.exit_code == 0, done.output
+    cells = [json.loads(line) for line in out.read_text().splitlines()]
+    held = {cell["policy"]: cell["bytes_held"] for cell in cells if "policy" in cell}
+    assert held["transformers-fp8"] < 0.4 * held["transformers"]
+    for name in ("transformers-int5", "nothing"):
+        refused = CliRunner().invoke(app, [*words, "--policy", name])
+        assert "Unknown policy" in str(refused.exception)
+
+
+def test_what_a_candidate_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(candidates.CandidateError, match="scripts/install demo,peers"):
+        candidates.refuse_unknown("transformers-int4")

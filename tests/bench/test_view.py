@@ -19,6 +19,7 @@ import pytest
 import torch
 from kvpress.bench import models
 from kvpress.bench.view.kept import Kept, look
+from kvpress.bench.view.maps import MapError, computed_of
 from kvpress.bench.view.page import page
 from kvpress.bench.view.pieces import pieces
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -27,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import kvpress
+from kvpress.blocks import Blocks
 from kvpress.cli import app
 from kvpress.errors import KVPressError
 from kvpress.meter import size
@@ -408,3 +410,29 @@ def test_what_cannot_be_shown_is_refused_before_a_model_is_loaded(
     done = CliRunner().invoke(app, ["view", *options])
     said = re.sub(r"[\s│]+", " ", f"{done.output} {done.exception}")
     assert message in said and isinstance(done.exception, KVPressError | SystemExit)
+
+
+def test_the_map_of_a_layer(tiny: tuple[Any, Any], tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    model, _ = tiny
+    heads = model.config.num_attention_heads
+    ids = helpers.prompt(1, 500)
+    policy = "sale:threshold=1.0,least=1"
+    computed = computed_of(model, ids, policy, 1)
+    assert computed.shape == (heads, 8, 16)
+    with kvpress.attach(model, policy) as engine, torch.no_grad():
+        model(ids, cache=engine.new_cache())
+        wanted = engine.report().layers[1].density
+    found = computed.sum((1, 2)) / Blocks(500, 500).causal
+    assert found.tolist() == pytest.approx(wanted)
+    with pytest.raises(MapError, match="allowed are"):
+        computed_of(model, ids, policy, 99)
+    with pytest.raises(MapError, match="attended in full"):
+        computed_of(model, ids, "sale:threshold=1.0", 1)
+    with pytest.raises(KVPressError, match="computes all"):
+        computed_of(model, ids, "full", 1)
+    path = tmp_path / "map.png"
+    words = ["view", "--model", str(tiny_model), "--policy", policy, "--map", str(path)]
+    result = CliRunner().invoke(app, [*words, "--layer", "1", "--prompt", TEXT * 4, "--no-chat"])
+    assert result.exit_code == 0, result.output
+    assert path.read_bytes().startswith(b"\x89PNG")

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from blocking import estimate_operands, operands
 from kvpress.csrc.attend_blocks import reference as attend
+from kvpress.csrc.attention_sums import reference as sums_reference
 from kvpress.csrc.estimate_blocks import reference as estimate
 
 from kvpress import ops, sparse
@@ -20,7 +22,6 @@ from kvpress.attend import prompt_attention
 from kvpress.blocks import QUERIES, SLOTS, Blocks, computed_blocks, from_map, of_slots, to_map
 from kvpress.errors import OperatorError
 
-Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 SHAPES = {  # B, N, H, P, S, D
     "P1-S1": (1, 2, 1, 1, 1, 64),
     "P63-S63": (1, 2, 2, 63, 63, 64),
@@ -32,25 +33,6 @@ SHAPES = {  # B, N, H, P, S, D
     "P70-S1925-G3-D7": (1, 3, 1, 70, 1925, 7),
 }
 CASES = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-
-
-def operands(
-    batch: int, heads: int, kv_heads: int, queries: int, slots: int, width: int
-) -> Operands:
-    """Queries, keys and values whose means are not zero, with a few keys that matter."""
-    query = torch.randn(batch, heads, queries, width) + torch.randn(width)
-    key = torch.randn(batch, kv_heads, slots, width) + 2 * torch.randn(width)
-    key[:, :, ::97] *= 3
-    return query, key, torch.randn(batch, kv_heads, slots, width)
-
-
-def estimate_operands(query: torch.Tensor, key: torch.Tensor, tau: float) -> tuple[Any, ...]:
-    keys, own = sparse.quantise_keys(key), sparse.quantise_queries(query)
-    scaling = query.shape[-1] ** -0.5
-    tau_N = torch.full((query.shape[1],), tau)
-    bound = sparse.thresholds(query, key, keys.mean, scaling, tau_N, 128)
-    shift = sparse.lost_by_smoothing(own.mean, keys)
-    return own.code, own.scale, keys.code, keys.scale, shift, bound, 128
 
 
 def a_map(query: torch.Tensor, key: torch.Tensor, tau: float, local: int = 128) -> torch.Tensor:
@@ -144,16 +126,17 @@ def test_maps_equal_the_reference_bit_for_bit(shape: tuple[int, ...], tau: float
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 def test_maps_do_not_depend_on_the_instruction_set(isa: str) -> None:
     code = (
-        "import test_blocks as t, torch; from kvpress import ops\n"
+        "import blocking as t, torch; from kvpress import ops\n"
+        "from kvpress.csrc.estimate_blocks import reference\n"
         "torch.manual_seed(3); query, key, _ = t.operands(1, 4, 2, 200, 900, 40)\n"
         "given = t.estimate_operands(query, key, 0.02)\n"
-        "assert torch.equal(ops.estimate_blocks(*given), t.estimate.estimate_blocks(*given))\n"
+        "assert torch.equal(ops.estimate_blocks(*given), reference.estimate_blocks(*given))\n"
         "for bad in (float('nan'), 1e38, -1e38):\n"
         "    given[4][:, :, 100:140], given[5][:, :, ::7] = bad, bad\n"
-        "    assert torch.equal(ops.estimate_blocks(*given), t.estimate.estimate_blocks(*given))\n"
+        "    assert torch.equal(ops.estimate_blocks(*given), reference.estimate_blocks(*given))\n"
     )
     env = {**os.environ, "KVPRESS_CPU": isa}
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1] / "tools")
     subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=here)
 
 
@@ -328,3 +311,46 @@ def test_memory_grows_with_the_prompt_not_its_square() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert int(done.stdout) < 200_000  # KiB; 32,768² bits alone are 131,072
+
+
+NOISES = [("none", 1.0), ("none", 1.5), ("frozen", 1.0), ("fresh", 1.0), ("fresh", 1.3)]
+
+
+def a_random_map(batch: int, heads: int, queries: int, slots: int) -> torch.Tensor:
+    """Some blocks, and in any case those that are always computed."""
+    blocks = Blocks(queries, slots)
+    some = torch.rand(batch, heads, blocks.rows, blocks.columns) < 0.3
+    return to_map(some & blocks.seen() | blocks.always(32), blocks)
+
+
+@pytest.mark.parametrize("noise, tau", NOISES)
+@pytest.mark.parametrize("shape", [(2, 4, 2, 300, 300, 24), (1, 6, 2, 130, 1100, 40)], ids=str)
+def test_sums_over_a_map_equal_the_reference(
+    shape: tuple[int, ...], noise: str, tau: float
+) -> None:
+    query, key, value = operands(*shape)
+    position = torch.arange(shape[4]).expand(shape[0], shape[2], -1)
+    bits = a_random_map(*shape[:2], *shape[3:5])
+    numbers = (0.15, 0.0, shape[3], noise, tau, 5, 3)
+    sums = ops.attention_sums(query, key, position, *numbers, bits)
+    wanted = sums_reference.attention_sums(query, key, position, *numbers, bits)
+    torch.testing.assert_close(sums, wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(sums, ops.attention_sums(query, key, position, *numbers), rtol=1e-3)
+    if shape[3] == shape[4]:
+        numbers = (0.15, 0.0, noise, tau, 5, 3)
+        out, also = ops.attend_sums(query, key, value, position, *numbers, bits)
+        exact, _ = attend.attend_blocks(query, key, value, bits, 0.15)
+        torch.testing.assert_close(out, exact, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(also, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["operator", "reference"])
+def test_sums_over_another_map_are_refused(kind: str) -> None:
+    run = ops.attention_sums if kind == "operator" else sums_reference.attention_sums
+    query, key, _ = operands(1, 2, 1, 100, 100, 16)
+    position = torch.arange(100).expand(1, 1, -1)
+    numbers = (100, "none", 1.0, 0, 0)
+    with pytest.raises((OperatorError, RuntimeError), match="map_BNX"):
+        run(query, key, position, 0.2, 0.0, *numbers, torch.zeros(1, 2, 9, dtype=torch.uint8))
+    with pytest.raises((OperatorError, RuntimeError), match="softcap"):
+        run(query, key, position, 0.2, 30.0, *numbers, a_random_map(1, 2, 100, 100))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import blocking
 import matching
 import packing
 import pytest
@@ -20,6 +21,7 @@ import torch
 
 from kvpress import noise as engine_noise
 from kvpress.attend import prompt_attention
+from kvpress.blocks import Blocks, to_map
 from kvpress.errors import OperatorError
 from kvpress.ops import implementation
 
@@ -526,3 +528,55 @@ def test_channel_scores_equal_the_reference(run: Run, dtype: torch.dtype) -> Non
     given = run("channel_scores", *operands)
     wanted = implementation("channel_scores", "reference")(*operands)
     torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-6)
+
+
+# B, N, H, P, S, D
+BLOCK_SHAPES = [(1, 2, 1, 1, 1, 64), (2, 4, 2, 130, 500, 80), (1, 2, 2, 70, 700, 128)]
+
+
+@pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
+def test_maps_of_blocks_equal_the_reference_bit_for_bit(run: Run, shape: tuple[int, ...]) -> None:
+    query, key, _ = (x.to(DEVICE) for x in blocking.operands(*shape))
+    for tau in (0.0, 0.3, float("inf")):
+        given = blocking.estimate_operands(query, key, tau)
+        given[5][:, -1, 5:9] = -torch.inf
+        bits = run("estimate_blocks", *given)
+        assert torch.equal(bits, implementation("estimate_blocks", "reference")(*given))
+    for bad in (float("nan"), 1e38, -1e38):
+        given[4][..., 40:90], given[5][:, :, ::7] = bad, bad
+        bits = run("estimate_blocks", *given)
+        assert torch.equal(bits, implementation("estimate_blocks", "reference")(*given))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
+def test_attention_over_blocks_equals_the_reference(
+    run: Run, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    query, key, value = (x.to(DEVICE, dtype) for x in blocking.operands(*shape))
+    blocks = Blocks(*shape[3:5])
+    computed = torch.rand(*shape[:2], blocks.rows, blocks.columns, device=DEVICE) < 0.5
+    bits = to_map(computed & blocks.seen(computed.device), blocks)
+    out, lse = run("attend_blocks", query, key, value, bits, 0.1)
+    wanted, wanted_lse = implementation("attend_blocks", "reference")(query, key, value, bits, 0.1)
+    tolerance = 1e-4 if dtype == FP32 else 2e-2
+    torch.testing.assert_close(out, wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse, wanted_lse, rtol=1e-4, atol=1e-4)
+    _, alone = run("attend_blocks", query, key, value[..., :0], bits, 0.1)
+    torch.testing.assert_close(alone, lse, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("noise", ["none", "frozen", "fresh"])
+def test_sums_over_blocks_equal_the_reference(run: Run, noise: str) -> None:
+    query, key, value = (x.to(DEVICE) for x in blocking.operands(1, 4, 2, 150, 150, 32))
+    position = torch.arange(150, device=DEVICE).expand(1, 2, -1)
+    blocks = Blocks(150, 150)
+    some = torch.rand(1, 4, blocks.rows, blocks.columns) < 0.5
+    bits = to_map(some & blocks.seen() | blocks.always(0), blocks).to(DEVICE)
+    numbers = (0.15, 0.0, noise, 1.2, 5, 3)
+    out, sums = run("attend_sums", query, key, value, position, *numbers, bits)
+    wanted = implementation("attend_sums", "reference")
+    for one, other in zip(
+        (out, sums), wanted(query, key, value, position, *numbers, bits), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -101,6 +101,28 @@ def test_it_combines(other: str) -> None:
         helpers.greedy(model, ids, torch.ones_like(ids), 8, engine.new_cache())
 
 
+def test_sums_are_of_the_blocks_computed() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, LONG)
+    for chunks in (1, 2):
+        _, cache = read(model, f"{SPARSE}+h2o:budget=1.0", ids, chunks)
+        for state in cache.states:
+            mass = state.store.dense_by_position([0])["mass"]
+            assert float(mass.sum()) == pytest.approx(6 * LONG, rel=1e-4)
+        assert "of the blocks computed" in " ".join(cache.report().notes)
+        _, exact = read(model, "h2o:budget=1.0", ids, chunks)
+        one, other = (x.states[0].store.dense_by_position([0])["mass"] for x in (cache, exact))
+        assert not torch.allclose(one, other) and (one - other).abs().sum() < 0.8 * other.sum()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "mistral-sliding", "bloom"])
+def test_layers_that_cannot_be_sparse_are_dense_and_said(family: str) -> None:
+    model, ids = helpers.tiny(family), helpers.prompt(1, 300)
+    exact, _ = read(model, "full", ids)
+    logits, cache = read(model, SPARSE, ids)
+    torch.testing.assert_close(logits, exact)
+    assert "computed in full for" in " ".join(cache.report().notes)
+
+
 def test_what_stays_dense_is_said() -> None:
     ids = helpers.prompt(1, 100)
     _, cache = read(helpers.tiny(), "sale:threshold=2", ids)

@@ -1,0 +1,105 @@
+"""The command line of sparse prompt attention: `kvpress bench sparse`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+console, errors = Console(), Console(stderr=True)
+
+
+def sparse(
+    model: Annotated[str, typer.Option(help="'demo', a Hugging Face id, or a path.")] = "demo",
+    policy: Annotated[str, typer.Option(help="A policy that makes prompts sparse.")] = "sale",
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Tokens of a prompt; repeatable.", min=128)
+    ] = None,
+    read: Annotated[int, typer.Option(help="Tokens that the model reads itself.")] = 8000,
+    layers: Annotated[int, typer.Option(help="How many layers, evenly spread.", min=1)] = 4,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 3,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="A JSON file for the results.")] = None,
+) -> None:
+    """Time prompt attention of single layers beside PyTorch's, both in turn.
+
+    Queries, keys and values are those that the layers of the model hand over for its text. Beyond
+    `--read` tokens they are repeated, and turned to the positions where they then stand.
+    """
+    import torch
+    from kvpress.bench import models, record
+    from kvpress.bench.calibrate.commands import read_parts
+    from kvpress.bench.commands import check_writable
+    from kvpress.bench.sparse import measure
+    from kvpress.bench.sparse.captured import Captured
+
+    check_writable("--out", out)
+    if threads:
+        torch.set_num_threads(threads)
+    with errors.status(f"Loading {model} …"):
+        loaded, tokenizer = models.load(model, dtype, device)
+    limits = thresholds_of(loaded, policy)
+    count = len(limits.tau_LN)
+    chosen = sorted({round(i * (count - 1) / max(1, layers - 1)) for i in range(layers)})
+    with errors.status("Reading the text …"):
+        (ids,) = read_parts(loaded, tokenizer, None, read, 1)
+        captured = Captured(loaded, ids, set(chosen))
+    rows = []
+    for length in tokens or [read]:
+        for layer in chosen:
+            with errors.status(f"{length:,} tokens, layer {layer} …"):
+                given = captured.of_length(layer, length)
+                tau_N = limits.tau_LN[layer]
+                rows.append(measure.measure(layer, given, tau_N, limits.local, rounds))
+    console.print(table(rows))
+    if out is not None:
+        facts = record.environment(loaded.device)
+        settings = {"model": model, "policy": policy, "read": read, "rounds": rounds}
+        made = [row._asdict() for row in rows]
+        record.write_json(out, {"environment": facts, "settings": settings, "rows": made})
+
+
+def thresholds_of(model: Any, policy: str) -> Any:
+    """The thresholds of a policy for this model. Raises PolicyError."""
+    from kvpress import calibration
+    from kvpress.attachment import check_model
+    from kvpress.errors import PolicyError
+    from kvpress.loading import parse
+
+    limits = calibration.thresholds(parse(policy).sparsity, model, check_model(model))
+    if limits is None:
+        raise PolicyError(
+            f"policy={policy} computes all of a prompt's attention. Give one that makes it sparse,"
+            " as sale."
+        )
+    return limits
+
+
+def table(rows: list[Any]) -> Any:
+    """All layers of a length in a line: times, shares of the exact one, density and error."""
+    from kvpress.bench.sparse.measure import total
+    from rich.table import Table
+
+    shown = Table(title="Prompt attention, exact and sparse", title_justify="left")
+    titles = ("tokens", "layers", "exact s", "sparse s", "speed-up", "low–high", "estimate")
+    for title in (*titles, "density", "error"):
+        shown.add_column(title, justify="right")
+    for tokens in sorted({row.tokens for row in rows}):
+        one = total(row for row in rows if row.tokens == tokens)
+        shown.add_row(
+            f"{tokens:,}",
+            str(one.layers),
+            f"{one.exact:.2f}",
+            f"{one.estimate + one.attend:.2f}",
+            f"{one.gain:.2f}×",
+            f"{one.low:.2f}–{one.high:.2f}",
+            f"{one.estimate / one.exact:.1%}",
+            f"{one.density:.1%}",
+            f"{one.error:.2%}",
+        )
+    shown.caption = "estimate: its share of the exact time; density: blocks computed."
+    return shown

@@ -1,0 +1,79 @@
+"""`estimate_blocks` on tensor cores with 4-bit products: sm_80 to sm_89.
+
+Other architectures have none: from sm_90 on they are emulated in software. There Triton multiplies
+bytes, which is what this raises an error for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from kvpress.csrc.estimate_blocks.reference import HIGH, MOST_CODE, check
+from kvpress.csrc.triton_common import architecture, device_of
+from torch import Tensor
+
+from kvpress import cuda, shapes
+from kvpress.blocks import Blocks
+
+SOURCE = "estimate_blocks/cuda/kernel.cu"
+CHANNELS = 64  # of one product
+NATIVE = range(80, 90)  # architectures with 4-bit products
+
+
+def available(query_BNPD: Tensor) -> bool:
+    """Whether the tensor's device has 4-bit products, and nvcc is there to compile for it."""
+    if not query_BNPD.is_cuda or cuda.compiler() is None:
+        return False
+    return architecture(query_BNPD.device.index) in NATIVE
+
+
+def packed(code_BNPD: Tensor) -> Tensor:
+    """Two codes per byte, the first in the lower bits: uint8 `[B, N, P, W]`, zeros beyond D."""
+    padded = torch.nn.functional.pad(code_BNPD, (0, -code_BNPD.shape[-1] % CHANNELS))
+    low, high = padded[..., 0::2].to(torch.uint8), padded[..., 1::2].to(torch.uint8)
+    return (low & 15) | (high << 4)
+
+
+def estimate_blocks(
+    query_BNPD: Tensor,
+    query_scale_BNP: Tensor,
+    key_BHSD: Tensor,
+    key_scale_BHJK: Tensor,
+    shift_BNS: Tensor,
+    threshold_BNP: Tensor,
+    local: int,
+) -> Tensor:
+    """The same as the reference, to the bit. Raises OperatorError and BackendError."""
+    check(query_BNPD, query_scale_BNP, key_BHSD, key_scale_BHJK, shift_BNS, threshold_BNP, local)
+    index = query_BNPD.device.index if query_BNPD.is_cuda else -1
+    if not query_BNPD.is_cuda or architecture(index) not in NATIVE:
+        shapes.refuse(
+            "estimate_blocks",
+            f"4-bit products exist on sm_80 to sm_89; this is {query_BNPD.device}"
+            + (f" (sm_{architecture(index)})" if query_BNPD.is_cuda else ""),
+        )
+    run = cuda.library(SOURCE, architecture(index)).kvpress_estimate_blocks
+    batch, heads, queries, width = query_BNPD.shape
+    slots, device = key_BHSD.shape[2], query_BNPD.device
+    blocks = Blocks(queries, slots)
+    offsets = blocks.offsets
+    map_BNX = torch.empty(batch, heads, offsets[-1], dtype=torch.uint8, device=device)
+    tensors = (
+        packed(query_BNPD), packed(key_BHSD), query_scale_BNP, key_scale_BHJK, shift_BNS,
+        threshold_BNP, *blocks.tables(local, device), map_BNX,
+    )  # fmt: skip
+    sizes = (
+        queries, slots, blocks.columns, offsets[-1], blocks.rows, batch * heads,
+        heads // key_BHSD.shape[1], width,
+    )  # fmt: skip
+    with device_of(query_BNPD):
+        failed = run(
+            *(ctypes.c_void_p(x.data_ptr()) for x in tensors),
+            *map(ctypes.c_int64, sizes),
+            ctypes.c_float(HIGH - MOST_CODE**2 * width - 1),
+            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+        )
+    if failed:
+        shapes.refuse("estimate_blocks", f"the launch failed with CUDA error {failed}")
+    return map_BNX

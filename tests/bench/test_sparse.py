@@ -1,0 +1,87 @@
+"""`kvpress bench sparse` and `kvpress calibrate`: states of any length, totals, commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kvpress.bench import models
+from kvpress.bench.sparse import measure
+from kvpress.bench.sparse.captured import Captured, CaptureError
+from typer.testing import CliRunner
+
+from kvpress import calibration
+from kvpress.cli import app
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Path) -> Any:
+    return models.load(str(tiny_model), device="cpu")[0]
+
+
+def ids(tokens: int) -> torch.Tensor:
+    return torch.randint(2, 90, (1, tokens), generator=torch.Generator().manual_seed(4))
+
+
+def test_repeated_states_are_those_of_the_repeated_text(tiny: Any) -> None:
+    text = ids(150)
+    captured = Captured(tiny, text, {0})
+    longer = Captured(tiny, text.repeat(1, 2)[:, :260], {0})  # layer 0 depends on no context
+    for given, wanted in zip(captured.of_length(0, 260), longer.layers[0], strict=True):
+        torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5)
+    for given, wanted in zip(captured.of_length(0, 80)[:3], longer.layers[0], strict=False):
+        torch.testing.assert_close(given, wanted[:, :, :80])
+
+
+def test_a_model_without_rotation_has_its_own_length(tiny: Any) -> None:
+    captured = Captured(tiny, ids(100), {0})
+    captured._model = torch.nn.Module()
+    captured._model.base_model = None
+    with pytest.raises(CaptureError, match="up to 100 tokens"):
+        captured.of_length(0, 101)
+
+
+def test_totals_are_of_layers_in_the_same_round() -> None:
+    rows = [
+        measure.Row(0, 100, [4.0, 8.0, 6.0], [1.0, 1.0, 1.0], [1.0, 3.0, 2.0], 0.2, 0.01, 8),
+        measure.Row(9, 100, [2.0, 2.0, 2.0], [0.5, 0.5, 0.5], [0.5, 0.5, 0.5], 0.4, 0.03, 8),
+    ]
+    total = measure.total(rows)
+    assert (total.exact, total.estimate, total.attend) == (8.0, 1.5, 2.5)
+    assert total.gain == 2.0 and (total.low, total.high) == (2.0, 2.0)
+    assert (total.density, total.error) == (pytest.approx(0.3), pytest.approx(0.02))
+
+
+def test_the_command(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sparse.json"
+    words = ["bench", "sparse", "--model", str(tiny_model), "--policy", "sale:threshold=1.0"]
+    more = ["--read", "300", "--tokens", "300", "--tokens", "500", "--layers", "2"]
+    result = CliRunner().invoke(app, [*words, *more, "--rounds", "1", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["rows"]
+    found = [(row["tokens"], row["layer"]) for row in rows]
+    assert found == [(300, 0), (300, 2), (500, 0), (500, 2)]
+    assert all(0 < row["density"] < 1 and row["error"] > 0 for row in rows)
+    refused = CliRunner().invoke(app, [*words[:4], "--policy", "full", *more])
+    assert refused.exit_code != 0 and "computes all" in str(refused.exception)
+
+
+def test_calibrating(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "made.safetensors"
+    words = ["calibrate", "sale", "--model", str(tiny_model), "--tokens", "512"]
+    words += ["--samples", "1", "--out", str(out)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "Thresholds" in result.output and str(out.name) in result.output.replace("\n", "")
+    model = models.load(str(tiny_model), device="cpu")[0]
+    found = calibration.read(out, model)
+    assert len(found.done) == len(found.tau_LN) and found.least in (512, 1024)
+    again = CliRunner().invoke(app, [*words, "--error", "0.5"])
+    assert again.exit_code != 0 and "holds a search with" in str(again.exception)
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    refused = CliRunner().invoke(app, [*words, "--text", str(short)])
+    assert refused.exit_code != 0 and "Give a longer text" in str(refused.exception)
