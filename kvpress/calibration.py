@@ -18,7 +18,7 @@ from kvpress.kinds import Fingerprint
 from kvpress.sparse import Sparsity, Thresholds
 
 SCHEME = "4-bit codes, blocks of 64 × 32, segments of 4"  # what thresholds were found with
-UNCALIBRATED = 0.0005  # τ of all heads where nothing is known of a model: 1/16 of the first one
+UNCALIBRATED = 0.0005  # τ of all heads where nothing is known of a model: 1/16 of the paper's
 LEAST = 2048  # new tokens from which attention is sparse where that was not measured
 _LOG = logging.getLogger("kvpress")
 _FOLDER = "calibrations"

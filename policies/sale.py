@@ -6,12 +6,13 @@
    score (eq. 3; the printed eq. 4 has a misplaced parenthesis).
 3. Attention over those blocks alone. Keys and values are stored as they came.
 
-τ is calibrated per layer and query head: it is halved from 0.008 until the output of the head moves
-by less than a bound, and 0 means dense.
+τ is calibrated per layer and query head: it is halved until the output of the head moves by less
+than a bound, and 0 means dense.
 
-Differs from the paper: as in its code, queries lose their mean too, which is given back in fp32, and
-a score must be above τ (paper: at least τ). Keys are indexed by KV head, never repeated; batches,
-chunks and any head size work. Prompts below a measured length stay dense (code: 1,024).
+Differs from the paper: τ begins at 0.064 (paper: 0.008), with a relative bound. As in its code,
+queries lose their mean too, which is given back in fp32, and a score must be above τ (paper: at
+least τ). Keys are indexed by KV head, never repeated; batches, chunks and any head size work.
+Prompts below a measured length stay dense (code: 1,024).
 """
 
 from __future__ import annotations

@@ -28,10 +28,13 @@ def sale(
     samples: Annotated[int, typer.Option(help="Consecutive parts of the text.", min=1)] = 2,
     error: Annotated[
         float, typer.Option(help="Bound of a head's error: Σ|o − o'| / Σ|o|.", min=1e-6)
-    ] = 0.02,
+    ] = 0.03,
     absolute: Annotated[
         bool, typer.Option("--absolute", help="Bound Σ|o − o'| per token instead (the paper's).")
     ] = False,
+    first: Annotated[
+        float, typer.Option(help="The threshold to begin with (paper: 0.008).", min=1e-4)
+    ] = 0.064,
     local: Annotated[int, typer.Option(help="Local area, in slots.", min=0)] = 128,
     out: Annotated[
         Path, typer.Option(help="The file; an interrupted search goes on from it.")
@@ -42,8 +45,8 @@ def sale(
 ) -> None:
     """Find the thresholds of sparse prompt attention, and from which length on it pays.
 
-    Every head gets the largest threshold of 0.008, 0.004, … with which its output stays within the
-    bound on all samples, or 0: dense. Use the file with `sale:calibration=FILE`.
+    Every head gets the largest threshold of FIRST, FIRST / 2, … with which its output stays within
+    the bound on all samples, or 0: dense. Use the file with `sale:calibration=FILE`.
     """
     import torch
     from kvpress.bench import models
@@ -62,8 +65,9 @@ def sale(
         "samples": samples,
         "error": error,
         "relative": not absolute,
+        "first": first,
     }
-    found = begin(out, loaded, settings, local)
+    found = begin(out, loaded, settings, local, first)
     total = samples * len(found.tau_LN)
     with Progress(console=errors) as progress:
         task = progress.add_task("thresholds", total=total, completed=len(found.done))
@@ -103,13 +107,12 @@ def read_parts(
     return list(parts.to(model.device))
 
 
-def begin(out: Path, model: Any, settings: dict[str, Any], local: int) -> Any:
+def begin(out: Path, model: Any, settings: dict[str, Any], local: int, first: float) -> Any:
     """The calibration in a file, if it is of the same search; otherwise one that knows nothing.
 
     Raises PolicyError for a file of another search.
     """
     import torch
-    from kvpress.bench.calibrate.search import FIRST
 
     from kvpress import calibration
     from kvpress.errors import PolicyError
@@ -123,7 +126,7 @@ def begin(out: Path, model: Any, settings: dict[str, Any], local: int) -> Any:
             )
         return known
     config = model.config.get_text_config(decoder=True)
-    first_LN = torch.full((config.num_hidden_layers, config.num_attention_heads), FIRST)
+    first_LN = torch.full((config.num_hidden_layers, config.num_attention_heads), first)
     return calibration.Calibration(first_LN, local, None, settings, [])
 
 

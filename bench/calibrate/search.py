@@ -20,7 +20,7 @@ from kvpress.attachment import NAME, attention
 from kvpress.calibration import Calibration
 from kvpress.sparse import sparse_attention
 
-FIRST, LAST = 0.008, 1e-4  # τ at first, and that at which a head becomes dense
+LAST = 1e-4  # τ at which a head becomes dense
 
 
 class Bound(NamedTuple):

@@ -1,11 +1,12 @@
 """Queries, keys and values of a real model, for prompts of any length.
 
-Beyond what the model has read, the states of its tokens are repeated as they were before their
-rotation, and rotated to the positions where they then stand.
+A model reads parts of a text one by one, each from its first position on. A longer prompt is these
+parts one after the other, their queries and keys turned to the positions where they then stand.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,48 +22,62 @@ class CaptureError(KVPressError, ValueError):
 
 
 class Captured:
-    """The states of some layers after a model has read a text."""
+    """The states of some layers after a model has read parts of a text, ids `[1, T]` each."""
 
-    def __init__(self, model: Any, ids_1T: Tensor, layers: set[int]) -> None:
-        self._model, self.layers = model, {}  # type: Any, dict[int, Given]
+    def __init__(self, model: Any, parts: Sequence[Tensor], layers: set[int]) -> None:
+        self._model, self.read = model, parts[0].shape[1]
+        found: dict[int, list[Given]] = {layer: [] for layer in layers}
+        for ids_1T in parts:
+            self._read(ids_1T, found)
+        self.layers = {layer: _joined(given) for layer, given in found.items()}
+
+    def _read(self, ids_1T: Tensor, found: dict[int, list[Given]]) -> None:
         index = 0
 
         def see(given: Given, _: Tensor) -> None:
             nonlocal index
-            if index in layers:
-                self.layers[index] = given._replace(key_BHPD=given.key_BHPD.clone())
+            if index in found:
+                found[index].append(given._replace(key_BHPD=given.key_BHPD.clone()))
             index += 1
 
-        rival = candidate(model, "full")
+        rival = candidate(self._model, "full")
         with torch.inference_mode(), watching(see):
             rival.forward(ids_1T, rival.new_cache())
 
     def of_length(self, layer: int, tokens: int) -> Given:
         """What a layer would hand over for so many tokens. Raises CaptureError."""
         given = self.layers[layer]
-        read = given.key_BHPD.shape[2]
-        if tokens <= read:
-            query, key, value = (x[:, :, :tokens].contiguous() for x in given[:3])
+        known = given.key_BHPD.shape[2]
+        if tokens > known:
+            raise CaptureError(
+                f"{tokens:,} tokens were asked for, and {known:,} were read: read more parts."
+            )
+        query, key, value = (x[:, :, :tokens].contiguous() for x in given[:3])
+        if tokens <= self.read:
             return Given(query, key, value, given.scaling)
-        source = torch.arange(tokens, device=given.key_BHPD.device) % read
-        query, key = (self._moved(x, source) for x in given[:2])
-        return Given(query, key, given.value_BHPE[:, :, source], given.scaling)
+        source = torch.arange(tokens, device=key.device) % self.read
+        return Given(self._moved(query, source), self._moved(key, source), value, given.scaling)
 
     def _moved(self, x_BNPD: Tensor, source_T: Tensor) -> Tensor:
-        """States of the tokens `source`, turned from their own positions to 0, 1, 2, …"""
+        """States that were turned to the positions `source`, turned to 0, 1, 2, … instead."""
         rotary = getattr(self._model.base_model, "rotary_emb", None)
         if rotary is None:
             raise CaptureError(
                 f"{type(self._model).__name__} has no `rotary_emb` by which its keys turn: only"
-                f" lengths up to {x_BNPD.shape[2]:,} tokens can be measured."
+                f" lengths up to {self.read:,} tokens can be measured."
             )
-        moved_BNTD = x_BNPD[:, :, source_T]
         target_T = torch.arange(len(source_T), device=source_T.device)
         with torch.inference_mode():
-            cos, sin = rotary(moved_BNTD, source_T[None])
-            back_BNTD = _turn(moved_BNTD, cos, -sin)
-            cos, sin = rotary(moved_BNTD, target_T[None])
+            cos, sin = rotary(x_BNPD, source_T[None])
+            back_BNTD = _turn(x_BNPD, cos, -sin)
+            cos, sin = rotary(x_BNPD, target_T[None])
         return _turn(back_BNTD, cos, sin)
+
+
+def _joined(parts: Sequence[Given]) -> Given:
+    """Parts of a text one after the other."""
+    query, key, value = (torch.cat([part[i] for part in parts], dim=2) for i in range(3))
+    return Given(query, key, value, parts[0].scaling)
 
 
 def _turn(x_BNTD: Tensor, cos_1TD: Tensor, sin_1TD: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ def sparse(
 ) -> None:
     """Time prompt attention of single layers beside PyTorch's, both in turn.
 
-    Queries, keys and values are those that the layers of the model hand over for its text. Beyond
-    `--read` tokens they are repeated, and turned to the positions where they then stand.
+    Queries, keys and values are those that the layers of the model hand over for a text. It reads
+    `--read` tokens at a time; longer prompts are such parts one after the other, turned to the
+    positions where they then stand.
     """
     import torch
     from kvpress.bench import models, record
@@ -45,11 +46,12 @@ def sparse(
     limits = thresholds_of(loaded, policy)
     count = len(limits.tau_LN)
     chosen = sorted({round(i * (count - 1) / max(1, layers - 1)) for i in range(layers)})
+    lengths = tokens or [read]
     with errors.status("Reading the text …"):
-        (ids,) = read_parts(loaded, tokenizer, None, read, 1)
-        captured = Captured(loaded, ids, set(chosen))
+        parts = read_parts(loaded, tokenizer, None, read, -(-max(lengths) // read))
+        captured = Captured(loaded, parts, set(chosen))
     rows = []
-    for length in tokens or [read]:
+    for length in lengths:
         for layer in chosen:
             with errors.status(f"{length:,} tokens, layer {layer} …"):
                 given = captured.of_length(layer, length)

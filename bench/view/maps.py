@@ -58,7 +58,9 @@ def draw(computed_NIJ: Tensor, blocks: Blocks, title: str, path: Path) -> None:
     seen_IJ = blocks.seen()
     for head, axis in enumerate(axes[:heads]):
         shade_IJ = torch.where(seen_IJ, 1.0 - 0.75 * computed_NIJ[head].float().cpu(), 0.92)
-        axis.imshow(shade_IJ.numpy(), cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axis.imshow(
+            shade_IJ.numpy(), cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
+        )
         share = float(computed_NIJ[head].sum()) / blocks.causal
         axis.set_title(f"head {head}: {share:.0%}", fontsize=9)
         axis.set_xlabel("blocks of 32 slots", fontsize=8)

@@ -65,7 +65,8 @@ def attend_kernel(
                 )
                 out_ME = weighted(weight_MS, value_SE, out_ME * shrink_M[:, None], WIDE_VALUE)
     own = flat * queries + m
-    tl.store(lse + own, top_M + tl.log(total_M), mask=real)
+    # Of an empty sum the logarithm would be -inf too, with a warning where this is interpreted.
+    tl.store(lse + own, top_M + tl.log(tl.where(total_M == 0.0, 1.0, total_M)), mask=real)
     if VALUE_WIDTH > 0:
         out_ME = out_ME / tl.where(total_M == 0.0, 1.0, total_M)[:, None]
         tl.store(

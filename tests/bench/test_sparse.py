@@ -26,20 +26,24 @@ def ids(tokens: int) -> torch.Tensor:
     return torch.randint(2, 90, (1, tokens), generator=torch.Generator().manual_seed(4))
 
 
-def test_repeated_states_are_those_of_the_repeated_text(tiny: Any) -> None:
-    text = ids(150)
-    captured = Captured(tiny, text, {0})
-    longer = Captured(tiny, text.repeat(1, 2)[:, :260], {0})  # layer 0 depends on no context
-    for given, wanted in zip(captured.of_length(0, 260), longer.layers[0], strict=True):
-        torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5)
-    for given, wanted in zip(captured.of_length(0, 80)[:3], longer.layers[0], strict=False):
-        torch.testing.assert_close(given, wanted[:, :, :80])
+def test_parts_are_turned_to_where_they_stand(tiny: Any) -> None:
+    text = ids(300)
+    captured = Captured(tiny, [text[:, :150], text[:, 150:]], {0})
+    whole = Captured(tiny, [text], {0})  # the states of layer 0 depend on no context
+    for tokens in (80, 150, 260, 300):
+        given = captured.of_length(0, tokens)
+        for one, other in zip(given[:3], whole.layers[0], strict=False):
+            torch.testing.assert_close(one, other[:, :, :tokens], rtol=1e-4, atol=1e-5)
+    with pytest.raises(CaptureError, match="read more parts"):
+        captured.of_length(0, 301)
 
 
 def test_a_model_without_rotation_has_its_own_length(tiny: Any) -> None:
-    captured = Captured(tiny, ids(100), {0})
+    text = ids(100)
+    captured = Captured(tiny, [text, text], {0})
     captured._model = torch.nn.Module()
     captured._model.base_model = None
+    assert captured.of_length(0, 100).key_BHPD.shape[2] == 100
     with pytest.raises(CaptureError, match="up to 100 tokens"):
         captured.of_length(0, 101)
 

@@ -542,7 +542,7 @@ def test_maps_of_blocks_equal_the_reference_bit_for_bit(run: Run, shape: tuple[i
         given[5][:, -1, 5:9] = -torch.inf
         bits = run("estimate_blocks", *given)
         assert torch.equal(bits, implementation("estimate_blocks", "reference")(*given))
-    for bad in (float("nan"), 1e38, -1e38):
+    for bad in (float("nan"), 1e30, -1e30):
         given[4][..., 40:90], given[5][:, :, ::7] = bad, bad
         bits = run("estimate_blocks", *given)
         assert torch.equal(bits, implementation("estimate_blocks", "reference")(*given))

@@ -197,11 +197,11 @@ def test_a_search_goes_on_where_it_was(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         made.run(on_layer=stop)
-    known = commands.begin(path, made.model, {}, 0)
+    known = commands.begin(path, made.model, {}, 0, 0.008)
     assert len(known.done) == 3
     assert torch.equal(made.run(known).tau_LN, whole.tau_LN)
     with pytest.raises(PolicyError, match="holds a search with"):
-        commands.begin(path, made.model, {"error": 1}, 0)
+        commands.begin(path, made.model, {"error": 1}, 0, 0.008)
 
 
 def test_a_calibration_is_of_one_model(tmp_path: Path) -> None:
