@@ -40,6 +40,8 @@ def _why_in_full(
         return "layers with a cap on their logits"
     if layer.kind.slopes is not None:
         return "layers with ALiBi"
+    if limits.tau_LN.shape[1] != tokens.query_bNPD.shape[1]:
+        return "layers whose number of query heads is not the model's"
     if tokens.query_bNPD.shape[2] < limits.least:
         return f"prompts of fewer than {limits.least:,} new tokens"
     if bool((position_bHS == EMPTY).any()):
