@@ -11,15 +11,19 @@ from kvpress.sparse import Thresholds, block_map
 from kvpress.types import EMPTY
 
 
-def choose(layer: Layer, tokens: Tokens, key_bHSD: Tensor, position_bHS: Tensor) -> Tensor | None:
+def choose(
+    layer: Layer, tokens: Tokens, key_bHSD: Tensor, position_bHS: Tensor, trains: bool
+) -> Tensor | None:
     """The bit map of the blocks to compute, uint8 `[b, N, X]`; None for all of them.
 
-    The blocks are counted for the report, which also says why attention was computed in full.
+    trains: whether gradients are recorded, which only exact attention has. The blocks are counted
+    for the report, which also says why attention was computed in full.
     """
     limits = layer.run.thresholds
     if limits is None:
         return None
-    why = _why_in_full(layer, tokens, position_bHS, limits)
+    why = "passes that record gradients" if trains else None
+    why = why or _why_in_full(layer, tokens, position_bHS, limits)
     if why:
         layer.run.notes[f"Attention was computed in full for {why}."] = None
         return None

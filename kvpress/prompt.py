@@ -52,7 +52,7 @@ def _attend(
     key, value, position = columns[KEY], columns[VALUE], columns[POSITION]
     fresh = key is tokens.key_bHPD  # nothing was stored before
     trains = torch.is_grad_enabled() and query.requires_grad
-    map_bNX = None if trains else choose(layer, tokens, key, position)
+    map_bNX = choose(layer, tokens, key, position, trains)
     index = layer.kind.index
     if request is not None and request.window is None and not trains:
         if map_bNX is not None:

@@ -130,6 +130,15 @@ def test_what_stays_dense_is_said() -> None:
     assert cache.report().density == 1.0
 
 
+def test_a_pass_that_records_gradients_is_dense_and_says_so() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, LONG)
+    with kvpress.attach(model, SPARSE) as engine:
+        cache = engine.new_cache()
+        model(ids, cache=cache).logits.sum().backward()
+    assert density(cache) == 1.0
+    assert "passes that record gradients" in " ".join(cache.report().notes)
+
+
 def test_a_threshold_and_a_calibration_exclude_each_other() -> None:
     with pytest.raises(PolicyError, match="exclude each other"):
         kvpress.attach(helpers.tiny(), "sale:threshold=0.1,calibration=x.safetensors")
