@@ -42,7 +42,13 @@ SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # of one SM
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of one SM
 RESERVED_BYTES = 1 << 10  # of shared memory, by the driver for every block
 WIDTHS, DTYPES = (64, 128, 256), {"fp32": torch.float32, "bf16": torch.bfloat16}
-_INTEGERS = {torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}
+_INTEGERS = {
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 _NAMES = {**_INTEGERS, torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 

@@ -141,8 +141,10 @@ def warm_up(model: Any) -> None:
 
 def table(results: Sequence[Result]) -> Table:
     """One line per policy: tokens seen, slots kept, bytes, time to first token, speed."""
+    sparse = [f"{r.policy} ({r.report.density:.0%} of it)" for r in results if r.report.density < 1]
+    exact = "Prompt attention is exact; only what is stored is compressed."
     made = Table(
-        title=" ".join(dict.fromkeys(result.report.attention for result in results)),
+        title=f"Prompt attention is exact but for {', '.join(sparse)}." if sparse else exact,
         title_justify="left",
         padding=(0, 0, 0, 1),
     )
