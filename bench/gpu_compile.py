@@ -43,6 +43,7 @@ REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of one SM
 RESERVED_BYTES = 1 << 10  # of shared memory, by the driver for every block
 WIDTHS, DTYPES = (64, 128, 256), {"fp32": torch.float32, "bf16": torch.bfloat16}
 _INTEGERS = {
+    torch.bool: "i1",
     torch.uint8: "u8",
     torch.int8: "i8",
     torch.int16: "i16",
