@@ -157,9 +157,11 @@ def grow(logits_MS, top_M, total_M):
 @triton.jit
 def dot(a, b, acc, WIDE: tl.constexpr):
     """acc + a·b with exact products and fp32 sums."""
-    if WIDE:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc)
+    if WIDE:  # no early return: what follows one is compiled as well
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
 
 
 @triton.jit
