@@ -214,18 +214,18 @@ def words_kernel(
         if KEYS:
             slot_N, rank_N = line_N, pair_N
             scale_N = slot_N // GROUP * 2 * KEPT + rank_N
-            ZERO: tl.constexpr = KEPT
         else:
             slot_N, rank_N = pair_N, line_N
             scale_N = rank_N // GROUP * SLOTS + slot_N
-            ZERO: tl.constexpr = GROUPS * SLOTS
         real_N = (n_N < words) & (rank_N < KEPT) & (slot_N < SLOTS)
         channel_N = tl.load(channels + page * KEPT + rank_N, mask=real_N, other=0).to(tl.int32)
         from_N = (page * SLOTS + slot_N) * WIDTH + channel_N
         x_N = tl.load(numbers + from_N, mask=real_N, other=0).to(tl.float32)
         at_N = scales + page * PAGE + SCALES + scale_N
         step_N = tl.load(at_N, mask=real_N, other=1).to(tl.float32)
-        zero_N = tl.load(at_N + ZERO, mask=real_N, other=0).to(tl.float32)
+        zero_N = tl.load(at_N + (KEPT if KEYS else GROUPS * SLOTS), mask=real_N, other=0).to(
+            tl.float32
+        )
         exact_N = tl.div_rn(x_N - zero_N, tl.where(step_N == 0, 1.0, step_N))
         code_N = (exact_N + 12582912.0) - 12582912.0  # 1.5·2²³ rounds half to even
         code_N = tl.minimum(tl.maximum(code_N, 0.0), (1 << BITS) - 1.0).to(tl.int32)

@@ -77,15 +77,13 @@ def numbers(
     at = words + page * (BYTES // 2) + CODES + vector // FIELDS * 16 + line % 8 * 2 + pair % 2
     word = tl.load(at, mask=mask, other=0).to(tl.int32) & 0xFFFF
     code = (word >> (vector % FIELDS * BITS)) & ((1 << BITS) - 1)
-    if KEYS:
-        scale = slot // GROUP * 2 * KEPT + rank
-        ZERO: tl.constexpr = KEPT
-    else:
-        scale = rank // GROUP * SLOTS + slot
-        ZERO: tl.constexpr = GROUPS * SLOTS
+    scale = slot // GROUP * 2 * KEPT + rank if KEYS else rank // GROUP * SLOTS + slot
     at = halves + page * (BYTES // 2) + SCALES + scale
     step = tl.load(at, mask=mask, other=0).to(tl.float32)
-    return code.to(tl.float32) * step + tl.load(at + ZERO, mask=mask, other=0).to(tl.float32)
+    zero = tl.load(at + (KEPT if KEYS else GROUPS * SLOTS), mask=mask, other=0).to(tl.float32)
+    return code.to(tl.float32) * step + zero
+        at + (KEPT if KEYS else GROUPS * SLOTS), mask=mask, other=0
+    ).to(tl.float32)
 
 
 @triton.jit
