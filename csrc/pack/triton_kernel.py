@@ -223,9 +223,8 @@ def words_kernel(
         x_N = tl.load(numbers + from_N, mask=real_N, other=0).to(tl.float32)
         at_N = scales + page * PAGE + SCALES + scale_N
         step_N = tl.load(at_N, mask=real_N, other=1).to(tl.float32)
-        zero_N = tl.load(at_N + (KEPT if KEYS else GROUPS * SLOTS), mask=real_N, other=0).to(
-            tl.float32
-        )
+        at_N += KEPT if KEYS else GROUPS * SLOTS
+        zero_N = tl.load(at_N, mask=real_N, other=0).to(tl.float32)
         exact_N = tl.div_rn(x_N - zero_N, tl.where(step_N == 0, 1.0, step_N))
         code_N = (exact_N + 12582912.0) - 12582912.0  # 1.5·2²³ rounds half to even
         code_N = tl.minimum(tl.maximum(code_N, 0.0), (1 << BITS) - 1.0).to(tl.int32)

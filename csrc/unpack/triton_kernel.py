@@ -82,8 +82,6 @@ def numbers(
     step = tl.load(at, mask=mask, other=0).to(tl.float32)
     zero = tl.load(at + (KEPT if KEYS else GROUPS * SLOTS), mask=mask, other=0).to(tl.float32)
     return code.to(tl.float32) * step + zero
-        at + (KEPT if KEYS else GROUPS * SLOTS), mask=mask, other=0
-    ).to(tl.float32)
 
 
 @triton.jit
