@@ -42,15 +42,17 @@ SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # of one SM
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of one SM
 RESERVED_BYTES = 1 << 10  # of shared memory, by the driver for every block
 WIDTHS, DTYPES = (64, 128, 256), {"fp32": torch.float32, "bf16": torch.bfloat16}
-_INTEGERS = {
+_NAMES = {
     torch.bool: "i1",
     torch.uint8: "u8",
     torch.int8: "i8",
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
 }
-_NAMES = {**_INTEGERS, torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,9 @@ def block_operands(prompt: torch.Tensor) -> Iterator[tuple[str, str, tuple[Any, 
         (codes, numbers, codes[:, :2].clone(), scales, numbers, numbers, 32),
     )
     bits = torch.zeros(batch, heads, blocks.offsets[-1], dtype=torch.uint8)
+    position = torch.arange(tokens).repeat(batch, 2, 1)
+    sums = (0.1, 0.0, tokens, "fresh", 1.0, 7, 3, bits)
+    yield "attention_sums", "fresh, mapped", (prompt, prompt[:, :2], position, *sums)
     yield "attend_blocks", "", (prompt, prompt[:, :2], prompt[:, :2], bits, 0.1)
     yield "attend_blocks", "LSE", (prompt, prompt[:, :2], prompt[:, :2, :, :0], bits, 0.1)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 QUERIES, SLOTS = 64, 32  # of a block
 SEGMENT = 4  # blocks that are examined together: how far the local area is rounded
+MOST_CODE = 7  # queries and keys are estimated from codes −7 … 7
 GROUPS = 4  # scales of a block's keys: those with n mod 8 in {2j, 2j + 1} share one
 
 

@@ -1,8 +1,8 @@
 """Block-sparse attention of a prompt: quantise, estimate which blocks matter, compute those.
 
-Source: arXiv 2505.24179. Queries and keys are smoothed by their means and quantised to 4
-bits; a block is computed if one of its estimated logits exceeds ln τ + LSE, where the LSE is exact,
-over the first block and the local area of the query.
+Source: arXiv 2505.24179. Queries and keys are smoothed by their means and quantised to 4 bits; a
+block is computed if one of its estimated logits exceeds ln τ + LSE, where the LSE is exact, over
+the first block and the local area of the query.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from kvpress import ops
-from kvpress.blocks import SLOTS, Blocks, computed_blocks, of_slots, to_map
+from kvpress.blocks import MOST_CODE, SLOTS, Blocks, computed_blocks, of_slots, to_map
 
-MOST_CODE = 7  # codes are −7 … 7
 _ROWS = 16  # queries of a tile, of which r and r + 8 share a scale
 
 

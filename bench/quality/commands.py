@@ -86,9 +86,11 @@ def evaluate(
 
     refuse_idle(context)
     names = list(dict.fromkeys(split_policies(policy or [run.FULL])))
+    check = (
+        parse if lm_eval is not None else refuse_unknown
+    )  # lm-eval generates with policies alone
     for name in names:
-        # before a model is loaded; lm-eval generates, by itself, with policies alone
-        parse(name) if lm_eval is not None else refuse_unknown(name)
+        check(name)  # before a model is loaded
     if threads:
         torch.set_num_threads(threads)
     if lm_eval is not None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from kvpress.csrc.estimate_blocks.reference import HIGH, MOST_CODE, check
+from kvpress.csrc.estimate_blocks.reference import HIGH, check
 from kvpress.csrc.triton_common import architecture, device_of
 from torch import Tensor
 
 from kvpress import cuda, shapes
-from kvpress.blocks import Blocks
+from kvpress.blocks import MOST_CODE, Blocks
 
 SOURCE = "estimate_blocks/cuda/kernel.cu"
 CHANNELS = 64  # of one product

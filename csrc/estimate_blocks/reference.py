@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from kvpress import shapes
-from kvpress.blocks import GROUPS, QUERIES, SLOTS, Blocks, of_slots, to_map
+from kvpress.blocks import GROUPS, MOST_CODE, QUERIES, SLOTS, Blocks, of_slots, to_map
 
-MOST_CODE = 7  # codes are −7 … 7
 LOW, HIGH = -(2**15), 2**15 - 1  # between which estimates saturate
 
 

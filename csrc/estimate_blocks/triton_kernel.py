@@ -11,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 from kvpress.csrc.estimate_blocks import cuda_kernel
-from kvpress.csrc.estimate_blocks.reference import HIGH, LOW, MOST_CODE, check
+from kvpress.csrc.estimate_blocks.reference import HIGH, LOW, check
 from kvpress.csrc.triton_common import FUSED, device_of
 from torch import Tensor
 
-from kvpress.blocks import GROUPS, QUERIES, SLOTS, Blocks
+from kvpress.blocks import GROUPS, MOST_CODE, QUERIES, SLOTS, Blocks
 
 MOST = tl.constexpr(float(HIGH))
 LEAST = tl.constexpr(float(LOW))
