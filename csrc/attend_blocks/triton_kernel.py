@@ -1,17 +1,48 @@
-"""Triton kernel of `attend_blocks`: one program per block of queries of a head."""
+"""Triton kernel of `attend_blocks`: a program takes a block of queries of a head, or a part."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from kvpress.csrc.attend_blocks.reference import check
-from kvpress.csrc.triton_common import FUSED, device_of, dot, grow, weighted, wide
+from kvpress.csrc.triton_common import (
+    FUSED,
+    by_architecture,
+    device_of,
+    dot,
+    grow,
+    weighted,
+    wide,
+)
 from torch import Tensor
 
 from kvpress.blocks import QUERIES, SLOTS, Blocks
 
 SIZES = ["queries", "slots", "bytes_of_head"]
+ROWS = tl.constexpr(QUERIES)
+
+
+class Launch(NamedTuple):
+    """Queries of a program, which share a row of the map, and its warps."""
+
+    block_m: int
+    num_warps: int
+
+
+# Oldest architecture -> (most channels, bytes of a factor) -> parameters, without spills.
+LAUNCH = {
+    80: {
+        (64, 2): Launch(64, 4),
+        (128, 2): Launch(64, 4),
+        (256, 2): Launch(64, 4),
+        (64, 4): Launch(32, 4),
+        (128, 4): Launch(16, 4),
+        (256, 4): Launch(16, 4),
+    },
+}
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -22,12 +53,13 @@ def attend_kernel(
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr, WIDE_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Attends the queries of a block to the blocks of their row of the map."""
-    row = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    """Attends some queries of a block to the blocks of their row of the map."""
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest first
+    row = first // ROWS
     flat = tl.program_id(1).to(tl.int64)
     batch = flat // heads
     head = flat % heads
-    m = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = first + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
     s = tl.arange(0, BLOCK_S)
@@ -92,16 +124,17 @@ def attend_blocks(
     offset, end, _ = blocks.tables(0, device)
     out_BNPE = query.new_empty(batch, heads, queries, value_width)
     lse_BNP = torch.empty(batch, heads, queries, dtype=torch.float32, device=device)
+    is_wide, wide_value = wide(query.dtype, key.dtype), wide(value.dtype)
+    launch = by_architecture(LAUNCH, query, max(width, value_width), is_wide or wide_value)
     with device_of(query):
-        attend_kernel[(blocks.rows, batch * heads)](
+        attend_kernel[(triton.cdiv(queries, launch.block_m), batch * heads)](
             query, key, value, map_BNX, offset, end, out_BNPE, lse_BNP,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
             queries, slots, offsets[-1], heads, heads // key.shape[1], scaling,
             WIDTH=width, VALUE_WIDTH=value_width,
             BLOCK_D=max(16, triton.next_power_of_2(width)),
             BLOCK_E=max(16, triton.next_power_of_2(max(1, value_width))),
-            BLOCK_M=QUERIES, BLOCK_S=SLOTS,
-            WIDE=wide(query.dtype, key.dtype), WIDE_VALUE=wide(value.dtype),
-            num_warps=4, num_stages=2, **FUSED,
+            BLOCK_M=launch.block_m, BLOCK_S=SLOTS, WIDE=is_wide, WIDE_VALUE=wide_value,
+            num_warps=launch.num_warps, num_stages=1, **FUSED,
         )  # fmt: skip
     return out_BNPE, lse_BNP

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kvpress.layout import LINES, PageLayout, span
 
-OLD_SLOTS = 32  # of a block: pages and groups of keys hold whole ones
+OLD_SLOTS = 16  # of a block: pages and groups of keys hold whole ones; more would spill
 CHUNK = 512  # slots per program and block of members
 
 
@@ -341,7 +341,7 @@ def _attend_old(
         BLOCK_S=OLD_SLOTS,
         BLOCK_T=max(16, triton.next_power_of_2(layout.key_kept)),
         BLOCK_U=max(16, triton.next_power_of_2(layout.value_kept)),
-        num_warps=4,
+        num_warps=4 if max(layout.key_kept, layout.value_kept) <= 128 else 8,
         num_stages=1,
         **FUSED,
     )

@@ -122,6 +122,24 @@ def test_maps_equal_the_reference_bit_for_bit(shape: tuple[int, ...], tau: float
     assert torch.equal(bits, estimate.estimate_blocks(*given))
 
 
+@pytest.mark.parametrize("kind", ["operator", "reference"])
+def test_a_threshold_of_minus_infinity_computes_everything(kind: str) -> None:
+    run = ops.estimate_blocks if kind == "operator" else estimate.estimate_blocks
+    query, key, _ = operands(1, 2, 1, 300, 900, 16)
+    given = [
+        x.zero_() if i in (0, 2) else x for i, x in enumerate(estimate_operands(query, key, 1))
+    ]
+    given[4].fill_(-1e38)  # estimates saturate at their lowest
+    given[5].fill_(torch.inf)
+    blocks = Blocks(300, 900)
+    nothing_more = blocks.always(128).expand(1, 2, -1, -1)
+    assert torch.equal(from_map(run(*given), blocks), nothing_more)
+    given[5][:, 0, 5::QUERIES] = -torch.inf  # one query of every block
+    computed = from_map(run(*given), blocks)
+    assert torch.equal(computed[:, 0], blocks.seen()[None])
+    assert torch.equal(computed[:, 1], nothing_more[:, 1])
+
+
 @pytest.mark.skipif(ops.backends()["cpu"] != "cpu", reason="no C++ compiler here")
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 def test_maps_do_not_depend_on_the_instruction_set(isa: str) -> None:

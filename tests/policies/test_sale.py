@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from rich.console import Console
 import kvpress
 from kvpress import calibration
 from kvpress.blocks import Blocks
+from kvpress.budget import Budget
 from kvpress.calibration import Calibration
 from kvpress.errors import PolicyError
+from kvpress.policy import Policy, option
 
 LONG = 700
 SPARSE = "sale:threshold=2.0,least=1"
@@ -137,6 +140,31 @@ def test_a_pass_that_records_gradients_is_dense_and_says_so() -> None:
         model(ids, cache=cache).logits.sum().backward()
     assert density(cache) == 1.0
     assert "passes that record gradients" in " ".join(cache.report().notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uneven(Policy):
+    """KV heads that keep different numbers of slots."""
+
+    budget: Budget = option(0.5, "kept")
+
+    @property
+    def rank(self) -> str:
+        return "position"
+
+    def allocate(self, slots: int, layer: int, layers: int, heads: int) -> list[int]:
+        return [slots // 2, slots + slots // 2]
+
+
+def test_rows_of_different_lengths_are_dense_and_said() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, LONG)
+    _, alone = read(model, Uneven(), ids, chunks=2)
+    logits, cache = read(model, [SPARSE, Uneven()], ids, chunks=2)
+    assert "rows of different lengths" in " ".join(cache.report().notes)
+    causal = [causal for _, causal in cache.states[0].computed]
+    assert causal == [Blocks(350, 350).causal]  # the first chunk alone
+    assert logits.isfinite().all() and cache.check_integrity()
+    assert cache.report().slots_kept == alone.report().slots_kept
 
 
 def test_a_threshold_and_a_calibration_exclude_each_other() -> None:
