@@ -48,7 +48,7 @@ class Launch(NamedTuple):
 # Oldest architecture -> (most channels, bytes of a factor) -> parameters.
 LAUNCH = {
     80: {
-        (64, 2): Launch(64, 64, 8, 2),
+        (64, 2): Launch(64, 64, 4, 2),
         (128, 2): Launch(64, 64, 8, 2),
         (256, 2): Launch(64, 32, 4, 2),
         (64, 4): Launch(32, 32, 8, 2),

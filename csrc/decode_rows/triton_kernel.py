@@ -313,6 +313,8 @@ def _attend_old(
     key_scales, value_codes, value_scales, _ = layout.offsets
     if not grid[1] or not len(pages):
         return
+    quantised = min(layout.key_bits, layout.value_bits) < 16
+    wide_codes = quantised and max(layout.key_kept, layout.value_kept) > 128
     old_kernel[grid](
         *(query_BNQD, pages.view(torch.int16), pages.view(torch.float16), pages.view(stored)),
         *(key_channels, value_channels, table, counts, position if position.numel() else counts),
@@ -341,7 +343,7 @@ def _attend_old(
         BLOCK_S=OLD_SLOTS,
         BLOCK_T=max(16, triton.next_power_of_2(layout.key_kept)),
         BLOCK_U=max(16, triton.next_power_of_2(layout.value_kept)),
-        num_warps=4 if max(layout.key_kept, layout.value_kept) <= 128 else 8,
+        num_warps=8 if wide_codes else 4,
         num_stages=1,
         **FUSED,
     )
