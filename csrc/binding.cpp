@@ -19,7 +19,7 @@ using torch::stable::Tensor;
 
 namespace kvpress {
 
-namespace avx512 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels, kernels_vnni; }
 namespace avx2 { extern const Kernels kernels; }
 namespace portable { extern const Kernels kernels; }
 
@@ -116,12 +116,12 @@ const Kernels& kernels() {
   static const Kernels* chosen = [] {
     const char* wanted = std::getenv("KVPRESS_CPU");
     const std::string most = wanted ? wanted : "";
-    if (!most.empty() && most != "avx512" && most != "avx2" && most != "portable")
-      refuse("operators", "KVPRESS_CPU='", most, "' is unknown; allowed: avx512, avx2, portable");
+    if (!most.empty() && most != "avx512vnni" && most != "avx512" && most != "avx2" && most != "portable")
+      refuse("operators", "KVPRESS_CPU='", most, "' is unknown; allowed: avx512vnni, avx512, avx2, portable");
 #if defined(KERNELS_FOR_AVX512)
-    if ((most.empty() || most == "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    if (most != "avx2" && most != "portable" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-      return &avx512::kernels;
+      return most != "avx512" && __builtin_cpu_supports("avx512vnni") ? &avx512::kernels_vnni : &avx512::kernels;
 #endif
 #if defined(KERNELS_FOR_AVX2)
     if (most != "portable" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&

@@ -12,7 +12,16 @@
 
 namespace kvpress::KERNEL_ISA {
 
+constexpr Kernels with(decltype(Kernels::estimate_blocks) estimate) {
+  return {decode_rows, decode_step, absorb_step, attention_sums, estimate, attend_blocks, match_keys, copy_slots, pack_pages, channel_scores};
+}
+
 extern const Kernels kernels;
-const Kernels kernels{decode_rows, decode_step, absorb_step, attention_sums, estimate_blocks, attend_blocks, match_keys, copy_slots, pack_pages, channel_scores};
+const Kernels kernels = with(estimate_blocks<PairProducts>);
+
+#if defined(__AVX512F__)
+extern const Kernels kernels_vnni;  // for machines that have those instructions too
+const Kernels kernels_vnni = with(estimate_blocks<QuadProducts>);
+#endif
 
 }  // namespace kvpress::KERNEL_ISA

@@ -86,7 +86,7 @@ def _scale(most: Tensor) -> Tensor:
 
 
 def _codes(x: Tensor, scale: Tensor) -> Tensor:
-    return (x / scale).round().clamp(-MOST_CODE, MOST_CODE).to(torch.int8).contiguous()
+    return (x / scale).round_().clamp_(-MOST_CODE, MOST_CODE).to(torch.int8).contiguous()
 
 
 def sparse_attention(
@@ -134,18 +134,19 @@ def thresholds(
     always_BNX = to_map(always_BNIJ, blocks)
     _, lse_BNP = ops.attend_blocks(query_BNPD, key_BHSD, key_BHSD[..., :0], always_BNX, scaling)
     # This LSE is that of whole keys: that of smoothed ones lacks q · k̄.
-    grouped_BHGPD = _grouped(query_BNPD.float(), key_BHSD.shape[1])
-    moved_BNP = (grouped_BHGPD @ mean_BH1D[:, :, None].mT).flatten(1, 2).squeeze(-1)
+    moved_BNP = _products(query_BNPD.float(), mean_BH1D).view(batch, heads, queries)
     tau_N1 = tau_N.to(lse_BNP.device)[:, None]
     return ((lse_BNP + tau_N1.log()) / scaling - moved_BNP).contiguous()
 
 
 def lost_by_smoothing(mean_BN1D: Tensor, keys: Codes) -> Tensor:
     """q̄ · k' in units of the scale of each key: what smoothing the queries took from logits."""
-    heads, slots = keys.smooth.shape[1:3]
-    own_BHGS = (_grouped(mean_BN1D, heads) @ keys.smooth[:, :, None].mT).squeeze(3)
-    return (own_BHGS / of_slots(keys.scale, slots)[:, :, None]).flatten(1, 2).contiguous()
+    own_BHGS = _products(mean_BN1D, keys.smooth)
+    own_BHGS /= of_slots(keys.scale, own_BHGS.shape[-1])[:, :, None]
+    return own_BHGS.flatten(1, 2)
 
 
-def _grouped(query_BNPD: Tensor, heads: int) -> Tensor:
-    return query_BNPD.reshape(query_BNPD.shape[0], heads, -1, *query_BNPD.shape[2:])
+def _products(query_BNPD: Tensor, key_BHSD: Tensor) -> Tensor:
+    """q · k of every query head and the keys of its group: fp32 `[B, H, G·P, S]`."""
+    batch, heads, _, width = key_BHSD.shape
+    return query_BNPD.reshape(batch, heads, -1, width) @ key_BHSD.mT

@@ -140,8 +140,29 @@ def test_a_threshold_of_minus_infinity_computes_everything(kind: str) -> None:
     assert torch.equal(computed[:, 1], nothing_more[:, 1])
 
 
+@pytest.mark.parametrize("most", [20.0, 4e4, 1e38])
+def test_maps_are_exact_where_estimates_are_next_to_their_bounds(most: float) -> None:
+    query, key, _ = operands(1, 6, 2, 160, 700, 24)
+    given = [
+        x.clone() if isinstance(x, torch.Tensor) else x for x in estimate_operands(query, key, 1)
+    ]
+    for scale in given[1], given[3]:
+        scale.fill_(1)
+    given[4].uniform_(-most, 20).mul_(2).round_().div_(2)  # halves too
+    dot_BHGPS = given[0].float().unflatten(1, (2, -1)) @ given[2].float()[:, :, None].mT
+    moved_BNPS = given[4].round().clamp(-32768, 32767)[:, :, None] + dot_BHGPS.flatten(1, 2)
+    highest_BNP = moved_BNPS[..., SLOTS:448].clamp(-32768, 32767).amax(-1)
+    computed = []
+    for under in (0.0, 0.5, 1.0, 2.0):
+        given[5].copy_(highest_BNP - under)
+        bits = ops.estimate_blocks(*given)
+        assert torch.equal(bits, estimate.estimate_blocks(*given))
+        computed.append(int(from_map(bits, Blocks(160, 700)).sum()))
+    assert computed == sorted(computed) and computed[0] < computed[-1]
+
+
 @pytest.mark.skipif(ops.backends()["cpu"] != "cpu", reason="no C++ compiler here")
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 def test_maps_do_not_depend_on_the_instruction_set(isa: str) -> None:
     code = (
         "import blocking as t, torch; from kvpress import ops\n"
