@@ -24,6 +24,7 @@ from kvpress import ops
 from kvpress.errors import KVPressError
 
 FORMAT = 1
+_VARIABLES = ("KVPRESS_BACKEND", "KVPRESS_CPU", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 _UNITS = {"bytes": "B/s", "flops": "FLOP/s"}
 
 
@@ -32,7 +33,7 @@ class RecordError(KVPressError):
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, processor, threads, versions, commit and backends of this process."""
+    """Device, processor, threads, versions, commit, backends, variables of this process."""
     on_gpu = device.type == "cuda"
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -49,6 +50,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         },
         "commit": _commit(),
         "backends": dict(ops.backends()),
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
 
 

@@ -2,10 +2,13 @@
 
 A model reads parts of a text one by one, each from its first position on. A longer prompt is these
 parts one after the other, their queries and keys turned to the positions where they then stand.
+Beyond the context that the model was trained for they turn as YaRN has it (Peng et al., arXiv
+2309.00071): plain rotation would make logits of distances that no model has ever seen.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,29 +58,48 @@ class Captured:
         query, key, value = (x[:, :, :tokens].contiguous() for x in given[:3])
         if tokens <= self.read:
             return Given(query, key, value, given.scaling)
-        source = torch.arange(tokens, device=key.device) % self.read
-        return Given(self._moved(query, source), self._moved(key, source), value, given.scaling)
-
-    def _moved(self, x_BNPD: Tensor, source_T: Tensor) -> Tensor:
-        """States that were turned to the positions `source`, turned to 0, 1, 2, … instead."""
         rotary = getattr(self._model.base_model, "rotary_emb", None)
         if rotary is None:
             raise CaptureError(
                 f"{type(self._model).__name__} has no `rotary_emb` by which its keys turn: only"
                 f" lengths up to {self.read:,} tokens can be measured."
             )
-        target_T = torch.arange(len(source_T), device=source_T.device)
+        target_T = torch.arange(tokens, device=key.device)
         with torch.inference_mode():
-            cos, sin = rotary(x_BNPD, source_T[None])
-            back_BNTD = _turn(x_BNPD, cos, -sin)
-            cos, sin = rotary(x_BNPD, target_T[None])
-        return _turn(back_BNTD, cos, sin)
+            was, then = rotary(key, target_T[None] % self.read), self._longer(rotary, tokens)
+            query, key = (_moved(x, was, then(key, target_T[None])) for x in (query, key))
+        return Given(query, key, value, given.scaling)
+
+    def _longer(self, rotary: Any, tokens: int) -> Any:
+        """What turns states for a prompt of so many tokens, beyond the model's context too."""
+        config = copy.deepcopy(self._model.config.get_text_config(decoder=True))
+        known, rope = config.max_position_embeddings, config.rope_parameters
+        if tokens <= known:
+            return rotary
+        if rope.get("rope_type") != "default":
+            raise CaptureError(
+                f"{tokens:,} tokens are beyond the context of {known:,}, and positions of the type"
+                f" {rope.get('rope_type')!r} cannot be extended. Give at most {known:,} tokens."
+            )
+        config.rope_parameters = {
+            **rope,
+            "rope_type": "yarn",
+            "factor": tokens / known,
+            "original_max_position_embeddings": known,
+        }
+        return type(rotary)(config).to(rotary.inv_freq.device)
 
 
 def _joined(parts: Sequence[Given]) -> Given:
     """Parts of a text one after the other."""
     query, key, value = (torch.cat([part[i] for part in parts], dim=2) for i in range(3))
     return Given(query, key, value, parts[0].scaling)
+
+
+def _moved(x_BNTD: Tensor, was: Sequence[Tensor], then: Sequence[Tensor]) -> Tensor:
+    """States that were turned by one cosine and sine `[1, T, D]`, turned by the other instead."""
+    cos_1TD, sin_1TD = was
+    return _turn(_turn(x_BNTD, cos_1TD, -sin_1TD), *then)
 
 
 def _turn(x_BNTD: Tensor, cos_1TD: Tensor, sin_1TD: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def sparse(
 
     Queries, keys and values are those that the layers of the model hand over for a text. It reads
     `--read` tokens at a time; longer prompts are such parts one after the other, turned to the
-    positions where they then stand.
+    positions where they then stand; beyond the model's context as YaRN has it.
     """
     import torch
     from kvpress.bench import models, record

@@ -38,6 +38,29 @@ def test_parts_are_turned_to_where_they_stand(tiny: Any) -> None:
         captured.of_length(0, 301)
 
 
+def test_beyond_the_context_positions_turn_as_in_yarn(tiny: Any) -> None:
+    context = tiny.config.max_position_embeddings
+    try:
+        tiny.config.max_position_embeddings = 100
+        text = ids(300)
+        captured = Captured(tiny, [text[:, :100], text[:, 100:200], text[:, 200:]], {0})
+        near, far = captured.of_length(0, 100), captured.of_length(0, 300)
+        # Attention is sharper by YaRN's factor; where nothing turns, that is all there is.
+        factor = (0.1 * torch.tensor(3.0).log() + 1).item()
+        torch.testing.assert_close(far.key_BHPD[:, :, 0], near.key_BHPD[:, :, 0] * factor)
+        torch.testing.assert_close(
+            far.key_BHPD.norm(dim=-1),
+            Captured(tiny, [text], {0}).layers[0][1].norm(dim=-1) * factor,
+        )
+        assert not torch.allclose(far.key_BHPD[:, :, 50], near.key_BHPD[:, :, 50] * factor)
+        tiny.config.rope_parameters["rope_type"] = "linear"
+        with pytest.raises(CaptureError, match="at most 100 tokens"):
+            captured.of_length(0, 300)
+    finally:
+        tiny.config.rope_parameters["rope_type"] = "default"
+        tiny.config.max_position_embeddings = context
+
+
 def test_a_model_without_rotation_has_its_own_length(tiny: Any) -> None:
     text = ids(100)
     captured = Captured(tiny, [text, text], {0})
