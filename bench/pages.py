@@ -68,6 +68,11 @@ def _is_of_benchmarks(path: Path) -> bool:
 
 
 def _report(path: Path) -> Any:
+    from kvpress.bench.sparse import report as sparse
+
+    record = sparse.read(path)
+    if record is not None:
+        return sparse.report(record)
     if _is_of_benchmarks(path):
         from kvpress.bench.journal import read
         from kvpress.bench.speed import report as speed
@@ -80,6 +85,11 @@ def _report(path: Path) -> Any:
 
 
 def _figure(path: Path, what: str) -> Any:
+    from kvpress.bench.sparse import report as sparse
+
+    record = sparse.read(path)
+    if record is not None:
+        return sparse.figure(sparse.rows_of(record))
     if _is_of_benchmarks(path):
         from kvpress.bench.journal import read
         from kvpress.bench.speed.report import drawn

@@ -14,12 +14,18 @@
 
 #include "include/args.h"
 
+#if defined(KVPRESS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace kvpress {
 
-namespace avx512 { extern const Kernels kernels, kernels_vnni; }
+namespace avx512 { extern const Kernels kernels, kernels_vnni, kernels_amx; }
 namespace avx2 { extern const Kernels kernels; }
 namespace portable { extern const Kernels kernels; }
 
@@ -111,21 +117,43 @@ struct Strided {
 
 constexpr int64_t kMostWidth = 256, kMostQueries = 32;
 
+// Instruction sets, the fastest first.
+constexpr const char* kSets[] = {"amx", "avx512vnni", "avx512", "avx2", "portable"};
+
+// The place in kSets of the one that KVPRESS_CPU names: none before it may be used.
+int first_set() {
+  const char* wanted = std::getenv("KVPRESS_CPU");
+  if (!wanted || !*wanted) return 0;
+  for (int i = 0; i < 5; i++)
+    if (!std::strcmp(wanted, kSets[i])) return i;
+  refuse("operators", "KVPRESS_CPU='", wanted, "' is unknown; allowed: amx, avx512vnni, avx512, avx2, portable");
+}
+
+#if defined(KVPRESS_AMX)
+// Whether there are tiles of bytes, and the system lets this process use them.
+bool may_use_tiles() {
+  constexpr unsigned kTiles = 1u << 24, kBytes = 1u << 25;
+  constexpr int kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) && (d & kBytes) && !syscall(SYS_arch_prctl, kAsk, kTileData);
+}
+#endif
+
 // The fastest kernels that this machine runs, or those that KVPRESS_CPU names.
 const Kernels& kernels() {
   static const Kernels* chosen = [] {
-    const char* wanted = std::getenv("KVPRESS_CPU");
-    const std::string most = wanted ? wanted : "";
-    if (!most.empty() && most != "avx512vnni" && most != "avx512" && most != "avx2" && most != "portable")
-      refuse("operators", "KVPRESS_CPU='", most, "' is unknown; allowed: avx512vnni, avx512, avx2, portable");
+    [[maybe_unused]] const int first = first_set();
 #if defined(KERNELS_FOR_AVX512)
-    if (most != "avx2" && most != "portable" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-      return most != "avx512" && __builtin_cpu_supports("avx512vnni") ? &avx512::kernels_vnni : &avx512::kernels;
+    if (first <= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+#if defined(KVPRESS_AMX)
+      if (first == 0 && may_use_tiles()) return &avx512::kernels_amx;
+#endif
+      return first <= 1 && __builtin_cpu_supports("avx512vnni") ? &avx512::kernels_vnni : &avx512::kernels;
+    }
 #endif
 #if defined(KERNELS_FOR_AVX2)
-    if (most != "portable" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
+    if (first <= 3 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
       return &avx2::kernels;
 #endif
     return &portable::kernels;

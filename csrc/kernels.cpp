@@ -22,6 +22,10 @@ const Kernels kernels = with(estimate_blocks<PairProducts>);
 #if defined(__AVX512F__)
 extern const Kernels kernels_vnni;  // for machines that have those instructions too
 const Kernels kernels_vnni = with(estimate_blocks<QuadProducts>);
+#if defined(KVPRESS_AMX)
+extern const Kernels kernels_amx;
+const Kernels kernels_amx = with(estimate_blocks<TileProducts>);
+#endif
 #endif
 
 }  // namespace kvpress::KERNEL_ISA

@@ -60,7 +60,7 @@ class Layer:
         self.draft_weights: list[Tensor] = []  # what they attended to: blocks `[B, N, P, S]`
         self.watched: dict[int, Tensor] = {}  # last queries [N, W, D] of sequences; formatting.py
         self.logits = (1.0, 0.0)  # scaling and softcap of these queries
-        self.computed: list[tuple[Tensor, int]] = []  # blocks of prompts: of heads [B, N], all
+        self.blocks: tuple[Tensor, int] | None = None  # of prompts: computed per head [N], all
 
     # The layer contract
 
@@ -188,16 +188,16 @@ class Layer:
 
     def count_blocks(self, computed_BN: Tensor, causal: int) -> None:
         """Notes how many blocks of each head of a prompt were computed, of so many."""
-        self.computed = [*self.computed, (computed_BN, causal)]  # forks copy layers as they are
+        computed_N, all_ = self.blocks or (0, 0)
+        self.blocks = computed_N + computed_BN.sum(0), all_ + len(computed_BN) * causal
 
     @property
     def density(self) -> list[float]:
         """The share of blocks that was computed, of every query head; empty: all were."""
-        if not self.computed:
+        if self.blocks is None:
             return []
-        blocks = sum(len(computed_BN) * causal for computed_BN, causal in self.computed)
-        computed_XN = torch.cat([computed_BN for computed_BN, _ in self.computed])
-        shares: list[float] = (computed_XN.sum(0) / blocks).tolist()
+        computed_N, all_ = self.blocks
+        shares: list[float] = (computed_N / all_).tolist()
         return shares
 
     def report(self) -> LayerReport:

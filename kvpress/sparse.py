@@ -52,26 +52,26 @@ class Codes(NamedTuple):
 
 def quantise_queries(query_BNPD: Tensor) -> Codes:
     """Codes of queries; rows r and r + 8 of 16 share a scale."""
-    queries = query_BNPD.shape[2]
     smooth_BNPD, mean_BN1D = _smooth(query_BNPD)
-    padded_BNRD = torch.nn.functional.pad(smooth_BNPD, (0, 0, 0, -queries % _ROWS))
-    batch, heads, _, width = padded_BNRD.shape
-    most_BNtg = padded_BNRD.view(batch, heads, -1, 2, _ROWS // 2, width).abs().amax((3, 5))
-    scale_BNtg = _scale(most_BNtg)
-    scale_BNP = scale_BNtg.repeat(1, 1, 1, 2).flatten(2)[..., :queries].contiguous()
+    most_BNt2g = _largest(smooth_BNPD, _ROWS).unflatten(-1, (-1, 2, _ROWS // 2))
+    scale_BNtg = _scale(most_BNt2g.amax(3))
+    scale_BNP = scale_BNtg.repeat(1, 1, 1, 2).flatten(2)[..., : query_BNPD.shape[2]].contiguous()
     return Codes(_codes(smooth_BNPD, scale_BNP[..., None]), scale_BNP, smooth_BNPD, mean_BN1D)
 
 
 def quantise_keys(key_BHSD: Tensor) -> Codes:
     """Codes of keys; those of a block whose number mod 8 is 2j or 2j + 1 share a scale."""
-    slots = key_BHSD.shape[2]
     smooth_BHSD, mean_BH1D = _smooth(key_BHSD)
-    padded_BHSD = torch.nn.functional.pad(smooth_BHSD, (0, 0, 0, -slots % SLOTS))
-    batch, heads, _, width = padded_BHSD.shape
-    most_BHJK = padded_BHSD.view(batch, heads, -1, SLOTS // 8, 4, 2, width).abs().amax((3, 5, 6))
-    scale_BHJK = _scale(most_BHJK)
-    codes_BHSD = _codes(smooth_BHSD, of_slots(scale_BHJK, slots)[..., None])
+    most_BHJoK2 = _largest(smooth_BHSD, SLOTS).unflatten(-1, (-1, SLOTS // 8, 4, 2))
+    scale_BHJK = _scale(most_BHJoK2.amax((3, 5)))
+    codes_BHSD = _codes(smooth_BHSD, of_slots(scale_BHJK, key_BHSD.shape[2])[..., None])
     return Codes(codes_BHSD, scale_BHJK, smooth_BHSD, mean_BH1D)
+
+
+def _largest(x_BNSD: Tensor, multiple: int) -> Tensor:
+    """The largest |number| of every row, and 0 for rows up to a multiple: `[B, N, rows]`."""
+    most_BNS = torch.maximum(x_BNSD.amax(-1), -x_BNSD.amin(-1))
+    return torch.nn.functional.pad(most_BNS, (0, -most_BNS.shape[-1] % multiple))
 
 
 def _smooth(x_BNSD: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ def sale(
     samples: Annotated[int, typer.Option(help="Consecutive parts of the text.", min=1)] = 2,
     error: Annotated[
         float, typer.Option(help="Bound of a head's error: Σ|o − o'| / Σ|o|.", min=1e-6)
-    ] = 0.03,
+    ] = 0.05,
     absolute: Annotated[
         bool, typer.Option("--absolute", help="Bound Σ|o − o'| per token instead (the paper's).")
     ] = False,

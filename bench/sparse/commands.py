@@ -35,7 +35,7 @@ def sparse(
     from kvpress.bench import models, record
     from kvpress.bench.calibrate.commands import read_parts
     from kvpress.bench.commands import check_writable
-    from kvpress.bench.sparse import measure
+    from kvpress.bench.sparse import measure, report
     from kvpress.bench.sparse.captured import Captured
 
     check_writable("--out", out)
@@ -56,13 +56,15 @@ def sparse(
             with errors.status(f"{length:,} tokens, layer {layer} …"):
                 given = captured.of_length(layer, length)
                 tau_N = limits.tau_LN[layer]
-                rows.append(measure.measure(layer, given, tau_N, limits.local, rounds))
+                warm = layer != chosen[0]  # by the layer before
+                rows.append(measure.measure(layer, given, tau_N, limits.local, rounds, warm))
     console.print(table(rows))
     if out is not None:
         facts = record.environment(loaded.device)
         settings = {"model": model, "policy": policy, "read": read, "rounds": rounds}
         made = [row._asdict() for row in rows]
-        record.write_json(out, {"environment": facts, "settings": settings, "rows": made})
+        whole = {"bench": report.KIND, "environment": facts, "settings": settings, "rows": made}
+        record.write_json(out, whole)
 
 
 def thresholds_of(model: Any, policy: str) -> Any:
@@ -83,25 +85,13 @@ def thresholds_of(model: Any, policy: str) -> Any:
 
 def table(rows: list[Any]) -> Any:
     """All layers of a length in a line: times, shares of the exact one, density and error."""
-    from kvpress.bench.sparse.measure import total
+    from kvpress.bench.sparse import report
     from rich.table import Table
 
     shown = Table(title="Prompt attention, exact and sparse", title_justify="left")
-    titles = ("tokens", "layers", "exact s", "sparse s", "speed-up", "low–high", "estimate")
-    for title in (*titles, "density", "error"):
+    for title in report.HEAD:
         shown.add_column(title, justify="right")
-    for tokens in sorted({row.tokens for row in rows}):
-        one = total(row for row in rows if row.tokens == tokens)
-        shown.add_row(
-            f"{tokens:,}",
-            str(one.layers),
-            f"{one.exact:.2f}",
-            f"{one.estimate + one.attend:.2f}",
-            f"{one.gain:.2f}×",
-            f"{one.low:.2f}–{one.high:.2f}",
-            f"{one.estimate / one.exact:.1%}",
-            f"{one.density:.1%}",
-            f"{one.error:.2%}",
-        )
-    shown.caption = "estimate: its share of the exact time; density: blocks computed."
+    for one in report.totals(rows):
+        shown.add_row(*report.cells_of(one))
+    shown.caption = report.LEGEND
     return shown

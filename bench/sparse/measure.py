@@ -52,12 +52,12 @@ class Total(NamedTuple):
         return self.exact / (self.estimate + self.attend)
 
 
-def measure(layer: int, given: Given, tau_N: Tensor, local: int, rounds: int) -> Row:
-    """Times both sides in turn; a round before the first one warms up."""
+def measure(layer: int, given: Given, tau_N: Tensor, local: int, rounds: int, warm: bool) -> Row:
+    """Times both sides in turn; warm: without a round before the first one that warms up."""
     query, key, value, scaling = given
     grouped = query.shape[1] != key.shape[1]
     seconds: list[list[float]] = [[], [], []]
-    for round_ in range(rounds + 1):
+    for round_ in range(1 if warm else 0, rounds + 1):
         exact, *took = _timed(
             key,
             lambda: F.scaled_dot_product_attention(

@@ -14,7 +14,8 @@ class RowEstimate {
  public:
   RowEstimate(const EstimateBlocks& a, int64_t b, int64_t h, const Threads& threads)
       : a_(a), map_(a.map), row_(b * a.heads + h), threads_(threads) {
-    parts_ = (a.width + Products::kTogether - 1) / Products::kTogether;
+    constexpr int kChannels = Products::kTogether * Products::kStep;
+    parts_ = (a.width + kChannels - 1) / kChannels * Products::kStep;
     tile_bytes_ = parts_ * kTileBytes;
     tiles_ = map_.columns() * BlockMap::kSlots / kCodeTile;
   }
@@ -57,14 +58,23 @@ class RowEstimate {
     read_queries(row, head, some);
     EstimateKeys keys{};
     keys.tile_bytes = tile_bytes_;
+    const typename Products::Scope scope{};
     for (int64_t j = 1; j < local; j++) {
       keys.codes = key_ + j * (BlockMap::kSlots / kCodeTile) * tile_bytes_;
       keys.shift = a_.shift + head * map_.slots + j * BlockMap::kSlots;  // examined blocks are whole
       const float* scale = a_.key_scale + (row_ * map_.columns() + j) * BlockMap::kGroups;
       for (int i = 0; i < kCodeTile; i++) keys.step[i] = 1.0f / scale[i % 8 / 2];
+      if (any_above(some, keys)) set(j);
+    }
+  }
+
+  static bool any_above(const EstimateQueries& some, const EstimateKeys& keys) {
+    if constexpr (Products::kWhole) {
+      return Products::any_above(some, keys);
+    } else {
       bool hit = false;
       in_parts(some.count, [&](int64_t m, auto M) { hit = hit || Products::template any_above<M()>(some, m, keys); });
-      if (hit) set(j);
+      return hit;
     }
   }
 
@@ -72,6 +82,7 @@ class RowEstimate {
     const int64_t first = head * map_.queries + row * BlockMap::kQueries;
     some.count = std::min(BlockMap::kQueries, map_.queries - row * BlockMap::kQueries);
     some.code = scratch<int32_t, struct QueryCodes>(BlockMap::kQueries * parts_);
+    std::fill(some.code + some.count * parts_, some.code + BlockMap::kQueries * parts_, 0);
     in_parts(some.count, [&](int64_t m0, auto M) {
       for (int64_t m = m0; m < m0 + M; m++) {
         const int8_t* code = a_.query + (first + m) * a_.width;
@@ -83,7 +94,7 @@ class RowEstimate {
             const int64_t d = p * Products::kTogether + i % Products::kTogether;
             word |= uint32_t{uint8_t(d < a_.width ? code[d] : 0)} << 8 * i;
           }
-          some.code[m0 * parts_ + p * M + (m - m0)] = int32_t(word);
+          some.code[Products::kWhole ? m * parts_ + p : m0 * parts_ + p * M + (m - m0)] = int32_t(word);
         }
         some.start[m] = -kBias * sum;
         some.inverse[m] = 1.0f / a_.query_scale[first + m];

@@ -1,5 +1,5 @@
-// Products of codes: whether an estimate of some queries is above its bound in a block of keys. Two ways, equal to the bit:
-// pairs of channels with 16-bit sums (maddubs, or no instruction set at all), fours with 32-bit sums (VNNI).
+// Products of codes: whether an estimate is above its bound, anywhere in a block. Three ways, equal to the bit: pairs of
+// channels with 16-bit sums (maddubs, or no instruction set at all), fours with 32-bit sums (VNNI), 64 of them (AMX).
 #pragma once
 
 #include <cmath>
@@ -13,10 +13,11 @@ constexpr int kMostCode = 7, kBias = kMostCode + 1;
 constexpr float kLow = -32768.0f, kHigh = 32767.0f;  // between which estimates saturate
 constexpr float kEndless = 1 << 30;                  // a bound that no estimate is above
 
-// The queries of a block, in parts as in_parts makes them.
+// The queries of a block.
 struct EstimateQueries {
   int64_t count, parts;  // parts: of the channels, that are multiplied together
-  int32_t* code;         // of every part of the queries [parts, M]: the codes of so many channels, repeated to 4 bytes
+  int32_t* code;         // the codes of so many channels, repeated to 4 bytes: in parts as in_parts makes them [parts, M]
+                         // each, or where Products::kWhole [64, parts]
   int32_t start[BlockMap::kQueries];  // what undoes the bias of the keys
   float inverse[BlockMap::kQueries], bound[BlockMap::kQueries], cap[BlockMap::kQueries];
 };
@@ -31,7 +32,9 @@ struct EstimateKeys {
 
 // Two channels at a time. Sums of all channels fit in 16 bits.
 struct PairProducts {
-  static constexpr int kTogether = 2;
+  static constexpr int kTogether = 2, kStep = 1;  // channels of a part; parts are a multiple of this
+  static constexpr bool kWhole = false;           // whether queries are looked at in whole blocks
+  struct Scope {};                                // what a task holds while it looks at blocks
 
   // In which order keys lie in a tile: that in which 32-bit numbers of 8 + 8 keys are packed to 16 bits.
   static constexpr int key_of(int lane) { return lane / 4 == 1 ? lane + 4 : lane / 4 == 2 ? lane - 4 : lane; }
@@ -98,9 +101,50 @@ struct PairProducts {
 };
 
 #if defined(__AVX512F__)
-// Four channels at a time. A sum need not saturate to 16 bits: no bound but kEndless is beyond them.
+// Whether sums of products, 32 bits, are above their bounds. They need not saturate to 16 bits: no bound but kEndless is
+// beyond them. Not exact is half the work: neither rounding nor saturation, but a margin wider than both, and a NaN is above.
+template <bool kExact>
+class Above {
+ public:
+  Above(const EstimateQueries& some, const EstimateKeys& keys)
+      : steps_(_mm512_loadu_ps(keys.step)), first_(_mm512_loadu_ps(keys.shift)), second_(_mm512_loadu_ps(keys.shift + kCodeTile)) {
+    lowest_ = _mm512_set1_ps(kExact ? kLow : kLow + kMostCode * kMostCode * 4 * float(some.parts) + 4);
+  }
+
+  // The sums of query m and the 32 keys.
+  void look(const EstimateQueries& some, int64_t m, __m512i first, __m512i second) {
+    const __m512 own = _mm512_set1_ps(some.bound[m]), inverse = _mm512_set1_ps(some.inverse[m]);
+    const __m512 exact = kExact ? _mm512_floor_ps(_mm512_mul_ps(own, steps_)) : _mm512_fmadd_ps(own, steps_, _mm512_set1_ps(-2.0f));
+    const __m512 bound = _mm512_min_ps(_mm512_set1_ps(some.cap[m]), exact);  // keeps a NaN
+    bounded_ = _mm512_mask_cmp_ps_mask(bounded_, bound, lowest_, _CMP_GE_OQ);
+    first_below_ = below(first_below_, first, first_, inverse, bound);
+    second_below_ = below(second_below_, second, second_, inverse, bound);
+  }
+
+  bool any() const { return (bounded_ & first_below_ & second_below_) != kAll; }
+
+ private:
+  static constexpr __mmask16 kAll = 0xFFFF;
+
+  static __mmask16 below(__mmask16 before, __m512i sums, __m512 shift, __m512 inverse, __m512 bound) {
+    if constexpr (kExact) {
+      const __m512 moved = _mm512_min_ps(_mm512_mul_ps(shift, inverse), _mm512_set1_ps(kHigh));  // a NaN becomes the largest
+      const __m512i estimate = _mm512_add_epi32(sums, _mm512_cvtps_epi32(_mm512_max_ps(moved, _mm512_set1_ps(kLow))));
+      return _mm512_mask_cmple_epi32_mask(before, estimate, _mm512_cvtps_epi32(bound));
+    } else {
+      return _mm512_mask_cmp_ps_mask(before, _mm512_fmadd_ps(shift, inverse, _mm512_cvtepi32_ps(sums)), bound, _CMP_LE_OQ);
+    }
+  }
+
+  __m512 steps_, first_, second_, lowest_;  // lowest: a bound below is one that saturation reaches
+  __mmask16 bounded_ = kAll, first_below_ = kAll, second_below_ = kAll;
+};
+
+// Four channels at a time.
 struct QuadProducts {
-  static constexpr int kTogether = 4;
+  static constexpr int kTogether = 4, kStep = 1;
+  static constexpr bool kWhole = false;
+  struct Scope {};
   static constexpr int key_of(int lane) { return lane; }
 
   // The same as that of PairProducts.
@@ -110,8 +154,6 @@ struct QuadProducts {
   }
 
  private:
-  // Not exact is half the work after the products: neither rounding nor saturation, but a margin wider than both, and a NaN
-  // is above.
   template <int M, bool kExact>
   __attribute__((noinline, target("avx512vnni"))) static bool above(const EstimateQueries& some, int64_t m0,
                                                                     const EstimateKeys& keys) {
@@ -128,30 +170,68 @@ struct QuadProducts {
         asm volatile("" : "+v"(sums[m][0]), "+v"(sums[m][1]));  // in their places: else they are copied every time
       }
     }
-    constexpr __mmask16 kAll = 0xFFFF;
-    __mmask16 bounded = kAll, below[2] = {kAll, kAll};  // bounded: a bound is a number that saturation does not reach
-    const __m512 steps = _mm512_loadu_ps(keys.step), high = _mm512_set1_ps(kHigh), low = _mm512_set1_ps(kLow);
-    const __m512 lowest = _mm512_set1_ps(kExact ? kLow : kLow + kMostCode * kMostCode * 4 * float(some.parts) + 4);
-    const __m512 shift[2] = {_mm512_loadu_ps(keys.shift), _mm512_loadu_ps(keys.shift + kCodeTile)};
-    KVPRESS_UNROLL for (int m = 0; m < M; m++) {
-      const __m512 inverse = _mm512_set1_ps(some.inverse[m0 + m]), own = _mm512_set1_ps(some.bound[m0 + m]);
-      const __m512 exact = kExact ? _mm512_floor_ps(_mm512_mul_ps(own, steps)) : _mm512_fmadd_ps(own, steps, _mm512_set1_ps(-2.0f));
-      const __m512 bound = _mm512_min_ps(_mm512_set1_ps(some.cap[m0 + m]), exact);  // keeps a NaN
-      bounded = _mm512_mask_cmp_ps_mask(bounded, bound, lowest, _CMP_GE_OQ);
-      KVPRESS_UNROLL for (int v = 0; v < 2; v++) {
-        if constexpr (kExact) {
-          const __m512 moved = _mm512_min_ps(_mm512_mul_ps(shift[v], inverse), high);  // a NaN becomes the largest number
-          const __m512i estimate = _mm512_add_epi32(sums[m][v], _mm512_cvtps_epi32(_mm512_max_ps(moved, low)));
-          below[v] = _mm512_mask_cmple_epi32_mask(below[v], estimate, _mm512_cvtps_epi32(bound));
-        } else {
-          const __m512 estimate = _mm512_fmadd_ps(shift[v], inverse, _mm512_cvtepi32_ps(sums[m][v]));
-          below[v] = _mm512_mask_cmp_ps_mask(below[v], estimate, bound, _CMP_LE_OQ);
-        }
-      }
-    }
-    return (bounded & below[0] & below[1]) != kAll;
+    Above<kExact> above(some, keys);
+    KVPRESS_UNROLL for (int m = 0; m < M; m++) above.look(some, m0 + m, sums[m][0], sums[m][1]);
+    return above.any();
   }
 };
+
+#if defined(KVPRESS_AMX)
+// What a thread's tiles look like: five of 16 rows of 64 bytes. Not a local: compilers see only the start of it being read.
+struct TileShape {
+  uint8_t palette = 1, start = 0, none[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileShape) == 64);
+alignas(64) constexpr TileShape kShape;
+
+// 64 channels of 16 queries and 16 keys at a time.
+struct TileProducts {
+  static constexpr int kTogether = 4, kStep = 16;
+  static constexpr bool kWhole = true;
+  static constexpr int64_t kRows = 16;
+  static constexpr int key_of(int lane) { return lane; }
+
+  struct Scope {
+    __attribute__((target("amx-tile"))) Scope() { _tile_loadconfig(&kShape); }
+    __attribute__((target("amx-tile"))) ~Scope() { _tile_release(); }
+    Scope(const Scope&) = delete;
+  };
+
+  // Whether the estimate of one of the queries is above its bound, anywhere in the block.
+  static bool any_above(const EstimateQueries& some, const EstimateKeys& keys) {
+    for (int64_t m = 0; m < some.count; m += kRows)
+      if (above<false>(some, m, keys) && above<true>(some, m, keys)) return true;
+    return false;
+  }
+
+ private:
+  template <bool kExact>
+  __attribute__((noinline, target("amx-tile,amx-int8"))) static bool above(const EstimateQueries& some, int64_t m0,
+                                                                           const EstimateKeys& keys) {
+    alignas(64) int32_t sums[2][kRows][kCodeTile];
+    const int64_t query_bytes = some.parts * 4, line = 4 * kCodeTile;
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t p = 0; p < some.parts; p += kStep) {
+      _tile_loadd(2, some.code + m0 * some.parts + p, query_bytes);
+      _tile_loadd(3, keys.codes + p * line, line);
+      _tile_loadd(4, keys.codes + keys.tile_bytes + p * line, line);
+      _tile_dpbsud(0, 2, 3);
+      _tile_dpbsud(1, 2, 4);
+    }
+    _tile_stored(0, sums[0], line);
+    _tile_stored(1, sums[1], line);
+    Above<kExact> above(some, keys);
+    for (int64_t m = 0; m < std::min(kRows, some.count - m0); m++) {
+      const __m512i start = _mm512_set1_epi32(some.start[m0 + m]);
+      above.look(some, m0 + m, _mm512_add_epi32(start, _mm512_load_si512(sums[0][m])), _mm512_add_epi32(start, _mm512_load_si512(sums[1][m])));
+    }
+    return above.any();
+  }
+};
+#endif
 #endif
 
 }  // namespace kvpress::KERNEL_ISA

@@ -4,6 +4,11 @@
 #include <cstdint>
 #include <functional>
 
+// Whether the compiler and the system know AMX: asking for its registers is a system call.
+#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxint8intrin.h>)
+#define KVPRESS_AMX
+#endif
+
 namespace kvpress {
 
 enum class Type { kFloat32, kBFloat16, kFloat16 };

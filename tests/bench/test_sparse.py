@@ -92,6 +92,14 @@ def test_the_command(tiny_model: Path, tmp_path: Path) -> None:
     found = [(row["tokens"], row["layer"]) for row in rows]
     assert found == [(300, 0), (300, 2), (500, 0), (500, 2)]
     assert all(0 < row["density"] < 1 and row["error"] > 0 for row in rows)
+    page, picture = tmp_path / "sparse.html", tmp_path / "sparse.svg"
+    for given in (
+        ["report", str(out), "--out", str(page)],
+        ["plot", str(out), "--out", str(picture)],
+    ):
+        shown = CliRunner().invoke(app, given)
+        assert shown.exit_code == 0, shown.output
+    assert page.read_text().count("<tr>") == 2 + 1 + 4 + 1 and "<svg" in picture.read_text()
     refused = CliRunner().invoke(app, [*words[:4], "--policy", "full", *more])
     assert refused.exit_code != 0 and "computes all" in str(refused.exception)
 

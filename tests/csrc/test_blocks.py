@@ -162,7 +162,7 @@ def test_maps_are_exact_where_estimates_are_next_to_their_bounds(most: float) ->
 
 
 @pytest.mark.skipif(ops.backends()["cpu"] != "cpu", reason="no C++ compiler here")
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512vnni", "avx512", "avx2", "portable"])
 def test_maps_do_not_depend_on_the_instruction_set(isa: str) -> None:
     code = (
         "import blocking as t, torch; from kvpress import ops\n"

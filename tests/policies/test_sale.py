@@ -83,12 +83,9 @@ def test_chunks_attend_to_longer_keys() -> None:
     torch.testing.assert_close(dense, exact, rtol=1e-4, atol=1e-4)
     _, cache = read(model, SPARSE, ids, chunks=2)
     wanted = Blocks(350, 350).causal + Blocks(350, 700).causal
-    assert [causal for _, causal in cache.states[0].computed] == [
-        Blocks(350, 350).causal,
-        Blocks(350, 700).causal,
-    ]
-    computed = sum(int(one.sum()) for one, _ in cache.states[0].computed)
-    assert computed / (6 * wanted) == pytest.approx(sum(cache.states[0].density) / 6)
+    computed_N, blocks = cache.states[0].blocks
+    assert blocks == wanted and len(computed_N) == 6
+    assert int(computed_N.sum()) / (6 * wanted) == pytest.approx(sum(cache.states[0].density) / 6)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +158,7 @@ def test_rows_of_different_lengths_are_dense_and_said() -> None:
     _, alone = read(model, Uneven(), ids, chunks=2)
     logits, cache = read(model, [SPARSE, Uneven()], ids, chunks=2)
     assert "rows of different lengths" in " ".join(cache.report().notes)
-    causal = [causal for _, causal in cache.states[0].computed]
-    assert causal == [Blocks(350, 350).causal]  # the first chunk alone
+    assert cache.states[0].blocks[1] == Blocks(350, 350).causal  # the first chunk alone
     assert logits.isfinite().all() and cache.check_integrity()
     assert cache.report().slots_kept == alone.report().slots_kept
 
