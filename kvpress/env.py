@@ -10,7 +10,8 @@ VARIABLES = {
     " folder + /kvpress)",
     "KVPRESS_BACKEND": "force one operator backend: reference, cpu or triton",
     "KVPRESS_PEERS": "the virtual environment of `kvpress bench peers` (default: .venv-peers)",
-    "KVPRESS_CPU": "the CPU instruction set to use at most: amx, avx512vnni, avx512, avx2 or portable",
+    "KVPRESS_CPU": "the CPU instruction set to use at most: amx, avx512vnni, avx512, avx2,"
+    " portable",
 }
 
 
