@@ -53,7 +53,8 @@ class Codes(NamedTuple):
 def quantise_queries(query_BNPD: Tensor) -> Codes:
     """Codes of queries; rows r and r + 8 of 16 share a scale."""
     smooth_BNPD, mean_BN1D = _smooth(query_BNPD)
-    most_BNt2g = _largest(smooth_BNPD, _ROWS).unflatten(-1, (-1, 2, _ROWS // 2))
+    most_BNR = _largest(smooth_BNPD, _ROWS)
+    most_BNt2g = most_BNR.view(*most_BNR.shape[:2], -1, 2, _ROWS // 2)
     scale_BNtg = _scale(most_BNt2g.amax(3))
     scale_BNP = scale_BNtg.repeat(1, 1, 1, 2).flatten(2)[..., : query_BNPD.shape[2]].contiguous()
     return Codes(_codes(smooth_BNPD, scale_BNP[..., None]), scale_BNP, smooth_BNPD, mean_BN1D)
@@ -62,7 +63,8 @@ def quantise_queries(query_BNPD: Tensor) -> Codes:
 def quantise_keys(key_BHSD: Tensor) -> Codes:
     """Codes of keys; those of a block whose number mod 8 is 2j or 2j + 1 share a scale."""
     smooth_BHSD, mean_BH1D = _smooth(key_BHSD)
-    most_BHJoK2 = _largest(smooth_BHSD, SLOTS).unflatten(-1, (-1, SLOTS // 8, 4, 2))
+    most_BHR = _largest(smooth_BHSD, SLOTS)
+    most_BHJoK2 = most_BHR.view(*most_BHR.shape[:2], -1, SLOTS // 8, 4, 2)
     scale_BHJK = _scale(most_BHJoK2.amax((3, 5)))
     codes_BHSD = _codes(smooth_BHSD, of_slots(scale_BHJK, key_BHSD.shape[2])[..., None])
     return Codes(codes_BHSD, scale_BHJK, smooth_BHSD, mean_BH1D)
