@@ -58,7 +58,7 @@ class RowEstimate {
     read_queries(row, head, some);
     EstimateKeys keys{};
     keys.tile_bytes = tile_bytes_;
-    const typename Products::Scope scope{};
+    [[maybe_unused]] const typename Products::Scope scope{};
     for (int64_t j = 1; j < local; j++) {
       keys.codes = key_ + j * (BlockMap::kSlots / kCodeTile) * tile_bytes_;
       keys.shift = a_.shift + head * map_.slots + j * BlockMap::kSlots;  // examined blocks are whole

@@ -114,7 +114,8 @@ class Above {
   // The sums of query m and the 32 keys.
   void look(const EstimateQueries& some, int64_t m, __m512i first, __m512i second) {
     const __m512 own = _mm512_set1_ps(some.bound[m]), inverse = _mm512_set1_ps(some.inverse[m]);
-    const __m512 exact = kExact ? _mm512_floor_ps(_mm512_mul_ps(own, steps_)) : _mm512_fmadd_ps(own, steps_, _mm512_set1_ps(-2.0f));
+    const __m512 margin = _mm512_set1_ps(-2.0f);
+    const __m512 exact = kExact ? _mm512_floor_ps(_mm512_mul_ps(own, steps_)) : _mm512_fmadd_ps(own, steps_, margin);
     const __m512 bound = _mm512_min_ps(_mm512_set1_ps(some.cap[m]), exact);  // keeps a NaN
     bounded_ = _mm512_mask_cmp_ps_mask(bounded_, bound, lowest_, _CMP_GE_OQ);
     first_below_ = below(first_below_, first, first_, inverse, bound);
@@ -226,7 +227,8 @@ struct TileProducts {
     Above<kExact> above(some, keys);
     for (int64_t m = 0; m < std::min(kRows, some.count - m0); m++) {
       const __m512i start = _mm512_set1_epi32(some.start[m0 + m]);
-      above.look(some, m0 + m, _mm512_add_epi32(start, _mm512_load_si512(sums[0][m])), _mm512_add_epi32(start, _mm512_load_si512(sums[1][m])));
+      const __m512i first = _mm512_load_si512(sums[0][m]), second = _mm512_load_si512(sums[1][m]);
+      above.look(some, m0 + m, _mm512_add_epi32(start, first), _mm512_add_epi32(start, second));
     }
     return above.any();
   }
