@@ -82,5 +82,7 @@ def test_mixed_steps_in_a_batch_equal_the_sequences_alone(recipe: str, family: s
                 ids = helpers.prompt(1, real, seed=100 * row + number)
                 with torch.no_grad():
                     alone.append(model(ids, past_key_values=own).logits[0])
-            torch.testing.assert_close(together[row], torch.cat(alone), rtol=2e-3, atol=2e-4)
+            # Logits reach 10 with such weights, and matrix products differ by batch and processor.
+            most = 1e-4 * float(together[row].abs().max())
+            torch.testing.assert_close(together[row], torch.cat(alone), rtol=2e-3, atol=most)
             assert helpers.positions(cache, row) == helpers.positions(own), f"row {row}"
