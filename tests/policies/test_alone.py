@@ -64,9 +64,11 @@ def feed(model: Any, cache: Any, rows: list[list[str]], first: int) -> list[torc
     return [torch.cat(parts) for parts in outputs]
 
 
-def held(cache: Any, row: int, text: list[int]) -> list[list[list[int]]]:
-    """Which tokens every layer and head holds. In the first layer norms of the same token tie."""
+def held(cache: Any, row: int, text: list[int], ties: bool) -> list[list[list[int]]]:
+    """The positions that every layer and head holds; where ranks tie, the tokens there."""
     found = helpers.positions(cache, row)
+    if not ties:
+        return found
     return [[sorted(text[p] for p in head) for head in layer] for layer in found]
 
 
@@ -89,7 +91,7 @@ def test_mixed_steps_in_a_batch_equal_the_sequences_alone(recipe: str, family: s
                 text += ids[0].tolist()
                 with torch.no_grad():
                     alone.append(model(ids, past_key_values=own).logits[0])
-            # Logits reach 10 with such weights, and matrix products differ by batch and processor.
-            most = 1e-4 * float(together[row].abs().max())
-            torch.testing.assert_close(together[row], torch.cat(alone), rtol=2e-3, atol=most)
-            assert held(cache, row, text) == held(own, 0, text), f"row {row}"
+            ties = recipe.startswith("knorm")  # by the first layer's norms of the same token
+            atol = 2e-3 if ties else 2e-4
+            torch.testing.assert_close(together[row], torch.cat(alone), rtol=2e-3, atol=atol)
+            assert held(cache, row, text, ties) == held(own, 0, text, ties), f"row {row}"
