@@ -406,7 +406,7 @@ class FormattedRows:
 
     def _by_sequence(self, rows: Tensor) -> Tensor:
         """What belongs to rows, `[R, ...]`, as `[B, H, ...]`."""
-        return rows.view(-1, self.heads, *rows.shape[1:])
+        return rows.view(len(rows) // self.heads, self.heads, *rows.shape[1:])
 
     @property
     def _named(self) -> dict[str, PagedRows]:

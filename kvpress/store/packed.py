@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +56,10 @@ class PackedRows(PagedRows):
         position, mass = pool.get(POSITION, no_position), pool.get(MASS, no_mass)
         dropped = self.dropped if self.on_host else no_counts
         return [pool[PAGE], *channels, *self.operands(), position, mass, dropped]
+
+    def row_bytes(self) -> int:
+        """Bytes that a row costs besides its pages: its counters."""
+        return super().row_bytes() + self.dropped.element_size()
 
     def add(self, row_N: Tensor, page_NX: Tensor, columns: Mapping[str, Tensor]) -> None:
         """Adds whole pages to rows (int64 on the host, ascending; several pages may go to one).
@@ -150,32 +154,37 @@ class PackedRows(PagedRows):
         """Moves what is left of the emptiest pages into as few as hold it."""
         size, pages = self.page_slots, int(self.counts[row]) // self.page_slots
         page_P = self._table[row, :pages].long().to(self.device)
-        position_PS = self._pool.by_name[POSITION][page_P]
-        holes_P = (position_PS == EMPTY).sum(1).cpu()
+        holes_P = (self._pool.by_name[POSITION][page_P] == EMPTY).sum(1).cpu()
         order_P = holes_P.argsort(descending=True, stable=True)
         gained_P = holes_P[order_P].cumsum(0) // size
-        fewest = int((gained_P < gained_P[-1]).sum()) + 1  # pages that gain as much as all do
-        place_N = order_P[:fewest].sort().values
-        row_N = torch.full_like(place_N, row)
-        live_N = (position_PS[place_N.to(self.device)] != EMPTY).flatten().nonzero().flatten()
-        kept = max(1, -(-len(live_N) // size))
+        gained = int(gained_P[-1])
+        fewest = int((gained_P < gained).sum()) + 1  # pages that gain as much as all do
+        place_N, kept = order_P[:fewest].sort().values, fewest - gained
+        if kept:  # otherwise they are nothing but holes
+            self._refill(row, place_N, kept)
+        self.dropped[row] -= gained * size
+        self._let_go(row, pages, place_N[kept:])
+
+    def _refill(self, row: int, place_N: Tensor, kept: int) -> None:
+        """Packs what is left of some pages of a row into the first `kept` of them."""
+        size, row_N = self.page_slots, torch.full_like(place_N, row)
+        page_N = self._table[row, place_N].long().to(self.device)
+        live_L = (self._pool.by_name[POSITION][page_N] != EMPTY).flatten().nonzero().flatten()
         # A page that is not full repeats its last slot: holes must not change steps.
-        from_N = live_N[torch.arange(kept * size, device=self.device).clamp_max(len(live_N) - 1)]
-        key, value = (x.flatten(0, 1)[from_N] for x in self._unpack(row_N, place_N))
+        from_K = live_L[torch.arange(kept * size, device=self.device).clamp_max(len(live_L) - 1)]
+        key, value = (x.flatten(0, 1)[from_K] for x in self._unpack(row_N, place_N))
         shape, channels = (kept, size, -1), self.channels(row_N[:kept])
         page_NX = pack(self.layout, key.view(shape), value.view(shape), channels)
         columns = {
-            name: self._pool.by_name[name][page_P[place_N.to(self.device)]].flatten()[from_N]
+            name: self._pool.by_name[name][page_N].flatten()[from_K]
             for name in self.columns
             if name != PAGE
         }
-        columns[POSITION][len(live_N) :] = EMPTY
+        columns[POSITION][len(live_L) :] = EMPTY
         if self._pool.lent:
             self._own_pages(row_N[:kept], place_N[:kept])
         slots = {name: column.view(kept, size) for name, column in columns.items()}
         self._write(row_N[:kept], place_N[:kept], page_NX, slots)
-        self.dropped[row] -= (fewest - kept) * size
-        self._let_go(row, pages, place_N[kept:])
 
     def _let_go(self, row: int, pages: int, place_N: Tensor) -> None:
         """Takes some pages out of a row; it keeps them as room behind the others."""
@@ -224,6 +233,11 @@ class PackedRows(PagedRows):
         """The kept channels of some rows (int64, on the host)."""
         row_N = row_N.to(self.device)
         return self.key_channels_RT[row_N], self.value_channels_RU[row_N]
+
+    def _books(self) -> Iterator[Tensor]:
+        """The tensors of the table itself."""
+        yield from super()._books()
+        yield self.dropped
 
     @property
     def _places_RW(self) -> Tensor:
