@@ -19,7 +19,7 @@ POLICIES = [path.stem for path in (ROOT / "policies").glob("*.py") if path.stem 
 
 # A module may import only from its own line and the lines above it.
 LAYERS = [
-    {"errors", "env", "types", "noise", "families", "blocks"},
+    {"errors", "env", "types", "noise", "families", "blocks", "horizon"},
     {"budget", "division", "native", "shapes", "rotary", "layout"},
     {"cuda"},
     {"ops"},
