@@ -12,7 +12,7 @@ import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kvpress import saving, sealed
+from kvpress import sealed
 from kvpress.errors import CacheFileError, PolicyError
 from kvpress.kinds import Fingerprint
 from kvpress.sparse import Sparsity, Thresholds
@@ -22,6 +22,7 @@ UNCALIBRATED = 0.0005  # τ of all heads where nothing is known of a model: 1/16
 LEAST = 2048  # new tokens from which attention is sparse where that was not measured
 _LOG = logging.getLogger("kvpress")
 _FOLDER = "calibrations"
+_SAMPLE = 64  # elements of every weight that identify a model
 
 
 class Calibration(NamedTuple):
@@ -78,8 +79,17 @@ def identity(model: Any) -> str:
     for name, weight in sorted(model.state_dict(keep_vars=False).items()):
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         if weight.is_floating_point():
-            digest.update(saving.sample(weight, torch.bfloat16))
+            digest.update(_sample(weight))
     return digest.hexdigest()
+
+
+def _sample(weight: Tensor) -> bytes:
+    """Some elements of a weight; nothing of one that has no plain storage."""
+    if type(weight) is not Tensor or weight.device.type == "meta" or not weight.numel():
+        return b""
+    step = max(1, weight.numel() // _SAMPLE)
+    some = weight.detach().reshape(-1)[::step][:_SAMPLE].cpu().to(torch.bfloat16)
+    return some.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def thresholds(wanted: Sparsity | None, model: Any, shape: Fingerprint) -> Thresholds | None:

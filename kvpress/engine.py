@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +13,7 @@ from kvpress import calibration, saving
 from kvpress.attachment import Attachment, cache_name, check_model
 from kvpress.cache import EngineCache, Lease
 from kvpress.errors import AttachError, CacheError, PolicyError
+from kvpress.identity import Identity
 from kvpress.loading import parse
 from kvpress.meter import Report
 from kvpress.policy import Policy, Recipe
@@ -64,8 +64,7 @@ class Engine:
         self.model, self.recipe, self._page_slots = model, recipe, page_size
         self._cache_dtype = cache_dtype
         self._cache: EngineCache | None = None
-        engine = weakref.ref(self)  # a cache keeps neither the engine nor the model alive
-        self._lease = Lease(weights=lambda: _identity(engine()))
+        self._lease = Lease(weights=Identity(model))
         self.fingerprint = check_model(model)
         check_portions(recipe, sum(kind.window is None for kind in self.fingerprint.kinds))
         if recipe.formats and any(kind.slopes for kind in self.fingerprint.kinds):
@@ -186,12 +185,3 @@ class Engine:
         """The ledger of a cache, by default the newest: slots, bytes, seconds per stage, notes."""
         name = getattr(self.model.config, "name_or_path", "") or type(self.model).__name__
         return (cache or self.cache).report(name)
-
-
-def _identity(engine: Engine | None) -> str:
-    if engine is None:
-        raise CacheError(
-            "The engine that made this cache is gone, and with it what identifies its model. Save a"
-            " cache while its engine exists."
-        )
-    return saving.identity(engine.model)

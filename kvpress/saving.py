@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
@@ -19,10 +17,8 @@ from kvpress.formatting import layouts
 from kvpress.layer import Layer
 from kvpress.store import FormattedRows, PagedRows, Store
 
-FORMAT = 3  # of the file; another one is refused
-_SAMPLE = 64  # elements of every weight that identify a model
+FORMAT = 4  # of the file; another one is refused
 _NUMBERS = ("columns_seen", "evicted_at", "prompted_at", "padded_at")
-_NEUTRAL = {"transformers_version", "name_or_path", "architectures", "use_cache", "id2label"}
 _PER_SEQUENCE = ("seen_B", "decoded_B", "quota_R", "recent_B", "demand_B", "threshold_B")
 
 
@@ -73,31 +69,6 @@ def fill(
             tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in own}
             if known is not None:
                 _fill(layer, known, tensors, devices.get(layer.kind.index, devices[-1]))
-
-
-def identity(model: Any) -> str:
-    """A digest of a model: its config, and names, shapes, dtypes and a sample of its weights."""
-    digest = xxhash.xxh3_128()
-    config = {name: x for name, x in model.config.to_dict().items() if not _is_neutral(name)}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.state_dict(keep_vars=False).items()):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(sample(weight))
-    return digest.hexdigest()
-
-
-def sample(weight: Tensor, dtype: torch.dtype | None = None) -> bytes:
-    """Some elements of a weight, rounded to a dtype; nothing of one that has no plain storage."""
-    if type(weight) is not Tensor or weight.device.type == "meta" or not weight.numel():
-        return b""
-    step = max(1, weight.numel() // _SAMPLE)
-    some = weight.detach().reshape(-1)[::step][:_SAMPLE].cpu().to(dtype or weight.dtype)
-    return some.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _is_neutral(name: str) -> bool:
-    """Whether a field of a config does not change what the model computes."""
-    return name.startswith(("_", "output_", "return_")) or name in _NEUTRAL
 
 
 def layer_devices(model: torch.nn.Module) -> dict[int, torch.device]:
@@ -167,6 +138,7 @@ _REMEDY = {
     "format": "Save it again with this version of the engine.",
     "engine": "Save it again with this version of the engine, or install that one.",
     "model": "Load the model that it was made with.",
-    "weights": "Load the weights that it was made with, in the same dtype, with the same config.",
+    "weights": "Load the weights that it was made with, in the same dtype, with the same config and"
+    " the same adapters active (scaling, merged or not).",
     "policy": "Attach the engine with that policy.",
 }

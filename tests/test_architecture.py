@@ -20,7 +20,7 @@ POLICIES = [path.stem for path in (ROOT / "policies").glob("*.py") if path.stem 
 # A module may import only from its own line and the lines above it.
 LAYERS = [
     {"errors", "env", "types", "noise", "families", "blocks", "horizon"},
-    {"budget", "division", "native", "shapes", "rotary", "layout"},
+    {"budget", "division", "native", "shapes", "rotary", "layout", "identity"},
     {"cuda"},
     {"ops"},
     {"select", "observe", "merging", "options", "formats", "sparse"},
