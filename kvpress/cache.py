@@ -271,9 +271,9 @@ class EngineCache(Cache):
 
         devices: where the layers of the model are. Raises CacheFileError; nothing changes then.
         """
-        facts = saving.check(path, self._facts())
-        self._apply(facts["settings"])
-        saving.fill(path, self.states, facts, devices)
+        contents = saving.read(path, self._facts())
+        self._apply(contents.facts["settings"])
+        saving.fill(self.states, contents, devices)
         for layer in self._engine_layers:
             layer.is_initialized = layer.state.store is not None
 

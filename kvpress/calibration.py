@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 import xxhash
-from safetensors.torch import load_file
 from torch import Tensor
 
 from kvpress import sealed
@@ -57,9 +56,9 @@ def read(path: str | Path, model: Any) -> Calibration:
     Raises PolicyError where it is missing, damaged, or was made for another model or scheme.
     """
     try:
-        facts = sealed.metadata(path)
-        tau_LN = load_file(path)["tau_LN"]
-    except (CacheFileError, OSError, KeyError) as error:
+        facts, tensors = sealed.read(path)
+        tau_LN = tensors["tau_LN"]
+    except (CacheFileError, KeyError) as error:
         raise PolicyError(
             f"calibration={path}: {error}. Make one with kvpress calibrate."
         ) from error
@@ -129,6 +128,6 @@ def _shipped(model: Any) -> Calibration | None:
     ours = None
     for file in sorted(Path(str(folder)).glob("*.safetensors")):
         ours = ours or identity(model)
-        if sealed.metadata(file)["weights"] == ours:
+        if sealed.read(file).facts.get("weights") == ours:
             return read(file, model)
     return None

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from kvpress import __version__, sealed
@@ -39,36 +38,32 @@ def save(path: str | Path, layers: Sequence[Layer], facts: Mapping[str, Any]) ->
     sealed.write(path, tensors, {**_VERSIONS, **facts, "layers": numbers})
 
 
-def check(path: str | Path, expected: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of a file. Raises CacheFileError if it is not whole, or not what is expected."""
-    facts = sealed.metadata(path)
+def read(path: str | Path, expected: Mapping[str, Any]) -> sealed.Contents:
+    """What a file holds. Raises CacheFileError if it is not whole, or not what is expected."""
+    contents = sealed.read(path)
     for name, ours in {**_VERSIONS, **expected}.items():
-        if facts.get(name) != ours:
+        if contents.facts.get(name) != ours:
             raise CacheFileError(
-                f"{path} was saved with {name}={facts.get(name)!r}, but here it is {ours!r}."
-                f" {_REMEDY[name]}"
+                f"{path} was saved with {name}={contents.facts.get(name)!r}, but here it is"
+                f" {ours!r}. {_REMEDY[name]}"
             )
-    return facts
+    return contents
 
 
 def fill(
-    path: str | Path,
-    layers: Sequence[Layer],
-    facts: Mapping[str, Any],
-    devices: Mapping[int, torch.device],
+    layers: Sequence[Layer], contents: sealed.Contents, devices: Mapping[int, torch.device]
 ) -> None:
-    """Fills empty layers from a file whose facts were checked, mapped into memory layer by layer.
+    """Fills empty layers from what a file held.
 
     devices: where the layers of the model are; -1: any other.
     """
-    with safe_open(path, "pt") as file:
-        names = list(file.keys())
-        for layer, known in zip(layers, facts["layers"], strict=True):
-            prefix = f"{layer.kind.index}."
-            own = [name for name in names if name.startswith(prefix)]
-            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in own}
-            if known is not None:
-                _fill(layer, known, tensors, devices.get(layer.kind.index, devices[-1]))
+    names = list(contents.tensors)
+    for layer, known in zip(layers, contents.facts["layers"], strict=True):
+        prefix = f"{layer.kind.index}."
+        own = [name for name in names if name.startswith(prefix)]
+        tensors = {name.removeprefix(prefix): contents.tensors.pop(name) for name in own}
+        if known is not None:
+            _fill(layer, known, tensors, devices.get(layer.kind.index, devices[-1]))
 
 
 def layer_devices(model: torch.nn.Module) -> dict[int, torch.device]:
