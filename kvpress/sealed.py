@@ -202,8 +202,9 @@ def _header(text: bytes, data: int) -> tuple[dict[str, str], list[tuple[str, Any
 
     data: how many bytes there are, which the tensors must fill exactly.
     """
-    header, end, found = json.loads(text), 0, []
-    texts = header.pop("__metadata__", None) if isinstance(header, dict) else None
+    header: Any = json.loads(text)
+    end, found = 0, []
+    texts: Any = header.pop("__metadata__", None) if isinstance(header, dict) else None
     strings = isinstance(texts, dict) and all(isinstance(text, str) for text in texts.values())
     if not strings or not all(_is_entry(entry) for entry in header.values()):
         raise CacheFileError("its header does not describe tensors")
