@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -257,11 +258,29 @@ class EngineCache(Cache):
         other._run.members = other.states
         return other
 
+    def __copy__(self) -> EngineCache:
+        """A cache that goes on by itself: two that share their layers would spoil each other."""
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineCache:
+        other = memo[id(self)] = EngineCache.__new__(type(self))
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        return other
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise CacheError(
+            "A compressed cache cannot be pickled (pickle, torch.save, another process): it belongs"
+            " to an engine on a model. Use cache.save(path), and engine.load_cache(path) where it"
+            " is to go on; copy.deepcopy(cache) and cache.fork() copy it."
+        )
+
     def save(self, path: str | Path) -> None:
         """Writes the cache to a safetensors file, whole or not at all.
 
-        `engine.load_cache` reads it. Tokens that could still be taken back become final. Raises
-        CacheError if a forward pass was interrupted, or the engine is gone.
+        `engine.load_cache` reads it. The file names the model as it is now: save before adapters
+        or weights change. Tokens that could still be taken back become final. Raises CacheError if
+        a forward pass was interrupted, the engine is gone or the model has weights that show no
+        bytes, CacheFileError if the file cannot be written.
         """
         self.check_whole()
         saving.save(path, self.states, {**self._facts(), "settings": self._settings()})

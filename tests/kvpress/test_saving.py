@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -184,6 +186,26 @@ def test_a_cache_does_not_keep_its_model_alive_and_cannot_be_saved_without_it(
     gc.collect()
     with pytest.raises(CacheError, match="engine that made this cache is gone"):
         cache.save(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("recipe", ["full", "h2o:budget=0.5", "keyformer:budget=0.5+think+quant"])
+def test_a_cache_is_not_pickled_but_copied(recipe: str, tmp_path: Path) -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 150)
+    steps = helpers.prompt(1, 6, seed=3).split(1, dim=1)
+    with kvpress.attach(model, recipe) as engine, torch.no_grad():
+        cache = engine.new_cache()
+        model(ids, past_key_values=cache)
+        for dump in (pickle.dumps, lambda x: torch.save(x, tmp_path / "cache")):
+            with pytest.raises(CacheError, match=r"cannot be pickled.*cache.save\(path\)"):
+                dump({"cache": cache})
+        copies = [copy.deepcopy(cache), copy.copy(cache), copy.deepcopy([cache, cache])[1]]
+        expected = [model(step, past_key_values=cache).logits for step in steps]
+        for other in copies:
+            assert other.get_seq_length() == 150
+            given = [model(step, past_key_values=other).logits for step in steps]
+            assert all(map(torch.equal, given, expected))
+            other.save(tmp_path / "copy")
+            assert engine.load_cache(tmp_path / "copy").get_seq_length() == 156
 
 
 KILLS = """
