@@ -16,15 +16,26 @@ from typing import TYPE_CHECKING, Any
 from kvpress.errors import ImportClashError
 
 if TYPE_CHECKING:
-    from kvpress.engine import Engine, attach
+    from kvpress.engine import Engine, attach, detach, engine_of
     from kvpress.loading import load_policy
     from kvpress.policy import Policy, option
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Policy", "__version__", "attach", "load_policy", "option"]
+__all__ = [
+    "Engine",
+    "Policy",
+    "__version__",
+    "attach",
+    "detach",
+    "engine_of",
+    "load_policy",
+    "option",
+]
 
 _HOMES = {
     "attach": "engine",
+    "detach": "engine",
+    "engine_of": "engine",
     "Engine": "engine",
     "Policy": "policy",
     "load_policy": "loading",

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from kvpress import saving
 from kvpress.cache_layer import EngineLayer
 from kvpress.drafts import commit
 from kvpress.errors import CacheError
+from kvpress.ids import SeenIds
 from kvpress.kinds import Fingerprint
 from kvpress.layer import Layer
 from kvpress.meter import Meter, Report
@@ -94,7 +95,7 @@ class EngineCache(Cache):
         super().__init__(layers=list(self._engine_layers))
         self._run, self._horizon, self.lease = run, horizon, lease or Lease()
         self._latest: EngineLayer | None = None  # that took keys
-        self.follows_generate = False  # generate() made a cache of its own, which ours stands for
+        self.ids = SeenIds()
         self.spread: Tensor | None = None  # how the running pass is to be repeated; see twins.py
         if recipe.limits and compressed < len(shape.kinds):
             window = max(kind.window or 0 for kind in shape.kinds)
@@ -133,6 +134,40 @@ class EngineCache(Cache):
         """Sequence i becomes what sequence `index[i]` was, in every layer."""
         for layer in self._engine_layers:
             layer.select(index)
+        self.ids.select(index)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes what sequence `beam_idx[i]` was."""
+        self.select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every sequence `repeats` times."""
+        self.select([b for b in range(max(0, self.batch_size)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences at `indices` (integers, or one boolean per sequence)."""
+        if self.batch_size > 0:
+            chosen = torch.arange(self.batch_size, device="cpu")
+            self.select(chosen[torch.as_tensor(indices).cpu()].tolist())
+
+    def note_ids(self, given: Mapping[str, Any]) -> None:
+        """Keeps the ids of a forward pass that is done, by the arguments of the model inside."""
+        tokens, mask = given.get("input_ids"), given.get("attention_mask")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        plain = isinstance(mask, Tensor) and mask.dim() == 2
+        if tokens is not None:
+            self.ids.append(tokens, mask if plain else None)
+
+    def become(self, empty: Cache) -> EngineCache:
+        """This cache as the caller's own object, which was empty; its copies then are copies of it.
+
+        transformers fills the caches of a caller in place. So an empty one turns into an engine
+        cache where it stands: whoever holds it holds what was read.
+        """
+        empty.__class__ = type(self)
+        vars(empty).clear()
+        vars(empty).update(vars(self))
+        return cast(EngineCache, empty)
 
     def unshare(self) -> None:
         """Gives every sequence pages of its own; what beams and forks shared is copied."""
@@ -190,10 +225,11 @@ class EngineCache(Cache):
         """Forgets every token, and what was said about tokens to come."""
         super().reset()  # type: ignore[no-untyped-call]
         self._latest = self.spread = None
+        self.ids.clear()
         self.notes.clear()
         self.notes.update(self._standing_notes)
         run = self._run
-        run.recording, run.announced, run.announces = False, None, False
+        run.recording, run.announced = False, None
         run.broken = run.newest = None
         run.bytes_peak = 0
 
@@ -203,6 +239,7 @@ class EngineCache(Cache):
         for state in self.states:
             state.check_crop(max(0, -int(tokens_to_remove)))
         super().crop(tokens_to_remove)
+        self.ids.crop(max(0, -int(tokens_to_remove)))
 
     def activate_past_recording(self) -> None:
         """From now on tokens may be taken back by `crop` until the next forward pass.
@@ -216,21 +253,15 @@ class EngineCache(Cache):
         self.check_whole()
         for state in self.states:
             commit(state)
-        self._run.recording = self._run.announces = False
+        self._run.recording = False
 
     def announce(self, logits_to_keep: Any) -> None:
         """Says how many of the last tokens of the coming forward pass the caller will judge.
 
-        All but the first of them are drafted. None or 0: not known. generate() always says it, and
-        wants several only where it decodes speculatively.
+        All but the first of them are drafted, while tokens are recorded. None or 0: not known.
         """
-        run, known = self._run, isinstance(logits_to_keep, int) and logits_to_keep > 0
-        run.announced = logits_to_keep - 1 if known else None
-        if self.follows_generate and run.announced:
-            self.activate_past_recording()
-        if run.recording and run.announces and not known:
-            run.recording = run.announces = False  # generate() is over: these tokens are final
-        run.announces = run.recording and (run.announces or known)
+        known = isinstance(logits_to_keep, int) and logits_to_keep > 0
+        self._run.announced = logits_to_keep - 1 if known else None
 
     def fork(self) -> EngineCache:
         """A cache that goes on from here on its own.
@@ -250,8 +281,9 @@ class EngineCache(Cache):
             self._run.thresholds,
         )
         other.notes.update(self.notes)
-        for name in ("horizon", "recording", "announces"):
+        for name in ("horizon", "recording"):
             setattr(other._run, name, getattr(self._run, name))
+        other.ids = self.ids.copy()
         for ours, theirs in zip(self._engine_layers, other._engine_layers, strict=True):
             theirs.state = ours.state.fork(other._run)
             theirs.is_initialized = ours.is_initialized
@@ -361,6 +393,7 @@ class EngineCache(Cache):
             bytes_held=sum(layer.bytes_held for layer in layers),
             bytes_full=sum(layer.bytes_full for layer in layers),
             bytes_shared=sum(layer.bytes_shared for layer in layers),
+            bytes_ids=self.ids.nbytes,
             bytes_peak=self._run.bytes_peak,
             stages=self.meter.seconds(),
             notes=notes,

@@ -15,6 +15,7 @@ from kvpress.inline import Keys
 from kvpress.layer import Layer
 from kvpress.pipe import attend
 from kvpress.run import LayerKind, Run, Tokens
+from kvpress.shapes import FLOATS
 
 _TAG = "kvpress_layer"  # the attribute by which a returned key tensor names its cache layer
 
@@ -181,6 +182,11 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _check_shapes(self, key: Tensor, value: Tensor) -> None:
         store, kind = self.state.store, self.state.kind
+        if key.dtype not in FLOATS:
+            raise CacheError(
+                f"Layer {kind.index} got keys of {key.dtype}. Allowed: torch.float32,"
+                " torch.bfloat16, torch.float16. Was the model changed while an engine is attached?"
+            )
         allowed = (key.shape[0], kind.heads, key.shape[3], value.shape[3], key.dtype)
         if store is not None:
             widths = self.state.key_width, self.state.value_width

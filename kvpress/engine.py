@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 
 from kvpress import calibration, saving
-from kvpress.attachment import Attachment, cache_name, check_model
+from kvpress.attachment import Attachment, check_model
 from kvpress.cache import EngineCache, Lease
+from kvpress.calls import Newest
 from kvpress.errors import AttachError, CacheError, PolicyError
 from kvpress.identity import Identity
 from kvpress.loading import parse
@@ -20,8 +22,10 @@ from kvpress.policy import Policy, Recipe
 from kvpress.portions import check_portions
 from kvpress.rotary import Rotation, rotations
 from kvpress.shapes import FLOATS
+from kvpress.unwrap import unwrap
 
 PAGE_SLOTS = 16
+_ENGINES: WeakKeyDictionary[Any, ref[Engine]] = WeakKeyDictionary()
 
 
 def attach(
@@ -39,11 +43,28 @@ def attach(
     a compressed cache until `engine.detach()` or the end of the `with` block. Raises PolicyError,
     BudgetError, AttachError or UnsupportedModelError; the model is then untouched.
     """
-    return Engine(model, parse(policy), page_size, cache_dtype)
+    return Engine(unwrap(model), parse(policy), page_size, cache_dtype)
+
+
+def engine_of(model: Any) -> Engine | None:
+    """The engine that is attached to a model, or to the model inside a wrapper; None: none is."""
+    known = _ENGINES.get(unwrap(model))
+    engine = None if known is None else known()
+    return engine if engine is not None and engine.attached else None
+
+
+def detach(model: Any) -> None:
+    """Detaches the engine of a model, also one that nobody kept. Without one it does nothing."""
+    engine = engine_of(model)
+    if engine is not None:
+        engine.detach()
 
 
 class Engine:
-    """A policy attached to a model. Made by `attach`."""
+    """A policy attached to a model. Made by `attach`.
+
+    model: the transformers model, out of what wraps it. It keeps its engine alive while attached.
+    """
 
     def __init__(
         self,
@@ -63,8 +84,8 @@ class Engine:
             )
         self.model, self.recipe, self._page_slots = model, recipe, page_size
         self._cache_dtype = cache_dtype
-        self._cache: EngineCache | None = None
-        self._lease = Lease(weights=Identity(model))
+        self.newest = Newest()
+        self.lease = Lease(weights=Identity(model))
         self.fingerprint = check_model(model)
         check_portions(recipe, sum(kind.window is None for kind in self.fingerprint.kinds))
         if recipe.formats and any(kind.slopes for kind in self.fingerprint.kinds):
@@ -75,7 +96,11 @@ class Engine:
         turns = recipe.needs_rotation
         self._rotations: list[Rotation | None] = rotations(model) if turns else []
         self._thresholds = calibration.thresholds(recipe.sparsity, model, self.fingerprint)
-        self._attachment: Attachment | None = Attachment(model, self.new_cache, self._lease)
+        compresses = recipe.limits is not None or recipe.formats or recipe.sparsity is not None
+        self._attachment: Attachment | None = Attachment(
+            model, self.fingerprint, self, bool(compresses)
+        )
+        _ENGINES[model] = ref(self)
 
     def __enter__(self) -> Engine:
         return self
@@ -101,24 +126,29 @@ class Engine:
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
-            self._lease.active = False
+            self.lease.active = False
+
+    def __repr__(self) -> str:
+        state = "attached" if self.attached else "detached"
+        return f"<kvpress.Engine {str(self.recipe)!r} on {self._model_name}, {state}>"
 
     def new_cache(self, max_new_tokens: int | None = None) -> EngineCache:
         """An empty cache for transformers' `cache` (`past_key_values` before 5.24).
 
         max_new_tokens: what schedules of a policy should expect.
         """
-        cache = self._make_cache(max_new_tokens)
-        self._cache = cache  # what is returned stays this call's own when threads share an engine
+        cache = self.make(max_new_tokens)
+        self.newest.passed(cache)
         return cache
 
-    def _make_cache(self, max_new_tokens: int | None = None) -> EngineCache:
+    def make(self, max_new_tokens: int | None = None) -> EngineCache:
+        """An empty cache that `engine.cache` does not show."""
         return EngineCache(
             self.fingerprint,
             self.recipe,
             self._page_slots,
             max_new_tokens,
-            self._lease,
+            self.lease,
             self._cache_dtype,
             self._rotations,
             self._thresholds,
@@ -130,19 +160,25 @@ class Engine:
         The file is checked byte by byte. Raises CacheFileError if it is not whole, or comes from
         another model, other weights, another policy or another version of the engine.
         """
-        cache = self._make_cache()
+        cache = self.make()
         cache.load(path, saving.layer_devices(self.model))
-        self._cache = cache
+        self.newest.passed(cache)
         return cache
 
     @property
     def cache(self) -> EngineCache:
-        """The newest cache of this engine. Raises AttachError before the first call."""
-        if self._cache is None:
+        """The cache to go on from: that of the last `generate()`.
+
+        Before the first one, that of the newest forward pass. A cache that came later by a forward
+        pass, `new_cache()` or `load_cache()` goes before it as long as somebody holds it. Threads
+        see their own first. Raises AttachError before the first call.
+        """
+        cache = self.newest.get()
+        if cache is None:
             raise AttachError(
                 "No cache yet: run generate() or a forward pass of the attached model first."
             )
-        return self._cache
+        return cache
 
     def generate(
         self,
@@ -153,35 +189,30 @@ class Engine:
     ) -> Any:
         """`model.generate(...)` with a compressed cache; takes and returns what transformers does.
 
-        Pass the cache of an earlier call as `cache`, or by its older name, to go on from there.
+        Pass the cache of an earlier call as `cache`, or by its older name, to go on from there: the
+        ids then are the whole text. Raises CacheError where they are not what the cache has seen.
         """
         if self._attachment is None:
             raise AttachError(
                 "The engine is detached. Attach it again: kvpress.attach(model, policy)."
             )
-        if cache is None:
-            cache = self.new_cache() if past_key_values is None else past_key_values
-        if not isinstance(cache, EngineCache):
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, EngineCache):
             raise CacheError(
                 f"engine.generate() continues from caches made by engine.new_cache(), got "
                 f"{type(cache).__name__}. Leave the cache out to start a new one."
             )
-        if not kwargs.setdefault("use_cache", True):  # the default of some models is False
+        if kwargs.get("use_cache") is False:
             raise CacheError(
                 "engine.generate(use_cache=False): it exists to use a cache. Leave the option out,"
                 " or call model.generate()."
             )
-        config = kwargs.get("generation_config") or self.model.generation_config
-        expected = kwargs.get("max_new_tokens") or config.max_new_tokens
-        if expected is not None:
-            cache.expect(expected)
-        cache.stop_past_recording()  # speculative decoding starts it again
-        self._cache = cache
-        out = self.model.generate(*args, **{cache_name(self.model): cache}, **kwargs)
-        cache.stop_past_recording()  # tokens that are still drafted were accepted
-        return out
+        return self.model.generate(*args, past_key_values=cache, **kwargs)
 
     def report(self, cache: EngineCache | None = None) -> Report:
         """The ledger of a cache, by default the newest: slots, bytes, seconds per stage, notes."""
-        name = getattr(self.model.config, "name_or_path", "") or type(self.model).__name__
-        return (cache or self.cache).report(name)
+        return (self.cache if cache is None else cache).report(self._model_name)
+
+    @property
+    def _model_name(self) -> str:
+        return getattr(self.model.config, "name_or_path", "") or type(self.model).__name__

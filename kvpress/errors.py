@@ -41,6 +41,10 @@ class CacheFileError(CacheError):
     """A file from which no cache can be loaded."""
 
 
+class InputError(KVPressError, TypeError):
+    """Something else than token ids where token ids are taken."""
+
+
 class MaskError(KVPressError, ValueError):
     """An attention mask that the engine cannot honour."""
 

@@ -100,21 +100,51 @@ def refuse_mask(mask: Tensor) -> NoReturn:
 
 
 def check_mask(cache: EngineCache, given: dict[str, Any]) -> None:
-    """Raises MaskError if a mask denies tokens that are stored, or revives padding.
+    """Raises MaskError if a mask denies tokens that are stored, revives padding, or is missing.
 
-    On a GPU only prompt chunks are checked: reading the mask would make every step wait.
+    A decode step compares only how many tokens are real, and on a GPU nothing: reading the mask
+    would make every step wait.
     """
     mask, tokens = given.get("attention_mask"), given.get("input_ids")
-    seen = cache.columns_seen
+    seen, known_B = cache.columns_seen, cache.states[0].seen_B
     tokens = given.get("inputs_embeds") if tokens is None else tokens
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or tokens is None or not seen:
+    if tokens is None or not seen or len(known_B) != len(tokens):
+        return
+    if mask is None and bool((known_B < seen).any()):
+        _check_positions(given.get("position_ids"), tokens, known_B, seen)
+    if not isinstance(mask, Tensor) or mask.shape != (len(known_B), seen + tokens.shape[1]):
         return
     if tokens.shape[1] == 1 and mask.device.type != "cpu":
         return
-    seen_B = mask[:, :seen].bool().sum(1).cpu()
-    known_B = cache.states[0].seen_B
-    if mask.shape == (len(known_B), seen + tokens.shape[1]) and not torch.equal(seen_B, known_B):
+    marked_BT = mask[:, :seen].bool()
+    if not torch.equal(marked_BT.sum(1).cpu(), known_B):
         raise MaskError(
-            f"The attention mask marks {seen_B.tolist()} of the cached tokens as real, but the"
-            f" cache has seen {known_B.tolist()}. Pass the same mask for them as before."
+            f"The attention mask marks {marked_BT.sum(1).tolist()} of the cached tokens as real,"
+            f" but the cache has seen {known_B.tolist()}. Pass the same mask for them as before,"
+            " and mark what generate() fed a sequence after its end as padding (0)."
         )
+    if tokens.shape[1] > 1 and cache.ids.columns == seen:
+        other_BT = marked_BT != cache.ids.real().to(marked_BT.device)
+        if bool(other_BT.any()):
+            sequence, column = other_BT.nonzero()[0].tolist()
+            raise MaskError(
+                f"The attention mask marks column {column} of sequence {sequence} as"
+                f" {'real' if marked_BT[sequence, column] else 'padding'}, but it was not when the"
+                " cache saw it. Pass the same mask for the cached tokens as before."
+            )
+
+
+def _check_positions(position: Any, tokens: Tensor, known_B: Tensor, seen: int) -> None:
+    """Raises MaskError if new tokens behind padding, given without a mask, stand elsewhere."""
+    if isinstance(position, Tensor) and tokens.shape[1] == 1 and position.device.type != "cpu":
+        return  # a step must not wait
+    offset_P = torch.arange(tokens.shape[1], device=known_B.device)
+    right_BP = known_B[:, None] + offset_P
+    if isinstance(position, Tensor) and bool((position.to(known_B.device) == right_BP).all()):
+        return
+    raise MaskError(
+        f"This cache holds padding: {known_B.tolist()} of {seen} columns are real, and without a"
+        " mask that says so new tokens get wrong positions. Pass an attention_mask of"
+        f" {seen} + {tokens.shape[1]} columns. Mark padding with 0, also what generate() fed a"
+        " sequence after its end."
+    )

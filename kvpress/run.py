@@ -64,7 +64,6 @@ class Run:
     newest: tuple[Tensor, Tensor] | None = None  # tokens seen before the last step, and after it
     recording: bool = False  # whether drafted tokens may be taken back until the next forward pass
     announced: int | None = None  # drafted tokens of this pass, where that is known
-    announces: bool = False  # whether the caller who records says how many they are
     members: list[Any] = field(default_factory=list)  # the layers that share this
     rotations: tuple[Rotation | None, ...] = ()  # of the keys of every layer, where needed
     thresholds: Thresholds | None = None  # of blocks of prompt attention, where it is sparse

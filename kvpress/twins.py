@@ -19,14 +19,17 @@ _HARMLESS = frozenset(
 )
 
 
-def merge(given: dict[str, Any], cache: EngineCache, cache_name: str) -> Tensor | None:
+def merge(given: dict[str, Any], cache: EngineCache, cache_name: str, config: Any) -> Tensor | None:
     """Leaves one sequence of each kind in the arguments of a forward pass and in its cache.
 
     Returns which of them stands for each sequence: int64 `[B]`; None if no two are equal, or if
     something is asked for that could not be repeated afterwards.
     """
     others = given.keys() - {*_PER_SEQUENCE, *_HARMLESS, cache_name}
-    if any(given[name] is not None for name in others) or given.get("return_dict") is False:
+    structured = given.get("return_dict")
+    if not (getattr(config, "return_dict", True) if structured is None else structured):
+        return None
+    if any(given[name] is not None for name in others):
         return None
     inputs = {n: given[n] for n in _PER_SEQUENCE if given.get(n) is not None}
     tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))

@@ -8,14 +8,11 @@ from typing import Any
 import helpers
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.decoders import Fuse
-from tokenizers.models import BPE
+from helpers import characters, sharp
 from transformers import (
     DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedTokenizerFast,
     pipeline,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -49,12 +46,6 @@ SPECULATIVE = {
     "assisted": {"assistant": True},
     "assisted-sampling": {"assistant": True, "do_sample": True, "top_k": 3},
 }
-
-
-def sharp(family: str, **fields: Any) -> Any:
-    """A random model whose next token depends on what it attends to."""
-    # With tied embeddings gemma3 says its last token again, whatever it attends to.
-    return helpers.tiny(family, initializer_range=0.3, tie_word_embeddings=False, **fields)
 
 
 def batch(padding: str) -> dict[str, torch.Tensor]:
@@ -223,16 +214,6 @@ def test_a_streamer_hears_the_tokens_of_transformers(family: str, mode: str) -> 
 
     given, expected = both(model, call)
     assert given.heard == expected.heard
-
-
-def characters() -> PreTrainedTokenizerFast:
-    """One token for every printable character: as many as the tiny models know."""
-    vocabulary = {"<pad>": 0, "<s>": 1} | {chr(code): code - 30 for code in range(32, 127)}
-    backend = Tokenizer(BPE(vocabulary, []))
-    backend.decoder = Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", padding_side="left"
-    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,6 +9,26 @@ import torch
 from families import FAMILIES as FAMILIES  # what tests ask of this module
 from families import VOCAB
 from families import tiny as tiny
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+
+def sharp(family: str, **fields: Any) -> Any:
+    """A random model whose next token depends on what it attends to."""
+    # With tied embeddings gemma3 says its last token again, whatever it attends to.
+    return tiny(family, initializer_range=0.3, tie_word_embeddings=False, **fields)
+
+
+def characters() -> PreTrainedTokenizerFast:
+    """One token for every printable character: as many as the tiny models know."""
+    vocabulary = {"<pad>": 0, "<s>": 1} | {chr(code): code - 30 for code in range(32, 127)}
+    backend = Tokenizer(BPE(vocabulary, []))
+    backend.decoder = Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", padding_side="left"
+    )
 
 
 def prompt(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:

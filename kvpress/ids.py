@@ -1,0 +1,90 @@
+"""The token ids that a cache has seen: what tells whether a text goes on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+UNKNOWN = -1  # a token that was given as an embedding
+PADDING = -2  # a column that holds no token of its sequence
+_PARTS = 256  # tensors held side by side before they become one
+
+
+class SeenIds:
+    """Ids `[B, T]` by columns, int32, where the model is; nothing here waits for a device."""
+
+    def __init__(self, parts: Sequence[Tensor] = ()) -> None:
+        self._parts = list(parts)
+
+    @property
+    def columns(self) -> int:
+        """Columns seen, padding included."""
+        return sum(part.shape[1] for part in self._parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(part.untyped_storage().nbytes() for part in self._parts)
+
+    def append(self, tokens: Tensor, mask: Tensor | None) -> None:
+        """Adds the columns of a forward pass.
+
+        tokens: ids `[B, P]`, or embeddings `[B, P, E]`, whose ids are not known. mask: `[B, T]`,
+        0 for padding, of which the last P columns count; None: all tokens are real.
+        """
+        batch, new = tokens.shape[:2]
+        if tokens.dim() == 2:
+            part = tokens.to(torch.int32, copy=True)
+        else:
+            part = torch.full((batch, new), UNKNOWN, dtype=torch.int32, device=tokens.device)
+        if mask is not None:
+            part = part.masked_fill_(~mask[:, -new:].to(part.device, torch.bool), PADDING)
+        self._parts.append(part)
+        if len(self._parts) > _PARTS:
+            self.all()
+
+    def all(self) -> Tensor:
+        """All ids, int32 `[B, T]`; UNKNOWN and PADDING among them.."""
+        if not self._parts:
+            return torch.zeros(0, 0, dtype=torch.int32, device="cpu")
+        if len(self._parts) > 1:
+            self._parts = [torch.cat(self._parts, dim=1)]
+        return self._parts[0]
+
+    def real(self) -> Tensor:
+        """True for columns that hold a token of their sequence: bool `[B, T]`."""
+        return self.all() != PADDING
+
+    def differs(self, ids: Tensor) -> tuple[int, int] | None:
+        """The first (sequence, column) at which other ids `[B, T+]` were seen; None: nowhere.
+
+        Padding and tokens that are not known differ from nothing. Waits for the device.
+        """
+        seen = self.all()
+        given = ids[:, : seen.shape[1]].to(seen.device, torch.int32)
+        other = (given != seen) & (seen >= 0)
+        if not bool(other.any()):
+            return None
+        sequence, column = other.nonzero()[0].tolist()
+        return sequence, column
+
+    def select(self, index: Sequence[int]) -> None:
+        """Sequence i becomes what sequence `index[i]` was."""
+        if self._parts:
+            self._parts = [self.all()[list(index)]]
+
+    def crop(self, columns: int) -> None:
+        """Forgets the last columns."""
+        if columns and self._parts:
+            seen = self.all()
+            self._parts = [seen[:, : seen.shape[1] - columns].clone()]
+
+    def copy(self) -> SeenIds:
+        """The same for another cache; no tensor is ever written to once it stands here."""
+        return SeenIds(self._parts)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._parts = []
