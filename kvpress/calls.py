@@ -70,7 +70,6 @@ class Call:
     cache: EngineCache
     rows: EndedRows | None
     drafts: bool
-    padded: bool = False  # whether any row was fed padding
 
     def mask(self, given: dict[str, Any]) -> None:
         """Marks what rows that have met their end are fed as padding, in a pass's arguments.
@@ -84,11 +83,12 @@ class Call:
         padded_B = self.rows.padded_B
         if tokens.shape != (len(padded_B), 1):
             return
-        self.padded = self.padded or bool(padded_B.any())
-        if self.padded:
-            real_BT = self.cache.ids.real()
-            new_B1 = ~padded_B[:, None].to(real_BT.device)
-            given["attention_mask"] = torch.cat([real_BT, new_B1], dim=1).long()
+        if not bool(padded_B.any()):
+            return
+        real_BT = self.cache.ids.real()
+        new_B1 = ~padded_B[:, None].to(real_BT.device)
+        self.cache.ids.ended = True
+        given["attention_mask"] = torch.cat([real_BT, new_B1], dim=1).long()
 
 
 class Calls:

@@ -15,8 +15,9 @@ _PARTS = 256  # tensors held side by side before they become one
 class SeenIds:
     """Ids `[B, T]` by columns, int32, where the model is; nothing here waits for a device."""
 
-    def __init__(self, parts: Sequence[Tensor] = ()) -> None:
+    def __init__(self, parts: Sequence[Tensor] = (), ended: bool = False) -> None:
         self._parts = list(parts)
+        self.ended = ended  # whether sequences that met their end early were fed padding
 
     @property
     def columns(self) -> int:
@@ -83,8 +84,8 @@ class SeenIds:
 
     def copy(self) -> SeenIds:
         """The same for another cache; no tensor is ever written to once it stands here."""
-        return SeenIds(self._parts)
+        return SeenIds(self._parts, self.ended)
 
     def clear(self) -> None:
         """Forgets everything."""
-        self._parts = []
+        self._parts, self.ended = [], False

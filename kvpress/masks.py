@@ -110,7 +110,7 @@ def check_mask(cache: EngineCache, given: dict[str, Any]) -> None:
     tokens = given.get("inputs_embeds") if tokens is None else tokens
     if tokens is None or not seen or len(known_B) != len(tokens):
         return
-    if mask is None and bool((known_B < seen).any()):
+    if mask is None and cache.ids.ended:
         _check_positions(given.get("position_ids"), tokens, known_B, seen)
     if not isinstance(mask, Tensor) or mask.shape != (len(known_B), seen + tokens.shape[1]):
         return
@@ -135,7 +135,7 @@ def check_mask(cache: EngineCache, given: dict[str, Any]) -> None:
 
 
 def _check_positions(position: Any, tokens: Tensor, known_B: Tensor, seen: int) -> None:
-    """Raises MaskError if new tokens behind padding, given without a mask, stand elsewhere."""
+    """Raises MaskError if tokens after a sequence's early end, without a mask, stand elsewhere."""
     if isinstance(position, Tensor) and tokens.shape[1] == 1 and position.device.type != "cpu":
         return  # a step must not wait
     offset_P = torch.arange(tokens.shape[1], device=known_B.device)
@@ -143,8 +143,8 @@ def _check_positions(position: Any, tokens: Tensor, known_B: Tensor, seen: int) 
     if isinstance(position, Tensor) and bool((position.to(known_B.device) == right_BP).all()):
         return
     raise MaskError(
-        f"This cache holds padding: {known_B.tolist()} of {seen} columns are real, and without a"
-        " mask that says so new tokens get wrong positions. Pass an attention_mask of"
-        f" {seen} + {tokens.shape[1]} columns. Mark padding with 0, also what generate() fed a"
-        " sequence after its end."
+        f"Sequences of this cache met their end early: {known_B.tolist()} of {seen} columns are"
+        " real, and without a mask that says so new tokens get wrong positions. Pass an"
+        f" attention_mask of {seen} + {tokens.shape[1]} columns. Mark padding with 0, also what"
+        " generate() fed a sequence after its end."
     )

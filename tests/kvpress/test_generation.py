@@ -296,8 +296,7 @@ def test_a_mask_of_the_same_count_elsewhere_is_refused() -> None:
         wrong = torch.cat([mask.flip(1), torch.ones(2, 3, dtype=torch.long)], dim=1)
         with pytest.raises(MaskError, match="column 0 of sequence 1"):
             model(helpers.prompt(2, 3), attention_mask=wrong, past_key_values=cache)
-        with pytest.raises(MaskError, match="holds padding"):
-            model(helpers.prompt(2, 3), past_key_values=cache)
+        model(helpers.prompt(2, 3), past_key_values=cache)  # new tokens are real, positions free
 
 
 # ---- options that cannot be honoured, however they are said
