@@ -79,7 +79,7 @@ def _attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
         return run_decode(layer, None, tokens)
     before_B = layer.seen_B
     new_B = torch.full_like(before_B, columns) if valid_BP is None else valid_BP.sum(1)
-    groups = _groups(layer, new_B, padded=valid_BP is not None)
+    groups = _groups(layer, new_B, columns, padded=valid_BP is not None)
     prompts = [b for group in groups if not group.decodes for b in group.sequences]
     if layer.recipe.shares:
         foresee(layer, prompts, (before_B + new_B)[prompts])
@@ -106,8 +106,12 @@ def _attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     return _scatter(tokens, groups, outputs, valid_BP)
 
 
-def _groups(layer: Layer, new_B: Tensor, padded: bool) -> list[Group]:
-    """Who goes together: everybody where all are alike, otherwise each sequence alone."""
+def _groups(layer: Layer, new_B: Tensor, columns: int, padded: bool) -> list[Group]:
+    """Who goes together: everybody where all are alike, otherwise each sequence alone.
+
+    Of one new column, with padding where sequences have met their end, the decode steps that are
+    alike go together.
+    """
     decodes_B = (new_B == 1) & (layer.seen_B > 0)
     state_BX = torch.cat(
         [layer.seen_B[:, None], layer.rows.counts_BH], dim=1
@@ -116,15 +120,22 @@ def _groups(layer: Layer, new_B: Tensor, padded: bool) -> list[Group]:
         state_BX = layer.decoded_B[:, None]  # rows of any length decode together
     if not padded and bool((state_BX == state_BX[:1]).all()):
         return [Group(list(range(len(new_B))), bool(decodes_B.all()))]
-    return [Group([b], bool(decodes_B[b])) for b in range(len(new_B)) if new_B[b] > 0]
+    together: dict[tuple[bool, int], list[int]] = {}
+    for b, decoded in enumerate(layer.decoded_B.tolist()):
+        if new_B[b] > 0:
+            decodes = bool(decodes_B[b])
+            key = (True, decoded) if decodes and columns == 1 else (decodes, -1 - b)
+            together.setdefault(key, []).append(b)
+    return [Group(group, decodes) for (decodes, _), group in together.items()]
 
 
 def _take(tokens: Tokens, group: list[int], valid_BP: Tensor | None) -> Tokens:
-    """The real tokens of some sequences, which are all of them or one."""
+    """The real tokens of some sequences: of all, of one, or one token of each."""
     query, key, value = tokens.query_bNPD, tokens.key_bHPD, tokens.value_bHPD
     if len(group) < len(key):
-        query, key, value = (x[group[0] : group[0] + 1] for x in (query, key, value))
-    if valid_BP is not None:
+        index_b = torch.tensor(group, dtype=torch.int64, device=key.device)
+        query, key, value = (x.index_select(0, index_b) for x in (query, key, value))
+    if valid_BP is not None and len(group) == 1:
         real_P = valid_BP[group[0]].nonzero().flatten().to(key.device)
         query, key, value = (x.index_select(2, real_P) for x in (query, key, value))
     return Tokens(query, key, value, tokens.scaling, tokens.softcap)
@@ -133,10 +144,13 @@ def _take(tokens: Tokens, group: list[int], valid_BP: Tensor | None) -> Tokens:
 def _scatter(
     tokens: Tokens, groups: list[Group], outputs: list[Tensor], valid_BP: Tensor | None
 ) -> Tensor:
-    """The outputs of sequences that went alone, at the columns of their tokens; zeros elsewhere."""
+    """The outputs of groups of a batch, at the columns of their tokens; zeros elsewhere."""
     width = tokens.value_bHPD.shape[-1]
     out_BNPD = tokens.query_bNPD.new_zeros(*tokens.query_bNPD.shape[:3], width)
     for group, out in zip(groups, outputs, strict=True):
+        if len(group.sequences) > 1:  # one token of each
+            out_BNPD[group.sequences] = out
+            continue
         (b,) = group.sequences
         columns = slice(None) if valid_BP is None else valid_BP[b].to(out.device)
         out_BNPD[b, :, columns] = out[0]
