@@ -122,7 +122,7 @@ class Attachment:
             if not self._inline:
                 return (), with_mask(given)
             refuse_packing(given)
-            cache = self._passing = self._maker.make()  # without one nothing could attend
+            cache = self._passing = self._made()  # without one nothing could attend
         given[self._cache_names[id(module)]] = cache = self._cache_for(cache)
         if module is self._model:
             cache.begin()
@@ -173,15 +173,22 @@ class Attachment:
                 f"past_key_values is a {type(cache).__name__}{length}. While the engine is"
                 " attached, pass engine.new_cache(), an empty DynamicCache, or nothing."
             )
-        ours = self._maker.make()
-        if cache is not None:
-            recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
-            ours = ours.become(cache)
-            if recording:
-                ours.activate_past_recording()
-        if not self._calls.any:  # passes inside a generate(), guidance for one, replace nothing
-            self._maker.newest.passed(ours)
+        if cache is None:
+            return self._made()
+        recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
+        ours = self._made(cache)
+        if recording:
+            ours.activate_past_recording()
         return ours
+
+    def _made(self, place: Cache | None = None) -> EngineCache:
+        """An empty cache, in the place of a caller's own where there is one."""
+        cache = self._maker.make()
+        if place is not None:
+            cache = cache.become(place)
+        if not self._calls.any:  # passes inside a generate(), guidance for one, replace nothing
+            self._maker.newest.passed(cache)
+        return cache
 
     @uncompiled
     def _after_forward(

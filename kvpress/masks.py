@@ -120,8 +120,8 @@ def check_mask(cache: EngineCache, given: dict[str, Any]) -> None:
     if not torch.equal(marked_BT.sum(1).cpu(), known_B):
         raise MaskError(
             f"The attention mask marks {marked_BT.sum(1).tolist()} of the cached tokens as real,"
-            f" but the cache has seen {known_B.tolist()}. Pass the same mask for them as before,"
-            " and mark what generate() fed a sequence after its end as padding (0)."
+            f" but the cache has seen {known_B.tolist()}. Pass the same mask for them as before."
+            " Mark padding with 0, also what generate() fed a sequence after its end."
         )
     if tokens.shape[1] > 1 and cache.ids.columns == seen:
         other_BT = marked_BT != cache.ids.real().to(marked_BT.device)
