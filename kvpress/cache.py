@@ -290,6 +290,17 @@ class EngineCache(Cache):
         other._run.members = other.states
         return other
 
+    def __getitem__(self, layer: int) -> NoReturn:
+        """Refused: rows are of different lengths and lie in pages."""
+        raise CacheError(
+            "An engine cache has no keys and values by layer: what it keeps lies in pages, row by"
+            " row. Ask it with kept_positions(layer, sequence, head), report() or get_seq_length()."
+        )
+
+    def __iter__(self) -> NoReturn:
+        """Refused, as indexing is."""
+        self[0]
+
     def __copy__(self) -> EngineCache:
         """A cache that goes on by itself: two that share their layers would spoil each other."""
         return self.fork()

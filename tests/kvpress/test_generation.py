@@ -62,6 +62,15 @@ def test_one_filled_cache_answers_several_questions(policy: str) -> None:
                 assert torch.equal(given, engine.generate(text, **GREEDY))
 
 
+def test_layers_of_a_cache_cannot_be_taken_out() -> None:
+    with kvpress.attach(helpers.tiny(), "full") as engine:
+        cache = engine.new_cache()
+        for ask in (lambda: cache[0], lambda: list(cache), lambda: [*cache]):
+            with pytest.raises(CacheError, match=r"kept_positions\(layer"):
+                ask()
+        assert len(cache) == 3
+
+
 def test_a_cache_class_of_the_callers_own_is_refused() -> None:
     class Own(DynamicCache):
         """Might do anything."""
