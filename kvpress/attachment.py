@@ -198,8 +198,7 @@ class Attachment:
         if not isinstance(cache, EngineCache):
             return None
         cache.check_attended()
-        if module is self._modules[0]:  # the innermost, which is given what is attended to
-            cache.note_ids(kwargs)
+        cache.note_ids(kwargs)
         if module is self._model:
             kinds, cache.spread = cache.spread, None
             if kinds is not None:

@@ -151,7 +151,12 @@ class EngineCache(Cache):
             self.select(chosen[torch.as_tensor(indices).cpu()].tolist())
 
     def note_ids(self, given: Mapping[str, Any]) -> None:
-        """Keeps the ids of a forward pass that is done, by the arguments of the model inside."""
+        """Keeps the ids of a forward pass that is done, by its arguments, once.
+
+        The model inside another knows them first, where it is called.
+        """
+        if self.ids.columns == self.columns_seen:
+            return
         tokens, mask = given.get("input_ids"), given.get("attention_mask")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         plain = isinstance(mask, Tensor) and mask.dim() == 2
@@ -297,9 +302,9 @@ class EngineCache(Cache):
             " row. Ask it with kept_positions(layer, sequence, head), report() or get_seq_length()."
         )
 
-    def __iter__(self) -> NoReturn:
+    def __iter__(self) -> Any:
         """Refused, as indexing is."""
-        self[0]
+        return self[0]
 
     def __copy__(self) -> EngineCache:
         """A cache that goes on by itself: two that share their layers would spoil each other."""

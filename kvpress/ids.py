@@ -17,12 +17,8 @@ class SeenIds:
 
     def __init__(self, parts: Sequence[Tensor] = (), ended: bool = False) -> None:
         self._parts = list(parts)
+        self.columns = sum(part.shape[1] for part in self._parts)  # seen, padding included
         self.ended = ended  # whether sequences that met their end early were fed padding
-
-    @property
-    def columns(self) -> int:
-        """Columns seen, padding included."""
-        return sum(part.shape[1] for part in self._parts)
 
     @property
     def nbytes(self) -> int:
@@ -43,6 +39,7 @@ class SeenIds:
         if mask is not None:
             part = part.masked_fill_(~mask[:, -new:].to(part.device, torch.bool), PADDING)
         self._parts.append(part)
+        self.columns += new
         if len(self._parts) > _PARTS:
             self.all()
 
@@ -81,6 +78,7 @@ class SeenIds:
         if columns and self._parts:
             seen = self.all()
             self._parts = [seen[:, : seen.shape[1] - columns].clone()]
+            self.columns -= columns
 
     def copy(self) -> SeenIds:
         """The same for another cache; no tensor is ever written to once it stands here."""
@@ -88,4 +86,4 @@ class SeenIds:
 
     def clear(self) -> None:
         """Forgets everything."""
-        self._parts, self.ended = [], False
+        self._parts, self.columns, self.ended = [], 0, False

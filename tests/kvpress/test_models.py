@@ -40,6 +40,24 @@ def test_a_left_padded_batch_equals_transformers(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", list(families.FAMILIES))
+def test_sequences_that_end_early_take_no_slots(family: str) -> None:
+    model, (ids, mask) = families.tiny(family), helpers.padded([20, 11, 15], "left")
+    arguments = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    endless = model.generate(ids, **arguments)[:, 20:]
+    ends = [int(endless[1, 3])]  # of the second sequence, and of whoever says it too
+    expected = model.generate(ids, eos_token_id=ends, **arguments)
+    with kvpress.attach(model, "full") as engine:
+        assert torch.equal(model.generate(ids, eos_token_id=ends, **arguments), expected)
+        cache, report = engine.cache, engine.report()
+        seen = cache.get_seq_length()
+        ended = torch.isin(expected[:, 20:seen], torch.tensor(ends)).int()
+        real = mask.sum(1) + (ended.cumsum(1) - ended == 0).sum(1)
+        assert report.tokens_seen == real.tolist()
+        assert cache.ids.columns == seen and cache.check_integrity()
+        assert torch.equal(cache.ids.real().sum(1), real)
+
+
+@pytest.mark.parametrize("family", list(families.FAMILIES))
 @pytest.mark.parametrize("recipe", ["snapkv:budget=0.5,window=8", "keyformer:budget=0.5"])
 def test_a_policy_holds_exactly_the_bytes_of_half_the_tokens(recipe: str, family: str) -> None:
     """Counted from transformers' own cache: 35 of 70 tokens, or the window, in whole pages."""
