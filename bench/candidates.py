@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from kvpress.bench.prompt import reference_text
 from kvpress.bench.run import check_positions
+from kvpress.bench.text import default_text
 from transformers import DynamicCache, QuantizedCache
 
 import kvpress
@@ -40,7 +40,7 @@ class Candidate:
     """A model, where its empty caches come from, and by which name it takes them."""
 
     model: Any
-    new_cache: Callable[[], Any]
+    new_cache: Callable[..., Any]
     cache_name: str
 
     def forward(self, ids_BP: torch.Tensor, cache: Any, keep: int = 1) -> torch.Tensor:
@@ -90,7 +90,7 @@ def candidate(
         own.set_attn_implementation("sdpa")
         return Candidate(own, partial(CACHES[name], own.config), cache_name(own))
     engine = kvpress.attach(own, name, cache_dtype=cache_dtype)
-    return Candidate(own, partial(engine.new_cache, new_tokens), cache_name(own))
+    return Candidate(own, partial(engine.new_cache, max_new_tokens=new_tokens), cache_name(own))
 
 
 def refuse_unknown(name: str) -> None:
@@ -115,6 +115,7 @@ def prompts(model: Any, tokenizer: Any, tokens: int, batch: int, new_tokens: int
     exceed the model's positions.
     """
     check_positions(model, tokens, new_tokens)
-    text = torch.tensor(tokenizer(reference_text(), add_special_tokens=False)["input_ids"])
+    ids = tokenizer(default_text().content, add_special_tokens=False)["input_ids"]
+    text = torch.tensor(ids)
     repeats = -(-tokens * batch // len(text))
     return text.repeat(repeats)[: tokens * batch].view(batch, tokens).to(model.device)

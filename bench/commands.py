@@ -11,6 +11,8 @@ from kvpress.bench.sparse.commands import sparse
 from kvpress.bench.speed import commands as speed
 from rich.console import Console
 
+from kvpress.tables import Fitted
+
 bench = typer.Typer(help="Measure the operators and the engine.", no_args_is_help=True)
 console = Console()
 for command in (speed.decode, speed.prefill, speed.throughput, speed.memory, peers, sparse):
@@ -84,7 +86,7 @@ def overhead(
         ranges = taken.quartiles, (taken.low, taken.high)
         spreads = (f"{a * 1e6:.1f}–{b * 1e6:.1f}" for a, b in ranges)
         table.add_row(name, f"{taken.median * 1e6:.1f}", *spreads)
-    console.print(table)
+    console.print(Fitted(table))
 
 
 def chosen_device(name: str | None) -> Any:

@@ -27,11 +27,13 @@ from kvpress.bench.speed import benches, grid
 from kvpress.bench.speed.commands import POLICIES, PREFILL_POLICIES
 from kvpress.bench.speed.rows import Cell, table
 from kvpress.bench.speed.setting import Setting
+from kvpress.bench.text import default_text
 from rich.console import Console
 
 import kvpress
 from kvpress import ops
 from kvpress.errors import KVPressError
+from kvpress.tables import Fitted
 
 ROOT = Path(kvpress.__file__).parents[1]
 TESTS = ROOT / "tests" / "csrc"
@@ -60,7 +62,8 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return {**vars(self), "device": self.device.type, "batches": list(self.batches)}
+        plain = {"device": self.device.type, "batches": list(self.batches)}
+        return {**vars(self), **plain, "text": default_text().to_dict()}
 
 
 @app.command()
@@ -219,7 +222,7 @@ def measurements(
     ):
         rows = _speed(plan, facts, model, ids, grid.cells(bench, [plan.tokens], batches), policies)
         for sheet in benches.sheets_of(rows):
-            console.print(table(sheet))
+            console.print(Fitted(table(sheet)))
         yield bench, rows
 
 

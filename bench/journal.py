@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ class Journal:
             ),
             None,
         )
+
+    def __iter__(self) -> Iterator[Row]:
+        yield from self._rows
 
     def add(self, row: Row) -> None:
         """Keeps a row."""

@@ -19,40 +19,18 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from kvpress.bench.source import DEMO as DEMO
+from kvpress.bench.source import ModelError as ModelError
+from kvpress.bench.source import Source
 
 from kvpress.env import cache_folder
-from kvpress.errors import KVPressError
 
-DEMO = "demo"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FORMAT = 1  # of the converted copy; raise it when the conversion changes
 
 
-class ModelError(KVPressError):
-    """A model that cannot be loaded."""
-
-
-def load(name: str, dtype: str = "float32", device: str | None = None) -> tuple[Any, Any]:
-    """The model, in eval mode, and the tokenizer of `demo`, a Hugging Face id, or a path.
-
-    Raises ModelError.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype={dtype!r} is unknown. Allowed: {', '.join(DTYPES)}.")
-    source = str(demo_folder()) if name == DEMO else name
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
-        return model.to(where).eval(), tokenizer
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"The model {name!r} cannot be loaded: {error} Give 'demo', a Hugging Face id, or a"
-            " folder that holds one."
-        ) from error
+def load(name: str, dtype: str | None = None, device: str | None = None) -> tuple[Any, Any]:
+    """The model and the tokenizer of a source; see there. Raises ModelError."""
+    return Source(name, dtype, device).load()
 
 
 def demo_folder() -> Path:

@@ -1,9 +1,10 @@
-"""The default prompt: the language reference that every Python carries, and a question about it."""
+"""The default prompt: Python's language reference, and a question about it."""
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
+
+from kvpress.bench.text import default_text
 
 QUESTION = "In one sentence: what does the assert statement do?"
 TOKENS = 4000
@@ -11,18 +12,12 @@ TOKENS = 4000
 
 def reference_prompt(tokenizer: Any, tokens: int = TOKENS, question: str = QUESTION) -> str:
     """About `tokens` tokens of Python's language reference and a question, as a chat."""
-    text = reference_text()
+    text = default_text().content
     overhead = len(tokenizer(as_chat(tokenizer, question))["input_ids"])
     start = tokenizer(text[: tokens * 8], return_offsets_mapping=True)["offset_mapping"][
         : tokens - overhead
     ]
     return as_chat(tokenizer, f"{text[: start[-1][1]]}\n\n{question}")
-
-
-def reference_text() -> str:
-    """The whole language reference: 465,000 characters."""
-    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    return "\n\n".join(topics.values())
 
 
 def as_chat(tokenizer: Any, text: str) -> str:

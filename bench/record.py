@@ -22,6 +22,7 @@ from rich.table import Table
 import kvpress
 from kvpress import ops
 from kvpress.errors import KVPressError
+from kvpress.tables import Fitted
 
 FORMAT = 1
 _VARIABLES = ("KVPRESS_BACKEND", "KVPRESS_CPU", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
@@ -138,7 +139,7 @@ def table(outcomes: Sequence[Outcome], facts: dict[str, Any]) -> Group:
     """A table per case, one line per candidate: times, rate, share of the probe, gain over SDPA."""
     return Group(
         _title(facts),
-        *map(_case_table, outcomes),
+        *(Fitted(_case_table(outcome)) for outcome in outcomes),
         "share: of the rate of a plain read of the same bytes, or a matrix product of the same"
         " size. vs SDPA: the faster of the two SDPA calls / this.",
     )

@@ -68,6 +68,18 @@ def page(report: Report) -> str:
     return "\n".join([f"<!doctype html><html lang='en'><head>{head}</head><body>", *body])
 
 
+def settings_of(settings: Mapping[str, Any]) -> list[str]:
+    """With what something was run, line by line; what was not given is left out."""
+    return [f"{k}: {_plain(v)}" for k, v in settings.items() if v not in (None, False)]
+
+
+def _plain(value: Any) -> str:
+    """A value for people: a text by its name and the beginning of its hash."""
+    if isinstance(value, dict) and "sha256" in value:
+        return f"{value['name']} (sha256 {value['sha256'][:12]}…)"
+    return str(value)
+
+
 def machine(environment: Mapping[str, Any]) -> list[str]:
     """Where something was run, line by line."""
     versions = ", ".join(f"{k} {v}" for k, v in environment.get("versions", {}).items() if v)

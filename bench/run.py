@@ -13,7 +13,8 @@ from rich.table import Table
 import kvpress
 from kvpress import ops
 from kvpress.errors import KVPressError
-from kvpress.meter import Report, size, span
+from kvpress.meter import Report
+from kvpress.tables import size, span
 
 BASELINE = "full"  # the policy that everything is compared with
 
@@ -36,6 +37,7 @@ class Result:
     first_token_seconds: float
     tokens_per_second: float | None  # over all sequences, after the first token; None for one token
     report: Report
+    text: dict[str, str] | None = None  # that prompts were made of: its name and hash
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -172,7 +174,8 @@ def _tokenize(tokenizer: Any, prompts: Sequence[str]) -> Any:
     if len(prompts) == 1:
         return tokenizer(list(prompts), return_tensors="pt", return_token_type_ids=False)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        # Padding is masked: any token will do.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer(
         list(prompts),
         return_tensors="pt",

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,8 +18,10 @@ from kvpress.bench.calibrate.commands import calibrate
 from kvpress.bench.commands import bench
 from kvpress.bench.pages import plot, report
 from kvpress.bench.quality.commands import evaluate
+from kvpress.bench.run_command import run
 from kvpress.bench.view.commands import view
 from kvpress.errors import KVPressError
+from kvpress.tables import Fitted
 
 app = typer.Typer(
     help="A KV-cache compression engine for Hugging Face models that really frees the bytes.",
@@ -31,98 +32,11 @@ app = typer.Typer(
 console, errors = Console(), Console(stderr=True)
 app.add_typer(bench, name="bench")
 app.add_typer(calibrate, name="calibrate")
+app.command()(run)
 app.command("eval")(evaluate)
 app.command()(report)
 app.command()(plot)
 app.command()(view)
-
-
-@app.command()
-def run(
-    model: Annotated[str, typer.Option(help="'demo', a Hugging Face id, or a path.")] = "demo",
-    policy: Annotated[
-        list[str] | None, typer.Option(help="name:key=value,… ; repeat to compare.")
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="A text file that is the prompt.")
-    ] = None,
-    batch_file: Annotated[
-        Path | None, typer.Option(help="A text file with one prompt per line.")
-    ] = None,
-    prompt_tokens: Annotated[
-        int, typer.Option(help="Length of the default prompt.", min=64)
-    ] = 4000,
-    question: Annotated[
-        str | None, typer.Option(help="Question at the end of the default prompt.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    chat: Annotated[bool, typer.Option(help="Wrap prompts in the model's chat template.")] = True,
-    sample: Annotated[bool, typer.Option(help="Sample instead of greedy decoding.")] = False,
-    temperature: Annotated[float, typer.Option(help="For --sample.", min=0.01)] = 1.0,
-    seed: Annotated[int, typer.Option(help="For --sample.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, … (default: a GPU if there is one)")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
-    page_size: Annotated[int, typer.Option(help="Slots per page.")] = 16,
-    stream: Annotated[bool, typer.Option(help="Show the text as it comes.")] = True,
-    layers: Annotated[bool, typer.Option(help="Show the ledger layer by layer.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print results as JSON and nothing else.")
-    ] = False,
-) -> None:
-    """Generate with one or more policies and compare bytes, slots and speed.
-
-    Without a prompt, about 4,000 tokens of Python's language reference are used, with a question at
-    the end.
-    """
-    import torch
-
-    from kvpress.bench import models
-    from kvpress.bench import run as bench
-    from kvpress.loading import parse
-
-    recipes = policy or [bench.BASELINE]
-    for recipe in recipes:
-        parse(recipe)  # refuse a wrong policy before a model is loaded
-    texts = _prompts(prompt, prompt_file, batch_file)
-    if threads:
-        torch.set_num_threads(threads)
-    quiet = as_json
-    with console.status(f"Loading {model} …") if not quiet else models.quiet():
-        loaded, tokenizer = models.load(model, dtype, device)
-    wrapped = _wrap(texts, tokenizer, chat, prompt_tokens, question)
-    bench.warm_up(loaded)
-    results = []
-    for recipe in recipes:
-        torch.manual_seed(seed)
-        if not quiet:
-            console.rule(f"[bold]{recipe}", align="left")
-        with _Waiting("Reading the prompt …", hidden=quiet) as waiting:
-            result = bench.run(
-                loaded,
-                tokenizer,
-                wrapped,
-                recipe,
-                max_new_tokens=max_new_tokens,
-                page_size=page_size,
-                on_text=waiting.show if stream and not quiet else None,
-                do_sample=sample,
-                **({"temperature": temperature} if sample else {}),
-            )
-        results.append(result)
-        if not quiet:
-            _finish(result, stream, layers)
-    if as_json:
-        sys.stdout.write(json.dumps([result.to_dict() for result in results], indent=2) + "\n")
-    else:
-        console.print(bench.table(results))
-        for note in dict.fromkeys(
-            f"{r.policy}: {note}" for r in results for note in r.report.notes
-        ):
-            console.print(f"Note: {note}", highlight=False, markup=False)
 
 
 @app.command()
@@ -146,7 +60,7 @@ def policies(
             f"{n}={default}  {text}" for n, (default, text) in entry.options.items()
         )
         table.add_row(entry.name, entry.summary, options)
-    console.print(table)
+    console.print(Fitted(table))
 
 
 @app.command()
@@ -168,7 +82,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")]
         table = Table(title, "", show_header=True, title_justify="left")
         for key, value in values.items():
             table.add_row(key, str(value))
-        console.print(table)
+        console.print(Fitted(table))
 
 
 def _facts() -> dict[str, dict[str, Any]]:
@@ -207,66 +121,6 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _prompts(
-    prompt: str | None, prompt_file: Path | None, batch_file: Path | None
-) -> list[str] | None:
-    given = [source for source in (prompt, prompt_file, batch_file) if source is not None]
-    if len(given) > 1:
-        raise typer.BadParameter("give only one of --prompt, --prompt-file and --batch-file")
-    if batch_file is not None:
-        return [line for line in _read(batch_file).splitlines() if line.strip()]
-    if prompt_file is not None:
-        return [_read(prompt_file)]
-    return None if prompt is None else [prompt]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"{path} cannot be read as UTF-8 text: {error}") from error
-
-
-def _wrap(
-    texts: list[str] | None, tokenizer: Any, chat: bool, tokens: int, question: str | None
-) -> list[str]:
-    from kvpress.bench.prompt import QUESTION, as_chat, reference_prompt
-
-    if texts is None:
-        return [reference_prompt(tokenizer, tokens, question or QUESTION)]
-    return [as_chat(tokenizer, text) for text in texts] if chat else texts
-
-
-class _Waiting:
-    """A spinner until the first text comes, or until the block ends."""
-
-    def __init__(self, message: str, hidden: bool) -> None:
-        self._status = None if hidden else console.status(message)
-
-    def __enter__(self) -> _Waiting:
-        if self._status is not None:
-            self._status.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
-
-    def show(self, text: str) -> None:
-        """Prints a piece of the answer as it comes."""
-        self.__exit__()
-        console.print(text, end="", highlight=False, markup=False, soft_wrap=True)
-
-
-def _finish(result: Any, streamed: bool, layers: bool) -> None:
-    console.print()
-    for text in result.texts[1 if streamed else 0 :]:
-        console.print(f"> {text}", highlight=False, markup=False)
-    if layers:
-        console.print(result.report)
 
 
 def main() -> None:

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+from rich.text import Text
+
+from kvpress import report_table
+from kvpress.tables import Fitted
 
 STAGES = ("prefill attention", "observe", "select", "merge", "store", "format", "decode attention")
 
@@ -76,9 +79,9 @@ class LayerReport:
     density: list[float] = field(default_factory=list)  # of prompt attention, per query head
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """What a cache holds and what it cost.
+    """What a cache holds and what it cost. Printed, and shown by a notebook, as a table.
 
     tokens_seen: real tokens of each sequence, padding excluded. bytes_full: what an uncompressed
     cache of these tokens would hold, in the model's dtype, sliding layers at their window.
@@ -129,70 +132,15 @@ class Report:
         """Plain numbers, lists and text, ready for JSON."""
         return asdict(self) | {"slots_kept": self.slots_kept, "fraction": self.fraction}
 
+    def __str__(self) -> str:
+        return report_table.text(self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return report_table.page(self)
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(title=f"{self.policy} on {self.model}", title_justify="left")
-        for title in (
-            "layer",
-            "kind",
-            "tokens seen",
-            "slots kept",
-            "bytes held",
-            "bytes full",
-            "fraction",
-        ):
-            table.add_column(title, justify="left" if title == "kind" else "right")
-        for layer in self.layers:
-            flat = [slots for rows in layer.slots_kept for slots in rows]
-            table.add_row(
-                str(layer.index),
-                layer.kind,
-                span(self.tokens_seen),
-                span(flat),
-                size(layer.bytes_held),
-                size(layer.bytes_full),
-                f"{layer.bytes_held / max(layer.bytes_full, 1):.3f}",
-            )
-        table.add_section()
-        flat = [slots for layer in self.slots_kept for rows in layer for slots in rows]
-        table.add_row(
-            "all",
-            "",
-            span(self.tokens_seen),
-            span(flat),
-            size(self.bytes_held),
-            size(self.bytes_full),
-            f"{self.fraction:.3f}",
-        )
-        yield table
-        shares = [share for layer in self.layers for share in layer.density]
-        if shares:
-            yield (
-                f"Blocks of prompt attention computed: {self.density:.1%}, by layer and head"
-                f" {min(shares):.1%} – {max(shares):.1%}."
-            )
-        if self.bytes_peak:
-            yield f"Peak during a prompt: {size(self.bytes_peak)}."
-        if self.bytes_shared:
-            yield f"Shared with forks: {size(self.bytes_shared)} of the bytes held."
-        yield "Seconds: " + ", ".join(f"{name} {value:.3f}" for name, value in self.stages.items())
-        for note in self.notes:
-            yield f"Note: {note}"
-
-
-def span(numbers: list[int]) -> str:
-    """`low–high`, or one number where they agree."""
-    if not numbers:
-        return "0"
-    low, high = min(numbers), max(numbers)
-    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
-
-
-def size(count: int) -> str:
-    """Bytes for people: 1.5 MiB."""
-    amount = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if amount < 1024:
-            digits = 0 if unit == "B" or amount >= 100 else 1
-            return f"{amount:.{digits}f} {unit}"
-        amount /= 1024
-    return f"{amount:.2f} GiB"
+        yield Fitted(report_table.table(self))
+        for remark in report_table.remarks(self):
+            yield Text(remark)

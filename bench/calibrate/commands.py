@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from kvpress.bench import options
+from kvpress.bench.source import Source
 from rich.console import Console
 from rich.progress import Progress
+
+from kvpress.tables import Fitted
 
 console, errors = Console(), Console(stderr=True)
 calibrate = typer.Typer(help="Find what a policy needs to know of a model.", no_args_is_help=True)
@@ -20,7 +24,7 @@ def _group() -> None:
 
 @calibrate.command()
 def sale(
-    model: Annotated[str, typer.Option(help="'demo', a Hugging Face id, or a path.")] = "demo",
+    model: options.Model = "demo",
     text: Annotated[
         Path | None, typer.Option(help="A text to read (default: Python's reference).")
     ] = None,
@@ -39,9 +43,12 @@ def sale(
     out: Annotated[
         Path, typer.Option(help="The file; an interrupted search goes on from it.")
     ] = Path("sale.safetensors"),
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    threads: options.Threads = None,
 ) -> None:
     """Find the thresholds of sparse prompt attention, and from which length on it pays.
 
@@ -49,18 +56,20 @@ def sale(
     the bound on all samples, or 0: dense. Use the file with `sale:calibration=FILE`.
     """
     import torch
-    from kvpress.bench import models
     from kvpress.bench.calibrate import breakeven, search
+    from kvpress.bench.text import default_text, read_text
 
     from kvpress import calibration
 
+    given = Source(model, dtype, device, device_map, revision, trust_remote_code)
+    source = default_text() if text is None else read_text(text)
     if threads:
         torch.set_num_threads(threads)
     with errors.status(f"Loading {model} …"):
-        loaded, tokenizer = models.load(model, dtype, device)
-    texts = read_parts(loaded, tokenizer, text, tokens, samples)
+        loaded, tokenizer = given.load()
+    texts = read_parts(loaded, tokenizer, source.content, tokens, samples)
     settings = {
-        "text": "Python's language reference" if text is None else text.name,
+        "text": source.to_dict(),
         "tokens": tokens,
         "samples": samples,
         "error": error,
@@ -84,20 +93,15 @@ def sale(
     show(found.tau_LN, gains, least, out)
 
 
-def read_parts(
-    model: Any, tokenizer: Any, text: Path | None, tokens: int, samples: int
-) -> list[Any]:
+def read_parts(model: Any, tokenizer: Any, text: str, tokens: int, samples: int) -> list[Any]:
     """Consecutive parts of a text: ids `[1, tokens]`, on the model's device."""
     import torch
-    from kvpress.bench.prompt import reference_text
-    from kvpress.bench.quality.sample import read_text
     from kvpress.bench.run import check_positions
 
     from kvpress.errors import PolicyError
 
     check_positions(model, tokens, 0)
-    whole = reference_text() if text is None else read_text(text)
-    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) < tokens * samples:
         raise PolicyError(
             f"The text has {len(ids):,} tokens; {samples} samples of {tokens:,} need"
@@ -139,11 +143,11 @@ def show(tau_LN: Any, gains: dict[int, float], least: int, out: Path) -> None:
     heads.add_column("heads", justify="right")
     for tau in sorted(set(tau_LN.flatten().tolist()), reverse=True):
         heads.add_row(f"{tau:.6g}" if tau else "dense", str(int((tau_LN == tau).sum())))
-    console.print(heads)
+    console.print(Fitted(heads))
     speed = Table(title="Attention, exact / sparse", title_justify="left")
     speed.add_column("tokens", justify="right")
     speed.add_column("speed-up", justify="right")
     for length, gain in gains.items():
         speed.add_row(f"{length:,}", f"{gain:.2f}×")
-    console.print(speed)
+    console.print(Fitted(speed))
     console.print(f"Sparse from {least:,} new tokens on. Written to {out}.")

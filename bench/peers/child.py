@@ -49,13 +49,18 @@ def make_press(spec: str) -> Any:
 class Peer:
     """A model with a press. What it is asked to do are its methods."""
 
-    def __init__(self, model: str, dtype: str, device: str, threads: int, press: str) -> None:
+    def __init__(
+        self, model: str, dtype: str, device: str, threads: int, press: str, hub: dict[str, Any]
+    ) -> None:
         torch.set_num_threads(threads)
         self._press = make_press(press)
         # A press that needs the attention weights gets them only from the eager implementation.
         eager = "ObservedAttention" in press
         self._model = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), attn_implementation="eager" if eager else "sdpa"
+            model,
+            dtype=getattr(torch, dtype),
+            attn_implementation="eager" if eager else "sdpa",
+            **hub,
         )
         self._model = self._model.to(device).eval()
         self._layers = [layer.self_attn for layer in self._model.model.layers]

@@ -6,9 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
+from kvpress.bench.source import Source
 from kvpress.bench.speed import options
 from kvpress.bench.speed.commands import make_setting
 from rich.console import Console
+
+from kvpress.tables import Fitted
 
 console = Console()
 OURS = ("full", "snapkv:window=64", "knorm", "streaming_llm", "keyformer")
@@ -34,8 +37,10 @@ def peers(
     samples: Annotated[int, typer.Option(help="Contexts per task, for quality.", min=1)] = 5,
     rounds: options.Rounds = 9,
     warmup: options.Warmup = 1,
-    dtype: options.Dtype = "float32",
+    dtype: options.Dtype = None,
     device: options.Device = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     threads: options.Threads = None,
     out: options.Out = None,
 ) -> None:
@@ -50,7 +55,8 @@ def peers(
     from kvpress.bench.speed import grid, rows, run
     from kvpress.bench.speed.beside import Asked
 
-    setting = make_setting(model, dtype, None, device, threads, rounds, warmup)
+    source = Source(model, dtype, device, None, revision, trust_remote_code)
+    setting = make_setting(source, None, threads, rounds, warmup)
     remote.environment()  # refuse before a long run, not in it
     budgets = budget or ["0.5"]
     caches = (*CACHES, "transformers-offloaded") if setting.device == "cuda" else CACHES
@@ -64,7 +70,7 @@ def peers(
     finally:
         field.close()
     for sheet in table.sheets(made):
-        console.print(rows.table(sheet))
+        console.print(Fitted(rows.table(sheet)))
     console.print(table.LEGEND)
 
 

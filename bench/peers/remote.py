@@ -68,6 +68,7 @@ class Peer:
                 dtype=setting.dtype,
                 device=setting.device,
                 threads=setting.threads,
+                hub=setting.source.hub,
                 press=name.removeprefix(PREFIX),
             )
         except PeerError:

@@ -8,11 +8,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from kvpress.bench import options
 from kvpress.bench.quality.options import metadata_of, refuse_idle, split_policies
+from kvpress.bench.source import Source
 from rich.console import Console
+
+from kvpress.tables import Fitted
+
+if TYPE_CHECKING:
+    from kvpress.bench.quality.results import Cell, Results
+    from kvpress.bench.quality.standard import Asked
 
 console, errors = Console(), Console(stderr=True)
 
@@ -27,7 +35,7 @@ def evaluate(
         Path | None,
         typer.Option(help="A folder of JSON files with prompts and answers, as MiniLongBench's."),
     ] = None,
-    model: Annotated[str, typer.Option(help="'demo', a Hugging Face id, or a path.")] = "demo",
+    model: options.Model = "demo",
     policy: Annotated[
         list[str] | None,
         typer.Option(help="name:key=value,… or transformers-int4, …; repeat or join with commas."),
@@ -43,7 +51,7 @@ def evaluate(
     samples: Annotated[int | None, typer.Option(help="Contexts per length.", min=1)] = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="A text for the contexts (default: Python's reference)."),
+        typer.Option(help="A text for the contexts (default: Python's language reference)."),
     ] = None,
     stepwise: Annotated[
         bool, typer.Option("--stepwise", help="Feed answers token by token, as when decoding.")
@@ -59,13 +67,22 @@ def evaluate(
         str | None,
         typer.Option(help="JSON for lm-eval's tasks: '{\"max_seq_lengths\": [4096]}' for ruler."),
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts of lm-eval through the model's chat template.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Of lm-eval's answers, instead of the task's limit.", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Results as JSON lines; an interrupted run goes on from it.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    threads: options.Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the cells as JSON.")] = False,
 ) -> None:
     """Measure quality beside bytes: what a model still knows of a context that was compressed.
@@ -74,46 +91,88 @@ def evaluate(
     Intervals are 95 % bootstraps over contexts; `vs full` pairs each context with the full cache.
     """
     import torch
-    from kvpress.bench import models, record
     from kvpress.bench.candidates import refuse_unknown
-    from kvpress.bench.quality import run
-    from kvpress.bench.quality.fill import fill
-    from kvpress.bench.quality.results import Results
-    from kvpress.bench.quality.sample import Writer, read_text
-    from kvpress.bench.quality.subject import InProcess
+    from kvpress.bench.quality.run import FULL
+    from kvpress.bench.quality.standard import Asked
 
     from kvpress.loading import parse
 
     refuse_idle(context)
-    names = list(dict.fromkeys(split_policies(policy or [run.FULL])))
-    check = (
-        parse if lm_eval is not None else refuse_unknown
-    )  # lm-eval generates with policies alone
+    names = list(dict.fromkeys(split_policies(policy or [FULL])))
+    # lm-eval generates with policies alone. Wrong ones are refused before a model is loaded.
+    check = parse if lm_eval is not None else refuse_unknown
     for name in names:
-        check(name)  # before a model is loaded
+        check(name)
     if threads:
         torch.set_num_threads(threads)
+    source = Source(model, dtype, device, device_map, revision, trust_remote_code)
     if lm_eval is not None:
-        more, tasks = metadata_of(metadata), lm_eval.split(",")
-        with_lm_eval(tasks, names, model, dtype, device, task_folder, limit, more, as_json)
-        return
-    plans_for = planned(files, suite or (), protocol, quick, length or (), samples)
-    source = None if text is None else read_text(text)
-    with errors.status(f"Loading {model} …"):
-        loaded, tokenizer = models.load(model, dtype, device)
-    settings = {
-        "model": model,
-        "dtype": dtype,
-        "text": None if text is None else str(text),
-        "files": None if files is None else str(files),
-        "seed": seed,
-        "stepwise": stepwise,
-    }
-    plans = plans_for(loaded)
-    results = Results(settings, record.environment(loaded.device), out)
-    subject_of = partial(InProcess, loaded)
-    fill(results, names, subject_of, Writer(tokenizer, source), plans, seed, stepwise)
+        asked = Asked(task_folder, limit, metadata_of(metadata), chat, max_new_tokens)
+        results = with_lm_eval(source, names, lm_eval.split(","), asked, out)
+    else:
+        plans_for = planned(files, suite or (), protocol, quick, length or (), samples)
+        results = with_our_tasks(source, names, plans_for, text, files, seed, stepwise, out)
     show(results, as_json)
+
+
+def with_our_tasks(
+    source: Source,
+    names: Sequence[str],
+    plans_for: Callable[[Any], list[Any]],
+    text: Path | None,
+    files: Path | None,
+    seed: int,
+    stepwise: bool,
+    out: Path | None,
+) -> Results:
+    """Runs our suites, or the tasks in files, with every policy."""
+    from kvpress.bench.quality import files as from_files
+    from kvpress.bench.quality.fill import fill
+    from kvpress.bench.quality.sample import Writer
+    from kvpress.bench.quality.subject import InProcess
+    from kvpress.bench.text import default_text, read_text
+
+    taken = default_text() if text is None else read_text(text)
+    loaded, tokenizer, results = begin(
+        source,
+        out,
+        text=taken.to_dict() if files is None else None,
+        files=None if files is None else from_files.identity(files),
+        seed=seed,
+        stepwise=stepwise,
+    )
+    writer = Writer(tokenizer, taken.content)
+    fill(results, names, partial(InProcess, loaded), writer, plans_for(loaded), seed, stepwise)
+    return results
+
+
+def with_lm_eval(
+    source: Source, names: Sequence[str], tasks: Sequence[str], asked: Asked, out: Path | None
+) -> Results:
+    """Runs tasks of lm-eval with every policy, and says what each is as it comes."""
+    from kvpress.bench.quality import standard, standard_table
+
+    standard.require()
+    loaded, tokenizer, results = begin(source, out, lm_eval=asked.settings)
+
+    def on_cell(cell: Cell) -> None:
+        for line in standard_table.lines(cell):
+            errors.print(*line, sep="  ", markup=False, highlight=False)
+
+    standard.fill(results, loaded, tokenizer, names, tasks, asked, on_cell)
+    return results
+
+
+def begin(source: Source, out: Path | None, **settings: Any) -> tuple[Any, Any, Results]:
+    """The model, its tokenizer, and results that go on from a file. Raises ResultsError."""
+    from kvpress.bench import record
+    from kvpress.bench.quality.results import Results
+
+    with errors.status(f"Loading {source.name} …"):
+        loaded, tokenizer = source.load()
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    head = {"model": source.name, "dtype": dtype, **source.asked, **settings}
+    return loaded, tokenizer, Results(head, record.environment(loaded.device), out)
 
 
 def planned(
@@ -137,36 +196,18 @@ def planned(
     return lambda model: files.plans(entries, lengths, samples, files.positions(model))
 
 
-def show(results: Any, as_json: bool) -> None:
+def show(results: Results, as_json: bool) -> None:
     """Prints the tables, or the cells."""
-    from kvpress.bench.quality import table
+    from kvpress.bench.quality import standard_table, table
 
     if as_json:
         sys.stdout.write(json.dumps([asdict(cell) for cell in results], indent=2) + "\n")
         return
-    for made in table.tables(results):
-        console.print(made)
-    console.print(table.LEGEND)
-
-
-def with_lm_eval(
-    tasks: Sequence[str],
-    policies: Sequence[str],
-    model: str,
-    dtype: str,
-    device: str | None,
-    folder: Path | None,
-    limit: int | None,
-    metadata: dict[str, Any],
-    as_json: bool,
-) -> None:
-    """Runs tasks of lm-eval with every policy. Raises HarnessError."""
-    from kvpress.bench import models
-    from kvpress.bench.quality.standard import rows, table
-
-    loaded, tokenizer = models.load(model, dtype, device)
-    made = rows(loaded, tokenizer, policies, tasks, folder, limit, metadata)
-    if as_json:
-        sys.stdout.write(json.dumps([row._asdict() for row in made], indent=2) + "\n")
-    else:
-        console.print(table(made))
+    ours, other = list(table.tables(results)), standard_table.sheet(results)
+    for made in ours:
+        console.print(Fitted(made))
+    if ours:
+        console.print(table.LEGEND)
+    if other is not None:
+        console.print(Fitted(standard_table.table(other)))
+        console.print(standard_table.LEGEND)

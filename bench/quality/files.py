@@ -7,6 +7,7 @@ object holds (an earlier prediction, classes, seconds) is not looked at.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -58,6 +59,14 @@ def read(
         if name not in found:
             raise FilesError(f"{folder} has no file {name}.json.{did_you_mean(name, found)}")
     return {name: _entries(found[name]) for name in names or found}
+
+
+def identity(folder: Path) -> dict[str, str]:
+    """What a record says of a folder: its name, and the SHA-256 of all its files."""
+    whole = hashlib.sha256()
+    for path in sorted(folder.glob("*.json")):
+        whole.update(path.name.encode() + b"\n" + path.read_bytes())
+    return {"name": folder.resolve().name, "sha256": whole.hexdigest()}
 
 
 def plans(

@@ -8,11 +8,11 @@ from typing import Any
 
 import typer
 
-_OF_LM_EVAL = frozenset({"task_folder", "limit", "metadata"})
+_OF_LM_EVAL = frozenset({"task_folder", "limit", "metadata", "chat", "max_new_tokens"})
 _OF_OUR_TASKS = frozenset(
     {
         *("suite", "files", "protocol", "quick", "length", "samples"),
-        *("text", "stepwise", "seed", "out"),
+        *("text", "stepwise", "seed"),
     }
 )
 _OF_MADE_CONTEXTS = frozenset({"quick", "text", "seed"})  # files have contexts of their own

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvpress.bench.quality import plots
+from kvpress.bench.quality import plots, standard_table
 from kvpress.bench.quality.results import Results
 from kvpress.bench.quality.table import HEAD, LEGEND, Block, blocks, cells_of, notes_of
-from kvpress.bench.report import Report, Sheet, machine
+from kvpress.bench.report import Report, Sheet, machine, settings_of
 
 
 def report(results: Results) -> Report:
@@ -18,9 +18,11 @@ def report(results: Results) -> Report:
         drawn = [plots.quality(made), plots.needles(results)] if made else []
         return [figure for figure in drawn if figure is not None]
 
-    given = (f"{k}: {v}" for k, v in results.settings.items() if v not in (None, False))
-    facts = [*given, *machine(results.environment)]
-    return Report("Quality and bytes", facts, [LEGEND], [_sheet(b) for b in made], figures)
+    facts = [*settings_of(results.settings), *machine(results.environment)]
+    sheets, legends = [_sheet(block) for block in made], [LEGEND] if made else []
+    if (other := standard_table.sheet(results)) is not None:
+        sheets, legends = [*sheets, other], [*legends, standard_table.LEGEND]
+    return Report("Quality and bytes", facts, legends, sheets, figures)
 
 
 def _sheet(block: Block) -> Sheet:

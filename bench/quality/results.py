@@ -25,6 +25,9 @@ class Cell:
 
     scores: of the questions, as dictionaries of `metrics.Score` and the label. bytes: after the
     context was read, before the first question. metric, asks: those of the task.
+
+    A task of lm-eval is one cell: scores are its numbers, bytes those at the end of all documents
+    together, longest the tokens of the longest.
     """
 
     task: str
@@ -40,6 +43,7 @@ class Cell:
     error: str | None = None
     metric: Metric = "exact"
     asks: bool = True
+    longest: int = 0
 
     @property
     def key(self) -> tuple[str, int, int, str, str]:
@@ -69,15 +73,13 @@ class Results:
 
     def _go_on(self, path: Path) -> None:
         before = load(path)
-        changed = sorted(
-            name
-            for name in before.settings.keys() | self.settings.keys()
-            if before.settings.get(name) != self.settings.get(name)
-        )
+        old, new = before.settings, self.settings
+        changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
         if changed:
+            what = "; ".join(f"{k}: {old.get(k)} there, {new.get(k)} now" for k in changed)
             raise ResultsError(
-                f"{path} was made with other settings ({', '.join(changed)}). Choose another --out,"
-                " or remove the file."
+                f"{path} was made with other settings ({what}). Choose another --out, or remove the"
+                " file."
             )
         self._cells = {cell.key: cell for cell in before if cell.error is None}
         drop_broken_line(path)
@@ -102,9 +104,15 @@ def load(path: Path) -> Results:
     """The results in a file; of several lines for one cell the last counts. Raises ResultsError."""
     try:
         whole = read(path)
-        head, cells = whole[0], [_cell(line) for line in whole[1:]]
+        head, lines = whole[0], whole[1:]
         if head["format"] != FORMAT:
             raise ResultsError(f"{path} has format {head['format']}; this version reads {FORMAT}.")
+        if any("settings" in line for line in lines):
+            raise ResultsError(
+                f"{path} holds several runs, whose settings and texts may differ. Keep each in a"
+                " file of its own."
+            )
+        cells = [_cell(line) for line in lines]
         results = Results(head["settings"], head["environment"], None)
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         if isinstance(error, ResultsError):

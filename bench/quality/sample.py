@@ -6,10 +6,9 @@ import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from kvpress.bench.prompt import reference_text
+from kvpress.bench.text import default_text
 
 from kvpress.errors import KVPressError
 
@@ -47,7 +46,7 @@ class Writer:
 
     @functools.cached_property
     def _text(self) -> list[int]:
-        return self.ids(reference_text() if self._given is None else self._given)
+        return self.ids(default_text().content if self._given is None else self._given)
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text, without special ones."""
@@ -95,11 +94,3 @@ class Writer:
         if token not in self._ends:
             self._ends[token] = self._tokenizer.decode([token]).rstrip(" ").endswith((".", "\n"))
         return self._ends[token]
-
-
-def read_text(path: Path) -> str:
-    """A text file. Raises TaskError."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path} cannot be read as text: {error}. Give a UTF-8 file.") from error

@@ -79,6 +79,10 @@ class InProcess:
         steps += [self._forward([token], own, 1) for token in question.answer[:-1]]
         return torch.cat(steps)
 
+    def generating(self, new_tokens: int) -> tuple[Any, str]:
+        """An empty cache of a policy that is to decode so many tokens, and how it is passed on."""
+        return self._rival.new_cache(max_new_tokens=new_tokens), self._rival.cache_name
+
     def bytes(self, cache: Any) -> tuple[int, int]:
         """Bytes held, and those that the full cache would hold."""
         return storage_bytes(cache), storage_bytes(

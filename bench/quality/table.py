@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from kvpress.bench.quality.results import Cell
 from kvpress.bench.quality.run import BLIND, FULL
 from kvpress.bench.quality.stats import Estimate, estimate
-from kvpress.bench.quality.tasks import Metric
+from kvpress.bench.quality.tasks import LM_EVAL, Metric
 from rich import box
 from rich.table import Table
 
@@ -60,11 +60,11 @@ class Block:
 
 
 def blocks(cells: Iterable[Cell]) -> Iterator[Block]:
-    """The cells in tables, in their order."""
+    """The cells in tables, in their order; those of lm-eval have a table of their own."""
     grouped: dict[tuple[str, int, str], dict[str, list[Cell]]] = defaultdict(
         lambda: defaultdict(list)
     )
-    for cell in cells:
+    for cell in (cell for cell in cells if cell.metric != LM_EVAL):
         grouped[cell.task, cell.tokens, cell.protocol][cell.policy].append(cell)
     for (task, tokens, protocol), by_policy in grouped.items():
         full = {cell.index: cell for cell in by_policy.get(FULL, ()) if cell.error is None}

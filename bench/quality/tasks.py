@@ -11,7 +11,8 @@ from typing import Literal
 
 from kvpress.bench.quality.sample import Question, Sample, Writer
 
-Metric = Literal["exact", "tokens"]
+Metric = Literal["exact", "tokens", "lm_eval"]
+LM_EVAL: Metric = "lm_eval"  # of tasks that lm-eval scores in its own ways
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 _THINGS = [

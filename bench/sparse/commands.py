@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from kvpress.bench import options
+from kvpress.bench.source import Source
 from rich.console import Console
+
+from kvpress.tables import Fitted
 
 console, errors = Console(), Console(stderr=True)
 
 
 def sparse(
-    model: Annotated[str, typer.Option(help="'demo', a Hugging Face id, or a path.")] = "demo",
+    model: options.Model = "demo",
     policy: Annotated[str, typer.Option(help="A policy that makes prompts sparse.")] = "sale",
     tokens: Annotated[
         list[int] | None, typer.Option(help="Tokens of a prompt; repeatable.", min=128)
@@ -20,9 +24,12 @@ def sparse(
     read: Annotated[int, typer.Option(help="Tokens that the model reads itself.")] = 8000,
     layers: Annotated[int, typer.Option(help="How many layers, evenly spread.", min=1)] = 4,
     rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 3,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    threads: options.Threads = None,
     out: Annotated[Path | None, typer.Option(help="A JSON file for the results.")] = None,
 ) -> None:
     """Time prompt attention of single layers beside PyTorch's, both in turn.
@@ -32,23 +39,25 @@ def sparse(
     positions where they then stand; beyond the model's context as YaRN has it.
     """
     import torch
-    from kvpress.bench import models, record
+    from kvpress.bench import record
     from kvpress.bench.calibrate.commands import read_parts
     from kvpress.bench.commands import check_writable
     from kvpress.bench.sparse import measure, report
     from kvpress.bench.sparse.captured import Captured
+    from kvpress.bench.text import default_text
 
     check_writable("--out", out)
     if threads:
         torch.set_num_threads(threads)
+    source = Source(model, dtype, device, device_map, revision, trust_remote_code)
     with errors.status(f"Loading {model} …"):
-        loaded, tokenizer = models.load(model, dtype, device)
+        loaded, tokenizer = source.load()
     limits = thresholds_of(loaded, policy)
     count = len(limits.tau_LN)
     chosen = sorted({round(i * (count - 1) / max(1, layers - 1)) for i in range(layers)})
-    lengths = tokens or [read]
+    lengths, text = tokens or [read], default_text()
     with errors.status("Reading the text …"):
-        parts = read_parts(loaded, tokenizer, None, read, -(-max(lengths) // read))
+        parts = read_parts(loaded, tokenizer, text.content, read, -(-max(lengths) // read))
         captured = Captured(loaded, parts, set(chosen))
     rows = []
     for length in lengths:
@@ -58,10 +67,12 @@ def sparse(
                 tau_N = limits.tau_LN[layer]
                 warm = layer != chosen[0]  # by the layer before
                 rows.append(measure.measure(layer, given, tau_N, limits.local, rounds, warm))
-    console.print(table(rows))
+    console.print(Fitted(table(rows)))
     if out is not None:
         facts = record.environment(loaded.device)
         settings = {"model": model, "policy": policy, "read": read, "rounds": rounds}
+        settings |= {"dtype": str(loaded.dtype).removeprefix("torch."), **source.asked}
+        settings["text"] = text.to_dict()
         made = [row._asdict() for row in rows]
         whole = {"bench": report.KIND, "environment": facts, "settings": settings, "rows": made}
         record.write_json(out, whole)

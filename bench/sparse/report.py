@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpress.bench.plot import figure_of
-from kvpress.bench.report import Report, Sheet, machine
+from kvpress.bench.report import Report, Sheet, machine, settings_of
 from kvpress.bench.sparse.measure import Row, Total, total
 
 KIND = "sparse"  # the value of "bench" in a record
@@ -31,14 +31,13 @@ def read(path: Path) -> dict[str, Any] | None:
 def report(record: dict[str, Any]) -> Report:
     """A sheet of totals and one of layers; time and density over layers."""
     rows = rows_of(record)
-    settings = (f"{k}: {v}" for k, v in record["settings"].items())
     lines = tuple(cells_of(one) for one in totals(rows))
     singles = tuple((str(row.layer), *cells_of(total([row]))) for row in rows)
     sheets = [
         Sheet("All layers", HEAD, lines),
         Sheet("Single layers", ("layer", *(h for h in HEAD if h != "layers")), _without(singles)),
     ]
-    facts = [*settings, *machine(record["environment"])]
+    facts = [*settings_of(record["settings"]), *machine(record["environment"])]
     return Report("Sparse prompt attention", facts, [LEGEND], sheets, lambda: [figure(rows)])
 
 

@@ -38,7 +38,8 @@ def measure(
     path: of a results file as `kvpress eval` makes them, from which an interrupted run goes on.
     """
     model, tokenizer = load()
-    results = Results({"model": setting.model, "dtype": setting.dtype}, facts, path)
+    settings = {"model": setting.model, "dtype": setting.dtype, "text": setting.text}
+    results = Results(settings, facts, path)
     plans = suites.plans(asked.tasks, [suites.HIDDEN], lengths=lengths, samples=asked.samples)
     fill(results, names, partial(field.subject, model), Writer(tokenizer), plans)
     found: dict[tuple[str, int], list[Row]] = {}

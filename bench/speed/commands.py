@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from kvpress.bench.source import DTYPES, Source
 from kvpress.bench.speed import options
 from rich.console import Console
+
+from kvpress.tables import Fitted
 
 if TYPE_CHECKING:
     from kvpress.bench.speed.setting import Setting
@@ -27,9 +30,12 @@ def decode(
     batch: options.Batches = None,
     rounds: options.Rounds = 25,
     warmup: options.Warmup = 2,
-    dtype: options.Dtype = "float32",
+    dtype: options.Dtype = None,
     cache_dtype: options.CacheDtype = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     threads: options.Threads = None,
     with_eval: options.WithEval = False,
     out: options.Out = None,
@@ -38,7 +44,8 @@ def decode(
 
     Each round decodes one token with every candidate.
     """
-    setting = make_setting(model, dtype, cache_dtype, device, threads, rounds, warmup)
+    source = Source(model, dtype, device, device_map, revision, trust_remote_code)
+    setting = make_setting(source, cache_dtype, threads, rounds, warmup)
     _run("decode", setting, policy or POLICIES, budget, tokens or [8000], batch, with_eval, out)
 
 
@@ -50,9 +57,12 @@ def prefill(
     batch: options.Batches = None,
     rounds: options.Rounds = 7,
     warmup: options.Warmup = 1,
-    dtype: options.Dtype = "float32",
+    dtype: options.Dtype = None,
     cache_dtype: options.CacheDtype = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     threads: options.Threads = None,
     with_eval: options.WithEval = False,
     out: options.Out = None,
@@ -62,7 +72,8 @@ def prefill(
     Each round reads the prompts once with every candidate, each time into an empty cache. The
     engine's ledger adds what attention, scoring, selection and storing took.
     """
-    setting = make_setting(model, dtype, cache_dtype, device, threads, rounds, warmup)
+    source = Source(model, dtype, device, device_map, revision, trust_remote_code)
+    setting = make_setting(source, cache_dtype, threads, rounds, warmup)
     names = policy or PREFILL_POLICIES
     _run("prefill", setting, names, budget, tokens or [8000], batch, with_eval, out)
 
@@ -76,15 +87,19 @@ def throughput(
     new_tokens: Annotated[int, typer.Option(help="Generated per sequence.", min=2)] = 64,
     rounds: options.Rounds = 5,
     warmup: options.Warmup = 1,
-    dtype: options.Dtype = "float32",
+    dtype: options.Dtype = None,
     cache_dtype: options.CacheDtype = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     threads: options.Threads = None,
     with_eval: options.WithEval = False,
     out: options.Out = None,
 ) -> None:
     """Time whole generations of a batch of prompts, beside transformers' DynamicCache with SDPA."""
-    setting = make_setting(model, dtype, cache_dtype, device, threads, rounds, warmup)
+    source = Source(model, dtype, device, device_map, revision, trust_remote_code)
+    setting = make_setting(source, cache_dtype, threads, rounds, warmup)
     setting = replace(setting, new_tokens=new_tokens)
     batches = batch or [4]
     names = policy or POLICIES
@@ -100,44 +115,47 @@ def memory(
     cap: Annotated[
         str | None, typer.Option(help="Bytes (8GiB): also the largest batch and context under it.")
     ] = None,
-    dtype: options.Dtype = "float32",
+    dtype: options.Dtype = None,
     cache_dtype: options.CacheDtype = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     threads: options.Threads = None,
     with_eval: options.WithEval = False,
     out: options.Out = None,
 ) -> None:
     """Measure peak and held bytes, each candidate in a process of its own."""
-    setting = make_setting(model, dtype, cache_dtype, device, threads, rounds=1, warmup=0)
+    source = Source(model, dtype, device, device_map, revision, trust_remote_code)
+    setting = make_setting(source, cache_dtype, threads, rounds=1, warmup=0)
     setting = replace(setting, cap=None if cap is None else _bytes(cap))
     _run("memory", setting, policy or POLICIES, budget, tokens or [4000], batch, with_eval, out)
 
 
 def make_setting(
-    model: str,
-    dtype: str,
-    cache_dtype: str | None,
-    device: str | None,
-    threads: int | None,
-    rounds: int,
-    warmup: int,
+    source: Source, cache_dtype: str | None, threads: int | None, rounds: int, warmup: int
 ) -> Setting:
-    """Checks the names and sets the threads."""
+    """Checks the names and sets the threads. Raises ModelError."""
     import torch
-    from kvpress.bench import models
     from kvpress.bench.commands import chosen_device
     from kvpress.bench.speed.setting import Setting
 
-    for option, name in (("--dtype", dtype), ("--cache-dtype", cache_dtype)):
-        if name is not None and name not in models.DTYPES:
-            raise typer.BadParameter(f"{option} {name}: allowed: {', '.join(models.DTYPES)}.")
+    if cache_dtype is not None and cache_dtype not in DTYPES:
+        allowed = ", ".join(DTYPES)
+        raise typer.BadParameter(f"--cache-dtype {cache_dtype}: allowed: {allowed}.")
     if threads:
         torch.set_num_threads(threads)
+    device = chosen_device(source.device).type
+    if source.device_map is None:
+        source = replace(source, device=device)
     return Setting(
-        model=model,
-        dtype=dtype,
+        model=source.name,
+        dtype=source.dtype_name,
         storage=cache_dtype,
-        device=chosen_device(device).type,
+        device=device,
+        device_map=source.device_map,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
         threads=torch.get_num_threads(),
         rounds=rounds,
         warmup=warmup,
@@ -171,5 +189,5 @@ def _run(
     cells = grid.cells(name, lengths, batches or [1])
     made = run.run(setting, cells, names, beside.Asked() if with_eval else None, out)
     for sheet in benches.sheets_of(made):
-        console.print(rows.table(sheet))
+        console.print(Fitted(rows.table(sheet)))
     console.print(benches.BENCHES[name].LEGEND)

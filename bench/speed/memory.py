@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from kvpress.bench import models
 from kvpress.bench.candidates import BASELINE, Candidate, candidate, prompts
 from kvpress.bench.journal import Row
 from kvpress.bench.peers.storages import storage_bytes
@@ -74,7 +73,7 @@ def main() -> None:
     place = {name: job.pop(name) for name in ("candidate", *Cell._fields)}
     setting = Setting(**job)
     torch.set_num_threads(setting.threads)
-    model, tokenizer = models.load(setting.model, setting.dtype, setting.device)
+    model, tokenizer = setting.source.load()
     own = candidate(model, place["candidate"], setting.cache_dtype, _STEPS)
     tokens, batch = place["tokens"], place["batch"]
     ids = prompts(model, tokenizer, tokens, batch, _STEPS)

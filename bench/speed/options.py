@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from kvpress.bench.options import Device as Device
+from kvpress.bench.options import DeviceMap as DeviceMap
+from kvpress.bench.options import Dtype as Dtype
+from kvpress.bench.options import Model as Model
+from kvpress.bench.options import Revision as Revision
+from kvpress.bench.options import Threads as Threads
+from kvpress.bench.options import TrustRemoteCode as TrustRemoteCode
 
-Model = Annotated[str, typer.Option(help="demo, a Hugging Face id, or a path.")]
 Policies = Annotated[
     list[str] | None, typer.Option("--policy", help="name:key=value,… ; repeatable.")
 ]
@@ -24,10 +30,7 @@ Batches = Annotated[
 ]
 Rounds = Annotated[int, typer.Option(help="Timed rounds.", min=1)]
 Warmup = Annotated[int, typer.Option(help="Rounds that are not timed.", min=0)]
-Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 CacheDtype = Annotated[str | None, typer.Option(help="Storage of keys and values.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda (default: a GPU if there is one).")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.", min=1)]
 WithEval = Annotated[
     bool, typer.Option("--with-eval", help="Also copies from compressed contexts: a score per row.")
 ]

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvpress.bench.journal import Row
 from kvpress.bench.plot import PlotError, figure_of
-from kvpress.bench.report import Report, machine
+from kvpress.bench.report import Report, machine, settings_of
 from kvpress.bench.speed import benches
 from kvpress.bench.speed.rows import Cell, by_cell
 
@@ -23,8 +23,7 @@ def report(rows: Sequence[Row]) -> Report:
     names = dict.fromkeys(row["bench"] for row in rows)
     legends = [f"{benches.BENCHES[n].TITLE}. {benches.BENCHES[n].LEGEND}" for n in names]
     newest = rows[-1]
-    settings = (f"{k}: {v}" for k, v in newest["settings"].items() if v is not None)
-    facts = [*settings, *machine(newest["environment"])]
+    facts = [*settings_of(newest["settings"]), *machine(newest["environment"])]
 
     def figures() -> list[Any]:
         figure = plot(rows)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from kvpress.bench.journal import Row
+from kvpress.bench.journal import JournalError, Row
 from kvpress.bench.report import Sheet
 from rich import box
 from rich.table import Table
@@ -43,7 +44,18 @@ def by_cell(rows: Iterable[Row]) -> dict[Cell, dict[str, Row]]:
         if any(_run(other) != _run(row) for other in together.values()):
             together.clear()
         together[row["candidate"]] = row
+    refuse_mixed_texts(row for together in found.values() for row in together.values())
     return found
+
+
+def refuse_mixed_texts(rows: Iterable[Row]) -> None:
+    """Raises JournalError where prompts were taken from several texts, which no table may mix."""
+    texts = {json.dumps((row.get("settings") or {}).get("text"), sort_keys=True) for row in rows}
+    if len(texts) > 1:
+        raise JournalError(
+            f"Rows of several texts cannot stand side by side: {', '.join(sorted(texts))}. Measure"
+            " into another --out."
+        )
 
 
 def _run(row: Row) -> tuple[Any, Any]:

@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from kvpress.bench import models, progress, record
+from kvpress.bench import progress, record
 from kvpress.bench.commands import check_writable
 from kvpress.bench.journal import Journal, Row
 from kvpress.bench.speed import benches, beside, grid
-from kvpress.bench.speed.rows import Cell
+from kvpress.bench.speed.rows import Cell, refuse_mixed_texts
 from kvpress.bench.speed.setting import Setting
 
 
@@ -32,8 +32,9 @@ def run(
     check_writable("--out", out)
     journal, field = Journal(out), field or benches.Own()
     setting = replace(setting, quality=asked and [*asked.tasks, asked.samples])
+    refuse_mixed_texts([*journal, {"settings": setting.to_dict()}])  # before a long run
     facts = record.environment(torch.device(setting.device))
-    load = functools.cache(lambda: models.load(setting.model, setting.dtype, setting.device))
+    load = functools.cache(setting.source.load)
     lengths = list(dict.fromkeys(cell.tokens for cell in cells))
     beside_out = None if out is None else out.with_suffix(".quality.jsonl")
     quality = asked and functools.cache(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from kvpress.bench.models import DTYPES
+from kvpress.bench.source import Source
+from kvpress.bench.text import default_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +15,8 @@ class Setting:
     """Model, dtypes by name, and how often is timed. new_tokens: of whole generations.
 
     threads: CPU threads. cap: bytes, for the largest batch and context. quality: the tasks that
-    rows also have, and the contexts of each.
+    rows also have, and the contexts of each. device_map, revision, trust_remote_code: those of the
+    `Source`. text: what prompts are parts of, by name and hash.
     """
 
     model: str
@@ -27,12 +29,26 @@ class Setting:
     new_tokens: int = 32
     cap: int | None = None
     quality: list[str | int] | None = None
+    device_map: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    text: dict[str, str] = field(default_factory=lambda: default_text().to_dict())
 
     @property
     def cache_dtype(self) -> torch.dtype | None:
         """The dtype of stored keys and values, where it is not the model's."""
-        return None if self.storage is None else DTYPES[self.storage]
+        return None if self.storage is None else getattr(torch, self.storage)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
+        """Plain values, ready for JSON; of loading only what was asked for."""
+        plain = asdict(self)
+        for name in ("device_map", "revision", "trust_remote_code"):
+            del plain[name]
+        return {**plain, **self.source.asked}
+
+    @property
+    def source(self) -> Source:
+        """Where the model comes from."""
+        device = None if self.device_map else self.device
+        asked = self.device_map, self.revision, self.trust_remote_code
+        return Source(self.model, self.dtype, device, *asked)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from kvpress.bench import options
 from kvpress.bench.commands import check_writable
 from kvpress.bench.pages import write
+from kvpress.bench.source import Source
 from rich.console import Console
 
 from kvpress.errors import KVPressError
@@ -22,7 +24,7 @@ class ViewError(KVPressError, ValueError):
 
 
 def view(
-    model: Annotated[str, typer.Option(help="'demo', a Hugging Face id, or a path.")] = "demo",
+    model: options.Model = "demo",
     policy: Annotated[str, typer.Option(help="name:key=value,…")] = "snapkv:budget=0.2",
     prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
     prompt_file: Annotated[
@@ -33,11 +35,12 @@ def view(
     ] = 1000,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
     chat: Annotated[bool, typer.Option(help="Wrap prompts in the model's chat template.")] = True,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, … (default: a GPU if there is one)")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    threads: options.Threads = None,
     out: Annotated[Path, typer.Option(help="A .html file for the page.")] = Path("view.html"),
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what was kept as JSON and write no page.")
@@ -55,7 +58,6 @@ def view(
     attention a sparse policy computes in one layer, per query head.
     """
     import torch
-    from kvpress.bench import models
     from kvpress.bench.view.kept import look
     from kvpress.bench.view.page import page
 
@@ -69,8 +71,9 @@ def view(
     text = _given(prompt, prompt_file)
     if threads:
         torch.set_num_threads(threads)
+    source = Source(model, dtype, device, device_map, revision, trust_remote_code)
     with errors.status(f"Loading {model} …"):
-        loaded, tokenizer = models.load(model, dtype, device)
+        loaded, tokenizer = source.load()
     with errors.status("Reading the prompt …"):
         whole = _wrap(text, tokenizer, chat, prompt_tokens)
         if map_file is not None:

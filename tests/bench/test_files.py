@@ -254,8 +254,14 @@ def test_the_command_goes_on_and_its_tables_need_no_folder(
     assert made[:4] == before[:4]  # with their seconds: these were not run again
     assert [{**c, "seconds": 0} for c in made] == [{**c, "seconds": 0} for c in before]
     other = evaluated(write(tmp_path / "more", needle=contents), *options[4:], model=tiny_model)
-    with pytest.raises(KVPressError, match=r"other settings \(files\)"):
+    with pytest.raises(KVPressError, match=r"other settings \(files: "):
         raise other.exception
+
+    whole = (folder / "other.json").read_text()
+    (folder / "other.json").write_text(whole.replace("blue", "pink"))
+    changed = evaluated(folder, *options, model=tiny_model)
+    with pytest.raises(KVPressError, match=r"other settings \(files: "):
+        raise changed.exception
 
     shutil.rmtree(folder)
     text = CliRunner().invoke(app, ["report", str(out)]).stdout
@@ -274,8 +280,9 @@ def test_the_command_goes_on_and_its_tables_need_no_folder(
     [
         (["--files", ".", "--quick", "--text", "a.txt", "--seed", "1"], "--quick, --seed, --text"),
         (["--files", ".", "--limit", "2"], "--limit"),
+        (["--chat", "--max-new-tokens", "9"], "--chat, --max-new-tokens"),
         (["--task-folder", ".", "--metadata", "{}"], "--metadata, --task-folder"),
-        (["--lm-eval", "gsm8k", "--out", "a", "--suite", "copy"], "--out, --suite"),
+        (["--lm-eval", "gsm8k", "--out", "a", "--suite", "copy"], "--suite cannot be used"),
         (["--lm-eval", "gsm8k", "--protocol", "both", "--stepwise"], "--protocol, --stepwise"),
         (["--lm-eval", "a", "--quick", "--length", "200"], "--length, --quick"),
         (["--lm-eval", "a", "--samples", "2", "--text", "a"], "--samples, --text"),

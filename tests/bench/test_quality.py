@@ -263,7 +263,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, writer: Wri
 def test_files_of_other_runs_are_refused(tmp_path: Path, writer: Writer) -> None:
     path, other = tmp_path / "cells.jsonl", tmp_path / "other.txt"
     evaluated(path, writer=writer)
-    with pytest.raises(ResultsError, match=r"other settings \(seed\).*another --out"):
+    with pytest.raises(
+        ResultsError, match=r"other settings \(seed: 0 there, 1 now\).*another --out"
+    ):
         evaluated(path, writer=writer, seed=1)
     other.write_text("a list of groceries\n")
     with pytest.raises(ResultsError, match="is no results file"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from kvpress.cli import app
@@ -64,12 +66,34 @@ def folder(tmp_path_factory: Any) -> Path:
     return root
 
 
-def measured(folder: Path, tasks: str, policies: str, *more: str) -> dict[tuple[str, str], float]:
+@pytest.fixture(scope="module")
+def speaking(tiny_model: Path, tmp_path_factory: Any) -> Path:
+    """The tiny model with an end of text and a chat template, which lm-eval asks for."""
+    where: Path = tmp_path_factory.mktemp("speaking")
+    shutil.copytree(tiny_model, where, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(where)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    )
+    tokenizer.save_pretrained(where)
+    return where
+
+
+def cells(folder: Path, tasks: str, policies: str, *more: str) -> list[dict[str, Any]]:
     options = ["--lm-eval", tasks, "--task-folder", str(folder), "--policy", policies, "--json"]
     done = CliRunner().invoke(app, ["eval", *options, *more])
     assert done.exit_code == 0, done.exception or done.output
-    rows = json.loads(done.stdout[done.stdout.index("[\n") :])
-    return {(row["task"], row["policy"]): row["value"] for row in rows}
+    made: list[dict[str, Any]] = json.loads(done.stdout[done.stdout.index("[\n") :])
+    return made
+
+
+def measured(folder: Path, tasks: str, policies: str, *more: str) -> dict[tuple[str, str], float]:
+    return {
+        (score["task"], cell["policy"]): score["value"]
+        for cell in cells(folder, tasks, policies, *more)
+        for score in cell["scores"]
+    }
 
 
 @pytest.mark.filterwarnings("ignore")  # of packages that are not ours
@@ -85,6 +109,93 @@ def test_policies_are_compared_on_tasks_of_lm_eval(folder: Path) -> None:
     assert words[0] == 1.0 and words[2] == 0.0
 
 
+def _documents(folder: Path) -> list[str]:
+    return (folder / "codes.jsonl").read_text().splitlines()
+
+
+def command_line(*options: str) -> Any:
+    return CliRunner().invoke(app, ["eval", *options])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_finished_policy_is_kept_with_its_bytes_and_not_run_again(
+    folder: Path, tmp_path: Path, speaking: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, page = tmp_path / "cells.jsonl", tmp_path / "page.md"
+    known = ("--model", str(speaking), "--out", str(out), "--max-new-tokens", "70")
+    window = "streaming_llm:budget=400,sink=4"
+    made = cells(folder, "secret_code,secret_choice", f"full,{window}", *known)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert lines[1:] == made and len(made) == 4
+    assert lines[0]["settings"]["lm_eval"]["new_tokens"] == 70
+    for cell in made:
+        share = cell["bytes_held"] / cell["bytes_full"]
+        assert (0.99 < share < 1.1) if cell["policy"] == "full" else (0.5 < share < 0.8)
+        (score,) = cell["scores"]
+        assert (score["documents"], cell["protocol"], cell["metric"]) == (4, "visible", "lm_eval")
+    generated = [c["longest"] for c in made if c["task"] == "secret_code"]
+    (prompt,) = {len(json.loads(line)["context"]) for line in _documents(folder)}
+    assert all(prompt < longest <= prompt + 70 for longest in generated)
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", lambda *_, **__: pytest.fail("run again"))
+    assert cells(folder, "secret_code,secret_choice", f"full,{window}", *known) == made
+    refused = command_line("--lm-eval", "secret_code", "--chat", *known)
+    with pytest.raises(KVPressError, match=r"other settings \(lm_eval: .*another --out"):
+        raise refused.exception
+    assert CliRunner().invoke(app, ["report", str(out), "--out", str(page)]).exit_code == 0
+    assert f"| secret_code | exact_match | {window} |" in page.read_text()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_prompts_go_through_the_chat_template_when_asked(folder: Path, speaking: Path) -> None:
+    given = ("--model", str(speaking), "--limit", "1", "--max-new-tokens", "1")
+    lengths = [
+        cells(folder, "secret_code", "full", *given, *more)[0]["longest"]
+        for more in ((), ("--chat",))
+    ]
+    assert lengths[1] - lengths[0] == len("<user><assistant>")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_budget_that_no_document_outgrows_is_said(folder: Path, speaking: Path) -> None:
+    given = ("--lm-eval", "secret_choice", "--task-folder", str(folder), "--limit", "1")
+    policies = ("--policy", "full,streaming_llm:budget=900", "--model", str(speaking))
+    done = command_line(*given, *policies)
+    assert done.exit_code == 0, done.exception
+    words = " ".join(done.stdout.split())
+    assert "holds as many bytes as the full cache" in words and "kept" in words
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_policy_that_fails_is_a_row_with_its_error(
+    folder: Path, tmp_path: Path, speaking: Path
+) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text(BROKEN)
+    made = cells(folder, "secret_choice", f"{broken}:budget=0.5,full", "--model", str(speaking))
+    assert [cell["policy"] for cell in made] == [f"{broken}:budget=0.5", "full"]
+    assert "no good" in made[0]["error"] and made[1]["error"] is None
+
+
+BROKEN = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvpress.budget import Budget
+from kvpress.policy import Policy, option
+from kvpress.types import Slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken(Policy):
+    budget: Budget = option(0.5, "kept")
+
+    def score(self, slots: Slots) -> Tensor:
+        raise ArithmeticError("no good")
+"""
 MADE = """
 task: made
 custom_dataset: !function made.documents

@@ -31,7 +31,7 @@ import kvpress
 from kvpress.blocks import Blocks
 from kvpress.cli import app
 from kvpress.errors import KVPressError
-from kvpress.meter import size
+from kvpress.tables import size
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for found in map(shutil.which, NAMES) if found), None)

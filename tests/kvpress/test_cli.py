@@ -97,8 +97,9 @@ def test_info_names_versions_devices_and_operators() -> None:
     [
         (["--policy", "keyfomer"], "Did you mean 'keyformer'"),
         (["--model", "/no/such/folder"], "cannot be loaded"),
-        (["--dtype", "int8"], "Allowed: float32, float16, bfloat16"),
+        (["--dtype", "int8"], "Allowed: auto, float32, float16, bfloat16"),
         (["--prompt", ""], "There is no prompt"),
+        (["--prompt-file", "/no/such/file"], "cannot be read as text"),
         (["--prompt", "x" * 1020, "--max-new-tokens", "9"], "exceed the model's 1024 positions"),
     ],
 )
@@ -120,7 +121,6 @@ def test_engine_errors_are_one_message_and_status_2(
     "arguments",
     [
         ["--prompt", "a", "--prompt-file", "b"],
-        ["--prompt-file", "/no/such/file"],
         ["--threads", "0"],
     ],
 )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
 import torch
+from kvpress.bench.text import default_text
 
 import kvpress
 
@@ -19,8 +19,7 @@ QUESTION = "\n\nWhat is the pass key? The pass key is "
 def haystack(demo: tuple[Any, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """About 1,200 tokens of text with a pass key in them and a question at the end; the key."""
     _, tokenizer = demo
-    text = "\n".join(importlib.import_module("pydoc_data.topics").topics.values())
-    words = tokenizer(text[:20000])["input_ids"]
+    words = tokenizer(default_text().content[:20000])["input_ids"]
     parts = [words[:500], tokenizer(NEEDLE)["input_ids"], words[500:1150]]
     ids = [token for part in parts for token in part] + tokenizer(QUESTION)["input_ids"]
     return torch.tensor([ids]), torch.tensor([tokenizer(KEY)["input_ids"]])
