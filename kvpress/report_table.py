@@ -52,6 +52,8 @@ def remarks(report: Report) -> list[str]:
         )
     if report.bytes_peak:
         made.append(f"Peak during a prompt: {size(report.bytes_peak)}.")
+    if report.bytes_ids:
+        made.append(f"Besides, ids of the tokens seen: {size(report.bytes_ids)}.")
     if report.bytes_shared:
         made.append(f"Shared with forks: {size(report.bytes_shared)} of the bytes held.")
     seconds = ", ".join(f"{name} {value:.3f}" for name, value in report.stages.items())

@@ -65,6 +65,7 @@ class InProcess:
         cache = self._rival.new_cache()
         if calls and self._attends_in_full:
             _replay(calls, cache)
+            cache.note_ids({"input_ids": self._ids(tokens)})  # as a forward pass does
         elif tokens:
             self._forward(tokens, cache, 1)
         return cache
@@ -89,10 +90,14 @@ class InProcess:
             cache
         ) if self.name in CACHES else cache.report().bytes_full
 
+    def _ids(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor([list(tokens)], device=self._device)
+
     def _forward(self, tokens: Sequence[int], cache: Any, keep: int) -> Tensor:
-        ids = torch.tensor([list(tokens)], device=self._device)
         with torch.inference_mode():
-            out = self._rival.model(ids, logits_to_keep=keep, **{self._rival.cache_name: cache})
+            out = self._rival.model(
+                self._ids(tokens), logits_to_keep=keep, **{self._rival.cache_name: cache}
+            )
         kept: Tensor = out.logits[0]
         return kept
 
