@@ -1,7 +1,8 @@
 """Budgets: the one place where a ratio, tokens or bytes become integer counts.
 
-A ratio is the fraction KEPT. A byte budget is per sequence and covers its rows in every compressed
-layer.
+A ratio is the fraction KEPT: of all tokens that a sequence has seen so far, so that what may stay
+grows while it decodes, or of its prompt. A byte budget is per sequence and covers its rows in every
+compressed layer.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from kvpress.errors import BudgetError
@@ -17,9 +19,11 @@ from kvpress.errors import BudgetError
 UNLIMITED = 2**62  # the quota of a budget that keeps everything, however long the text grows
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _ALLOWED = (
-    "Allowed: a fraction kept in (0, 1] written with a decimal point (0.5), a whole number of"
-    " tokens of at least 1 (2048), or bytes with a unit (256MiB)."
+    "Allowed: a fraction kept in (0, 1] written with a decimal point, of all tokens seen (0.5) or"
+    " of the prompt, whatever is decoded (0.5prompt); a whole number of tokens of at least 1"
+    " (2048); or bytes with a unit (256MiB)."
 )
+Unit = Literal["fraction", "prompt", "tokens", "bytes"]
 
 
 class Geometry(NamedTuple):
@@ -44,20 +48,29 @@ class Quota(NamedTuple):
 
 def share(ratio: float | Fraction, count: int) -> int:
     """`ratio` of `count`, rounded down, exact in decimals: share(0.29, 100) is 29."""
-    exact = ratio if isinstance(ratio, Fraction) else Fraction(str(ratio))
-    return int(exact * count)
+    exact = ratio if isinstance(ratio, Fraction) else _exact(ratio)
+    return exact.numerator * count // exact.denominator
+
+
+@lru_cache(maxsize=1024)
+def _exact(ratio: float) -> Fraction:
+    """A ratio as it is written: binary rounding must not cost a slot."""
+    return Fraction(str(ratio))
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of the cache is kept: a fraction of the tokens seen, tokens per row, or bytes."""
+    """How much of the cache is kept: a fraction of the tokens, tokens per row, or bytes."""
 
-    unit: Literal["fraction", "tokens", "bytes"]
+    unit: Unit
     amount: Fraction
 
     @classmethod
     def parse(cls, given: Budget | str | int | float) -> Budget:
-        """Reads `0.5` (fraction kept), `2048` (tokens) or `256MiB` (bytes). Raises BudgetError."""
+        """Reads `0.5` (fraction kept), `0.5prompt`, `2048` (tokens) or `256MiB` (bytes).
+
+        Raises BudgetError.
+        """
         if isinstance(given, Budget):
             return given
         text = str(given).strip()
@@ -66,17 +79,29 @@ class Budget:
             raise BudgetError(f"budget={text!r} cannot be read. {_ALLOWED}")
         number, exponent, unit = match.group(1), match.group(2) or "", match.group(3).upper()
         amount = Fraction(number + exponent)
-        if unit and unit not in _UNITS:
+        if unit and unit not in (*_UNITS, "PROMPT"):
             raise BudgetError(
                 f"budget={text!r} has the unknown unit {match.group(3)!r}. {_ALLOWED}"
             )
-        if unit:
-            amount = Fraction(int(amount * _UNITS[unit]))
-        kind: Literal["fraction", "tokens", "bytes"]
-        kind = "bytes" if unit else "fraction" if "." in number or exponent else "tokens"
-        if amount <= 0 or (kind == "fraction" and amount > 1):
+        kind: Unit = "fraction" if "." in number or exponent else "tokens"
+        if unit == "PROMPT":
+            kind = "prompt"
+        elif unit:
+            kind, amount = "bytes", Fraction(int(amount * _UNITS[unit]))
+        budget = cls(kind, amount)
+        if amount <= 0 or (budget.relative and amount > 1):
             raise BudgetError(f"budget={text} is out of range. {_ALLOWED}")
-        return cls(kind, amount)
+        return budget
+
+    @property
+    def relative(self) -> bool:
+        """Whether this is a fraction of tokens."""
+        return self.unit in ("fraction", "prompt")
+
+    @property
+    def grows(self) -> bool:
+        """Whether decoded tokens add to what is kept."""
+        return self.unit == "fraction" and self.amount < 1
 
     def slots(self, seen: int, geometry: Geometry, portion: float = 1.0) -> int:
         """Slots per row after `seen` real tokens, before protection. Raises BudgetError.
@@ -85,9 +110,9 @@ class Budget:
         """
         if self.amount == 1 and self.unit == "fraction":
             return UNLIMITED
-        exact = Fraction(str(round(portion, 9)))  # binary rounding must not cost a slot
-        if self.unit == "fraction":
-            return max(1, share(self.amount * exact, seen))
+        exact = _exact(round(portion, 9))
+        if self.relative:
+            return max(1, share(self._part(portion), seen))
         if self.unit == "tokens":
             return min(max(1, share(exact, int(self.amount))), UNLIMITED)
         rows = geometry.layers * geometry.heads
@@ -104,9 +129,20 @@ class Budget:
         slots = max(1, share(exact, pages)) * geometry.page_slots - geometry.headroom
         return min(max(1, slots), UNLIMITED)
 
+    def lasts(self, seen: int, portion: float = 1.0) -> int:
+        """How many more tokens must be seen until `slots` is another number, at the least."""
+        part = self._part(portion)
+        if not part:
+            return UNLIMITED
+        return -(-(share(part, seen) + 1) * part.denominator // part.numerator) - seen
+
+    def _part(self, portion: float) -> Fraction:
+        """What a layer keeps of the tokens."""
+        return self.amount if portion == 1.0 else self.amount * _exact(round(portion, 9))
+
     def __str__(self) -> str:
-        if self.unit == "fraction":
-            return str(float(self.amount))  # with a decimal point, so that it reads as a fraction
+        if self.relative:  # with a decimal point, so that it reads as a fraction
+            return f"{float(self.amount)}{'prompt' if self.unit == 'prompt' else ''}"
         return f"{int(self.amount)}{'B' if self.unit == 'bytes' else ''}"
 
 
@@ -130,6 +166,11 @@ class Limits:
         if self.budget.unit == "tokens":
             self._protect(int(self.budget.amount))
 
+    @property
+    def grows(self) -> bool:
+        """Whether rows may keep more the more is decoded."""
+        return self.budget.grows and self.interval > 0
+
     def _recent(self, slots: int) -> int:
         """The protected recent tokens of a row of `slots`."""
         return share(self.recent_ratio, slots) if self.recent is None else self.recent
@@ -138,7 +179,7 @@ class Limits:
         """The protected recent tokens of a row of `slots`, and whether all protected tokens fit."""
         recent = self._recent(slots)
         fits = self.sink + recent <= slots
-        if not fits and self.budget.unit != "fraction":
+        if not fits and not self.budget.relative:
             raise BudgetError(
                 f"budget={self.budget} keeps {slots} tokens per row, below sink + recent ="
                 f" {self.sink} + {recent} protected tokens. Raise the budget or lower sink or"

@@ -15,6 +15,7 @@ from kvpress import ops
 from kvpress.absorb import absorb_one, survive
 from kvpress.layer import Layer
 from kvpress.observe import Observation, step_sums
+from kvpress.quotas import grow
 from kvpress.run import Tokens
 from kvpress.select import drop_one
 from kvpress.selection import protected, score, select
@@ -37,7 +38,11 @@ def run_decode(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
 def _run(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
     if group is None:
         layer.count_decoded(1)
-        over = layer.excess + 1 if _is_due(layer, 0) else 0
+        over = 0
+        if _is_due(layer, 0):
+            if layer.grows:
+                grow(layer)
+            over = layer.excess + 1
         observation = _fusable(layer, over)
         if observation is not None:
             return _run_fused(layer, tokens, over > 0, observation)
@@ -46,6 +51,8 @@ def _run(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
     else:
         layer.count_decoded(1, group)
         due = _is_due(layer, group[0])
+        if due and layer.grows:
+            grow(layer)
     return _run_stages(layer, group, tokens, due)
 
 

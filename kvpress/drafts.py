@@ -14,6 +14,7 @@ from kvpress.attend import prompt_attention
 from kvpress.decode import evict, observe
 from kvpress.layer import Layer
 from kvpress.observe import Observation
+from kvpress.quotas import grow
 from kvpress.run import Tokens
 from kvpress.store.base import KEY, POSITION, VALUE
 from kvpress.types import Slots
@@ -73,6 +74,8 @@ def commit(layer: Layer) -> None:
 def _commit(layer: Layer, group: list[int], tokens: int, weights_bNPS: Tensor | None) -> None:
     before, interval = layer.decoded(group[0]), layer.limits.interval if layer.limits else 0
     due = interval > 0 and before // interval < (before + tokens) // interval
+    if due and layer.grows:
+        grow(layer)
     excess_bH = layer.rows.counts_BH[group] - layer.quota_BH[group]
     evicts = due and bool((excess_bH > 0).any())
     with layer.timed("observe"):

@@ -17,7 +17,7 @@ from kvpress.formats import page_slots
 from kvpress.meter import LayerReport
 from kvpress.policy import Recipe
 from kvpress.rotary import Rotation
-from kvpress.run import LayerKind, Newest, Run, Tokens
+from kvpress.run import Growth, LayerKind, Newest, Run, Tokens
 from kvpress.store import Column, FormattedRows, PagedRows, Store, Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
 from kvpress.types import EMPTY, Step
@@ -32,14 +32,17 @@ class Layer:
         self.reset()
         if kind.window is None:
             self.recipe, self.limits = run.recipe, run.recipe.limits
+            self.grows = self.limits is not None and self.limits.grows
         else:
             keep = kind.window - 1  # the next token attends to itself and to window − 1 before it
             self.recipe = Recipe((Newest(),))
             self.limits = Limits(Budget.parse(keep), recent=keep)
+            self.grows = False  # whether decoded tokens raise the quotas
 
     def reset(self) -> None:
         """Forgets every token."""
         self.store = None
+        self.run.growths.clear()
         self.token_dtype = torch.float32  # of the model's keys and values; known with the store
         self.columns_seen = 0  # logical length: columns of the batch, padding included
         self.seen_B = torch.zeros(0, dtype=torch.int64)  # real tokens of each sequence, on the host
@@ -51,10 +54,13 @@ class Layer:
         self.quota_R = torch.zeros(0, dtype=torch.int64)  # slots that every row may keep
         self.recent_B = torch.zeros(0, dtype=torch.int64)  # protected last tokens of each sequence
         self.demand_B = torch.zeros(0, dtype=torch.float64)  # of slots; NaN: not known yet
+        self.portion_B = torch.zeros(0, dtype=torch.float64)  # of the budget, while decoding
+        self.growth: Growth | None = None  # of its quotas, once a step needed it
+        self.grown = -1  # the version of `growth` that the quotas are
         self.threshold_B = torch.zeros(0)  # of merging, on the device; NaN: nothing was evicted yet
         self._in_step: bool | None = None  # None: not known
         self._excess: int | None = None  # None: not known
-        self._level = False  # whether all rows are as far from their quotas
+        self._shortest = 0  # the same of the row that is the farthest below its quota
         self.cut: set[int] = set()  # sequences of which the last prompt evicted, before a trim
         self.drafted = 0  # tokens of every sequence that may still be taken back; see drafts.py
         self.draft_weights: list[Tensor] = []  # what they attended to: blocks `[B, N, P, S]`
@@ -75,6 +81,7 @@ class Layer:
         self.seen_B, self.quota_R = self.seen_B[chosen], self.quota_BH[chosen].flatten()
         self.recent_B, self.decoded_B = self.recent_B[chosen], self.decoded_B[chosen]
         self.demand_B, self.threshold_B = self.demand_B[chosen], self.threshold_B[chosen]
+        self.portion_B = self.portion_B[chosen]
         self.draft_weights = [weights[chosen] for weights in self.draft_weights]
         kept = {i: self.watched.get(b) for i, b in enumerate(chosen)}
         self.watched = {i: query for i, query in kept.items() if query is not None}
@@ -168,6 +175,7 @@ class Layer:
             other.quota_R, other.recent_B = self.quota_R.clone(), self.recent_B.clone()
             other._decoded_B = self._decoded_B.clone()
             other.demand_B, other.threshold_B = self.demand_B.clone(), self.threshold_B.clone()
+            other.portion_B, other.growth = self.portion_B.clone(), None
             other.draft_weights, other.watched = list(self.draft_weights), dict(self.watched)
             other._limit_pages()
         return other
@@ -293,6 +301,7 @@ class Layer:
         self.seen_B = torch.zeros(batch, dtype=torch.int64)
         self.decoded_B, self.recent_B = torch.zeros_like(self.seen_B), torch.zeros_like(self.seen_B)
         self.demand_B = torch.full((batch,), torch.nan, dtype=torch.float64)
+        self.portion_B = torch.ones(batch, dtype=torch.float64)
         merging = self.recipe.merging
         threshold = torch.nan if merging is None else merging.initial
         self.threshold_B = torch.full((batch,), threshold, device=key_BHPD.device)
@@ -405,19 +414,31 @@ class Layer:
         """By how many slots the fullest row, seen from its quota, is above it; below: negative."""
         if self._excess is None:
             low, high = (self.rows.counts - self.quota_R).aminmax()
-            self._excess, self._level = int(high), bool(low == high)
+            self._excess, self._shortest = int(high), int(low)
         return self._excess
+
+    def take_quotas(self, growth: Growth) -> None:
+        """Takes the quotas that have grown."""
+        follows = self._excess is not None and self.grown == growth.version - 1
+        if follows and (self._excess == self._shortest or growth.least == growth.most):
+            assert self._excess is not None, "just checked"
+            self._excess, self._shortest = self._excess - growth.least, self._shortest - growth.most
+        else:
+            self._excess = None
+        self.grown = growth.version
+        self.quota_R, self.recent_B = growth.quota_R, growth.recent_B
 
     def count_step(self, evicted: bool) -> None:
         """Counts what the operator `decode_step` did.
 
         Every row got a token; where something was evicted, rows above their quotas lost one.
         """
-        everywhere = evicted and self._level
+        everywhere = evicted and self._shortest == self._excess
         self.rows.count_step(self.quota_R if evicted else None, everywhere)
-        if self._excess is not None and not evicted:
-            self._excess += 1
+        if self._excess is not None:
+            self._excess, self._shortest = self._excess + 1, self._shortest + 1
         if evicted:
+            self._excess, self._shortest = 0, min(self._shortest, 0)
             self.evicted_at = self.columns_seen
 
     def rows_changed(self) -> None:
@@ -426,7 +447,7 @@ class Layer:
 
     def refresh(self) -> None:
         """Forgets everything that was derived from a state that was replaced."""
-        self._in_step = self._excess = None
+        self._in_step = self._excess = self.growth = None
         self._limit_pages()
 
     def append(self, tokens: Tokens, group: Sequence[int], before_b: Tensor) -> None:
@@ -447,6 +468,6 @@ class Layer:
         """Tells the pool how many pages rows at their quotas can ever need."""
         if not isinstance(self.store, PagedRows):
             return  # recent slots are few, and old ones come in whole pages
-        if self.limits is not None and self.limits.interval:
+        if self.limits is not None and self.limits.interval and not self.grows:
             most_BH = self.quota_BH.clamp_max(2**40) + self.headroom
             self.store.most_pages = int((-(-most_BH // self.store.page_slots)).sum())

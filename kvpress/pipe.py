@@ -18,8 +18,8 @@ from kvpress.formatting import settle, watch
 from kvpress.layer import Layer
 from kvpress.portions import foresee, trim
 from kvpress.prompt import run_prompt, store_prompt
+from kvpress.quotas import set_quotas
 from kvpress.run import Tokens
-from kvpress.selection import set_quotas
 
 
 class Group(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvpress.decode import evict, stored
 from kvpress.layer import Layer
 from kvpress.policy import Recipe
-from kvpress.selection import geometry, set_quotas
+from kvpress.quotas import geometry, set_quotas
 from kvpress.types import Slots
 
 _BUDGETS = "Layer budgets:"
@@ -22,7 +22,7 @@ _BUDGETS = "Layer budgets:"
 
 def check_portions(recipe: Recipe, layers: int) -> None:
     """Raises PolicyError where a policy cannot divide its budget among so many layers."""
-    if recipe.shares and recipe.limits is not None and recipe.limits.budget.unit == "fraction":
+    if recipe.shares and recipe.limits is not None and recipe.limits.budget.relative:
         nothing_known = torch.full((1, layers), torch.nan, dtype=torch.float64)
         kept = torch.tensor([float(recipe.limits.budget.amount)], dtype=torch.float64)
         _portions(recipe, nothing_known, kept, torch.zeros_like(kept))
@@ -59,11 +59,12 @@ def trim(layer: Layer, group: Sequence[int]) -> None:
     layers = _compressed(layer)
     if layer is not layers[-1] or layer.limits is None or not group:
         return
-    portion_bL = _divide(layers, group, known=len(layers))
+    portion_bL, lasting_bL = _divide(layers, group, known=len(layers)), _lasting(layers, group)
     for place, other in enumerate(layers):
         other.changes()
         with other.rows.lock:
             seen_b = other.seen_B[list(group)]
+            other.portion_B[list(group)] = lasting_bL[:, place]
             set_quotas(other, group, seen_b, portion_bL[:, place].tolist())
             for goes_on in (True, False):
                 part = [b for b in group if (b in other.cut) == goes_on]
@@ -77,11 +78,30 @@ def _compressed(layer: Layer) -> list[Layer]:
 
 def _divide(layers: list[Layer], group: Sequence[int], known: int) -> Tensor:
     """The portions of all layers, `[b, L]`, by the demands of the first `known` ones."""
+    last = layers[known - 1]
+    return _portions(
+        last.recipe, _demands(layers, group, known), *_kept(last, last.seen_B[list(group)])
+    )
+
+
+def _lasting(layers: list[Layer], group: Sequence[int]) -> Tensor:
+    """The portions of all layers of what is seen while decoding, `[b, L]`.
+
+    Protected tokens take nothing from other layers: the more is seen, the less they matter.
+    """
+    recipe, demand_bL = layers[0].recipe, _demands(layers, group, len(layers))
+    if recipe.limits is None or not recipe.limits.grows:
+        return torch.ones_like(demand_bL)
+    kept_b = torch.full((len(group),), float(recipe.limits.budget.amount), dtype=torch.float64)
+    return _portions(recipe, demand_bL, kept_b, torch.zeros_like(kept_b))
+
+
+def _demands(layers: list[Layer], group: Sequence[int], known: int) -> Tensor:
+    """The demands of the first `known` layers: `[b, L]`, NaN for the others."""
     demand_bL = torch.full((len(group), len(layers)), torch.nan, dtype=torch.float64)
     for i, other in enumerate(layers[:known]):
         demand_bL[:, i] = other.demand_B[list(group)]
-    last = layers[known - 1]
-    return _portions(last.recipe, demand_bL, *_kept(last, last.seen_B[list(group)]))
+    return demand_bL
 
 
 def _portions(recipe: Recipe, demand_BL: Tensor, kept_B: Tensor, least_B: Tensor) -> Tensor:

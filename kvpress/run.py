@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kvpress.budget import Geometry, Quota
 from kvpress.meter import Meter
 from kvpress.policy import Policy, Recipe
 from kvpress.rotary import Rotation
@@ -51,6 +53,26 @@ class Tokens(NamedTuple):
 
 
 @dataclass
+class Growth:
+    """Quotas that grow while decoding. Layers whose quotas are alike share one.
+
+    The first of them makes the quotas of a step, the others find them; see `quotas.py`.
+    """
+
+    portion_b: tuple[float, ...]  # of the budget, in each sequence
+    shape: Geometry  # of the layer that needed it first
+    seen_B: Tensor | None = None  # tokens seen in the step that the quotas are of
+    lasts: int = 0  # steps from there until a quota can be another
+    version: int = 0  # how often they changed
+    quotas: list[Quota] = field(default_factory=list)  # of each sequence
+    slots: list[int] = field(default_factory=list)  # of each row
+    quota_R: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    recent_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    least: int = 0  # slots by which every row came to keep more in the last change
+    most: int = 0  # slots by which a row did at the most
+
+
+@dataclass
 class Run:
     """What the layers of one cache share."""
 
@@ -68,6 +90,7 @@ class Run:
     rotations: tuple[Rotation | None, ...] = ()  # of the keys of every layer, where needed
     thresholds: Thresholds | None = None  # of blocks of prompt attention, where it is sparse
     bytes_peak: int = 0  # the most that was held during a prompt; see `Report`
+    growths: dict[Hashable, Growth] = field(default_factory=dict)  # by what makes quotas alike
     broken: int | None = None  # the layer in which a pass is under way, or failed
 
     def drafted(self, tokens: int, first: bool) -> int:

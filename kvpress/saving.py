@@ -18,7 +18,10 @@ from kvpress.store import FormattedRows, PagedRows, Store
 
 FORMAT = 4  # of the file; another one is refused
 _NUMBERS = ("columns_seen", "evicted_at", "prompted_at", "padded_at")
-_PER_SEQUENCE = ("seen_B", "decoded_B", "quota_R", "recent_B", "demand_B", "threshold_B")
+_PER_SEQUENCE = (
+    *("seen_B", "decoded_B", "quota_R", "recent_B"),
+    *("demand_B", "portion_B", "threshold_B"),
+)
 
 
 def save(path: str | Path, layers: Sequence[Layer], facts: Mapping[str, Any]) -> None:

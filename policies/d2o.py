@@ -11,11 +11,12 @@ ICLR 2025, arXiv 2406.13035).
    (Eq. 10).
 4. Merged keys and values weigh exp(u), the kept one e, divided by their sum (Eq. 11, 12).
 
-Differs from the paper: each KV head evicts and merges for itself, with one τ per sequence and
-layer. The mean budget is met exactly (`exact_mean`). `mode=official_code` follows the published
-code: 1:1, weights u and 1 over their number, τ from means (½, ½), ranks merged in all heads
-together, sinks as targets, layers 0, 1 and L − 1 whole; it stores repeated keys, starts after the
-first decoded token and keeps τ between texts, which this policy does not.
+Differs from the paper: ρ is of all tokens seen, not of the prompt (`budget=0.2prompt`). Each KV
+head evicts and merges for itself, with one τ per sequence and layer. The mean budget is met exactly
+(`exact_mean`). `mode=official_code` follows the published code: 1:1, weights u and 1 over their
+number, τ from means (½, ½), ranks merged in all heads together, sinks as targets, layers 0, 1 and
+L − 1 whole; it stores repeated keys, starts after the first decoded token and keeps τ between
+texts, which this policy does not.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ CODE = {"recent_ratio": 0.5, "beta": 0.5, "full_first": 2, "full_last": 1, "merg
 class D2O(Policy):
     accumulates: ClassVar[bool] = True
     modes: ClassVar = {"paper": PAPER, "official_code": CODE}
-    budget: Budget = option(0.2, "ρ, kept: fraction, tokens per row, or bytes per sequence")
+    budget: Budget = option(0.2, "ρ, kept: fraction, tokens per row, or bytes (paper: 0.2prompt)")
     mode: str = option("paper", "whose rules and defaults", choices=("paper", "official_code"))
     sink: int = option(4, "first tokens that always stay (code: 4)", low=0)
     recent: int | None = option(None, "last tokens that always stay; none: recent_ratio", low=0)

@@ -5,10 +5,11 @@
    4.1).
 2. `recent_ratio` of the budget holds the last tokens, the rest the largest f of the others
    (Algorithm 1).
-3. Each decoded token is followed by one eviction; an evicted token's f is gone.
+3. After each decoded token what is over the budget is evicted; an evicted token's f is gone.
 
-Differs from the paper: with grouped queries f is summed over the group and each KV head keeps its
-own tokens.
+Differs from the paper: a fraction is of all tokens seen; the paper's is of the prompt for good
+(`budget=0.5prompt`), so that one token goes after each decoded one. With grouped queries f is
+summed over the group and each KV head keeps its own tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from kvpress.types import Step
 @dataclass(frozen=True, kw_only=True)
 class H2O(Policy):
     accumulates: ClassVar[bool] = True
-    budget: Budget = option(0.5, "kept: fraction, tokens per row, or bytes per sequence")
+    budget: Budget = option(0.5, "kept: fraction (0.5, 0.5prompt), tokens per row, or bytes")
     sink: int = option(0, "first tokens that always stay", low=0)
     recent: int | None = option(None, "last tokens that always stay; none: recent_ratio", low=0)
     recent_ratio: float = option(

@@ -6,12 +6,13 @@
 3. τ_t = τ_init + t·(τ_end − τ_init)/T for the t-th decoded token (Eq. 10); t = 0 for the whole
    prompt.
 4. A row keeps its last w tokens and the k − w largest f of the others: a token that leaves the
-   window competes with the old key tokens, and exactly one token goes after each decoded token.
+   window competes with the old key tokens. While k stays, one goes after each decoded token.
 
-Differs from the paper: with grouped queries g is summed over the group. Noise is drawn for every
-query and key ("fresh", what the published code ran and its tables show); Algorithm 1 as written
-draws it once per token ("frozen"). The published code can never promote a token that leaves the
-window; this policy can, as the paper says.
+Differs from the paper: a fraction is of all tokens seen, so that k grows; the paper's share of the
+prompt is `budget=0.5prompt`. With grouped queries g is summed over the group. Noise is drawn for
+every query and key ("fresh", what the published code ran and its tables show); Algorithm 1 as
+written draws it once per token ("frozen"). The published code can never promote a token that leaves
+the window; this policy can, as the paper says.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from kvpress.types import Step
 class Keyformer(Policy):
     accumulates: ClassVar[bool] = True
     budget: Budget = option(
-        0.5, "k: fraction, tokens per row, or bytes per sequence (paper: 0.5 to 0.7)"
+        0.5, "k: fraction, tokens per row, or bytes (paper: 0.5prompt to 0.7prompt)"
     )
     sink: int = option(0, "first tokens that always stay (paper: none)", low=0)
     recent: int | None = option(None, "w in tokens; none: recent_ratio", low=0)

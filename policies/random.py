@@ -21,7 +21,7 @@ from kvpress.types import Slots
 
 @dataclass(frozen=True, kw_only=True)
 class Random(Policy):
-    budget: Budget = option(0.5, "kept: fraction, tokens per row, or bytes per sequence")
+    budget: Budget = option(0.5, "kept: fraction (0.5, 0.5prompt), tokens per row, or bytes")
     sink: int = option(0, "first tokens that always stay", low=0)
     recent: int = option(1, "last tokens that always stay", low=0)
     interval: int = option(

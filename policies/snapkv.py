@@ -26,7 +26,7 @@ from kvpress.types import EMPTY, Slots, Step
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(Policy):
-    budget: Budget = option(0.5, "kept: fraction, tokens per row, or bytes per sequence")
+    budget: Budget = option(0.5, "kept after prompts: fraction, tokens per row, or bytes")
     window: int = option(32, "last queries that vote; their tokens always stay (code: 32)", low=1)
     pool: int = option(7, "width of the max-pooling in tokens, odd (code: 7)", low=1)
     sink: int = option(0, "first tokens that always stay", low=0)

@@ -18,7 +18,7 @@ from kvpress.select import Rank
 
 @dataclass(frozen=True, kw_only=True)
 class StreamingLLM(Policy):
-    budget: Budget = option(0.5, "kept: fraction, tokens per row, or bytes per sequence")
+    budget: Budget = option(0.5, "kept: fraction (0.5, 0.5prompt), tokens per row, or bytes")
     sink: int = option(4, "first tokens that always stay (paper: 4)", low=0)
     interval: int = option(
         1, "decoded tokens between evictions; 0 evicts after prompts only", low=0

@@ -22,7 +22,7 @@ from kvpress.types import Slots, Step
 
 @dataclass(frozen=True, kw_only=True)
 class TOVA(Policy):
-    budget: Budget = option(0.5, "kept: fraction, tokens per row, or bytes per sequence")
+    budget: Budget = option(0.5, "kept: fraction (0.5, 0.5prompt), tokens per row, or bytes")
     sink: int = option(0, "first tokens that always stay", low=0)
     recent: int = option(1, "last tokens that always stay", low=0)
     interval: int = option(

@@ -32,7 +32,7 @@ LAYERS = [
     {"run"},
     {"alibi", "counting"},
     {"layer"},
-    {"selection", "absorb", "formatting"},
+    {"selection", "absorb", "formatting", "quotas"},
     {"decode"},
     {"portions", "drafts", "blockwise"},
     {"prompt"},

@@ -36,7 +36,7 @@ def test_bytes_held_are_those_of_all_tensors_that_the_cache_keeps_alive(
                 for state in cache.states
                 for t in (
                     *(state.seen_B, state.quota_R, state.recent_B, state.decoded_B),
-                    *(state.demand_B, state.threshold_B),
+                    *(state.demand_B, state.portion_B, state.threshold_B),
                 )
             ] + list(cache.states[0].run.newest or ())
             books = {t.data_ptr(): t.untyped_storage().nbytes() for t in counters}
@@ -53,7 +53,7 @@ def test_the_report_is_an_object_a_dictionary_and_a_table() -> None:
         engine.generate(helpers.prompt(2, 64), max_new_tokens=3, do_sample=False)
         report = engine.report()
     assert report.tokens_seen == [66, 66]
-    assert report.slots_kept == [[[32] * 2] * 2] * 3
+    assert report.slots_kept == [[[33] * 2] * 2] * 3
     assert report.bytes_full == 66 * 2 * 2 * 3 * 2 * 16 * 4
     data = json.loads(json.dumps(report.to_dict()))
     assert data["slots_kept"] == report.slots_kept

@@ -31,7 +31,7 @@ def test_logical_length_and_stored_slots_are_kept_apart() -> None:
     assert cache.get_mask_sizes(3, 0) == (48, 0)
     assert cache.get_max_length() == -1
     assert (cache.batch_size, len(cache), cache.is_compileable) == (2, 3, False)
-    assert cache.report().slots_kept == [[[20] * 2] * 2] * 3
+    assert cache.report().slots_kept == [[[22] * 2] * 2] * 3
 
 
 def test_kept_positions_of_rows_that_do_not_exist_are_refused() -> None:

@@ -57,7 +57,7 @@ def test_run_gives_json_and_nothing_else(folder: Path, tmp_path: Path) -> None:
     (result,) = json.loads(out)
     assert result["prompt_tokens"] == [12, 3]
     assert result["report"]["tokens_seen"] == [14, 5]
-    assert result["report"]["slots_kept"] == [[[6, 6], [1, 1]]] * 3
+    assert result["report"]["slots_kept"] == [[[7, 7], [2, 2]]] * 3
     assert (result["new_tokens"], len(result["texts"])) == (3, 2)
     assert result["first_token_seconds"] > 0 and result["tokens_per_second"] > 0
 

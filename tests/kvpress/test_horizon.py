@@ -51,7 +51,6 @@ def test_expected_tokens_are_those_that_transformers_decodes(
     assert expected == out.shape[1] - (0 if ids is None else ids.shape[1])
 
 
-@pytest.mark.xfail(strict=True, reason="the engine does not ask for it yet")
 @pytest.mark.parametrize("call", ["length", "positional config", "positional length", "inputs"])
 def test_a_schedule_ends_with_the_last_token_of_the_call(call: str) -> None:
     args, kwargs = CALLS[call]

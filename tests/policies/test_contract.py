@@ -14,6 +14,7 @@ from kvpress.cache_layer import EngineLayer
 from kvpress.loading import available, load_policy
 
 PROMPT, NEW, BUDGET = 61, 12, 29
+WIDE = {"initializer_range": 0.3}
 POLICIES = sorted(available())
 EVICTING = [name for name in POLICIES if load_policy(name).limits is not None]
 
@@ -38,7 +39,10 @@ def run(model: Any, recipe: Any, ids: torch.Tensor, mask: torch.Tensor, new: int
 @pytest.mark.parametrize("budget", [0.5, 17])
 @pytest.mark.parametrize("name", POLICIES)
 def test_row_in_a_padded_batch_equals_the_row_alone(name: str, budget: Any, side: str) -> None:
-    model, lengths = helpers.tiny(), [PROMPT, 1, 23, 40]
+    # A token that is generated again and again lies as near to the one before as to the one behind,
+    # so that rounding decides what merges: this model's tokens differ. Norms of equal ones tie.
+    ties = name == "knorm"
+    model, lengths = helpers.tiny(**{} if ties else WIDE), [PROMPT, 1, 23, 40]
     ids, mask = helpers.padded(lengths, side)
     recipe = policy(name, budget=budget)
     together, cache = run(model, recipe, ids, mask)
@@ -47,22 +51,28 @@ def test_row_in_a_padded_batch_equals_the_row_alone(name: str, budget: Any, side
         alone = ids[row : row + 1][:, mask[row].bool()]
         expected, own = run(model, recipe, alone, torch.ones_like(alone))
         assert torch.equal(together[row : row + 1], expected), f"tokens of row {row}"
-        assert helpers.positions(cache, row) == helpers.positions(own), f"positions of row {row}"
+        text = [*alone[0].tolist(), *expected[0].tolist()] if ties else range(PROMPT + NEW)
+        for ours, theirs in zip(helpers.positions(cache, row), helpers.positions(own), strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                assert sorted(text[p] for p in a) == sorted(text[p] for p in b), f"row {row}"
 
 
 @pytest.mark.parametrize("interval", [1, 4])
-@pytest.mark.parametrize("budget", [0.5, 0.29, BUDGET, 1.0])
+@pytest.mark.parametrize("budget", [0.5, 0.29, "0.5prompt", BUDGET, 1.0])
 @pytest.mark.parametrize("name", EVICTING)
 def test_kept_counts_equal_the_budget_after_prompt_and_decode(
     name: str, budget: Any, interval: int
 ) -> None:
     recipe = policy(name, budget=budget, **({} if name == "snapkv" else {"interval": interval}))
-    kept = {0.5: 30, 0.29: 17, BUDGET: BUDGET, 1.0: PROMPT}[budget]
+    steps = recipe.limits.interval
     ids = helpers.prompt(2, PROMPT)
     for new in (1, NEW):
         _, cache = run(helpers.tiny(), recipe, ids, torch.ones_like(ids), new)
         decoded = new - 1
-        grown = decoded % interval if recipe.limits.interval and budget != 1.0 else decoded
+        grown = decoded % interval if steps and budget != 1.0 else decoded
+        seen = PROMPT + (decoded - grown if steps else 0)  # when rows were last at their quotas
+        fractions = {0.5: seen // 2, 0.29: 29 * seen // 100, 1.0: PROMPT}
+        kept = {**fractions, "0.5prompt": PROMPT // 2, BUDGET: BUDGET}[budget]
         for state in cache.states:
             assert state.store.counts_BH.tolist() == [[kept + grown] * 2] * 2
         for row in (row for heads in helpers.positions(cache) for row in heads):

@@ -340,7 +340,7 @@ def test_lengths_positions_and_protection(mode: str) -> None:
                 assert set(range(4)) <= set(kept)
                 assert kept[-recent:] == list(range(112 - recent, 112))
     whole = sum(s.quota_BH.double().mean(1) for s in cache.states) / 3
-    assert ((whole > 101 * 0.3 - 1) & (whole <= 101 * 0.3)).all()
+    assert ((whole > 112 * 0.3 - 1) & (whole <= 112 * 0.3)).all()
     assert any("Layer budgets" in note for note in report.notes)
 
 
@@ -391,10 +391,11 @@ def test_fused_and_staged_steps_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, specs = helpers.prompt(2, 60), ["", ",mode=official_code,full_first=0,full_last=0"]
     specs += [",merge_keys=unrotated", ",merge_keys=values_only", ",count_bias=true"]
     for options in specs:
-        fused, ours, _ = run(f"d2o:budget=0.4{options}", ids)
+        # Tokens that differ: of equal ones the neighbours are equally near, and rounding decides.
+        fused, ours, _ = run(f"d2o:budget=0.4{options}", ids, initializer_range=0.3)
         with monkeypatch.context() as patch:
             patch.setattr("kvpress.decode._fusable", lambda layer, over: None)
-            staged, theirs, _ = run(f"d2o:budget=0.4{options}", ids)
+            staged, theirs, _ = run(f"d2o:budget=0.4{options}", ids, initializer_range=0.3)
         assert torch.equal(fused, staged)
         assert helpers.positions(ours, 1) == helpers.positions(theirs, 1)
         for a, b in zip(ours.states, theirs.states, strict=True):

@@ -281,7 +281,7 @@ def test_decode_of_1000_tokens_keeps_exactly_k() -> None:
         helpers.tiny(num_hidden_layers=1, max_position_embeddings=2048),
         helpers.prompt(1, 40),
     )
-    with kvpress.attach(model, "keyformer:budget=0.5") as engine:
+    with kvpress.attach(model, "keyformer:budget=0.5prompt") as engine:
         engine.generate(ids, max_new_tokens=1001, do_sample=False)
         rows = helpers.positions(engine.cache)[0]
         assert engine.cache.check_integrity()

@@ -1,0 +1,147 @@
+"""Quotas: how many slots every row of a layer may keep, after a prompt and while decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvpress.budget import Geometry, Quota, share
+from kvpress.errors import PolicyError
+from kvpress.layer import Layer
+from kvpress.run import Growth
+
+_FIXED = "While decoding, rows stay at"
+
+
+def geometry(layer: Layer) -> Geometry:
+    """What a budget in bytes must know of a layer."""
+    return Geometry(
+        layers=layer.run.layers,
+        heads=layer.kind.heads,
+        page_slots=layer.rows.page_slots,
+        page_bytes=layer.rows.page_bytes(),
+        row_bytes=layer.rows.row_bytes(),
+        headroom=layer.headroom,
+    )
+
+
+def set_quotas(
+    layer: Layer, group: Sequence[int], seen_b: Tensor, portion_b: Sequence[float] | None = None
+) -> None:
+    """Decides how many slots rows may keep after `seen_b` tokens of a prompt. Raises BudgetError.
+
+    portion_b: what this layer gets in each sequence, in multiples of the budget; None: 1.
+    """
+    if layer.limits is None or not group:
+        return
+    portions = [1.0] * len(group) if portion_b is None else portion_b
+    shape, rows = geometry(layer), list(group)
+    sizes = zip(seen_b.tolist(), portions, strict=True)
+    quotas = [layer.limits.quota(seen, shape, portion) for seen, portion in sizes]
+    slots = [_allocate(layer, quota) for quota in quotas]
+    layer.quota_R, layer.recent_B = layer.quota_R.clone(), layer.recent_B.clone()  # may be shared
+    layer.recent_B[rows] = _longs([quota.recent for quota in quotas])
+    layer.quota_BH[rows] = _longs([n for own in slots for n in own]).view(len(rows), -1)
+    layer.growth = None
+    layer.rows_changed()
+    for line in [line for line in layer.run.notes if line.startswith(_FIXED)]:
+        del layer.run.notes[line]  # of the chunk or turn before
+    if portion_b is not None:
+        return  # layers with budgets of their own are explained together
+    for seen, quota in zip(seen_b.tolist(), quotas, strict=True):
+        _explain(layer, seen, quota)
+
+
+def grow(layer: Layer) -> None:
+    """Brings quotas that grow up to the tokens seen, before what is decoded is evicted."""
+    growth = layer.growth or _growth(layer)
+    if growth.seen_B is not layer.seen_B:
+        _advance(growth, layer)
+    if growth.version != layer.grown:
+        layer.take_quotas(growth)
+
+
+def _growth(layer: Layer) -> Growth:
+    """The growth that this layer shares with those whose quotas are the same."""
+    known, portions = layer.run.growths, tuple(layer.portion_B.tolist())
+    own = layer.kind.index if layer.recipe.stage("allocate").overrides("allocate") else None
+    if len(known) > 2 * layer.run.layers:
+        known.clear()  # of prompts and orders of sequences that are gone
+    key = (layer.kind.heads, own, portions)
+    if key not in known:
+        known[key] = Growth(portions, geometry(layer))
+    layer.growth = known[key]
+    layer.grown = -1
+    return layer.growth
+
+
+def _advance(growth: Growth, layer: Layer) -> None:
+    """Makes the quotas after the tokens that the layer has seen."""
+    newest, before_B, seen_B = layer.run.newest, growth.seen_B, layer.seen_B
+    growth.seen_B = seen_B
+    if newest is not None and newest[0] is before_B and newest[1] is seen_B:  # one token more
+        growth.lasts -= 1
+        if growth.lasts > 0:
+            return
+    elif before_B is not None and torch.equal(before_B, seen_B):
+        return  # layers may count in tensors of their own
+    assert layer.limits is not None, "only layers with a budget have quotas"
+    sizes = list(zip(seen_B.tolist(), growth.portion_b, strict=True))
+    growth.lasts = min(layer.limits.budget.lasts(seen, portion) for seen, portion in sizes)
+    quotas = [layer.limits.quota(seen, growth.shape, portion) for seen, portion in sizes]
+    if quotas == growth.quotas:
+        return
+    slots = [slots for quota in quotas for slots in _allocate(layer, quota)]
+    if growth.quotas:
+        more = [new - old for new, old in zip(slots, growth.slots, strict=True)]
+        growth.least, growth.most = min(more), max(more)
+    growth.quotas, growth.slots, growth.version = quotas, slots, growth.version + 1
+    growth.quota_R = _longs(slots)
+    growth.recent_B = _longs([quota.recent for quota in quotas])
+
+
+def _longs(numbers: list[int]) -> Tensor:
+    """Counts on the host."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def _allocate(layer: Layer, quota: Quota) -> list[int]:
+    """Slots of every KV head.
+
+    Raises PolicyError if a policy allocates less than it protects.
+    """
+    heads, least = layer.kind.heads, max(1, quota.sink + quota.recent)
+    policy = layer.recipe.stage("allocate")
+    slots = [
+        int(n) for n in policy.allocate(quota.slots, layer.kind.index, layer.run.layers, heads)
+    ]
+    if len(slots) != heads or min(slots) < min(least, quota.slots):
+        raise PolicyError(
+            f"{policy} allocates {slots} slots in layer {layer.kind.index}; it must give {heads}"
+            f" numbers of at least {min(least, quota.slots)}, the protected tokens."
+        )
+    return slots
+
+
+def _explain(layer: Layer, seen: int, quota: Quota) -> None:
+    """Notes for the report where a budget keeps other counts than its fraction promises."""
+    if layer.kind.window is not None or layer.limits is None:
+        return
+    budget, notes = layer.limits.budget, layer.run.notes
+    if quota.floored:
+        line = (
+            f"The budget {budget} of {seen} tokens is below the protected tokens (sink"
+            f" {quota.sink}, recent {quota.recent}): {min(seen, quota.slots)} tokens were kept"
+            " instead."
+        )
+        notes[line] = None
+    elif seen <= quota.slots:
+        notes[f"A prompt of {seen} tokens is within its budget {budget}: nothing was evicted."] = (
+            None
+        )
+    elif budget.relative and share(budget.amount, seen) < quota.slots:
+        notes[f"The budget {budget} of {seen} tokens is less than one: 1 was kept instead."] = None
+    if budget.unit == "prompt" and layer.limits.interval:
+        notes[f"{_FIXED} {quota.slots} slots: {budget} of a prompt of {seen} tokens."] = None
