@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from kvpress.attend import prompt_attention
 from kvpress.decode import evict, observe
+from kvpress.lasting import lasting
 from kvpress.layer import Layer
 from kvpress.observe import Observation
 from kvpress.quotas import grow
@@ -55,6 +56,7 @@ def _attend(layer: Layer, tokens: Tokens) -> Tensor:
     return out_bNPD
 
 
+@lasting
 @torch.no_grad()
 def commit(layer: Layer) -> None:
     """Makes the drafted tokens that were not taken back final: they count as decoded."""

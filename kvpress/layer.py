@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from kvpress.budget import UNLIMITED, Budget, Limits
 from kvpress.counting import check_counts
 from kvpress.errors import CacheError
 from kvpress.formats import page_slots
+from kvpress.lasting import lasting
 from kvpress.meter import LayerReport
 from kvpress.policy import Recipe
 from kvpress.rotary import Rotation
@@ -39,6 +41,7 @@ class Layer:
             self.limits = Limits(Budget.parse(keep), recent=keep)
             self.grows = False  # whether decoded tokens raise the quotas
 
+    @lasting
     def reset(self) -> None:
         """Forgets every token."""
         self.store = None
@@ -70,6 +73,7 @@ class Layer:
 
     # The layer contract
 
+    @lasting
     def select_sequences(self, index: Sequence[int]) -> None:
         """Sequence i becomes a copy of sequence `index[i]`, with everything that belongs to it."""
         if self.store is None:
@@ -87,6 +91,7 @@ class Layer:
         self.watched = {i: query for i, query in kept.items() if query is not None}
         self.refresh()
 
+    @lasting
     def unshare(self) -> None:
         """Gives every row pages of its own, side by side as after a prompt."""
         if self.store is None:
@@ -135,6 +140,7 @@ class Layer:
                 " are fed, or use a policy without accumulated scores."
             )
 
+    @lasting
     def crop(self, tokens: int) -> None:
         """Forgets the last `tokens` columns. Raises CacheError where that cannot be exact."""
         self.check_crop(tokens)
@@ -165,6 +171,7 @@ class Layer:
                 self.draft_weights.append(last[:, :, :kept].clone())
             drafted = max(0, -kept)
 
+    @lasting
     def fork(self, run: Run) -> Layer:
         """A copy for another cache. Both use the same pages until one of them writes to them."""
         other = copy.copy(self)
@@ -178,6 +185,12 @@ class Layer:
             other.portion_B, other.growth = self.portion_B.clone(), None
             other.draft_weights, other.watched = list(self.draft_weights), dict(self.watched)
             other._limit_pages()
+        return other
+
+    @lasting
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
+        other = memo[id(self)] = copy.copy(self)
+        vars(other).update(copy.deepcopy(vars(self), memo))
         return other
 
     @property
@@ -374,6 +387,7 @@ class Layer:
         return self.quota_R.view(-1, self.kind.heads)
 
     @property
+    @lasting
     def decoded_B(self) -> Tensor:
         """Tokens that every sequence decoded since its last prompt: int64 on the host."""
         if self._decoded is not None:

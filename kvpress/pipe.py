@@ -15,6 +15,7 @@ from kvpress.decode import run_decode
 from kvpress.drafts import commit, run_drafts
 from kvpress.errors import CacheError
 from kvpress.formatting import settle, watch
+from kvpress.lasting import lasting
 from kvpress.layer import Layer
 from kvpress.portions import foresee, trim
 from kvpress.prompt import run_prompt, store_prompt
@@ -29,6 +30,7 @@ class Group(NamedTuple):
     decodes: bool
 
 
+@lasting
 def attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     """Attention output `[B, N, P, D]` of new tokens, which are then stored and compressed.
 

@@ -13,6 +13,7 @@ from kvpress import __version__, sealed
 from kvpress.drafts import commit
 from kvpress.errors import CacheFileError
 from kvpress.formatting import layouts
+from kvpress.lasting import lasting
 from kvpress.layer import Layer
 from kvpress.store import FormattedRows, PagedRows, Store
 
@@ -53,6 +54,7 @@ def read(path: str | Path, expected: Mapping[str, Any]) -> sealed.Contents:
     return contents
 
 
+@lasting
 def fill(
     layers: Sequence[Layer], contents: sealed.Contents, devices: Mapping[int, torch.device]
 ) -> None:

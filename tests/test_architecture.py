@@ -19,7 +19,18 @@ POLICIES = [path.stem for path in (ROOT / "policies").glob("*.py") if path.stem 
 
 # A module may import only from its own line and the lines above it.
 LAYERS = [
-    {"errors", "env", "types", "noise", "families", "blocks", "horizon", "ids", "copies"},
+    {
+        "errors",
+        "env",
+        "types",
+        "noise",
+        "families",
+        "blocks",
+        "lasting",
+        "horizon",
+        "ids",
+        "copies",
+    },
     {"budget", "division", "native", "shapes", "rotary", "layout", "identity", "unwrap"},
     {"cuda", "tables"},
     {"ops"},

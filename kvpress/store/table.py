@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kvpress.lasting import lasting
+
 
 class PageTable:
     """The pages of each row, in order, and how many slots each row holds.
@@ -48,8 +50,12 @@ class PageTable:
         if self.on_host:
             return self.counts
         if self._device_counts is None:
-            self._device_counts = self.counts.to(self.device)
+            self._device_counts = self._copied_counts()
         return self._device_counts
+
+    @lasting
+    def _copied_counts(self) -> Tensor:
+        return self.counts.to(self.device)
 
     def addresses(self, sequences: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """The flat address of every slot and whether it is occupied, `[R, S]`: int64 and bool.

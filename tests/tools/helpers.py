@@ -82,10 +82,15 @@ def positions(cache: Any, sequence: int = 0) -> list[list[list[int]]]:
 def live_storages(root: Any) -> int:
     """Bytes of every tensor storage that can be reached from an object: an independent ledger."""
     storages: dict[int, int] = {}
-    for tensor in _tensors(root, set()):
+    for tensor in live_tensors(root):
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def live_tensors(root: Any) -> Iterator[torch.Tensor]:
+    """Every tensor that can be reached from an object of the engine."""
+    return _tensors(root, set())
 
 
 def _tensors(node: Any, visited: set[int]) -> Iterator[torch.Tensor]:
