@@ -42,6 +42,7 @@ def save(path: str | Path, layers: Sequence[Layer], facts: Mapping[str, Any]) ->
     sealed.write(path, tensors, {**_VERSIONS, **facts, "layers": numbers})
 
 
+@lasting
 def read(path: str | Path, expected: Mapping[str, Any]) -> sealed.Contents:
     """What a file holds. Raises CacheFileError if it is not whole, or not what is expected."""
     contents = sealed.read(path)

@@ -62,8 +62,9 @@ class Texts:
         return given
 
     def check(self, cache: Any) -> None:
-        """What is kept may be written to in any mode, whichever operators would dare to."""
-        assert not any(tensor.is_inference() for tensor in helpers.live_tensors(cache))
+        """What layers keep may be written to in any mode, whichever operators would dare to."""
+        states = getattr(cache, "states", None)
+        assert not any(tensor.is_inference() for tensor in helpers.live_tensors(states))
 
     def decode(self, tokens: int = 3) -> None:
         for _ in range(tokens):
