@@ -98,6 +98,21 @@ def test_lengths_come_one_by_one_where_a_limit_would_leave_only_the_first(tmp_pa
     assert given == [{"max_seq_lengths": [300]}, {"max_seq_lengths": [600]}]
 
 
+def test_the_recipe_of_reasoning_outgrows_its_budgets_in_chats(tmp_path: Path) -> None:
+    """By what may be decoded alone; the prompts of its tasks hold worked examples besides."""
+    (call,) = calls("reasoning", tmp_path)
+    given = parsed(call).params
+    budgets = [parse(p).limits.budget.amount for p in list(split_policies(given["policy"]))[1:]]
+    assert budgets == [512] * 3 and given["max_new_tokens"] >= 4 * 512 and given["chat"]
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "needle"])
+def test_every_recipe_keeps_what_it_finds(name: str, tmp_path: Path) -> None:
+    """One file per length, since a file holds results with one set of settings."""
+    outs = [parsed(call).params["out"] for call in calls(name, tmp_path)]
+    assert None not in outs and len(set(outs)) == len(outs)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra eval")
 @pytest.mark.filterwarnings("ignore")
 def test_lm_eval_has_every_task_of_the_recipes(tmp_path: Path) -> None:
