@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "include/args.h"
+#include "include/checked.h"
 
 #if defined(KVPRESS_AMX)
 #include <cpuid.h>
@@ -47,12 +49,21 @@ std::string shape_of(const Tensor& x) {
   return text.str() + "]";
 }
 
+// The dispatcher lets None pass.
+void check_defined(const char* op, const Tensor& x, const char* name) {
+  if (!x.defined()) refuse(op, name, " is None; it must be a tensor");
+}
+
+constexpr int64_t kMostWidth = 256, kMostQueries = 32;
+constexpr int64_t kMostSlots = INT32_MAX;  // of a row: kernels number them with 32 bits, as positions are
+
 // Lengths by letter, bound by the first tensor that shows them: shape(x, "key_PDS") checks the rest.
 class Shapes {
  public:
   explicit Shapes(const char* op) : op_(op) {}
 
   void bind(const Tensor& x, const char* name) {
+    check_defined(op_, x, name);
     if (!x.is_cpu()) refuse(op_, name, " must be on the CPU like the others");
     const char* letters = std::strrchr(name, '_') + 1;
     const auto dims = std::strlen(letters);
@@ -68,6 +79,16 @@ class Shapes {
     }
   }
   int64_t operator[](char letter) const { return lengths_[size_t(letter)]; }
+
+  // Refuse lengths of some letters.
+  void at_least_one(const char* letters) const {
+    for (const char* letter = letters; *letter; letter++)
+      if ((*this)[*letter] < 1) refuse(op_, *letter, " is ", (*this)[*letter], "; it must be at least 1");
+  }
+  void at_most(const char* letters, int64_t most) const {
+    for (const char* letter = letters; *letter; letter++)
+      if ((*this)[*letter] > most) refuse(op_, *letter, " is ", (*this)[*letter], "; at most ", most, " are supported");
+  }
 
  private:
   struct Lengths {
@@ -90,17 +111,19 @@ Type type_of(const char* op, const Tensor& x, const char* name) {
 }
 
 void expect(const char* op, const Tensor& x, const char* name, ScalarType type, const char* text) {
+  check_defined(op, x, name);
   if (x.scalar_type() != type) refuse(op, name, " must be ", text);
   if (!x.is_contiguous()) refuse(op, name, " must be contiguous; call .contiguous()");
 }
 
 // An uninitialised tensor. torch::stable::new_empty takes 1 µs more: it goes through the dispatcher.
 template <size_t N>
-Tensor empty(const int64_t (&sizes)[N], ScalarType type) {
+Tensor empty(const char* op, const int64_t (&sizes)[N], ScalarType type) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
-  int64_t strides[N];
-  for (size_t i = N, step = 1; i-- > 0; step *= size_t(sizes[i])) strides[i] = int64_t(step);
+  int64_t strides[N], step = 1;
+  for (size_t i = N; i-- > 0; step = times(step, std::max<int64_t>(1, sizes[i]))) strides[i] = step;
+  if (times(step, 8) == INT64_MAX) refuse(op, "the result would have more numbers than memory has bytes");
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(N, sizes, strides, to<int32_t>(from(type)), aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
@@ -115,7 +138,51 @@ struct Strided {
         heads{tensor.data_ptr(), type_of(op, x, name), tensor.stride(0), tensor.stride(1), tensor.stride(2)} {}
 };
 
-constexpr int64_t kMostWidth = 256, kMostQueries = 32;
+// Logits are computed in 32 bits: beyond these bounds they, or their tanh, would be no numbers.
+constexpr double kLeast = 1e-6, kMost = 1e6;
+
+Logits logits_of(const char* op, double scaling, double softcap) {
+  if (!(std::abs(scaling) <= kMost)) refuse(op, "scaling is ", scaling, "; -1e6 to 1e6 are allowed");
+  if (softcap != 0 && !(softcap >= kLeast && softcap <= kMost))
+    refuse(op, "softcap is ", softcap, "; it must be positive (1e-6 to 1e6), or 0 for none");
+  return {scaling, softcap};
+}
+
+// Memory that an operator writes must be no other operand's.
+class Memory {
+ public:
+  explicit Memory(const char* op) : op_(op) {}
+
+  void writes(const Tensor& x, const char* name) { add(x, name, true); }
+  void reads(const Tensor& x, const char* name) { add(x, name, false); }
+
+  void check() const {
+    for (size_t i = 0; i < used_; i++)
+      for (size_t j = i + 1; j < used_; j++)
+        if ((span_[i].written || span_[j].written) && span_[i].begin < span_[j].end && span_[j].begin < span_[i].end)
+          refuse(op_, span_[i].name, " and ", span_[j].name, " share memory, which is written; give them their own");
+  }
+
+ private:
+  struct Span {
+    uintptr_t begin, end;
+    const char* name;
+    bool written;
+  };
+
+  void add(const Tensor& x, const char* name, bool written) {
+    if (x.numel() == 0) return;
+    const auto sizes = x.sizes(), strides = x.strides();
+    uintptr_t last = 0;
+    for (size_t i = 0; i < sizes.size(); i++) last += uintptr_t(sizes[i] - 1) * uintptr_t(strides[i]);
+    const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr());
+    span_[used_++] = {begin, begin + (last + 1) * uintptr_t(x.element_size()), name, written};
+  }
+
+  const char* op_;
+  size_t used_ = 0;
+  Span span_[48];
+};
 
 // Instruction sets, the fastest first.
 constexpr const char* kSets[] = {"amx", "avx512vnni", "avx512", "avx2", "portable"};
@@ -180,15 +247,18 @@ Pages pages_of(const char* op, Shapes& shapes, const Tensor& key, const Tensor& 
   expect(op, counts, "counts_R", ScalarType::Long, "int64");
   expect(op, key, "key_PDS", key.scalar_type(), "");
   expect(op, value, "value_PSE", key.scalar_type(), "of the same dtype as key_PDS");
-  if (shapes['D'] > kMostWidth || shapes['E'] > kMostWidth)
-    refuse(op, "heads of ", shapes['D'], " and ", shapes['E'], " channels; at most ", kMostWidth, " are supported");
+  shapes.at_least_one("RDES");
+  shapes.at_most("DE", kMostWidth);
+  const int64_t room = times(shapes['W'], shapes['S']);
+  if (shapes['S'] > kMostSlots || room > kMostSlots)
+    refuse(op, "table_RW has room for ", room, " slots in pages of ", shapes['S'], "; at most ", kMostSlots, " are supported");
   const Pages pages{key.data_ptr(), value.data_ptr(), type_of(op, key, "key_PDS"), shapes['P'], shapes['S'],
                     shapes['D'], shapes['E'], static_cast<const int32_t*>(table.data_ptr()), shapes['W']};
   const auto* count = static_cast<const int64_t*>(counts.data_ptr());
   for (int64_t r = 0; r < shapes['R']; r++) {
-    const int64_t slots = count[r] + appends, needed = (slots + pages.page_slots - 1) / pages.page_slots;
-    if (count[r] < 0 || needed > pages.table_width)
-      refuse(op, "row ", r, " holds ", slots, " slots, but table_RW has room for ", pages.table_width * pages.page_slots);
+    if (count[r] < 0 || count[r] > room - appends)
+      refuse(op, "row ", r, " holds ", count[r], " slots", appends ? " and gets another" : "", ", but table_RW has room for ", room);
+    const int64_t needed = pieces(count[r] + appends, pages.page_slots);
     uint32_t last = 0;  // a negative number is the largest of all
     for (int64_t w = 0; w < needed; w++) {
       const auto page = uint32_t(pages.table[r * pages.table_width + w]);
@@ -209,23 +279,24 @@ DecodeRows rows_of(const char* op, Shapes& shapes, const Strided& query, const T
   if (batch == 0 || rows % batch || rows == 0 || query_heads % (rows / batch))
     refuse(op, "table_RW has ", rows, " rows; query_BNQD of shape ", shape_of(query.tensor),
            " needs a multiple of B whose number of KV heads divides N");
-  if (softcap < 0) refuse(op, "softcap is ", softcap, "; it must be positive, or 0 for none");
+  if (query_heads == 0) refuse(op, "query_BNQD has no heads");
   a.query = query.heads;
   a.counts = static_cast<const int64_t*>(counts.data_ptr());
   a.batch = batch;
   a.heads = rows / batch;
   a.group = query_heads / a.heads;
-  a.logits = {scaling, softcap};
+  a.logits = logits_of(op, scaling, softcap);
   return a;
 }
 
 constexpr size_t kLayoutSizes = 10, kPartTensors = 8;
+constexpr int64_t kMostSize = 1 << 20;
 
 // Sizes as they stand in kvpress/layout.py.
 Layout layout_of(const char* op, const int64_t* sizes) {
   const auto known = [](int64_t bits) { return bits == 16 || bits == 8 || bits == 4 || bits == 2; };
   for (size_t i = 0; i < kLayoutSizes; i++)
-    if (sizes[i] < 1) refuse(op, "layout: size ", i, " is ", sizes[i], "; every size must be at least 1");
+    if (sizes[i] < 1 || sizes[i] > kMostSize) refuse(op, "layout: size ", i, " is ", sizes[i], "; 1 to ", kMostSize, " are allowed");
   if (!known(sizes[5]) || !known(sizes[6])) refuse(op, "layout: bits must be 16, 8, 4, 2");
   const Layout l(sizes);
   if (l.slots % (l.key_bits < 16 || l.value_bits < 16 ? 64 : 16) || l.key_group % 32 || l.slots % l.key_group || l.value_group % 32)
@@ -235,29 +306,40 @@ Layout layout_of(const char* op, const int64_t* sizes) {
   return l;
 }
 
-const int16_t* channels_of(const char* op, const Tensor& x, int64_t rows, int64_t kept, int64_t width) {
+// Kept channels of rows; those of rows without slots may be any that exist.
+const int16_t* channels_of(const char* op, const Tensor& x, int64_t rows, int64_t kept, int64_t width, const int64_t* counts = nullptr) {
   expect(op, x, "channels", ScalarType::Short, "int16");
   if (x.dim() != 2 || x.size(0) != rows || x.size(1) != kept) refuse(op, "channels of shape ", shape_of(x), " for ", rows, " rows and ", kept, " channels");
   const auto* channel = static_cast<const int16_t*>(x.data_ptr());
-  for (int64_t i = 0; i < rows * kept; i++)
-    if (channel[i] < 0 || channel[i] >= width) refuse(op, "channel ", channel[i], " of ", width);
-  return channel;
+  for (int64_t r = 0; r < rows; r++, channel += kept) {
+    for (int64_t i = 0; i < kept; i++) {
+      if (channel[i] < 0 || channel[i] >= width) refuse(op, "channel ", channel[i], " of ", width);
+      if (i > 0 && channel[i] <= channel[i - 1] && !(counts && counts[r] == 0))
+        refuse(op, "channel ", channel[i], " after ", channel[i - 1], " in row ", r, "; channels must ascend");
+    }
+  }
+  return static_cast<const int16_t*>(x.data_ptr());
 }
 
+// A column of old slots that may be missing; without numbers it is.
 template <class T>
-T* optional_of(const char* op, const Tensor& x, const char* name, ScalarType type, const char* text, int64_t numbers) {
-  if (x.numel() == 0) return nullptr;
+T* optional_of(const char* op, const Tensor& x, const char* name, ScalarType type, const char* text, std::initializer_list<int64_t> shape) {
   expect(op, x, name, type, text);
-  if (x.numel() != numbers) refuse(op, name, " of old slots has shape ", shape_of(x));
+  if (x.numel() == 0) return nullptr;
+  bool fits = size_t(x.dim()) == shape.size();
+  for (size_t i = 0; fits && i < shape.size(); i++) fits = x.size(int64_t(i)) == shape.begin()[i];
+  if (!fits) refuse(op, name, " of old slots has shape ", shape_of(x));
   return static_cast<T*>(x.data_ptr());
 }
 
-// Checks parts of old slots: the tensors of kvpress/layout.py one after the other.
-void add_parts(const char* op, DecodeRows& a, const std::vector<Tensor>& old, const std::vector<int64_t>& layouts) {
+// Checks parts of old slots, the tensors of kvpress/layout.py one after the other. Returns for how many slots of all kinds a
+// row has room.
+int64_t add_parts(const char* op, DecodeRows& a, const std::vector<Tensor>& old, const std::vector<int64_t>& layouts) {
   const size_t parts = layouts.size() / kLayoutSizes;
   if (layouts.size() % kLayoutSizes || old.size() != parts * kPartTensors || parts > size_t(kMostParts))
     refuse(op, old.size(), " tensors and ", layouts.size(), " sizes of old slots; each of at most ", kMostParts, " parts has ", kPartTensors, " and ", kLayoutSizes);
   const int64_t rows = a.batch * a.heads, item = a.pages.type == Type::kFloat32 ? 4 : 2;
+  int64_t columns = times(a.pages.table_width, a.pages.page_slots);
   for (size_t i = 0; i < parts; i++) {
     Part& part = a.part[a.parts++];
     const Tensor* x = &old[i * kPartTensors];
@@ -271,29 +353,31 @@ void add_parts(const char* op, DecodeRows& a, const std::vector<Tensor>& old, co
     if (x[3].dim() != 2 || x[3].size(0) != rows || x[4].dim() != 1 || x[4].size(0) != rows)
       refuse(op, "table ", shape_of(x[3]), " and counts ", shape_of(x[4]), " of old slots for ", rows, " rows");
     part.page = static_cast<uint8_t*>(x[0].data_ptr());
+    if (reinterpret_cast<uintptr_t>(part.page) % uintptr_t(item)) refuse(op, "pages begin between numbers of ", item, " bytes; copy them");
     part.pages = x[0].size(0);
-    part.key_channel = channels_of(op, x[1], rows, l.key_kept, l.key_width);
-    part.value_channel = channels_of(op, x[2], rows, l.value_kept, l.value_width);
     part.table = static_cast<const int32_t*>(x[3].data_ptr());
     part.table_width = x[3].size(1);
     part.counts = static_cast<const int64_t*>(x[4].data_ptr());
-    part.position = optional_of<int32_t>(op, x[5], "position", ScalarType::Int, "int32", part.pages * l.slots);
-    part.mass = optional_of<float>(op, x[6], "mass", ScalarType::Float, "float32", part.pages * l.slots);
-    part.dropped = optional_of<int64_t>(op, x[7], "dropped", ScalarType::Long, "int64", rows);
+    part.key_channel = channels_of(op, x[1], rows, l.key_kept, l.key_width, part.counts);
+    part.value_channel = channels_of(op, x[2], rows, l.value_kept, l.value_width, part.counts);
+    part.position = optional_of<int32_t>(op, x[5], "position", ScalarType::Int, "int32", {part.pages, l.slots});
+    part.mass = optional_of<float>(op, x[6], "mass", ScalarType::Float, "float32", {part.pages, l.slots});
+    part.dropped = optional_of<int64_t>(op, x[7], "dropped", ScalarType::Long, "int64", {rows});
+    const int64_t room = times(part.table_width, l.slots);
     for (int64_t r = 0; r < rows; r++) {
-      const int64_t needed = (part.counts[r] + l.slots - 1) / l.slots;
-      if (part.counts[r] < 0 || needed > part.table_width) refuse(op, "row ", r, " holds ", part.counts[r], " old slots; its table has room for ", part.table_width * l.slots);
+      if (part.counts[r] < 0 || part.counts[r] > room) refuse(op, "row ", r, " holds ", part.counts[r], " old slots; its table has room for ", room);
+      if (part.counts[r] % l.slots) refuse(op, "row ", r, " holds ", part.counts[r], " old slots; they stand in whole pages of ", l.slots);
+      if (part.dropped && (part.dropped[r] < 0 || part.dropped[r] > part.counts[r]))
+        refuse(op, "row ", r, " dropped ", part.dropped[r], " of ", part.counts[r], " old slots");
+      const int64_t needed = part.counts[r] / l.slots;
       for (int64_t w = 0; w < needed; w++)
         if (part.table[r * part.table_width + w] < 0 || part.table[r * part.table_width + w] >= part.pages)
           refuse(op, "table names page ", part.table[r * part.table_width + w], " of old slots in row ", r, "; ", part.pages, " exist");
     }
+    // Columns of weights that old slots take: see span() in kvpress/layout.py.
+    columns = plus(columns, times(pieces(room, 64), 64));
   }
-}
-
-// Columns of weights that old slots take: see span() in kvpress/layout.py.
-int64_t spans_of(const DecodeRows& a) {
-  int64_t columns = 0;
-  for (int p = 0; p < a.parts; p++) columns += Layout::up(a.part[p].table_width * a.part[p].layout.slots, 64);
+  if (columns > kMostSlots) refuse(op, "tables have room for ", columns, " slots in all; at most ", kMostSlots, " are supported");
   return columns;
 }
 
@@ -309,12 +393,11 @@ std::tuple<Tensor, Tensor, Tensor> decode_rows(const Tensor& query, const Tensor
   const Strided queries(op, query, "query_BNQD");
   DecodeRows a = rows_of(op, shapes, queries, key, value, table, counts, scaling, softcap, false);
   a.queries = shapes['Q'];
-  add_parts(op, a, old, layouts);
-  const int64_t slots = spans_of(a) + a.pages.table_width * a.pages.page_slots;
-  Tensor out = empty({shapes['B'], shapes['N'], a.queries, a.pages.value_width}, query.scalar_type());
-  Tensor lse = empty({shapes['B'], shapes['N'], a.queries}, ScalarType::Float);
-  Tensor weights = need_weights ? empty({shapes['B'], shapes['N'], a.queries, slots}, ScalarType::Float)
-                                : empty({0}, ScalarType::Float);
+  const int64_t slots = add_parts(op, a, old, layouts);
+  Tensor out = empty(op, {shapes['B'], shapes['N'], a.queries, a.pages.value_width}, query.scalar_type());
+  Tensor lse = empty(op, {shapes['B'], shapes['N'], a.queries}, ScalarType::Float);
+  Tensor weights = need_weights ? empty(op, {shapes['B'], shapes['N'], a.queries, slots}, ScalarType::Float)
+                                : empty(op, {0}, ScalarType::Float);
   a.out = out.data_ptr();
   a.lse = static_cast<float*>(lse.data_ptr());
   a.weights = need_weights ? static_cast<float*>(weights.data_ptr()) : nullptr;
@@ -335,8 +418,18 @@ Enum one_of(const char* op, const char* name, const std::string& given, std::ini
 }
 
 Observation observation_of(const char* op, const std::string& noise, double tau, int64_t seed, int64_t layer) {
-  if (!(tau > 0)) refuse(op, "tau is ", tau, "; it must be positive");
+  if (!(tau >= kLeast && tau <= kMost)) refuse(op, "tau is ", tau, "; it must be positive (1e-6 to 1e6)");
   return {one_of<Noise>(op, "noise", noise, {"none", "frozen", "fresh"}), tau, seed, layer};
+}
+
+// Checks what says how old a slot is and which ones stay. `least`: of seen.
+void check_ages(const char* op, const int64_t* seen, const int64_t* recent, int64_t batch, int64_t sink, int64_t least) {
+  if (sink < 0 || sink > kMostSlots) refuse(op, "sink is ", sink, "; 0 to ", kMostSlots, " are allowed");
+  for (int64_t b = 0; b < batch; b++) {
+    if (seen[b] < least || seen[b] > kMostSlots)
+      refuse(op, "sequence ", b, " has seen ", seen[b], " tokens; ", least, " to ", kMostSlots, " are allowed");
+    if (recent[b] < 0) refuse(op, "the last ", recent[b], " tokens of sequence ", b, " stay; it must not be negative");
+  }
 }
 
 Tensor decode_step(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_pool,
@@ -373,10 +466,11 @@ Tensor decode_step(const Tensor& query, const Tensor& key, const Tensor& value, 
   a.seen = static_cast<const int64_t*>(seen.data_ptr());
   a.quota = static_cast<const int64_t*>(quota.data_ptr());
   a.recent = static_cast<const int64_t*>(recent.data_ptr());
+  check_ages(op, a.seen, a.recent, shapes['B'], sink, 1);
   a.sink = sink;
   a.evict = evict;
   a.rank = one_of<Rank>(op, "rank", rank, {"mass", "mass_per_age", "position"});
-  if (evict && !a.mass && a.rank != Rank::kPosition) refuse(op, "rank='", rank, "' needs mass_PS");
+  if (evict && !mass_pool && a.rank != Rank::kPosition) refuse(op, "rank='", rank, "' needs mass_PS");
   a.observation = observation_of(op, noise, tau, seed, layer);
   add_parts(op, a.attend, old, layouts);
   for (int p = 0; p < a.attend.parts; p++) {
@@ -385,7 +479,25 @@ Tensor decode_step(const Tensor& query, const Tensor& key, const Tensor& value, 
     if ((a.mass && (!part.mass || !part.position)) || (evict && (!part.position || !part.dropped)))
       refuse(op, "old slots need positions and dropped counts where something is evicted, and mass where it is kept");
   }
-  Tensor out = empty({shapes['B'], shapes['N'], 1, shapes['E']}, query.scalar_type());
+  Memory memory(op);
+  memory.writes(key_pool, "key_PDS");
+  memory.writes(value_pool, "value_PSE");
+  memory.writes(position_pool, "position_PS");
+  if (mass_pool) memory.writes(*mass_pool, "mass_PS");
+  memory.writes(counts, "counts_R");
+  memory.reads(query, "query_BN1D");
+  memory.reads(key, "key_BH1D");
+  memory.reads(value, "value_BH1E");
+  memory.reads(table, "table_RW");
+  memory.reads(seen, "seen_B");
+  memory.reads(quota, "quota_R");
+  memory.reads(recent, "recent_B");
+  for (size_t i = 0; i < old.size(); i++) {
+    const bool written = i % kPartTensors >= 5;
+    written ? memory.writes(old[i], "old slots") : memory.reads(old[i], "old slots");
+  }
+  memory.check();
+  Tensor out = empty(op, {shapes['B'], shapes['N'], 1, shapes['E']}, query.scalar_type());
   a.attend.out = out.data_ptr();
   kernels().decode_step(a, threads());
   return out;
@@ -406,6 +518,8 @@ void absorb_step(Tensor key_pool, Tensor value_pool, Tensor position_pool, std::
   expect(op, threshold, "threshold_B", ScalarType::Float, "float32");
   const int64_t batch = shapes['B'], rows = shapes['R'];
   if (batch == 0 || rows % batch) refuse(op, "quota_R has ", rows, " rows for ", batch, " sequences");
+  for (const double x : {own, memory, gain})
+    if (!(std::abs(x) <= kMost)) refuse(op, "own, memory and gain are ", own, ", ", memory, ", ", gain, "; -1e6 to 1e6 are allowed");
   AbsorbStep a{};
   a.pages = pages_of(op, shapes, key_pool, value_pool, table, counts, false);
   shapes.bind(position_pool, "position_PS");
@@ -422,10 +536,10 @@ void absorb_step(Tensor key_pool, Tensor value_pool, Tensor position_pool, std::
     a.pairs = shapes['F'];
   }
   a.rank = one_of<Rank>(op, "rank", rank, {"mass", "mass_per_age", "position"});
-  if (!a.mass && a.rank != Rank::kPosition) refuse(op, "rank='", rank, "' needs mass_PS");
+  if (!mass_pool && a.rank != Rank::kPosition) refuse(op, "rank='", rank, "' needs mass_PS");
   if (width < 1 || width > a.pages.key_width - counted)
     refuse(op, "width is ", width, "; keys have ", a.pages.key_width, " channels, ", int(counted), " of counts");
-  if (start < 0 || start + 2 * a.pairs > width)
+  if (start < 0 || plus(start, times(2, a.pairs)) > width)
     refuse(op, a.pairs, " pairs of channels from ", start, " on do not fit into ", width);
   if (a.pairs && !keys) refuse(op, "frequency_F is given, but keys are not merged");
   a.position = static_cast<int32_t*>(position_pool.data_ptr());
@@ -433,6 +547,20 @@ void absorb_step(Tensor key_pool, Tensor value_pool, Tensor position_pool, std::
   a.seen = static_cast<const int64_t*>(seen.data_ptr());
   a.quota = static_cast<const int64_t*>(quota.data_ptr());
   a.recent = static_cast<const int64_t*>(recent.data_ptr());
+  check_ages(op, a.seen, a.recent, batch, sink, 0);
+  Memory spans(op);
+  spans.writes(key_pool, "key_PDS");
+  spans.writes(value_pool, "value_PSE");
+  spans.writes(position_pool, "position_PS");
+  if (mass_pool) spans.writes(*mass_pool, "mass_PS");
+  spans.writes(counts, "counts_R");
+  spans.writes(threshold, "threshold_B");
+  spans.reads(table, "table_RW");
+  spans.reads(seen, "seen_B");
+  spans.reads(quota, "quota_R");
+  spans.reads(recent, "recent_B");
+  if (frequency) spans.reads(*frequency, "frequency_F");
+  spans.check();
   a.batch = batch;
   a.heads = rows / batch;
   a.sink = sink;
@@ -452,13 +580,17 @@ void absorb_step(Tensor key_pool, Tensor value_pool, Tensor position_pool, std::
   kernels().absorb_step(a, threads());
 }
 
-// Checks what operators with a map share.
+// Checks what operators of a prompt share.
+void check_prompt(const char* op, const Shapes& shapes) {
+  shapes.at_least_one("BNHDPS");
+  shapes.at_most("D", kMostWidth);
+  shapes.at_most("S", kMostSlots);
+  if (shapes['N'] % shapes['H']) refuse(op, shapes['N'], " query heads are no multiple of ", shapes['H'], " KV heads");
+  if (shapes['P'] > shapes['S']) refuse(op, shapes['P'], " queries for ", shapes['S'], " slots; 1 to S are allowed");
+}
+
 BlockMap map_of(const char* op, const Shapes& shapes, uint8_t* bytes) {
-  if (!shapes['H'] || shapes['N'] % shapes['H'])
-    refuse(op, shapes['N'], " query heads are no multiple of ", shapes['H'], " KV heads");
-  if (shapes['P'] < 1 || shapes['P'] > shapes['S'])
-    refuse(op, shapes['P'], " queries for ", shapes['S'], " slots; 1 to S are allowed");
-  if (shapes['D'] > kMostWidth) refuse(op, "heads of ", shapes['D'], " channels; at most ", kMostWidth);
+  check_prompt(op, shapes);
   return {shapes['P'], shapes['S'], bytes};
 }
 
@@ -477,11 +609,7 @@ BlockMap map_of(const char* op, Shapes& shapes, const std::optional<Tensor>& map
 // Checks and fills what attention_sums and attend_sums share. The tensors that `a` points into live in the others.
 AttentionSums sums_of(const char* op, Shapes& shapes, const Strided& queries, const Strided& keys, const Tensor& position,
                       const Tensor& sums, double scaling, double softcap, const Observation& observation) {
-  if (shapes['H'] == 0 || shapes['N'] % shapes['H'])
-    refuse(op, "the ", shapes['H'], " KV heads of key_BHSD do not divide the ", shapes['N'], " heads of query_BNPD");
-  if (shapes['P'] > shapes['S']) refuse(op, shapes['P'], " queries own the last slots, but key_BHSD has ", shapes['S']);
-  if (shapes['D'] > kMostWidth) refuse(op, "heads of ", shapes['D'], " channels; at most ", kMostWidth, " are supported");
-  if (softcap < 0) refuse(op, "softcap is ", softcap, "; it must be positive, or 0 for none");
+  check_prompt(op, shapes);
   AttentionSums a{};
   a.query = queries.heads;
   a.key = keys.heads;
@@ -492,17 +620,22 @@ AttentionSums sums_of(const char* op, Shapes& shapes, const Strided& queries, co
   a.queries = a.window = shapes['P'];
   a.slots = shapes['S'];
   a.width = shapes['D'];
-  a.logits = {scaling, softcap};
+  a.logits = logits_of(op, scaling, softcap);
   a.observation = observation;
   a.sums = static_cast<float*>(sums.data_ptr());
   return a;
 }
 
-// Positions in the form that kernels read.
-Tensor positions_of(const char* op, Shapes& shapes, const Tensor& position) {
+// Positions in the form that kernels read. `holes`: whether slots may be empty.
+Tensor positions_of(const char* op, Shapes& shapes, const Tensor& position, bool holes) {
   shapes.bind(position, "position_BHS");
   if (position.scalar_type() != ScalarType::Long) refuse(op, "position_BHS must be int64");
-  return torch::stable::contiguous(position);
+  const Tensor made = torch::stable::contiguous(position);
+  const auto* at = static_cast<const int64_t*>(made.data_ptr());
+  for (int64_t i = 0; i < made.numel(); i++)
+    if (at[i] > kMostSlots || (at[i] < 0 && !holes))
+      refuse(op, "position_BHS holds ", at[i], "; ", holes ? "at most " : "0 to ", kMostSlots, holes ? " is allowed" : " are allowed: every slot of a whole prompt holds a token");
+  return made;
 }
 
 Tensor attention_sums(Tensor query, Tensor key, Tensor position, double scaling, double softcap, int64_t window,
@@ -511,7 +644,8 @@ Tensor attention_sums(Tensor query, Tensor key, Tensor position, double scaling,
   Shapes shapes(op);
   shapes.bind(query, "query_BNPD");
   shapes.bind(key, "key_BHSD");
-  const Tensor positions = positions_of(op, shapes, position);
+  check_prompt(op, shapes);
+  const Tensor positions = positions_of(op, shapes, position, true);
   if (window < 0) refuse(op, "window is ", window, "; it must not be negative");
   const Strided queries(op, query, "query_BNPD"), keys(op, key, "key_BHSD");
   Tensor sums = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['S']}, ScalarType::Float);
@@ -531,8 +665,12 @@ std::tuple<Tensor, Tensor> attend_sums(Tensor query, Tensor key, Tensor value, T
   shapes.bind(query, "query_BNPD");
   shapes.bind(key, "key_BHSD");
   shapes.bind(value, "value_BHSE");
-  const Tensor positions = positions_of(op, shapes, position);
-  if (shapes['E'] > kMostWidth) refuse(op, "values of ", shapes['E'], " channels; at most ", kMostWidth, " are supported");
+  check_prompt(op, shapes);
+  const Tensor positions = positions_of(op, shapes, position, false);
+  shapes.at_least_one("E");
+  shapes.at_most("E", kMostWidth);
+  if (key.scalar_type() != query.scalar_type() || value.scalar_type() != query.scalar_type())
+    refuse(op, "key_BHSD and value_BHSE must be of the dtype of query_BNPD");
   if (shapes['P'] != shapes['S'])
     refuse(op, shapes['P'], " queries for ", shapes['S'], " slots; a whole prompt has as many of both. Use attention_sums for a chunk");
   const Strided queries(op, query, "query_BNPD"), keys(op, key, "key_BHSD"), values(op, value, "value_BHSE");
@@ -554,14 +692,16 @@ std::tuple<Tensor, Tensor> match_keys(Tensor evicted, Tensor kept, Tensor allowe
   shapes.bind(evicted, "evicted_BHED");
   shapes.bind(kept, "kept_BHCD");
   shapes.bind(allowed, "allowed_BHC");
-  if (shapes['D'] > kMostWidth) refuse(op, "keys of ", shapes['D'], " channels; at most ", kMostWidth, " are supported");
+  shapes.at_least_one("D");
+  shapes.at_most("D", kMostWidth);
+  shapes.at_most("EC", kMostSlots);
   const Strided evicted_keys(op, evicted, "evicted_BHED"), kept_keys(op, kept, "kept_BHCD");
   if (kept.scalar_type() != evicted.scalar_type()) refuse(op, "kept_BHCD must be of the same dtype as evicted_BHED");
   if (allowed.scalar_type() != ScalarType::Bool) refuse(op, "allowed_BHC must be bool");
   const Tensor targets_allowed = torch::stable::contiguous(allowed);
   const int64_t batch = shapes['B'], heads = shapes['H'], keys = shapes['E'];
-  Tensor similarity = empty({batch, heads, keys}, ScalarType::Float);
-  Tensor target = empty({batch, heads, keys}, ScalarType::Long);
+  Tensor similarity = empty(op, {batch, heads, keys}, ScalarType::Float);
+  Tensor target = empty(op, {batch, heads, keys}, ScalarType::Long);
   MatchKeys a{};
   a.evicted_key = evicted_keys.heads;
   a.kept_key = kept_keys.heads;
@@ -601,7 +741,7 @@ Tensor pack(Tensor key, Tensor value, Tensor key_channels, Tensor value_channels
   PackPages a = pages_to_pack(op, key_channels, value_channels, layout, shapes['P'], type_of(op, key, "key_PSD"));
   if (shapes['S'] != a.layout.slots || shapes['D'] != a.layout.key_width || shapes['E'] != a.layout.value_width)
     refuse(op, "key_PSD ", shape_of(key), " and value_PSE ", shape_of(value), " do not fit the layout");
-  Tensor page = empty({a.pages, a.layout.page_bytes}, ScalarType::Byte);
+  Tensor page = empty(op, {a.pages, a.layout.page_bytes}, ScalarType::Byte);
   a.key = key.data_ptr();
   a.value = value.data_ptr();
   a.page = static_cast<uint8_t*>(page.data_ptr());
@@ -615,10 +755,13 @@ std::tuple<Tensor, Tensor> unpack(Tensor page, Tensor key_channels, Tensor value
   Shapes shapes(op);
   shapes.bind(page, "page_PX");
   expect(op, page, "page_PX", ScalarType::Byte, "uint8");
+  check_defined(op, like, "like");
   PackPages a = pages_to_pack(op, key_channels, value_channels, layout, shapes['P'], type_of(op, like, "like"));
   if (shapes['X'] != a.layout.page_bytes) refuse(op, "page_PX has ", shapes['X'], " bytes, the layout ", a.layout.page_bytes);
-  Tensor key = empty({a.pages, a.layout.slots, a.layout.key_width}, like.scalar_type());
-  Tensor value = empty({a.pages, a.layout.slots, a.layout.value_width}, like.scalar_type());
+  if (reinterpret_cast<uintptr_t>(page.data_ptr()) % uintptr_t(a.layout.item_bytes))
+    refuse(op, "page_PX begins between numbers of ", a.layout.item_bytes, " bytes; copy it");
+  Tensor key = empty(op, {a.pages, a.layout.slots, a.layout.key_width}, like.scalar_type());
+  Tensor value = empty(op, {a.pages, a.layout.slots, a.layout.value_width}, like.scalar_type());
   a.key = key.data_ptr();
   a.value = value.data_ptr();
   a.page = static_cast<uint8_t*>(page.data_ptr());
@@ -634,16 +777,28 @@ Tensor channel_scores(Tensor query, Tensor key, Tensor held) {
   shapes.bind(key, "key_BHSD");
   shapes.bind(held, "held_BHS");
   if (held.scalar_type() != ScalarType::Bool) refuse(op, "held_BHS must be bool");
-  if (shapes['H'] == 0 || shapes['N'] % shapes['H'] || shapes['W'] == 0)
-    refuse(op, "query_BNWD of shape ", shape_of(query), " needs a multiple of the ", shapes['H'], " KV heads, and a query");
-  if (shapes['D'] > kMostWidth) refuse(op, "heads of ", shapes['D'], " channels; at most ", kMostWidth, " are supported");
+  shapes.at_least_one("BHNWD");
+  shapes.at_most("D", kMostWidth);
+  shapes.at_most("S", kMostSlots);
+  if (shapes['N'] % shapes['H']) refuse(op, shapes['N'], " query heads are no multiple of ", shapes['H'], " KV heads");
   const Strided queries(op, query, "query_BNWD"), keys(op, key, "key_BHSD");
   const Tensor holds = torch::stable::contiguous(held);
-  Tensor scores = empty({shapes['B'], shapes['H'], shapes['D']}, ScalarType::Float);
+  Tensor scores = empty(op, {shapes['B'], shapes['H'], shapes['D']}, ScalarType::Float);
   ChannelScores a{queries.heads, keys.heads, static_cast<const bool*>(holds.data_ptr()), shapes['B'], shapes['H'],
                   shapes['N'] / shapes['H'], shapes['W'], shapes['S'], shapes['D'], static_cast<float*>(scores.data_ptr())};
   kernels().channel_scores(a, threads());
   return scores;
+}
+
+// Sums of products of larger codes would not fit in 16 bits.
+void check_codes(const char* op, const Tensor& x, const char* name) {
+  const auto* code = static_cast<const int8_t*>(x.data_ptr());
+  int8_t least = 0, most = 0;
+  for (int64_t i = 0; i < x.numel(); i++) {
+    least = std::min(least, code[i]);
+    most = std::max(most, code[i]);
+  }
+  if (least < -7 || most > 7) refuse(op, name, " holds codes from ", int(least), " to ", int(most), "; -7 to 7 are allowed");
 }
 
 Tensor estimate_blocks(Tensor query, Tensor query_scale, Tensor key, Tensor key_scale, Tensor shift, Tensor threshold,
@@ -666,6 +821,8 @@ Tensor estimate_blocks(Tensor query, Tensor query_scale, Tensor key, Tensor key_
   if (shapes['J'] != map.columns() || shapes['K'] != BlockMap::kGroups)
     refuse(op, "key_scale_BHJK must hold ", map.columns(), " × ", BlockMap::kGroups, " scales per head");
   if (local < 0) refuse(op, "local is ", local, "; it must not be negative");
+  check_codes(op, query, "query_BNPD");
+  check_codes(op, key, "key_BHSD");
   Tensor bytes = torch::stable::new_empty(query, {shapes['B'], shapes['N'], map.offset(map.rows())}, ScalarType::Byte);
   map.bytes = static_cast<uint8_t*>(bytes.data_ptr());
   const auto floats = [](const Tensor& x) { return static_cast<const float*>(x.data_ptr()); };
@@ -692,18 +849,20 @@ std::tuple<Tensor, Tensor> attend_blocks(Tensor query, Tensor key, Tensor value,
   shapes.bind(key, "key_BHSD");
   shapes.bind(value, "value_BHSE");
   const BlockMap blocks = map_of(op, shapes, std::optional<Tensor>(map));
-  if (shapes['E'] > kMostWidth) refuse(op, "values of ", shapes['E'], " channels; at most ", kMostWidth);
+  shapes.at_most("E", kMostWidth);
   const Strided queries(op, query, "query_BNPD"), keys(op, key, "key_BHSD"), values(op, value, "value_BHSE");
   Tensor out = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['P'], shapes['E']});
   Tensor lse = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['P']}, ScalarType::Float);
   AttendBlocks a{queries.heads, keys.heads, values.heads, shapes['B'], shapes['H'], shapes['N'] / shapes['H'],
-                 shapes['D'], shapes['E'], scaling, blocks, out.data_ptr(), static_cast<float*>(lse.data_ptr())};
+                 shapes['D'], shapes['E'], logits_of(op, scaling, 0).scaling, blocks, out.data_ptr(), static_cast<float*>(lse.data_ptr())};
   kernels().attend_blocks(a, threads());
   return {out, lse};
 }
 
 // Checks what gather_slots and scatter_slots share; `slots` is filled in by them.
 CopySlots copy_of(const char* op, const Tensor& pool, const Tensor& address, bool slot_last) {
+  check_defined(op, pool, "pool_PX");
+  check_defined(op, address, "address_N");
   const int64_t dims = pool.dim();
   if (dims < 2 || (slot_last && dims != 3)) refuse(op, "pool_PX has shape ", shape_of(pool), "; [P, S, ...] or [P, D, S]");
   if (address.dim() != 1) refuse(op, "address_N has shape ", shape_of(address), "; it must be a list");
@@ -715,10 +874,13 @@ CopySlots copy_of(const char* op, const Tensor& pool, const Tensor& address, boo
   a.count = address.numel();
   a.page_slots = slot_last ? pool.size(2) : pool.size(1);
   a.width = 1;
-  for (int64_t i = 1; i < dims; i++) a.width *= slot_last ? (i == 1 ? pool.size(i) : 1) : (i > 1 ? pool.size(i) : 1);
+  for (int64_t i = slot_last ? 1 : 2; i < (slot_last ? 2 : dims); i++) a.width = times(a.width, pool.size(i));
   a.item_bytes = int64_t(pool.element_size());
+  if (a.item_bytes > 8) refuse(op, "pool_PX has numbers of ", a.item_bytes, " bytes; at most 8 are supported");
   a.slot_last = slot_last;
-  const int64_t slots = pool.size(0) * a.page_slots;
+  const int64_t slots = times(pool.size(0), a.page_slots);
+  if (times(times(plus(a.count, slots), plus(a.width, 1)), 8) == INT64_MAX)
+    refuse(op, "pool_PX has shape ", shape_of(pool), ", more slots than memory has bytes");
   for (int64_t n = 0; n < a.count; n++)
     if (a.address[n] < 0 || a.address[n] >= slots)
       refuse(op, "address_N names slot ", a.address[n], "; slots 0 to ", slots - 1, " exist");
@@ -732,18 +894,27 @@ Tensor gather_slots(Tensor pool, Tensor address, bool slot_last) {
   Tensor slots = torch::stable::new_empty(pool, shape);
   a.slots = slots.data_ptr();
   a.gather = true;
-  kernels().copy_slots(a, threads());
+  if (a.count && a.width) kernels().copy_slots(a, threads());
   return slots;
 }
 
 void scatter_slots(Tensor pool, Tensor address, Tensor slots, bool slot_last) {
   const char* op = "scatter_slots";
   CopySlots a = copy_of(op, pool, address, slot_last);
-  expect(op, slots, "slots_NX", pool.scalar_type(), "of the dtype of pool_PX");
-  if (slots.size(0) != a.count || slots.numel() != a.count * a.width)
-    refuse(op, "slots_NX has shape ", shape_of(slots), "; it must hold ", a.count, " slots of ", a.width, " elements");
-  a.slots = slots.data_ptr();
-  kernels().copy_slots(a, threads());
+  check_defined(op, slots, "slots_NX");
+  if (slots.scalar_type() != pool.scalar_type()) refuse(op, "slots_NX must be of the dtype of pool_PX");
+  const int64_t first = slot_last ? 1 : 2, extra = slot_last ? 1 : pool.dim() - 2;
+  bool fits = slots.dim() == 1 + extra && slots.size(0) == a.count;
+  for (int64_t i = 0; fits && i < extra; i++) fits = slots.size(1 + i) == pool.size(first + i);
+  if (!fits) refuse(op, "slots_NX has shape ", shape_of(slots), "; it must hold ", a.count, " slots of pool_PX, of ", a.width, " numbers each");
+  Memory memory(op);
+  memory.writes(pool, "pool_PX");
+  memory.reads(address, "address_N");
+  memory.reads(slots, "slots_NX");
+  memory.check();
+  const Tensor from = torch::stable::contiguous(slots);
+  a.slots = from.data_ptr();
+  if (a.count && a.width) kernels().copy_slots(a, threads());
 }
 
 }  // namespace

@@ -41,12 +41,14 @@ class Blocks(NamedTuple):
     def first_local(self, row: int, local: int) -> int:
         """The first block of the local area, of at least `local` slots, or 0: all of it is local.
 
-        Blocks 1 … first_local − 1 are examined, a multiple of `SEGMENT` of them.
+        The last block always is: it may not be whole. Blocks 1 … first_local − 1 are examined, a
+        multiple of `SEGMENT` of them.
         """
         end = self.end(row)
         segments = -(-(end - 1) // SEGMENT)
         excess = segments * SEGMENT - (end - 1)
-        segments -= -(-(local // SLOTS + excess) // SEGMENT)
+        least = max(1, -(-local // SLOTS))
+        segments -= -(-(least + excess) // SEGMENT)
         return 1 + segments * SEGMENT if segments > 0 else 0
 
     @property

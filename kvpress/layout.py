@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from kvpress.errors import OperatorError
+from kvpress.shapes import MOST_WIDTH
 
 BITS = (16, 8, 4, 2)
 LINES = 8  # of a vector
+MOST_SIZE = 1 << 20  # beyond which the bytes of pages could not be counted
 _ALIGNED = 16  # bytes
 _WORDS = 16  # of a unit
 
@@ -50,14 +52,18 @@ class PageLayout(NamedTuple):
     def check(self, op: str) -> None:
         """Raises OperatorError for a layout that kernels cannot read."""
         slots, group = self.slots, self.key_group
-        if min(self) < 1:
-            why = "every size must be at least 1"
+        if min(self) < 1 or max(self) > MOST_SIZE:
+            why = f"every size must be 1 to {MOST_SIZE}"
         elif slots % (64 if min(self.key_bits, self.value_bits) < 16 else 16):
             why = "slots must be a multiple of 64, of 16 where nothing is quantised"
         elif group % 32 or slots % group or self.value_group % 32:
             why = "groups must be multiples of 32, and slots one of key_group"
         elif self.key_kept > self.key_width or self.value_kept > self.value_width:
             why = "more channels are kept than there are"
+        elif max(self.key_width, self.value_width) > MOST_WIDTH:
+            why = f"heads have at most {MOST_WIDTH} channels"
+        elif self.item_bytes not in (2, 4):
+            why = "numbers have 2 or 4 bytes"
         elif self.key_bits not in BITS or self.value_bits not in BITS:
             why = f"bits must be {', '.join(map(str, BITS))}"
         else:
@@ -137,12 +143,28 @@ def parts_of(
             f"kvpress::{op}: {len(old)} tensors and {len(layouts)} sizes of old slots; each part"
             f" has {tensors} ({', '.join(PART)}) and {sizes}."
         )
+    if len(layouts) > MOST_PARTS * sizes:
+        raise OperatorError(
+            f"kvpress::{op}: {len(layouts) // sizes} parts of old slots; at most {MOST_PARTS} are"
+            " supported."
+        )
     parts = []
     for i in range(len(layouts) // sizes):
-        layout = PageLayout(*layouts[sizes * i : sizes * (i + 1)])
-        layout.check(op)
+        layout = checked(op, layouts[sizes * i : sizes * (i + 1)])
         parts.append((layout, old[tensors * i : tensors * (i + 1)]))
     return parts
+
+
+def checked(op: str, sizes: Sequence[int]) -> PageLayout:
+    """The layout of these sizes. Raises OperatorError for one that kernels cannot read."""
+    if len(sizes) != len(PageLayout._fields):
+        raise OperatorError(
+            f"kvpress::{op}: layout has {len(sizes)} sizes, not {len(PageLayout._fields)}:"
+            f" {', '.join(PageLayout._fields)}."
+        )
+    layout = PageLayout(*sizes)
+    layout.check(op)
+    return layout
 
 
 # The tensors of a part: pages uint8 [P, bytes]; kept channels int16 [R, T] and [R, U]; page table
@@ -150,6 +172,7 @@ def parts_of(
 # was dropped; mass fp32 [P, S]; dropped slots int64 [R]. The last three may be empty: nothing was
 # dropped, nothing is accumulated.
 PART = ("pages", "key_channels", "value_channels", "table", "counts", "position", "mass", "dropped")
+MOST_PARTS = 2
 SPAN = 64  # the columns that weights give a part are a multiple of this
 
 

@@ -143,7 +143,7 @@ class Absorption {
     if (a_.keys) {
       float* key = scratch<float, struct VictimKey>(a_.width);
       read_key(from, key);
-      turn(key, float(a_.position[to.address] - a_.position[from.address]));
+      turn(key, float(int64_t{a_.position[to.address]} - a_.position[from.address]));
       for (int64_t d = 0; d < a_.width; d++) add(slots_.key(to)[d * stride], key[d]);
     }
     if (a_.counted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from kvpress.csrc.decode_rows.reference import pages_of
 from kvpress.csrc.decode_step import RANKS
 from kvpress.csrc.match_keys.reference import match_keys
 from torch import Tensor
@@ -48,12 +49,17 @@ def absorb_step(
     pools, books = (key_PDS, value_PSE, position_PS, mass_PS), (table_RW, counts_R)
     check(*pools, *books, seen_B, quota_R, recent_B, threshold_B, frequency_F)
     check_choices(key_PDS, mass_PS, frequency_F, rank, start, width, keys, counts)
+    check_rule(own, memory, gain)
+    shapes.ages("absorb_step", seen_B, recent_B, sink, 0)
+    if not table_RW.shape[1] or not len(key_PDS):
+        return  # no row has a slot
     rule = Merging(own, memory, gain, largest, normalised, together)
     batch, page_slots = len(seen_B), key_PDS.shape[2]
     row_R = torch.arange(len(counts_R), device=counts_R.device)
     slot_S = torch.arange(table_RW.shape[1] * page_slots, device=counts_R.device)
     held_BHS = (slot_S < counts_R[:, None]).view(batch, -1, len(slot_S))
-    address_RS = table_RW.long().repeat_interleave(page_slots, 1) * page_slots + slot_S % page_slots
+    page_RW = pages_of(table_RW, counts_R, page_slots).view(table_RW.shape)
+    address_RS = page_RW.repeat_interleave(page_slots, 1) * page_slots + slot_S % page_slots
     position_RS = position_PS.flatten()[address_RS].long()
     position_BHS = position_RS.view(held_BHS.shape).masked_fill(~held_BHS, EMPTY)
     mass_BHS = None if mass_PS is None else mass_PS.flatten()[address_RS].view(held_BHS.shape)
@@ -91,7 +97,7 @@ def absorb_step(
         extra[..., -1] = merging.add_counts(*biases, first_BH1, merged_BH1)
 
     def place(slot_R: Tensor) -> tuple[Tensor, Tensor]:
-        return table_RW[row_R, slot_R // page_slots].long(), slot_R % page_slots
+        return page_RW[row_R, slot_R // page_slots], slot_R % page_slots
 
     page_R, offset_R = place(target_BH1.flatten())
     lost_page_R, lost_offset_R = place(victim_BH1.flatten())
@@ -149,6 +155,15 @@ def check(
     if not lengths["B"] or lengths["R"] % lengths["B"]:
         shapes.refuse(op, f"table_RW has {lengths['R']} rows for {lengths['B']} sequences")
     shapes.paged(op, {**lengths, "N": lengths["R"] // lengths["B"]}, table_RW, counts_R)
+    written = {*pools, *floats, "position_PS", "counts_R"} - {"frequency_F"}
+    shapes.apart(op, {**pools, **words, **longs, **floats}, written)
+
+
+def check_rule(*numbers: float) -> None:
+    """Raises OperatorError for a rule of merging that is no number."""
+    if not all(abs(x) <= shapes.MOST for x in numbers):
+        given = ", ".join(map(str, numbers))
+        shapes.refuse("absorb_step", f"own, memory, gain are {given}; −1e6 to 1e6 are allowed")
 
 
 def check_choices(

@@ -8,11 +8,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from kvpress.csrc.absorb_step.reference import check, check_choices
+from kvpress.csrc.absorb_step.reference import check, check_choices, check_rule
 from kvpress.csrc.decode_step import RANKS
 from kvpress.csrc.decode_step.triton_kernel import consider, rank_of, worst
 from kvpress.csrc.triton_common import FUSED, device_of
 from torch import Tensor
+
+from kvpress.shapes import ages
 
 ELEMENTS = 4096  # of keys in a block of `find_kernel`
 
@@ -48,6 +50,8 @@ def absorb_step(
     pools, books = (key_PDS, value_PSE, position_PS, mass_PS), (table_RW, counts_R)
     check(*pools, *books, seen_B, quota_R, recent_B, threshold_B, frequency_F)
     check_choices(key_PDS, mass_PS, frequency_F, rank, start, width, keys, counts)
+    check_rule(own, memory, gain)
+    ages("absorb_step", seen_B, recent_B, sink, 0)
     batch, rows = len(seen_B), len(counts_R)
     stored, value_width = key_PDS.shape[1], value_PSE.shape[2]
     slot_2R = torch.empty(2, rows, dtype=torch.int32, device=key_PDS.device)

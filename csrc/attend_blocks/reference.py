@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from kvpress.csrc.estimate_blocks.reference import check_heads
 from torch import Tensor
 
 from kvpress import shapes
@@ -18,7 +17,7 @@ def attend_blocks(
     LSE: the natural logarithm of the sum of the exponentials of the logits, fp32 `[B, N, P]`.
     Values of no channels give the LSE alone. Raises OperatorError.
     """
-    check(query_BNPD, key_BHSD, value_BHSE, map_BNX)
+    check(query_BNPD, key_BHSD, value_BHSE, map_BNX, scaling)
     queries, slots = query_BNPD.shape[2], key_BHSD.shape[2]
     blocks = Blocks(queries, slots)
     computed_BNIJ = from_map(map_BNX, blocks)
@@ -41,16 +40,18 @@ def attend_blocks(
     return torch.cat(outputs, dim=2), torch.cat(normalisers, dim=2)
 
 
-def check(query_BNPD: Tensor, key_BHSD: Tensor, value_BHSE: Tensor, map_BNX: Tensor) -> None:
+def check(
+    query_BNPD: Tensor, key_BHSD: Tensor, value_BHSE: Tensor, map_BNX: Tensor, scaling: float
+) -> None:
     """Raises OperatorError for operands that do not fit together."""
     op = "attend_blocks"
     floats = {"query_BNPD": query_BNPD, "key_BHSD": key_BHSD, "value_BHSE": value_BHSE}
     lengths = shapes.bind(op, {**floats, "map_BNX": map_BNX})
     shapes.floating(op, floats)
     shapes.of_dtype(op, torch.uint8, {"map_BNX": map_BNX})
-    check_heads(op, lengths)
-    if lengths["E"] > shapes.MOST_WIDTH:
-        shapes.refuse(op, f"values of {lengths['E']} channels; at most {shapes.MOST_WIDTH}")
+    shapes.prompt(op, lengths)
+    shapes.at_most(op, lengths, "E", shapes.MOST_WIDTH)
+    shapes.logits(op, scaling)
     bytes_of_map = Blocks(lengths["P"], lengths["S"]).offsets[-1]
     if lengths["X"] != bytes_of_map:
         shapes.refuse(op, f"map_BNX has {lengths['X']} bytes per head; it must have {bytes_of_map}")

@@ -112,7 +112,7 @@ def attend_blocks(
     query_BNPD: Tensor, key_BHSD: Tensor, value_BHSE: Tensor, map_BNX: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """The same as the reference. Raises OperatorError."""
-    check(query_BNPD, key_BHSD, value_BHSE, map_BNX)
+    check(query_BNPD, key_BHSD, value_BHSE, map_BNX, scaling)
     query, key, value = (
         x if x.stride(3) == 1 or x.shape[3] < 2 else x.contiguous()
         for x in (query_BNPD, key_BHSD, value_BHSE)

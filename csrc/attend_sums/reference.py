@@ -29,7 +29,8 @@ def attend_sums(
     token, so that P = S. Both are of the blocks of the map, where there is one. Raises
     OperatorError.
     """
-    check(query_BNPD, key_BHSD, value_BHSE, position_BHS, softcap, noise, tau, map_BNX)
+    choices = (scaling, softcap, noise, tau, map_BNX)
+    check(query_BNPD, key_BHSD, value_BHSE, position_BHS, *choices)
     queries = query_BNPD.shape[2]
     if map_BNX is None:
         out_BNPE = prompt_attention(query_BNPD, key_BHSD, value_BHSE, None, scaling, softcap)
@@ -44,6 +45,7 @@ def check(
     key_BHSD: Tensor,
     value_BHSE: Tensor,
     position_BHS: Tensor,
+    scaling: float,
     softcap: float,
     noise: str,
     tau: float,
@@ -54,15 +56,16 @@ def check(
     named = {"query_BNPD": query_BNPD, "key_BHSD": key_BHSD, "value_BHSE": value_BHSE}
     lengths = shapes.bind(op, {**named, "position_BHS": position_BHS})
     shapes.floating(op, named)
-    if lengths["E"] > shapes.MOST_WIDTH:
-        shapes.refuse(
-            op, f"values of {lengths['E']} channels; at most {shapes.MOST_WIDTH} are supported"
-        )
+    for name, tensor in named.items():
+        if tensor.dtype != query_BNPD.dtype:
+            shapes.refuse(op, f"{name} is {tensor.dtype}; it must be {query_BNPD.dtype}")
+    shapes.at_least_one(op, lengths, "E")
+    shapes.at_most(op, lengths, "E", shapes.MOST_WIDTH)
     if lengths["P"] != lengths["S"]:
         shapes.refuse(
             op,
             f"{lengths['P']} queries for {lengths['S']} slots; a whole prompt has as many of both."
             " Use attention_sums for a chunk",
         )
-    window = lengths["P"]
-    sums.check(query_BNPD, key_BHSD, position_BHS, softcap, window, noise, tau, map_BNX)
+    choices = (scaling, softcap, lengths["P"], noise, tau, map_BNX)
+    sums.check(query_BNPD, key_BHSD, position_BHS, *choices, holes=False)

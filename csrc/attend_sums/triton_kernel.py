@@ -28,7 +28,8 @@ def attend_sums(
     map_BNX: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same as the reference. Raises OperatorError."""
-    check(query_BNPD, key_BHSD, value_BHSE, position_BHS, softcap, noise, tau, map_BNX)
+    choices = (scaling, softcap, noise, tau, map_BNX)
+    check(query_BNPD, key_BHSD, value_BHSE, position_BHS, *choices)
     if map_BNX is None:
         out_BNPE = prompt_attention(query_BNPD, key_BHSD, value_BHSE, None, scaling, softcap)
     else:

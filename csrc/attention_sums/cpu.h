@@ -31,7 +31,7 @@ class RowSums {
     row_.pack(threads_, worthwhile());
     offset_ = map_row_offsets<struct SumOffsets>(a_.map);
     const int64_t* position = a_.position + (b_ * a_.heads + h_) * a_.slots;
-    for (int64_t s = 0; s < a_.slots; s++) position_[s] = int32_t(position[s]);
+    for (int64_t s = 0; s < a_.slots; s++) position_[s] = int32_t(std::max<int64_t>(position[s], -1));
     std::fill(position_ + a_.slots, position_ + padded_, -1);
     gaps_ = std::any_of(position_, position_ + a_.slots, [](int32_t p) { return p < 0; });
     const int64_t first = std::max<int64_t>(0, a_.queries - a_.window), queries = a_.queries - first;

@@ -9,6 +9,7 @@ from torch import Tensor
 from kvpress import shapes
 from kvpress.blocks import QUERIES, SLOTS, Blocks, from_map
 from kvpress.noise import NO_QUERY, exponential
+from kvpress.types import EMPTY
 
 BLOCK_ELEMENTS = 1 << 20  # logits per block: 4 MiB in fp32, which stays near the cores
 
@@ -30,15 +31,17 @@ def attention_sums(
 
     The P queries belong to the last P slots, in order; query i sees
     slots 0 … S − P + i that hold a token (position >= 0), of the blocks of the map where there is
-    one. See README.md for the formulas of the three kinds of noise. Raises OperatorError.
+    one; it adds nothing where it sees none. See README.md for the formulas of the three kinds of
+    noise. Raises OperatorError.
     """
-    check(query_BNPD, key_BHSD, position_BHS, softcap, window, noise, tau, map_BNX)
+    check(query_BNPD, key_BHSD, position_BHS, scaling, softcap, window, noise, tau, map_BNX)
     batch, query_heads, queries, width = query_BNPD.shape
     heads, slots = key_BHSD.shape[1:3]
     group = query_heads // heads
     key_BHSD = key_BHSD.float()  # scores are fp32 whatever the model computes in
     query_BHGPD = query_BNPD.float().reshape(batch, heads, group, queries, width)
     head_HG11 = torch.arange(query_heads, device=query_BNPD.device).view(heads, group, 1, 1)
+    position_BHS = position_BHS.clamp_min(EMPTY)
     key_position_BH11S = position_BHS[:, :, None, None]
     empty_BH11S = key_position_BH11S < 0
     any_empty = bool(empty_BH11S.any())
@@ -47,6 +50,7 @@ def attention_sums(
     computed_BNIJ = None
     if map_BNX is not None:
         computed_BNIJ = from_map(map_BNX, Blocks(queries, slots))
+    some_hidden = any_empty or computed_BNIJ is not None
     frozen_BHG1S = None
     if noise == "frozen":
         no_query = torch.full_like(key_position_BH11S[..., :1], NO_QUERY)
@@ -76,9 +80,11 @@ def attention_sums(
         if frozen_BHG1S is not None and tau == 1.0:
             # N_q = Σ_j A_qj·exp(ζ_j), so that one ordinary softmax gives the noisy sums (README,
             # identity).
-            w_BHGps = x_BHGps.softmax(-1)
+            w_BHGps = _softmax(x_BHGps, some_hidden)
             boost_BHG1s = frozen_BHG1S[..., :seen].reciprocal()
             norm_BHGp1 = torch.matmul(w_BHGps, boost_BHG1s.mT)
+            if some_hidden:
+                norm_BHGp1.masked_fill_(norm_BHGp1 == 0, 1.0)
             sums = torch.matmul(norm_BHGp1.reciprocal().mT, w_BHGps) * boost_BHG1s
             sums_BHGS[..., :seen] += sums.squeeze(3)
             continue
@@ -91,19 +97,29 @@ def attention_sums(
             ).log_()
         if tau != 1.0:
             x_BHGps /= tau
-        sums_BHGS[..., :seen] += x_BHGps.softmax(-1).sum(3)
+        sums_BHGS[..., :seen] += _softmax(x_BHGps, some_hidden).sum(3)
     return sums_BHGS.flatten(1, 2)
+
+
+def _softmax(x_BHGps: Tensor, some_hidden: bool) -> Tensor:
+    """Weights; zeros for a query that sees no slot."""
+    w_BHGps = x_BHGps.softmax(-1)
+    if some_hidden:
+        w_BHGps = w_BHGps.masked_fill(x_BHGps.amax(-1, keepdim=True) == -torch.inf, 0.0)
+    return w_BHGps
 
 
 def check(
     query_BNPD: Tensor,
     key_BHSD: Tensor,
     position_BHS: Tensor,
+    scaling: float,
     softcap: float,
     window: int,
     noise: str,
     tau: float,
     map_BNX: Tensor | None = None,
+    holes: bool = True,
 ) -> None:
     """Raises OperatorError for operands that do not fit together."""
     op = "attention_sums"
@@ -112,19 +128,16 @@ def check(
     shapes.floating(op, named)
     if position_BHS.dtype != torch.int64:
         shapes.refuse(op, f"position_BHS is {position_BHS.dtype}; it must be torch.int64")
-    if not lengths["H"] or lengths["N"] % lengths["H"]:
-        shapes.refuse(
-            op, f"{lengths['H']} KV heads of key_BHSD do not divide {lengths['N']} query heads"
-        )
-    if lengths["P"] > lengths["S"]:
-        shapes.refuse(op, f"{lengths['P']} queries own the last of only {lengths['S']} slots")
-    if lengths["D"] > shapes.MOST_WIDTH:
-        shapes.refuse(
-            op, f"heads of {lengths['D']} channels; at most {shapes.MOST_WIDTH} are supported"
-        )
+    shapes.prompt(op, lengths)
+    if position_BHS.device.type == "cpu":
+        least, most = (int(x) for x in position_BHS.aminmax())
+        if most > shapes.MOST_SLOTS or (least < 0 and not holes):
+            rule = "" if holes else "; every slot of a whole prompt holds a token, from 0 on"
+            shapes.refuse(op, f"positions are {least} to {most}, at most {shapes.MOST_SLOTS}{rule}")
     if window < 0:
         shapes.refuse(op, f"window is {window}; it must not be negative")
-    check_noise(op, noise, tau, softcap)
+    check_noise(op, noise, tau)
+    shapes.logits(op, scaling, softcap)
     if map_BNX is not None:
         check_map(op, map_BNX, lengths, softcap)
 
@@ -132,7 +145,8 @@ def check(
 def check_map(op: str, map_BNX: Tensor, lengths: dict[str, int], softcap: float) -> None:
     """Raises OperatorError for a map that is not of this prompt."""
     shape = (lengths["B"], lengths["N"], Blocks(lengths["P"], lengths["S"]).offsets[-1])
-    if tuple(map_BNX.shape) != shape or map_BNX.dtype != torch.uint8:
+    shapes.of_dtype(op, torch.uint8, {"map_BNX": map_BNX})
+    if tuple(map_BNX.shape) != shape:
         shapes.refuse(
             op, f"map_BNX is {map_BNX.dtype} {list(map_BNX.shape)}; it must be uint8 {list(shape)}"
         )

@@ -76,7 +76,7 @@ def attention_sums(
     The same as the reference. Moves keys once per block of queries and queries once per block of
     keys, and holds 4 bytes per query and part of the keys. Raises OperatorError.
     """
-    check(query_BNPD, key_BHSD, position_BHS, softcap, window, noise, tau, map_BNX)
+    check(query_BNPD, key_BHSD, position_BHS, scaling, softcap, window, noise, tau, map_BNX)
     batch, query_heads, queries, width = query_BNPD.shape
     heads, slots = key_BHSD.shape[1:3]
     summed = min(window, queries)

@@ -29,9 +29,4 @@ def check(query_BNWD: Tensor, key_BHSD: Tensor, held_BHS: Tensor) -> None:
     shapes.floating(op, floats)
     if held_BHS.dtype != torch.bool:
         shapes.refuse(op, f"held_BHS is {held_BHS.dtype}; it must be bool")
-    if not lengths["H"] or lengths["N"] % lengths["H"] or not lengths["W"]:
-        shapes.refuse(
-            op,
-            f"query_BNWD has {lengths['N']} heads and {lengths['W']} queries; it needs a multiple"
-            f" of the {lengths['H']} KV heads, and a query",
-        )
+    shapes.heads(op, lengths, "BHNWD")

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import torch
 from kvpress.csrc.decode_rows import MOST_QUERIES
-from kvpress.csrc.unpack.reference import numbers
+from kvpress.csrc.pack.reference import check_channels
+from kvpress.csrc.unpack.reference import check_pages, numbers
 from torch import Tensor
 
 from kvpress import shapes
 from kvpress.layout import PageLayout, parts_of, span
-from kvpress.types import EMPTY
 
 
 class Dense(NamedTuple):
@@ -42,11 +42,11 @@ def decode_rows(
     and an LSE of -inf. old, layouts: parts of old slots (`kvpress/layout.py`), which stand before
     the others, also in the weights. Raises OperatorError.
     """
-    check(query_BNQD, key_PDS, value_PSE, table_RW, counts_R, softcap)
+    check(query_BNQD, key_PDS, value_PSE, table_RW, counts_R, scaling, softcap)
     batch, query_heads, queries, width = query_BNQD.shape
     rows, group = table_RW.shape[0], query_heads * batch // table_RW.shape[0]
+    parts = check_parts("decode_rows", old, layouts, query_BNQD, key_PDS, value_PSE, table_RW)
     recent = _recent(key_PDS, value_PSE, table_RW, counts_R, queries)
-    parts = check_parts(old, layouts, query_BNQD, key_PDS, value_PSE, table_RW)
     dense = [*(_old(layout, tensors, queries, key_PDS) for layout, tensors in parts), recent]
     key_RSD, value_RSE = (torch.cat([part[i].float() for part in dense], dim=1) for i in (0, 1))
     hidden_RQS = torch.cat([part.hidden_RQS for part in dense], dim=2)
@@ -58,7 +58,11 @@ def decode_rows(
         logits_RMS = torch.tanh(logits_RMS / softcap) * softcap
     hidden_RMS = hidden_RQS[:, None].expand(rows, group, queries, slots).reshape_as(logits_RMS)
     logits_RMS = logits_RMS.masked_fill(hidden_RMS, -torch.inf)
-    lse_RM = logits_RMS.logsumexp(-1) if slots else query_RMD.new_full((rows, group), -torch.inf)
+    lse_RM = (
+        logits_RMS.logsumexp(-1)
+        if slots
+        else query_RMD.new_full((rows, group * queries), -torch.inf)
+    )
     weights_RMS = (logits_RMS - lse_RM[..., None]).exp().masked_fill(hidden_RMS, 0.0)
     out_RME = torch.matmul(weights_RMS, value_RSE).to(query_BNQD.dtype)
 
@@ -72,9 +76,10 @@ def _recent(
 ) -> Dense:
     """The slots in pages of the store's dtype."""
     rows, slots = len(table_RW), table_RW.shape[1] * key_PDS.shape[2]
-    page_N = table_RW.flatten().long()
-    key_RSD = key_PDS[page_N].mT.reshape(rows, slots, -1)
-    value_RSE = value_PSE[page_N].view(rows, slots, -1)
+    page_N = pages_of(table_RW, counts_R, key_PDS.shape[2])
+    key_PDS, value_PSE = at_least_a_page(key_PDS), at_least_a_page(value_PSE)
+    key_RSD = key_PDS[page_N].mT.reshape(rows, slots, key_PDS.shape[1])
+    value_RSE = value_PSE[page_N].view(rows, slots, value_PSE.shape[2])
     slot_S = torch.arange(slots, device=counts_R.device)
     # Memory that was never written may hold NaN, and 0 · NaN is NaN.
     value_RSE = value_RSE.masked_fill((slot_S >= counts_R[:, None])[..., None], 0)
@@ -82,18 +87,30 @@ def _recent(
     return Dense(key_RSD, value_RSE, slot_S > last_RQ[..., None])
 
 
+def pages_of(table_RW: Tensor, counts_R: Tensor, page_slots: int) -> Tensor:
+    """The pages that a table names, row by row; 0 where a row has no slots: int64 `[R·W]`."""
+    unused_RW = ~shapes.used(table_RW, counts_R, page_slots)
+    return table_RW.masked_fill(unused_RW, 0).flatten().long()
+
+
+def at_least_a_page(pool_PX: Tensor) -> Tensor:
+    """A pool in which page 0 exists."""
+    return pool_PX if len(pool_PX) else pool_PX.new_zeros(1, *pool_PX.shape[1:])
+
+
 def _old(layout: PageLayout, tensors: Sequence[Tensor], queries: int, like: Tensor) -> Dense:
     """The slots in formatted pages, unpacked; all queries see them."""
     pages, key_channels, value_channels, table_RW, counts_R, position_PS, *_ = tensors
     rows, width = table_RW.shape
-    page_N = table_RW.flatten().long()
+    page_N = pages_of(table_RW, counts_R, layout.slots)
+    pages = at_least_a_page(pages)
     channels = [x.repeat_interleave(width, 0) for x in (key_channels, value_channels)]
     key, value = numbers(pages[page_N], *channels, layout, like.dtype)
     slots = width * layout.slots
     slot_S = torch.arange(slots, device=counts_R.device)
     hidden_RS = slot_S >= counts_R[:, None]
     if position_PS.numel():
-        hidden_RS = hidden_RS | (position_PS[page_N].view(rows, slots) == EMPTY)
+        hidden_RS = hidden_RS | (position_PS[page_N].view(rows, slots) < 0)
     extra = span(layout, width) - slots
     key_RSD, value_RSE = (x.view(rows, slots, x.shape[-1]) for x in (key, value))
     value_RSE = value_RSE.masked_fill((slot_S >= counts_R[:, None])[..., None], 0)
@@ -109,6 +126,7 @@ def check(
     value_PSE: Tensor,
     table_RW: Tensor,
     counts_R: Tensor,
+    scaling: float,
     softcap: float,
 ) -> None:
     """Raises OperatorError for operands that do not fit together."""
@@ -121,12 +139,12 @@ def check(
     shapes.of_dtype(op, torch.int64, {"counts_R": counts_R})
     if not 1 <= lengths["Q"] <= MOST_QUERIES:
         shapes.refuse(op, f"query_BNQD has {lengths['Q']} queries; 1 to {MOST_QUERIES} are allowed")
-    if softcap < 0:
-        shapes.refuse(op, f"softcap is {softcap}; it must be positive, or 0 for none")
+    shapes.logits(op, scaling, softcap)
     shapes.paged(op, lengths, table_RW, counts_R)
 
 
 def check_parts(
+    op: str,
     old: Sequence[Tensor],
     layouts: Sequence[int],
     query_BNQD: Tensor,
@@ -135,9 +153,11 @@ def check_parts(
     table_RW: Tensor,
 ) -> list[tuple[PageLayout, list[Tensor]]]:
     """The parts of old slots. Raises OperatorError for parts that do not fit the rows."""
-    op, parts = "decode_rows", parts_of("decode_rows", list(old), list(layouts))
+    parts = parts_of(op, list(old), list(layouts))
     rows = len(table_RW)
-    for layout, (pages, key_channels, value_channels, table, counts, position, *_) in parts:
+    columns = table_RW.shape[1] * key_PDS.shape[2]
+    for layout, (pages, key_channels, value_channels, table, counts, *rest) in parts:
+        position, mass, dropped = rest
         if (layout.key_width, layout.value_width) != (key_PDS.shape[1], value_PSE.shape[2]):
             shapes.refuse(op, f"{layout} beside {key_PDS.shape[1]}, {value_PSE.shape[2]} channels")
         if layout.item_bytes != key_PDS.element_size():
@@ -145,14 +165,17 @@ def check_parts(
         shapes.of_dtype(op, torch.uint8, {"pages": pages})
         shapes.of_dtype(op, torch.int16, {"channels": key_channels, "channels ": value_channels})
         shapes.of_dtype(op, torch.int32, {"table": table, "position": position})
-        shapes.of_dtype(op, torch.int64, {"counts": counts})
+        shapes.of_dtype(op, torch.int64, {"counts": counts, "dropped": dropped})
+        shapes.of_dtype(op, torch.float32, {"mass": mass})
+        length, width = (x.shape[i] if x.dim() == 2 else -1 for i, x in enumerate((pages, table)))
         wanted = [
-            (pages, (len(pages), layout.page_bytes)),
+            (pages, (length, layout.page_bytes)),
             (key_channels, (rows, layout.key_kept)),
             (value_channels, (rows, layout.value_kept)),
-            (table, (rows, table.shape[-1])),
+            (table, (rows, width)),
             (counts, (rows,)),
-            *([(position, (len(pages), layout.slots))] if position.numel() else []),
+            *((x, (length, layout.slots)) for x in (position, mass) if x.numel()),
+            *([(dropped, (rows,))] if dropped.numel() else []),
         ]
         for tensor, shape in wanted:
             if tensor.shape != shape:
@@ -160,4 +183,22 @@ def check_parts(
         lengths = {"B": len(query_BNQD), "R": rows, "N": query_BNQD.shape[1], "S": layout.slots}
         lengths |= {"P": len(pages), "D": layout.key_width, "E": layout.value_width}
         shapes.paged(op, lengths, table, counts)
+        check_pages(op, pages, layout)
+        _check_old_slots(op, layout, counts, dropped)
+        check_channels(op, key_channels, layout.key_width, counts)
+        check_channels(op, value_channels, layout.value_width, counts)
+        columns += span(layout, width)
+    if columns > shapes.MOST_SLOTS:
+        shapes.refuse(op, f"rows have room for {columns} slots; at most {shapes.MOST_SLOTS}")
     return parts
+
+
+def _check_old_slots(op: str, layout: PageLayout, counts_R: Tensor, dropped_R: Tensor) -> None:
+    """Raises OperatorError unless rows hold whole pages, of which some slots were dropped."""
+    if counts_R.device.type != "cpu":
+        return
+    if bool((counts_R % layout.slots != 0).any()):
+        held = counts_R.tolist()
+        shapes.refuse(op, f"rows hold {held} old slots; they stand in whole pages, {layout}")
+    if dropped_R.numel() and bool(((dropped_R < 0) | (dropped_R > counts_R)).any()):
+        shapes.refuse(op, f"rows dropped {dropped_R.tolist()} of {counts_R.tolist()} old slots")

@@ -72,8 +72,8 @@ def decode_rows(
     The same as the reference. Moves every key and value once per block of 16 members; partial
     outputs add 4·E bytes per member and chunk. Raises OperatorError.
     """
-    check(query_BNQD, key_PDS, value_PSE, table_RW, counts_R, softcap)
-    parts = check_parts(old, layouts, query_BNQD, key_PDS, value_PSE, table_RW)
+    check(query_BNQD, key_PDS, value_PSE, table_RW, counts_R, scaling, softcap)
+    parts = check_parts("decode_rows", old, layouts, query_BNQD, key_PDS, value_PSE, table_RW)
     slots = table_RW.shape[1] * key_PDS.shape[2]
     slots += sum(span(layout, tensors[3].shape[1]) for layout, tensors in parts)
     weights = query_BNQD.new_empty(

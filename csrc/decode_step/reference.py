@@ -60,7 +60,8 @@ def decode_step(
         quota_R,
         recent_B,
     )
-    check_choices(rank, noise, tau, softcap, evict and mass_PS is None)
+    check_choices(rank, noise, tau, scaling, softcap, evict and mass_PS is None)
+    shapes.ages("decode_step", seen_B, recent_B, sink, 1)
     refuse_old(old)
     batch, heads = key_BH1D.shape[:2]
     page_slots = key_PDS.shape[2]
@@ -141,6 +142,8 @@ def check(
     if lengths["H"] * lengths["B"] != lengths["R"]:
         shapes.refuse(op, f"table_RW has {lengths['R']} rows; B·H = {lengths['B'] * lengths['H']}")
     shapes.paged(op, lengths, table_RW, counts_R, appended=1)
+    written = {*pools, *masses, "position_PS", "counts_R"}
+    shapes.apart(op, {**floats, **pools, **words, **longs, **masses}, written)
 
 
 def refuse_old(old: Sequence[Tensor]) -> None:
@@ -149,21 +152,21 @@ def refuse_old(old: Sequence[Tensor]) -> None:
         shapes.refuse("decode_step", "old slots are for the C++ kernels; use decode_rows here")
 
 
-def check_choices(rank: str, noise: str, tau: float, softcap: float, massless: bool) -> None:
+def check_choices(
+    rank: str, noise: str, tau: float, scaling: float, softcap: float, massless: bool
+) -> None:
     """Raises OperatorError for options outside their range."""
     op = "decode_step"
     if rank not in RANKS:
         shapes.refuse(op, f"rank={rank!r} is unknown; allowed: {', '.join(RANKS)}")
     if massless and rank != "position":
         shapes.refuse(op, f"rank={rank!r} needs mass_PS")
-    check_noise(op, noise, tau, softcap)
+    check_noise(op, noise, tau)
+    shapes.logits(op, scaling, softcap)
 
 
-def check_noise(op: str, noise: str, tau: float, softcap: float) -> None:
+def check_noise(op: str, noise: str, tau: float) -> None:
     """Raises OperatorError for options outside their range."""
     if noise not in ("none", "frozen", "fresh"):
         shapes.refuse(op, f"noise={noise!r} is unknown; allowed: none, frozen, fresh")
-    if not tau > 0:
-        shapes.refuse(op, f"tau is {tau}; it must be positive")
-    if softcap < 0:
-        shapes.refuse(op, f"softcap is {softcap}; it must be positive, or 0 for none")
+    shapes.temperature(op, tau)

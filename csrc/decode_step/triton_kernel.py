@@ -25,6 +25,8 @@ from kvpress.csrc.triton_common import (
 )
 from torch import Tensor
 
+from kvpress.shapes import ages
+
 MASS = tl.constexpr(RANKS.index("mass"))
 MASS_PER_AGE = tl.constexpr(RANKS.index("mass_per_age"))
 LOGITS = 2048  # per block of `finish_kernel`
@@ -62,7 +64,8 @@ def decode_step(
     refuse_old(old)
     new, pools = (query_BN1D, key_BH1D, value_BH1E), (key_PDS, value_PSE, position_PS, mass_PS)
     check(*new, *pools, table_RW, counts_R, seen_B, quota_R, recent_B)
-    check_choices(rank, noise, tau, softcap, evict and mass_PS is None)
+    check_choices(rank, noise, tau, scaling, softcap, evict and mass_PS is None)
+    ages("decode_step", seen_B, recent_B, sink, 1)
     append(key_BH1D, value_BH1E, *pools, table_RW, counts_R, seen_B)
     logits = None
     if mass_PS is not None:

@@ -74,19 +74,12 @@ def check(
     lengths = shapes.bind(op, {**codes, **numbers})
     shapes.of_dtype(op, torch.int8, codes)
     shapes.of_dtype(op, torch.float32, numbers)
+    shapes.prompt(op, lengths)
     blocks = Blocks(lengths["P"], lengths["S"])
     if (lengths["J"], lengths["K"]) != (blocks.columns, GROUPS):
         shapes.refuse(op, f"key_scale_BHJK must hold {blocks.columns} × {GROUPS} scales per head")
-    check_heads(op, lengths)
     if local < 0:
         shapes.refuse(op, f"local is {local}; it must not be negative")
-
-
-def check_heads(op: str, lengths: dict[str, int]) -> None:
-    """Raises OperatorError where queries do not own the last slots, or heads do not fit."""
-    if lengths["N"] % max(1, lengths["H"]) or not lengths["H"]:
-        shapes.refuse(op, f"{lengths['N']} query heads are no multiple of {lengths['H']} KV heads")
-    if not 0 < lengths["P"] <= lengths["S"]:
-        shapes.refuse(op, f"{lengths['P']} queries for {lengths['S']} slots; 1 to S are allowed")
-    if lengths["D"] > shapes.MOST_WIDTH:
-        shapes.refuse(op, f"heads of {lengths['D']} channels; at most {shapes.MOST_WIDTH}")
+    for name, code in codes.items():
+        if code.device.type == "cpu" and max(-int(code.min()), int(code.max())) > MOST_CODE:
+            shapes.refuse(op, f"{name} holds codes beyond −{MOST_CODE} … {MOST_CODE}")

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from kvpress import shapes
 
+MOST_BYTES = 8  # of a number
+
 
 def gather_slots(pool_PX: Tensor, address_N: Tensor, slot_last: bool) -> Tensor:
     """The slots at `address_N` (page · page_slots + slot) of a pool: a fresh `[N, ...]`.
@@ -19,12 +21,16 @@ def gather_slots(pool_PX: Tensor, address_N: Tensor, slot_last: bool) -> Tensor:
 
 def places(op: str, pool_PX: Tensor, address_N: Tensor, slot_last: bool) -> tuple[Tensor, Tensor]:
     """The page and the slot in it of every address. Raises OperatorError."""
+    shapes.dense(op, {"pool_PX": pool_PX, "address_N": address_N})
     shapes.of_dtype(op, torch.int64, {"address_N": address_N})
     shapes.of_dtype(op, pool_PX.dtype, {"pool_PX": pool_PX})
     if pool_PX.device != address_N.device or address_N.dim() != 1:
         shapes.refuse(op, f"address_N {list(address_N.shape)} must be a list on {pool_PX.device}")
     if pool_PX.dim() < 2 or (slot_last and pool_PX.dim() != 3):
         shapes.refuse(op, f"pool_PX has shape {list(pool_PX.shape)}; [P, S, ...] or [P, D, S]")
+    if pool_PX.element_size() > MOST_BYTES:
+        size = pool_PX.element_size()
+        shapes.refuse(op, f"pool_PX has numbers of {size} bytes; at most {MOST_BYTES}")
     pages, page_slots = pool_PX.shape[0], pool_PX.shape[-1] if slot_last else pool_PX.shape[1]
     on_cpu = address_N.device.type == "cpu" and len(address_N) > 0
     if on_cpu and not 0 <= int(address_N.min()) <= int(address_N.max()) < pages * page_slots:

@@ -145,10 +145,11 @@ struct BlockMap {
     const int64_t last = ((row + 1) * kQueries + slots - queries + kSlots - 1) / kSlots;
     return last < columns() ? last : columns();
   }
-  // The first block of the local area, or 0: all of it is local.
+  // The first block of the local area, or 0: all of it is local. The last block always is: it may not be whole.
   int64_t first_local(int64_t row, int64_t local) const {
     const int64_t last = end(row) - 1, all = (last + kSegment - 1) / kSegment, excess = all * kSegment - last;
-    const int64_t segments = all - (local / kSlots + excess + kSegment - 1) / kSegment;
+    const int64_t least = local > kSlots ? (local - 1) / kSlots + 1 : 1;
+    const int64_t segments = all - (least + excess + kSegment - 1) / kSegment;
     return segments > 0 ? 1 + segments * kSegment : 0;
   }
   // The byte at which a row of the map begins; of `rows()`: all bytes.

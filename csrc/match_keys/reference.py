@@ -56,7 +56,6 @@ def check(evicted_BHED: Tensor, kept_BHCD: Tensor, allowed_BHC: Tensor) -> None:
         shapes.refuse(op, f"kept_BHCD is {kept_BHCD.dtype}; it must be {evicted_BHED.dtype}")
     if allowed_BHC.dtype != torch.bool:
         shapes.refuse(op, f"allowed_BHC is {allowed_BHC.dtype}; it must be torch.bool")
-    if lengths["D"] > shapes.MOST_WIDTH:
-        shapes.refuse(
-            op, f"keys of {lengths['D']} channels; at most {shapes.MOST_WIDTH} are supported"
-        )
+    shapes.at_least_one(op, lengths, "D")
+    shapes.at_most(op, lengths, "D", shapes.MOST_WIDTH)
+    shapes.at_most(op, lengths, "EC", shapes.MOST_SLOTS)

@@ -36,7 +36,7 @@ inline void quantise(const float* x, int64_t stride, int64_t count, int64_t bits
   const float divisor = to_float(*step) == 0 ? 1.0f : to_float(*step);
   for (int64_t i = 0; i < count; i++) {
     const float code = std::nearbyint((x[i * stride] - from) / divisor);
-    put(i, uint8_t(std::min(std::max(code, 0.0f), levels)));
+    put(i, uint8_t(code > 0 ? std::min(code, levels) : 0.0f));  // no number: 0
   }
 }
 

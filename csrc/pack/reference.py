@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpress import shapes
-from kvpress.layout import PageLayout, to_bytes
+from kvpress.layout import PageLayout, checked, to_bytes
 
 
 def pack(
@@ -17,6 +17,8 @@ def pack(
     channel_PT, channel_PU: the kept channels of keys and values, int16, ascending.
     """
     sizes = check(key_PSD, value_PSE, channel_PT, channel_PU, layout)
+    if not len(key_PSD):
+        return key_PSD.new_empty((0, sizes.page_bytes), dtype=torch.uint8)
     key_PTS = key_PSD.gather(2, _over_slots(channel_PT, sizes.slots)).mT
     value_PSU = value_PSE.gather(2, _over_slots(channel_PU, sizes.slots))
     page_PX = key_PSD.new_zeros((len(key_PSD), sizes.page_bytes), dtype=torch.uint8)
@@ -54,7 +56,7 @@ def quantise(x_Xn: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     step_X = _next(exact_X.half(), exact_X, 1)
     divisor_X = step_X.float().masked_fill(step_X == 0, 1.0)
     code_Xn = ((x_Xn - zero_X.float()[..., None]) / divisor_X[..., None]).round()
-    return code_Xn.clamp(0, 2**bits - 1).to(torch.uint8), step_X, zero_X
+    return code_Xn.nan_to_num(0.0).clamp(0, 2**bits - 1).to(torch.uint8), step_X, zero_X
 
 
 def _next(half_X: Tensor, exact_X: Tensor, sign: int) -> Tensor:
@@ -80,8 +82,7 @@ def check(
     key_PSD: Tensor, value_PSE: Tensor, channel_PT: Tensor, channel_PU: Tensor, layout: list[int]
 ) -> PageLayout:
     """The layout. Raises OperatorError for tensors that do not fit it."""
-    op, sizes = "pack", PageLayout(*layout)
-    sizes.check(op)
+    op, sizes = "pack", checked("pack", layout)
     floats = {"key_PSD": key_PSD, "value_PSE": value_PSE}
     channels = {"channel_PT": channel_PT, "channel_PU": channel_PU}
     lengths = shapes.bind(op, {**floats, **channels})
@@ -91,4 +92,23 @@ def check(
     given = [lengths[letter] for letter in "SDETU"]
     if given != list(sizes[:5]) or key_PSD.element_size() != sizes.item_bytes:
         shapes.refuse(op, f"key_PSD, value_PSE and channels have S, D, E, T, U = {given}, {sizes}")
+    check_channels(op, channel_PT, sizes.key_width)
+    check_channels(op, channel_PU, sizes.value_width)
     return sizes
+
+
+def check_channels(op: str, channel_RT: Tensor, width: int, counts_R: Tensor | None = None) -> None:
+    """Raises OperatorError for kept channels that do not exist or do not ascend. On the CPU.
+
+    Those of rows without slots may be any that exist.
+    """
+    if channel_RT.device.type != "cpu" or not channel_RT.numel():
+        return
+    if int(channel_RT.min()) < 0 or int(channel_RT.max()) >= width:
+        bad = channel_RT[(channel_RT < 0) | (channel_RT >= width)][0]
+        shapes.refuse(op, f"channel {int(bad)} of {width}; 0 to {width - 1} exist")
+    falls_R = (channel_RT.diff(dim=1) <= 0).any(1)
+    if counts_R is not None:
+        falls_R &= counts_R > 0
+    if bool(falls_R.any()):
+        shapes.refuse(op, f"channels {channel_RT[falls_R][0].tolist()} of a row must ascend")

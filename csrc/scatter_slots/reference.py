@@ -13,13 +13,24 @@ def scatter_slots(pool_PX: Tensor, address_N: Tensor, slots_NX: Tensor, slot_las
 
     Addresses must differ. Raises OperatorError.
     """
-    op = "scatter_slots"
-    page_N, slot_N = places(op, pool_PX, address_N, slot_last)
-    wanted = (len(address_N), *(pool_PX.shape[1:-1] if slot_last else pool_PX.shape[2:]))
-    if slots_NX.shape != wanted or slots_NX.dtype != pool_PX.dtype:
-        given = f"{list(slots_NX.shape)} {slots_NX.dtype}"
-        shapes.refuse(op, f"slots_NX is {given}; it must be {list(wanted)} {pool_PX.dtype}")
+    page_N, slot_N = check(pool_PX, address_N, slots_NX, slot_last)
     if slot_last:
         pool_PX[page_N, :, slot_N] = slots_NX
     else:
         pool_PX[page_N, slot_N] = slots_NX
+
+
+def check(
+    pool_PX: Tensor, address_N: Tensor, slots_NX: Tensor, slot_last: bool
+) -> tuple[Tensor, Tensor]:
+    """The page and the slot in it of every address. Raises OperatorError."""
+    op = "scatter_slots"
+    page_N, slot_N = places(op, pool_PX, address_N, slot_last)
+    shapes.dense(op, {"slots_NX": slots_NX})
+    wanted = (len(address_N), *(pool_PX.shape[1:-1] if slot_last else pool_PX.shape[2:]))
+    if slots_NX.shape != wanted or slots_NX.dtype != pool_PX.dtype:
+        given = f"{list(slots_NX.shape)} {slots_NX.dtype}"
+        shapes.refuse(op, f"slots_NX is {given}; it must be {list(wanted)} {pool_PX.dtype}")
+    named = {"pool_PX": pool_PX, "address_N": address_N, "slots_NX": slots_NX}
+    shapes.apart(op, named, {"pool_PX"})
+    return page_N, slot_N

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from kvpress.csrc.pack.reference import check_channels
 from torch import Tensor
 
 from kvpress import shapes
-from kvpress.layout import PageLayout, from_bytes
+from kvpress.layout import PageLayout, checked, from_bytes
 
 
 def unpack(
@@ -17,6 +18,9 @@ def unpack(
     Dropped channels are zero. Raises OperatorError.
     """
     sizes = check(page_PX, channel_PT, channel_PU, layout, like)
+    if not len(page_PX):
+        shapes_of = (0, sizes.slots, sizes.key_width), (0, sizes.slots, sizes.value_width)
+        return like.new_empty(shapes_of[0]), like.new_empty(shapes_of[1])
     key_PSD, value_PSE = numbers(page_PX, channel_PT, channel_PU, sizes, like.dtype)
     return key_PSD.to(like.dtype), value_PSE.to(like.dtype)
 
@@ -73,10 +77,10 @@ def check(
     page_PX: Tensor, channel_PT: Tensor, channel_PU: Tensor, layout: list[int], like: Tensor
 ) -> PageLayout:
     """The layout. Raises OperatorError for tensors that do not fit it."""
-    op, sizes = "unpack", PageLayout(*layout)
-    sizes.check(op)
+    op, sizes = "unpack", checked("unpack", layout)
     channels = {"channel_PT": channel_PT, "channel_PU": channel_PU}
     lengths = shapes.bind(op, {"page_PX": page_PX, **channels})
+    shapes.dense(op, {"like": like})
     shapes.floating(op, {"like": like})
     shapes.of_dtype(op, torch.uint8, {"page_PX": page_PX})
     shapes.of_dtype(op, torch.int16, channels)
@@ -84,4 +88,13 @@ def check(
     wanted = [sizes.page_bytes, sizes.key_kept, sizes.value_kept]
     if given != wanted or like.element_size() != sizes.item_bytes:
         shapes.refuse(op, f"page_PX and channels have X, T, U = {given}, not {wanted} of {sizes}")
+    check_pages(op, page_PX, sizes)
+    check_channels(op, channel_PT, sizes.key_width)
+    check_channels(op, channel_PU, sizes.value_width)
     return sizes
+
+
+def check_pages(op: str, page_PX: Tensor, sizes: PageLayout) -> None:
+    """Raises OperatorError for pages whose numbers do not begin at multiples of their size."""
+    if page_PX.data_ptr() % sizes.item_bytes:
+        shapes.refuse(op, f"pages begin between numbers of {sizes.item_bytes} bytes; copy them")

@@ -93,8 +93,9 @@ def test_bad_operands_are_refused_by_name(native: bool) -> None:
         ((query[:, :, 1:], key, value, position), "12 queries for 13 slots"),
         ((query, key, value[:, :1], position), "but H is 2"),
         ((query, key, value, position.int()), "int64"),
-        ((query, key, value.int(), position), "float32, bfloat16 or float16"),
-        ((query[:, :5], key, value, position), "divide"),
+        ((query, key, value.int(), position), "float32, bfloat16 or float16|of the dtype"),
+        ((query, key.half(), value, position), "of the dtype|must be torch.float32"),
+        ((query[:, :5], key, value, position), "no multiple"),
         ((query, key, torch.randn(2, 2, 13, 264), position), "at most 256"),
     ]
     for tensors, message in refused:

@@ -52,7 +52,7 @@ def test_the_local_area() -> None:
     assert found[4:] == [(10, 1, 5), (12, 1, 5), (14, 2, 9), (16, 2, 9)]
 
 
-@pytest.mark.parametrize("local", [0, 32, 128, 256])
+@pytest.mark.parametrize("local", [0, 1, 31, 32, 33, 100, 128, 256, 2**63 - 1])
 @pytest.mark.parametrize("sizes", [(1, 1), (64, 64), (100, 1000), (1025, 1025), (700, 3000)])
 def test_blocks_are_first_examined_or_local(sizes: tuple[int, int], local: int) -> None:
     blocks = Blocks(*sizes)
@@ -61,7 +61,7 @@ def test_blocks_are_first_examined_or_local(sizes: tuple[int, int], local: int) 
         end, first = blocks.end(row), blocks.first_local(row, local)
         last_slot = sizes[1] - sizes[0] + min((row + 1) * QUERIES, sizes[0]) - 1
         assert end == last_slot // SLOTS + 1 or end == blocks.columns
-        assert first == 0 or (first % 4 == 1 and (end - first) * SLOTS >= local)
+        assert first == 0 or (first % 4 == 1 and (end - first) * SLOTS >= max(local, 1))
         examined = range(1, first)
         assert always[row].tolist() == [
             j < end and j not in examined for j in range(blocks.columns)
@@ -120,6 +120,17 @@ def test_maps_equal_the_reference_bit_for_bit(shape: tuple[int, ...], tau: float
     given = estimate_operands(query, key, tau)
     bits = ops.estimate_blocks(*given)
     assert torch.equal(bits, estimate.estimate_blocks(*given))
+
+
+@pytest.mark.parametrize("local", [0, 1, 31, 32, 33, 2**63 - 1])
+@pytest.mark.parametrize("slots", [129, 140, 161, 222])
+def test_a_last_block_that_is_not_whole_is_never_examined(slots: int, local: int) -> None:
+    query, key, _ = operands(1, 2, 1, slots, slots, 16)
+    *given, _ = estimate_operands(query, key, 0.01)
+    bits = ops.estimate_blocks(*given, local)
+    assert torch.equal(bits, estimate.estimate_blocks(*given, local))
+    blocks = Blocks(slots, slots)
+    assert from_map(bits, blocks)[:, :, -1, blocks.columns - 1].all()
 
 
 @pytest.mark.parametrize("kind", ["operator", "reference"])

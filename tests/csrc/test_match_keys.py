@@ -222,7 +222,7 @@ def test_bad_operands_are_refused_by_name(run: Run) -> None:
         ((evicted, kept, allowed.int()), "allowed_BHC .*bool"),
         ((evicted.int(), kept.int(), allowed), "evicted_BHED .*float32, bfloat16 or float16"),
         ((evicted, kept.half(), allowed), "kept_BHCD .*must be"),
-        ((wide, wide, allowed[..., :5]), "264 channels; at most 256"),
+        ((wide, wide, allowed[..., :5]), "D is 264; at most 256"),
     ]
     for tensors, message in refused:
         with pytest.raises((OperatorError, RuntimeError), match=message):

@@ -273,15 +273,25 @@ def test_decode_steps_leave_the_same_rows_as_the_reference(run: Run, case: tuple
 
 
 def victims(
-    run: Run, mass: list[float], rank: str, sink: int, recent: int, group: int = 1
+    run: Run,
+    mass: list[float],
+    rank: str,
+    sink: int,
+    recent: int,
+    group: int = 1,
+    reverse: bool = False,
 ) -> list[int]:
-    """Which of the positions 0, 1, … is missing after a step in which nothing is attended to."""
+    """Which of the positions 0, 1, … is missing after a step in which nothing is attended to.
+
+    reverse: the last position stands in the first slot.
+    """
     rows = make_rows([len(mass)], 32, 32, 4, FP32, spare=1)
     rows.key_PDS.zero_()
-    address = torch.arange(len(mass), device=DEVICE)
+    position_S = torch.arange(len(mass), device=DEVICE)
+    address = position_S.flip(0) if reverse else position_S
     page_S = rows.table_RW[0].long()[address // 4]
     rows.mass_PS[page_S, address % 4] = torch.tensor(mass, device=DEVICE)
-    rows.position_PS[page_S, address % 4] = address.int()
+    rows.position_PS[page_S, address % 4] = position_S.int()
     one, query = (
         torch.zeros(1, 1, 1, 32, device=DEVICE),
         torch.zeros(1, group, 1, 32, device=DEVICE),
@@ -295,11 +305,13 @@ def victims(
     return sorted(set(range(len(mass) + 1)) - set(left))
 
 
-def test_of_slots_that_rank_the_same_the_latest_goes(run: Run) -> None:
-    assert victims(run, [1.0, 1.0, 1.0, 1.0, 1.0], "mass", 0, 1) == [4]
-    assert victims(run, [1.0, 0.5, 0.5, 1.0, 1.0], "mass", 0, 1) == [2]
+@pytest.mark.parametrize("reverse", [False, True])
+def test_of_slots_that_rank_the_same_the_latest_goes(run: Run, reverse: bool) -> None:
+    assert victims(run, [1.0, 1.0, 1.0, 1.0, 1.0], "mass", 0, 1, reverse=reverse) == [4]
+    assert victims(run, [1.0, 0.5, 0.5, 1.0, 1.0], "mass", 0, 1, reverse=reverse) == [2]
     many = [0.5 if slot in (3, 67, 131) else 1.0 for slot in range(140)]
-    assert victims(run, many, "mass", 0, 1, group=32) == [131]  # in several blocks of slots
+    # in several blocks of slots
+    assert victims(run, many, "mass", 0, 1, group=32, reverse=reverse) == [131]
 
 
 def test_a_mass_that_is_no_number_goes_first(run: Run) -> None:
