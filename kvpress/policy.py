@@ -78,7 +78,8 @@ class Policy:
     def allocate(self, slots: int, layer: int, layers: int, heads: int) -> Sequence[int]:
         """Slots that each KV head of a layer keeps, given the budget of one row.
 
-        Default: all the same.
+        Heads and layers may get more and others less: over the heads of all compressed layers the
+        sum is `slots` for each row at the most. Default: all the same.
         """
         return [slots] * heads
 

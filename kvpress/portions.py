@@ -14,7 +14,7 @@ from torch import Tensor
 from kvpress.decode import evict, stored
 from kvpress.layer import Layer
 from kvpress.policy import Recipe
-from kvpress.quotas import geometry, set_quotas
+from kvpress.quotas import compressed, geometry, set_quotas
 from kvpress.types import Slots
 
 _BUDGETS = "Layer budgets:"
@@ -33,7 +33,7 @@ def foresee(layer: Layer, group: Sequence[int], seen_b: Tensor) -> None:
 
     seen_b: tokens of the sequences after it.
     """
-    layers = _compressed(layer)
+    layers = compressed(layer)
     if layer is layers[0] and group:
         nothing_known = torch.full((len(group), len(layers)), torch.nan, dtype=torch.float64)
         _portions(layer.recipe, nothing_known, *_kept(layer, seen_b))
@@ -48,7 +48,7 @@ def plan(layer: Layer, group: Sequence[int], slots: Slots) -> None:
     old_b = layer.demand_B[rows]  # of the chunks before: each counts by its tokens
     part_b = slots.new_tokens / seen_b
     layer.demand_B[rows] = torch.where(old_b.isnan(), new_b, old_b * (1 - part_b) + new_b * part_b)
-    layers = _compressed(layer)
+    layers = compressed(layer)
     place = layers.index(layer)
     portion_bL = _divide(layers, group, known=place + 1)
     set_quotas(layer, group, layer.seen_B[rows], portion_bL[:, place].tolist())
@@ -56,7 +56,7 @@ def plan(layer: Layer, group: Sequence[int], slots: Slots) -> None:
 
 def trim(layer: Layer, group: Sequence[int]) -> None:
     """Brings all layers to their budgets after a prompt; called by the last one that attends."""
-    layers = _compressed(layer)
+    layers = compressed(layer)
     if layer is not layers[-1] or layer.limits is None or not group:
         return
     portion_bL, lasting_bL = _divide(layers, group, known=len(layers)), _lasting(layers, group)
@@ -70,10 +70,6 @@ def trim(layer: Layer, group: Sequence[int]) -> None:
                 part = [b for b in group if (b in other.cut) == goes_on]
                 _evict(other, part, goes_on)
     _explain(layers, group)
-
-
-def _compressed(layer: Layer) -> list[Layer]:
-    return [other for other in layer.run.members if other.kind.window is None]
 
 
 def _divide(layers: list[Layer], group: Sequence[int], known: int) -> Tensor:

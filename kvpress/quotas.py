@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpress.budget import Geometry, Quota, share
+from kvpress.budget import UNLIMITED, Geometry, Quota, share
 from kvpress.errors import PolicyError
 from kvpress.layer import Layer
 from kvpress.run import Growth
@@ -110,19 +110,43 @@ def _longs(numbers: list[int]) -> Tensor:
 def _allocate(layer: Layer, quota: Quota) -> list[int]:
     """Slots of every KV head.
 
-    Raises PolicyError if a policy allocates less than it protects.
+    Raises PolicyError if a policy allocates less than it protects, or more than the budget.
     """
+    slots, policy = _asked(layer, quota), layer.recipe.stage("allocate")
+    if policy.overrides("allocate"):
+        together = [layer] if layer.recipe.shares else compressed(layer)
+        if layer is together[0]:  # which speaks for all of them, before anything changes
+            _check_sum(together, quota)
+    return slots
+
+
+def _asked(layer: Layer, quota: Quota) -> list[int]:
     heads, least = layer.kind.heads, max(1, quota.sink + quota.recent)
-    policy = layer.recipe.stage("allocate")
-    slots = [
-        int(n) for n in policy.allocate(quota.slots, layer.kind.index, layer.run.layers, heads)
-    ]
+    policy, place = layer.recipe.stage("allocate"), (layer.kind.index, layer.run.layers)
+    slots = [min(int(n), UNLIMITED) for n in policy.allocate(quota.slots, *place, heads)]
     if len(slots) != heads or min(slots) < min(least, quota.slots):
         raise PolicyError(
             f"{policy} allocates {slots} slots in layer {layer.kind.index}; it must give {heads}"
             f" numbers of at least {min(least, quota.slots)}, the protected tokens."
         )
     return slots
+
+
+def _check_sum(layers: Sequence[Layer], quota: Quota) -> None:
+    """Raises PolicyError where layers that share a budget are given more than that."""
+    given = [sum(_asked(layer, quota)) for layer in layers]
+    allowed = quota.slots * sum(layer.kind.heads for layer in layers)
+    if sum(given) > allowed and quota.slots < UNLIMITED:
+        raise PolicyError(
+            f"{layers[0].recipe.stage('allocate')} allocates {sum(given)} slots to the KV heads of"
+            f" {len(layers)} layers ({given}), but the budget of {quota.slots} a row allows"
+            f" {allowed}. What a head or a layer gets more another one must get less."
+        )
+
+
+def compressed(layer: Layer) -> list[Layer]:
+    """The layers of a cache that have the policy's budget."""
+    return [other for other in layer.run.members if other.kind.window is None]
 
 
 def _explain(layer: Layer, seen: int, quota: Quota) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvpress.errors import PolicyError
 from kvpress.layer import Layer
 from kvpress.select import protect
-from kvpress.types import Slots
+from kvpress.types import EMPTY, Slots
 
 
 def protected(layer: Layer, slots: Slots, group: Sequence[int]) -> Tensor:
@@ -36,13 +36,12 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """True for the slots of some sequences that stay, and how many stay of each row (host).
 
-    Raises PolicyError if the policy gives scores that are not numbers, or misses the quota.
+    Raises PolicyError if the policy makes scores that are no numbers, or misses the quota.
     """
     score_BHS = score(layer, slots)
     if bool(score_BHS.isnan().any()):
-        raise PolicyError(
-            f"{layer.recipe} gave NaN scores in layer {layer.kind.index}; scores must be numbers."
-        )
+        _check_numbers(layer, slots, group, score_BHS)
+        score_BHS = score_BHS.masked_fill(score_BHS.isnan(), -torch.inf)
     quota_BH = layer.quota_BH[list(group)]
     keep_BH = quota_BH.to(slots.position_BHS.device)
     policy = layer.recipe.stage("select")
@@ -56,3 +55,30 @@ def select(
             " many per row."
         )
     return kept_BHS, counts_BH
+
+
+def _check_numbers(layer: Layer, slots: Slots, group: Sequence[int], score_BHS: Tensor) -> None:
+    """Notes the rows whose scores are no numbers because what the model computed is none either.
+
+    Their slots without a score rank last, as they do while decoding. Raises PolicyError where keys,
+    values and attention are finite: then the policy made them.
+    """
+    found_BH = (score_BHS.isnan() & (slots.position_BHS != EMPTY)).any(-1)
+    given = [slots.key_BHSD, slots.value_BHSD, slots.attention_BHS]
+    if layer.recipe.adds_attention:
+        given.append(slots.mass_BHS)  # of steps before; otherwise the policy makes it
+    finite_B = torch.stack([x.isfinite().flatten(1).all(1) for x in given if x is not None]).all(0)
+    for b, found_H, finite in zip(group, found_BH.tolist(), finite_B.tolist(), strict=True):
+        heads = [head for head, found in enumerate(found_H) if found]
+        where = f"layer {layer.kind.index}, KV heads {heads}"
+        if heads and finite:
+            raise PolicyError(
+                f"{layer.recipe} gave NaN scores for sequence {b} in {where}, from keys, values and"
+                " attention that are finite; scores must be numbers."
+            )
+        if heads and not any(note.startswith(f"Sequence {b} is ") for note in layer.run.notes):
+            layer.run.notes[
+                f"Sequence {b} is not finite in {where}: the model computed NaN or infinite keys,"
+                " values or attention. Tokens without a score were evicted first; the other"
+                " sequences are not touched."
+            ] = None

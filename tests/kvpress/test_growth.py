@@ -222,6 +222,22 @@ def test_heads_grow_as_the_policy_allocates(way: str) -> None:
                 assert state.rows.counts_BH.tolist() == [held[layer]] * 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pyramid(Uneven):
+    """The first layer gets half as much again, and the last one what is left."""
+
+    def allocate(self, slots: int, layer: int, layers: int, heads: int) -> list[int]:
+        return [slots + (1 - layer) * (slots // 2)] * heads
+
+
+def test_layers_may_take_from_each_other_and_no_more_than_that() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, TOKENS)
+    with kvpress.attach(model, Pyramid(budget=0.4)) as engine:  # type: ignore[arg-type]
+        cache = engine.new_cache()
+        list(feed(model, cache, ids, [30, *[1] * 9]))  # 15 slots a row
+        assert [layer[0] for layer in cache.report().slots_kept] == [[22] * 2, [15] * 2, [8] * 2]
+
+
 def test_layers_with_budgets_of_their_own_meet_the_mean_while_decoding() -> None:
     model, ids = helpers.tiny(num_hidden_layers=6), helpers.prompt(2, 400)
     for pieces in ([100, *[1] * 100], [30, *[1] * 170], [50, 50, *[1] * 100]):

@@ -144,6 +144,17 @@ def test_a_budget_that_nobody_can_meet_is_refused(tmp_path: Path) -> None:
         ("    def allocate(self, *a):\n        return [9]\n    score = None\n", "must give 2"),
         ("    def allocate(self, *a):\n        return [-3, 9]\n    score = None\n", "at least 1"),
         (
+            "    def allocate(self, slots, *rest):\n        return [10 * slots] * 2\n"
+            "    def score(self, slots):\n        return slots.position_BHS\n",
+            r"allocates 900 slots .* of 3 layers \(\[300, 300, 300\]\), but .* allows 90",
+        ),
+        (
+            "    def allocate(self, slots, layer, layers, heads):\n"
+            "        return [slots + (layer == 2), slots]\n"
+            "    def score(self, slots):\n        return slots.position_BHS\n",
+            "allocates 91 slots",
+        ),
+        (
             "    def score(self, slots):\n        return slots.position_BHS\n"
             "    def select(self, slots, score, shield, keep):\n        return shield | True\n",
             "asks for exactly",

@@ -81,6 +81,36 @@ def test_kept_counts_equal_the_budget_after_prompt_and_decode(
         assert cache.check_integrity()
 
 
+@pytest.mark.parametrize("recipe", [*POLICIES, "h2o+quant", "knorm+think", "sale+tova"])
+@torch.no_grad()
+def test_a_row_that_is_not_finite_leaves_the_others_alone(recipe: str) -> None:
+    model, ids = helpers.tiny(**WIDE), helpers.prompt(3, PROMPT)
+    embeds = model.get_input_embeddings()(ids)
+    embeds[1, 20] = torch.nan
+    alone, caches = [], []
+    with kvpress.attach(model, recipe) as engine:
+        for rows in ([0, 1, 2], [0], [2]):
+            cache = engine.new_cache(max_new_tokens=NEW)
+            logits = [model(inputs_embeds=embeds[rows], past_key_values=cache).logits[:, -1]]
+            for step in range(NEW):
+                token = helpers.prompt(3, NEW, seed=1)[rows, step : step + 1]
+                logits.append(model(token, past_key_values=cache).logits[:, -1])
+            alone.append(torch.stack(logits, 1))
+            caches.append(cache)
+            assert cache.check_integrity()
+    together, first, last = alone
+    assert together[1].isnan().any()
+    torch.testing.assert_close(together[[0, 2]], torch.cat([first, last]), rtol=1e-3, atol=1e-3)
+    for row, cache in ((0, caches[1]), (2, caches[2])):
+        assert helpers.positions(caches[0], row) == helpers.positions(cache)
+    counts = caches[0].report().slots_kept
+    assert all(layer[1] == layer[0] for layer in counts) or recipe == "d2o"  # budgets of layers
+    notes = " ".join(caches[0].report().notes)
+    ranked = recipe.split("+")[-1] in ("h2o", "keyformer", "knorm", "snapkv", "tova", "d2o")
+    assert ("Sequence 1 is not finite in layer 0, KV heads [0, 1]" in notes) or not ranked
+    assert "Sequence 0" not in notes and "Sequence 2" not in notes
+
+
 @pytest.mark.parametrize("name", EVICTING)
 def test_protected_tokens_survive(name: str) -> None:
     recipe = policy(name, budget=BUDGET, sink=3, recent=7)
