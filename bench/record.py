@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -20,7 +19,7 @@ from rich.console import Group
 from rich.table import Table
 
 import kvpress
-from kvpress import ops
+from kvpress import native, ops, versions
 from kvpress.errors import KVPressError
 from kvpress.tables import Fitted
 
@@ -39,7 +38,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-        "cpu": _cpu(),
+        "cpu": native.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
@@ -47,28 +46,12 @@ def environment(device: torch.device) -> dict[str, Any]:
             "kvpress": kvpress.__version__,
             "python": platform.python_version(),
             "cuda": torch.version.cuda,
-            **{name: _version(name) for name in ("torch", "triton", "transformers")},
+            **{name: versions.installed(name) for name in ("torch", "triton", "transformers")},
         },
         "commit": _commit(),
         "backends": dict(ops.backends()),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

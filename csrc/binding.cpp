@@ -935,3 +935,19 @@ STABLE_TORCH_LIBRARY_IMPL(kvpress, CPU, library) {
   library.impl("gather_slots", TORCH_BOX(&kvpress::gather_slots));
   library.impl("scatter_slots", TORCH_BOX(&kvpress::scatter_slots));
 }
+
+// Which instruction set the operators use here: its name in kSets.
+extern "C" const char* kvpress_instruction_set() {
+  const kvpress::Kernels* chosen = &kvpress::kernels();
+#if defined(KERNELS_FOR_AVX512)
+#if defined(KVPRESS_AMX)
+  if (chosen == &kvpress::avx512::kernels_amx) return "amx";
+#endif
+  if (chosen == &kvpress::avx512::kernels_vnni) return "avx512vnni";
+  if (chosen == &kvpress::avx512::kernels) return "avx512";
+#endif
+#if defined(KERNELS_FOR_AVX2)
+  if (chosen == &kvpress::avx2::kernels) return "avx2";
+#endif
+  return "portable";
+}

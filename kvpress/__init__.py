@@ -13,7 +13,20 @@ import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from kvpress.errors import ImportClashError
+from kvpress.errors import (
+    AttachError,
+    BackendError,
+    BudgetError,
+    CacheError,
+    CacheFileError,
+    ImportClashError,
+    InputError,
+    KVPressError,
+    MaskError,
+    OperatorError,
+    PolicyError,
+    UnsupportedModelError,
+)
 
 if TYPE_CHECKING:
     from kvpress.engine import Engine, attach, detach, engine_of
@@ -22,8 +35,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AttachError",
+    "BackendError",
+    "BudgetError",
+    "CacheError",
+    "CacheFileError",
     "Engine",
+    "ImportClashError",
+    "InputError",
+    "KVPressError",
+    "MaskError",
+    "OperatorError",
     "Policy",
+    "PolicyError",
+    "UnsupportedModelError",
     "__version__",
     "attach",
     "detach",
@@ -67,3 +92,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'kvpress' has no attribute {name!r}")
     return getattr(importlib.import_module(f"kvpress.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -13,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvpress import __version__, env
+from kvpress import __version__, env, versions
 from kvpress.bench.calibrate.commands import calibrate
 from kvpress.bench.commands import bench
 from kvpress.bench.pages import plot, report
@@ -37,6 +36,21 @@ app.command("eval")(evaluate)
 app.command()(report)
 app.command()(plot)
 app.command()(view)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"kvpress-engine {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show it.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None: ...
 
 
 @app.command()
@@ -88,25 +102,23 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 def _facts() -> dict[str, dict[str, Any]]:
     import torch
 
-    from kvpress import ops
+    from kvpress import native, ops
 
     names = ("torch", "transformers", "accelerate", "safetensors", "triton", "gguf", "lm-eval")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "versions": (
             {"kvpress-engine": __version__, "python": platform.python_version()}
-            | {n: _version(n) for n in names}
+            | {name: _version(name) for name in names}
         ),
         "devices": {
-            "cpu": (
-                f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-            ),
+            "cpu": f"{native.processor()}, {torch.get_num_threads()} threads",
             "cuda": ", ".join(gpus) or "none: torch sees no CUDA device",
         },
         "operators": {
-            f"{name} on {device}": backend
-            for device, backend in ops.backends().items()
-            for name in ops.names()
+            **{f"on {device}": backend for device, backend in ops.backends().items()},
+            "instruction set": ops.instruction_set() or "none: no C++ operator runs",
+            "names": ", ".join(ops.names()),
         },
         "environment": {name: f"{_setting(name)} – {text}" for name, text in env.VARIABLES.items()},
     }
@@ -117,16 +129,20 @@ def _setting(name: str) -> str:
 
 
 def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+    version = versions.installed(name)
+    if version is None:
         return "not installed"
+    if name not in versions.PROVEN:
+        return version
+    oldest, newest = versions.PROVEN[name]
+    doubt = "not proven; " if versions.unproven(name) else ""
+    return f"{version} ({doubt}the tests prove {oldest} to {newest})"
 
 
 def main() -> None:
     """The entry point: engine errors become one message and exit status 2."""
     try:
-        app()
+        app(prog_name="kvpress")
     except KVPressError as error:
         errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
         errors.print(str(error), highlight=False, markup=False)

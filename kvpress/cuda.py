@@ -8,17 +8,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
-from filelock import FileLock
-
-from kvpress.env import cache_folder
+from kvpress import folders
 from kvpress.errors import BackendError
-from kvpress.native import sources
+from kvpress.native import run, sources
 
 FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-Xptxas", "-v")
 
@@ -34,35 +30,32 @@ def library(source: str, architecture: int) -> ctypes.CDLL:
 
     Raises BackendError.
     """
-    key = _key(source, architecture)
-    folder = cache_folder() / "cuda" / key
-    made = folder / "operator.so"
-    if not made.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):
-            if not made.is_file():
-                with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                    compiled = Path(scratch) / "operator.so"
-                    build(source, architecture, compiled)
-                    os.replace(compiled, made)
-    return ctypes.CDLL(str(made))
+    made = folders.made(
+        f"cuda/{_key(source, architecture)}",
+        "operator.so",
+        lambda out, log: _build(source, architecture, out, log),
+    )
+    try:
+        return ctypes.CDLL(str(made))
+    except OSError as error:
+        raise BackendError(f"The CUDA operator {made} cannot be loaded: {error}") from error
 
 
 def build(source: str, architecture: int, out: Path) -> str:
-    """Compiles a source, and returns what the assembler says of registers and spills.
+    """Compiles a source to `out`, and returns what the assembler says of registers and spills.
 
-    Raises BackendError.
+    Raises BackendError; what the compiler said is then beside `out`, in a file that ends in .log.
     """
+    return _build(source, architecture, out, out.with_suffix(".log"))
+
+
+def _build(source: str, architecture: int, out: Path, log: Path) -> str:
     nvcc = compiler()
     if nvcc is None:
         raise BackendError("nvcc was not found. Install the CUDA toolkit, or do with Triton.")
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     command = [nvcc, *FLAGS, target, "-shared", str(sources() / source), "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        tail = "\n".join(done.stderr.splitlines()[-20:])
-        raise BackendError(f"nvcc failed: {' '.join(command)}\n{tail}")
-    return done.stderr
+    return run(command, log, f"Compiling {source}")
 
 
 def _key(source: str, architecture: int) -> str:

@@ -6,20 +6,20 @@ CPU features. Nothing is ever written into the package.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
-from kvpress.env import cache_folder
+from kvpress import folders, versions
 from kvpress.errors import BackendError
 
 _LOG = logging.getLogger("kvpress")
@@ -40,16 +40,36 @@ def build() -> Path:
     """The compiled operators, compiled now if need be. Raises BackendError where that cannot be."""
     compiler = _compiler()
     targets = _targets(compiler)
-    folder = cache_folder() / "native" / _key(compiler, targets)
-    library = folder / "operators.so"
-    if library.is_file():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
-        if not library.is_file():
-            _LOG.warning("Compiling the CPU operators with %s, once: about a minute.", compiler)
-            _compile(compiler, targets, library)
-    return library
+
+    def make(library: Path, log: Path) -> None:
+        _LOG.warning("Compiling the CPU operators with %s, once: about a minute.", compiler)
+        _compile(compiler, targets, library, log)
+
+    return folders.made(f"native/{_key(compiler, targets)}", "operators.so", make)
+
+
+def instruction_set(library: Path) -> str:
+    """The instruction set that the compiled operators use on this processor."""
+    ask = ctypes.CDLL(str(library)).kvpress_instruction_set
+    ask.restype = ctypes.c_char_p
+    return str(ask().decode())
+
+
+def run(command: list[str], log: Path, what: str) -> str:
+    """What a compiler said. Raises BackendError: one line that names the file with all of it.
+
+    log: the file to whose end the command and its output are written where it fails.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise BackendError(f"{what} failed: {command[0]} cannot be run: {error}") from error
+    said = done.stdout + done.stderr
+    if done.returncode:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"{shlex.join(command)}\n{said}\nexit status {done.returncode}\n\n")
+        raise BackendError(f"{what} with {command[0]} failed. What it said is in {log}.")
+    return said
 
 
 def sources() -> Path:
@@ -59,7 +79,7 @@ def sources() -> Path:
 
 
 def _compiler() -> str:
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _TORCH:
+    if versions.numbers(torch.__version__) < _TORCH:
         raise BackendError(
             f"torch {torch.__version__} is older than {'.'.join(map(str, _TORCH))}, which the CPU"
             " operators need. Upgrade torch."
@@ -99,49 +119,40 @@ def _key(compiler: str, targets: dict[str, tuple[str, ...]]) -> str:
     return digest.hexdigest()[:16]
 
 
+def processor() -> str:
+    """The name of the processor, as the system knows it."""
+    line = _cpu_line("model name")
+    return line.partition(":")[2].strip() or platform.processor() or platform.machine()
+
+
 def _cpu_features() -> str:
+    return _cpu_line("flags", "Features") or platform.processor()
+
+
+def _cpu_line(*starts: str) -> str:
+    """The first line of Linux's description of the processor that starts so; empty elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        return ""
+    return next((line for line in lines if line.startswith(starts)), "")
 
 
-def _compile(compiler: str, targets: dict[str, tuple[str, ...]], library: Path) -> None:
-    """Compiles one kernel file per instruction set and the binding, links, and renames."""
+def _compile(compiler: str, targets: dict[str, tuple[str, ...]], library: Path, log: Path) -> None:
+    """Compiles one kernel file per instruction set and the binding, and links."""
     torch_folder = Path(torch.__file__).parent
     binding = [f"-I{torch_folder / 'include'}", "-DTORCH_TARGET_VERSION=0x020A000000000000"]
     binding += [f"-DKERNELS_FOR_{name.upper()}" for name in targets]
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        jobs = {"binding": ("binding.cpp", [*binding, "-O1"])}
-        for name, flags in targets.items():
-            jobs[name] = ("kernels.cpp", [f"-DKERNEL_ISA={name}", *flags])
-        objects = [f"{scratch}/{name}.o" for name in jobs]
-        commands = [
-            [compiler, *_COMMON, *flags, "-c", str(sources() / source), "-o", target]
-            for (source, flags), target in zip(jobs.values(), objects, strict=True)
-        ]
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(_run, commands))
-        made, lib = f"{scratch}/operators.so", torch_folder / "lib"
-        _run(
-            [
-                compiler,
-                "-shared",
-                *objects,
-                f"-L{lib}",
-                "-ltorch",
-                "-ltorch_cpu",
-                "-lc10",
-                "-o",
-                made,
-            ]
-        )
-        os.replace(made, library)
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        tail = "\n".join(done.stderr.splitlines()[-20:])
-        raise BackendError(f"Compiling the CPU operators failed: {' '.join(command)}\n{tail}")
+    jobs = {"binding": ("binding.cpp", [*binding, "-O1"])}
+    for name, flags in targets.items():
+        jobs[name] = ("kernels.cpp", [f"-DKERNEL_ISA={name}", *flags])
+    objects = [str(library.with_name(f"{name}.o")) for name in jobs]
+    commands = [
+        [compiler, *_COMMON, *flags, "-c", str(sources() / source), "-o", target]
+        for (source, flags), target in zip(jobs.values(), objects, strict=True)
+    ]
+    what = "Compiling the CPU operators"
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(pool.map(lambda command: run(command, log, what), commands))
+    libraries = [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    run([compiler, "-shared", *objects, *libraries, "-o", str(library)], log, what)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpress import env, native
+from kvpress import env, native, versions
 from kvpress.errors import BackendError, KVPressError, OperatorError, did_you_mean
 
 BACKENDS = ("reference", "cpu", "triton")
@@ -50,10 +50,13 @@ def _load() -> dict[str, str]:
         raise KVPressError(
             f"KVPRESS_BACKEND={forced!r} names no backend.{did_you_mean(forced, BACKENDS)}"
         )
+    env.check_instruction_set()
     _define()
     chosen = {"cpu": "reference", "cuda": "reference"}
     if forced in (None, "cpu"):
-        chosen["cpu"] = _native(forced)
+        chosen["cpu"] = _native()
+        if forced and chosen["cpu"] != "cpu":
+            raise BackendError(f"KVPRESS_BACKEND=cpu cannot run: {reason_of(chosen['cpu'])}")
     if forced in (None, "triton"):
         chosen |= _triton(forced)
     for device, backend in chosen.items():
@@ -75,15 +78,40 @@ def _define() -> torch.library.Library:
     return library
 
 
-def _native(forced: str | None) -> str:
+@functools.cache
+def _native() -> str:
+    """The backend of CPU tensors, once per process: a build that failed is not tried again."""
     try:
-        torch.ops.load_library(native.build())  # type: ignore[no-untyped-call]
+        library = native.build()
+        try:
+            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+        except (OSError, RuntimeError) as error:
+            raise BackendError(
+                f"{library} cannot be loaded: {error}. Remove it, or set KVPRESS_CACHE to a folder"
+                " from which programs may be run."
+            ) from error
     except BackendError as error:
-        if forced:
-            raise
-        _LOG.warning("The CPU operators run as PyTorch references: %s", error)
         return f"reference: {error}"
     return "cpu"
+
+
+def reason_of(backend: str) -> str:
+    """Why a backend is the reference; empty where that was asked for, or where it is not."""
+    return backend.partition(": ")[2]
+
+
+def instruction_set() -> str:
+    """What the CPU operators are made of on this processor; empty where the references run."""
+    return native.instruction_set(native.build()) if backends()["cpu"] == "cpu" else ""
+
+
+@functools.cache
+def _warn() -> None:
+    """Says, once per process, that the CPU operators are missing, or which version is unproven."""
+    reason = reason_of(backends()["cpu"])
+    if reason:
+        _LOG.warning("The CPU operators run as PyTorch references: %s", reason)
+    versions.warn()
 
 
 def _triton(forced: str | None) -> dict[str, str]:
@@ -112,7 +140,7 @@ def implementation(name: str, kind: str) -> Any:
 
 @functools.cache
 def _operator(name: str) -> Any:
-    backends()
+    _warn()
     return getattr(torch.ops.kvpress, name).default
 
 

@@ -19,18 +19,9 @@ POLICIES = [path.stem for path in (ROOT / "policies").glob("*.py") if path.stem 
 
 # A module may import only from its own line and the lines above it.
 LAYERS = [
-    {
-        "errors",
-        "env",
-        "types",
-        "noise",
-        "families",
-        "blocks",
-        "lasting",
-        "horizon",
-        "ids",
-        "copies",
-    },
+    {"errors", "versions"},
+    {"env", "types", "noise", "families", "blocks", "lasting", "horizon", "ids", "copies"},
+    {"folders"},
     {"budget", "division", "native", "shapes", "rotary", "layout", "identity", "unwrap"},
     {"cuda", "tables"},
     {"ops"},
@@ -57,6 +48,7 @@ LAYERS = [
     {"__init__"},
     {"bench", "csrc", "policies"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
 

@@ -297,4 +297,4 @@ def test_a_backend_that_cannot_run_says_why() -> None:
         text=True,
     )
     assert done.returncode == 0 and "reference: No C++ compiler" in done.stdout
-    assert done.stderr.count("run as PyTorch references") == 1
+    assert not done.stderr  # it is said where an operator is used; see test_folders.py

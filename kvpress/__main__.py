@@ -1,0 +1,5 @@
+"""`python -m kvpress`: the command line."""
+
+from kvpress.cli import main
+
+main()
