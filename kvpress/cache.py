@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kvpress import saving
+from kvpress import restoring, saving
 from kvpress.cache_layer import EngineLayer
 from kvpress.drafts import commit
 from kvpress.errors import CacheError
@@ -331,7 +331,8 @@ class EngineCache(Cache):
         bytes, CacheFileError if the file cannot be written.
         """
         self.check_whole()
-        saving.save(path, self.states, {**self._facts(), "settings": self._settings()})
+        facts = {**self._facts(), "settings": self._settings()}
+        saving.save(path, self.states, self.ids, facts)
 
     def load(self, path: str | Path, devices: Mapping[int, torch.device]) -> None:
         """Becomes what another cache was when it was saved; see `engine.load_cache`.
@@ -339,10 +340,16 @@ class EngineCache(Cache):
         devices: where the layers of the model are. Raises CacheFileError; nothing changes then.
         """
         contents = saving.read(path, self._facts())
-        self._apply(contents.facts["settings"])
-        saving.fill(self.states, contents, devices)
-        for layer in self._engine_layers:
-            layer.is_initialized = layer.state.store is not None
+        kinds = self.fingerprint.kinds
+        restored = restoring.restore(path, contents, kinds, self._run, devices)
+        settings = contents.facts["settings"]
+        self._run, self.ids, self._latest = restored.run, restored.ids, None
+        self._horizon = settings["horizon"]
+        self._run.horizon = self._horizon or DEFAULT_HORIZON
+        self.notes.update(dict.fromkeys(settings["notes"]))
+        for layer, state in zip(self._engine_layers, restored.layers, strict=True):
+            layer.state, layer.waiting = state, None
+            layer.is_initialized = state.store is not None
 
     def _facts(self) -> dict[str, str]:
         """What a file and its reader must agree on."""
@@ -360,14 +367,8 @@ class EngineCache(Cache):
             "page_slots": self._run.page_slots,
             "cache_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
             "notes": list(self.notes),
+            "ended": self.ids.ended,
         }
-
-    def _apply(self, settings: dict[str, Any]) -> None:
-        dtype = settings["cache_dtype"]
-        self._run.cache_dtype = None if dtype is None else getattr(torch, dtype)
-        self._run.page_slots, self._horizon = settings["page_slots"], settings["horizon"]
-        self._run.horizon = self._horizon or DEFAULT_HORIZON
-        self.notes.update(dict.fromkeys(settings["notes"]))
 
     def kept_positions(self, layer: int, sequence: int = 0, head: int = 0) -> list[int]:
         """The sorted logical positions that one row still holds. Padding has no position."""

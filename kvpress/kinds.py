@@ -76,11 +76,11 @@ def fingerprint(config: Any) -> Fingerprint:
 
 def _inline_fingerprint(name: str, text: Any, own: Inline) -> Fingerprint:
     """The fingerprint of a model that computes its attention by itself."""
+    width = _width(text)
     kinds = (
-        LayerKind(index, own.heads, inline=True, slopes=own.slopes)
+        LayerKind(index, own.heads, None, True, own.slopes, text.num_attention_heads, width)
         for index in range(text.num_hidden_layers)
     )
-    width = _width(text)
     _check_width(name, width, MOST_WIDTH - (0 if own.slopes is None else CHANNELS))
     return Fingerprint(name, tuple(kinds), width)
 
@@ -142,11 +142,12 @@ def _kind(name: str, index: int, layer_type: str, config: Any) -> LayerKind:
         refuse(name, reason, detail=f"layer {index} of type {layer_type!r}")
     if not heads:
         refuse(name, "a config without num_attention_heads")
+    sizes = {"queries": config.num_attention_heads, "width": _width(config)}
     if layer_type == "full_attention":
-        return LayerKind(index, heads)
+        return LayerKind(index, heads, **sizes)
     if window is None or window < 2:
         refuse(name, "windows below two tokens", detail=f"layer {index}, sliding_window={window}")
-    return LayerKind(index, heads, window)
+    return LayerKind(index, heads, window, **sizes)
 
 
 def refuse(name: str, reason: str, allowed: str = _ALLOWED, detail: str = "") -> NoReturn:

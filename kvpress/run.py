@@ -22,7 +22,8 @@ class LayerKind:
     """How a layer attends: to everything, or to a sliding window (then only that is kept).
 
     inline: whether the model computes attention by itself, without a function for it. slopes: of
-    the ALiBi bias that this engine then adds, per query head.
+    the ALiBi bias that this engine then adds, per query head. queries, width: query heads, and
+    channels of a key of the model; 0: not known.
     """
 
     index: int
@@ -30,6 +31,8 @@ class LayerKind:
     window: int | None = None
     inline: bool = False
     slopes: tuple[float, ...] | None = None
+    queries: int = 0
+    width: int = 0
 
     @property
     def name(self) -> str:

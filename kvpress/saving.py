@@ -1,4 +1,7 @@
-"""Caches as files: everything that a cache needs to go on exactly as if it had not been saved."""
+"""Caches as files: everything that a cache needs to go on as if it had not been saved.
+
+What is added to a layer is added to the tables here, and restoring.py checks its type and shape.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,32 @@ from torch import Tensor
 from kvpress import __version__, sealed
 from kvpress.drafts import commit
 from kvpress.errors import CacheFileError
-from kvpress.formatting import layouts
+from kvpress.ids import SeenIds
 from kvpress.lasting import lasting
 from kvpress.layer import Layer
-from kvpress.store import FormattedRows, PagedRows, Store
+from kvpress.store import FormattedRows, Store
 
 FORMAT = 4  # of the file; another one is refused
-_NUMBERS = ("columns_seen", "evicted_at", "prompted_at", "padded_at")
-_PER_SEQUENCE = (
-    *("seen_B", "decoded_B", "quota_R", "recent_B"),
-    *("demand_B", "portion_B", "threshold_B"),
-)
+NUMBERS = ("columns_seen", "evicted_at", "prompted_at", "padded_at")  # of a layer
+COUNTERS = {  # of the sequences of a layer, or of its rows
+    "seen_B": torch.int64,
+    "decoded_B": torch.int64,
+    "recent_B": torch.int64,
+    "quota_R": torch.int64,
+    "demand_B": torch.float64,
+    "portion_B": torch.float64,
+    "threshold_B": torch.float32,
+}
+ALIKE = ("columns_seen", "prompted_at", "padded_at", "seen_B", "decoded_B")  # in all layers
+IDS = "ids"  # of the whole cache, [B, T]
+WATCHED = "watched."  # before the number of a sequence
 
 
-def save(path: str | Path, layers: Sequence[Layer], facts: Mapping[str, Any]) -> None:
+def save(path: str | Path, layers: Sequence[Layer], ids: SeenIds, facts: Mapping[str, Any]) -> None:
     """Writes the layers of a cache to a file, with what tells which cache it is.
 
-    facts: `model`, `weights` and `policy`, which a reader must have too, and `settings`. Drafted
-    tokens become final first.
+    ids: what the cache has seen. facts: `model`, `weights` and `policy`, which a reader must have
+    too, and `settings`. Drafted tokens become final first.
     """
     for layer in layers:
         commit(layer)
@@ -38,6 +49,7 @@ def save(path: str | Path, layers: Sequence[Layer], facts: Mapping[str, Any]) ->
         for layer in layers
         for name, tensor in _layer_tensors(layer).items()
     }
+    tensors[IDS] = ids.all()
     numbers = [_layer_numbers(layer) for layer in layers]
     sealed.write(path, tensors, {**_VERSIONS, **facts, "layers": numbers})
 
@@ -55,23 +67,6 @@ def read(path: str | Path, expected: Mapping[str, Any]) -> sealed.Contents:
     return contents
 
 
-@lasting
-def fill(
-    layers: Sequence[Layer], contents: sealed.Contents, devices: Mapping[int, torch.device]
-) -> None:
-    """Fills empty layers from what a file held.
-
-    devices: where the layers of the model are; -1: any other.
-    """
-    names = list(contents.tensors)
-    for layer, known in zip(layers, contents.facts["layers"], strict=True):
-        prefix = f"{layer.kind.index}."
-        own = [name for name in names if name.startswith(prefix)]
-        tensors = {name.removeprefix(prefix): contents.tensors.pop(name) for name in own}
-        if known is not None:
-            _fill(layer, known, tensors, devices.get(layer.kind.index, devices[-1]))
-
-
 def layer_devices(model: torch.nn.Module) -> dict[int, torch.device]:
     """Where each layer of a model is; -1: where the model as a whole is."""
     devices = {-1: next((p.device for p in model.parameters()), torch.device("cpu"))}
@@ -87,51 +82,24 @@ def _layer_numbers(state: Layer) -> dict[str, Any] | None:
     """The numbers of a layer; None for one without tokens."""
     if state.store is None:
         return None
-    numbers = {name: getattr(state, name) for name in _NUMBERS}
-    numbers["logits"] = list(state.logits)
+    numbers = {name: getattr(state, name) for name in NUMBERS}
+    numbers["logits"] = [float(x) for x in state.logits]
+    numbers["kept_channels"] = kept_channels(state.store)
     return {**numbers, "token_dtype": str(state.token_dtype).removeprefix("torch.")}
+
+
+def kept_channels(store: Store) -> list[int]:
+    """How many channels of keys and values old slots keep; none: there are no such slots."""
+    parts = store.parts if isinstance(store, FormattedRows) else []
+    return [part.layout.key_kept for part in parts] + [part.layout.value_kept for part in parts]
 
 
 def _layer_tensors(state: Layer) -> dict[str, Tensor]:
     if state.store is None:
         return {}
-    counters = {name: getattr(state, name).cpu().clone() for name in _PER_SEQUENCE}
-    watched = {f"watched.{b}": query.cpu().contiguous() for b, query in state.watched.items()}
+    counters = {name: getattr(state, name).cpu().clone() for name in COUNTERS}
+    watched = {f"{WATCHED}{b}": query.cpu().contiguous() for b, query in state.watched.items()}
     return {**counters, **watched, **state.store.state()}
-
-
-def _fill(
-    layer: Layer, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device
-) -> None:
-    for name in _NUMBERS:
-        setattr(layer, name, numbers[name])
-    layer.token_dtype = getattr(torch, numbers["token_dtype"])
-    for name in _PER_SEQUENCE:
-        setattr(layer, name, tensors[name].clone())
-    layer.store = _store(layer, tensors, device)
-    prefix = "watched."
-    layer.watched = {
-        int(name.removeprefix(prefix)): query.to(layer.store.device)
-        for name, query in tensors.items()
-        if name.startswith(prefix)
-    }
-    layer.logits = tuple(numbers["logits"])
-    layer.threshold_B = layer.threshold_B.to(layer.store.device)
-    layer.refresh()
-
-
-def _store(layer: Layer, tensors: Mapping[str, Tensor], device: torch.device) -> Store:
-    """The store that gave these tensors."""
-    packs, heads = layer.recipe.formats, layer.kind.heads
-    prefix = "recent." if packs else ""
-    own = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
-    columns = layer.columns(own["page.key"].shape[1], own["page.value"].shape[2])
-    recent = PagedRows.from_state(own, columns, heads, device)
-    layer.store = layer.new_store(recent)
-    if isinstance(layer.store, FormattedRows):
-        kept = (tensors["key_channels"].shape[-1], tensors["value_channels"].shape[-1])
-        layer.store.load(tensors, layouts(layer, kept))
-    return layer.store
 
 
 _VERSIONS = {"format": FORMAT, "engine": __version__}

@@ -20,6 +20,7 @@ from kvpress.layout import PageLayout, span
 from kvpress.store.base import KEY, POSITION, VALUE, Column, Survivors
 from kvpress.store.packed import PackedRows
 from kvpress.store.pages import PagedRows, by_position
+from kvpress.store.saved import expect
 
 
 class FormattedRows:
@@ -32,7 +33,8 @@ class FormattedRows:
     def __init__(self, recent: PagedRows, page: int, residual: int, ordered: bool) -> None:
         self.recent, self.page, self.residual, self.ordered = recent, page, residual, ordered
         self.parts: list[PackedRows] = []
-        self.key_channels_RT = self.value_channels_RU = torch.empty(0)
+        nothing = torch.empty(0, 0, dtype=torch.int16, device=recent.device)
+        self.key_channels_RT = self.value_channels_RU = nothing  # until that is decided
         self.wide_R = torch.zeros(len(recent.counts), dtype=torch.bool)  # on the host
         self.decided_B = torch.zeros(recent.sequences, dtype=torch.bool)  # on the host
         self._room = 0  # tokens that surely come before a slot becomes old
@@ -378,7 +380,13 @@ class FormattedRows:
         return [[x for part in parts for x in part] for parts in zip(*lists, strict=True)]
 
     def check_integrity(self) -> bool:
-        """True if every part is whole. Raises CacheError otherwise."""
+        """True if every part is whole, and holds rows of its format only. Raises CacheError."""
+        for number, part in enumerate(self.parts):
+            if bool((part.counts[self.wide_R != bool(number)] > 0).any()):
+                raise CacheError(f"Rows hold old slots in format {number}, which is not theirs.")
+        undecided_R = ~self.decided_B.repeat_interleave(self.heads)
+        if any(bool(part.counts[undecided_R].any()) for part in self.parts):
+            raise CacheError("A sequence holds old slots, but it was not decided how.")
         return all(store.check_integrity() for store in self._stores)
 
     def state(self) -> dict[str, Tensor]:
@@ -391,18 +399,52 @@ class FormattedRows:
         return state
 
     def load(self, state: Mapping[str, Tensor], layouts: Sequence[PageLayout]) -> None:
-        """Takes over what `state` gave."""
-        if len(state["key_channels"]):
-            channels = (state["key_channels"], state["value_channels"])
+        """Takes over what `state` gave. Raises CacheError if it cannot."""
+        own = {name: x for name, x in state.items() if "." not in name}
+        self._check_books(own, layouts)
+        channels = (own["key_channels"], own["value_channels"])
+        if len(channels[0]):
             key_BHT, value_BHU = (self._by_sequence(x).to(self.device) for x in channels)
-            wide_BH = self._by_sequence(state["wide"])
+            wide_BH = self._by_sequence(own["wide"])
             self.decide(range(self.sequences), layouts, key_BHT, value_BHU, wide_BH)
-        self.decided_B = state["decided"].clone()
+        self.decided_B = own["decided"].clone()
+        odd = {name.split(".")[0] for name in state.keys() - own.keys()} - self._named.keys()
+        if odd:
+            raise CacheError(f"{', '.join(sorted(odd))}: nothing that belongs here.")
         for name, store in self._named.items():
             prefix = f"{name}."
-            own = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
-            store.load(own)
+            store.load(
+                {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
+            )
         self._room = 0
+
+    def _check_books(self, own: Mapping[str, Tensor], layouts: Sequence[PageLayout]) -> None:
+        """Raises CacheError unless these can say how old slots are stored."""
+        every, layout = len(self.wide_R), layouts[0]
+        known = any(x.numel() for name, x in own.items() if name.endswith("_channels"))
+        sizes = ((every, layout.key_kept), (every, layout.value_kept)) if known else ((0, 0),) * 2
+        expect(
+            own,
+            {
+                "wide": (torch.bool, (every,)),
+                "decided": (torch.bool, (self.sequences,)),
+                "key_channels": (torch.int16, sizes[0]),
+                "value_channels": (torch.int16, sizes[1]),
+            },
+        )
+        decided_R = own["decided"].repeat_interleave(self.heads)
+        if bool((own["wide"] & ~(decided_R & (len(layouts) > 1))).any()):
+            raise CacheError("Rows keep more bits, but nothing decided that.")
+        if bool(decided_R.any()) and not known:
+            raise CacheError("It was decided how old slots are stored, but not in which channels.")
+        for name, width in (("key", layout.key_width), ("value", layout.value_width)):
+            kept_RT = own[f"{name}_channels"]
+            kept_RT = kept_RT[decided_R].int() if known else kept_RT
+            inside = (kept_RT >= 0) & (kept_RT < width)
+            if not bool(inside.all()) or not bool((kept_RT.diff(dim=1) > 0).all()):
+                raise CacheError(
+                    f"The channels of {name}s are not ascending numbers below {width}."
+                )
 
     def _by_sequence(self, rows: Tensor) -> Tensor:
         """What belongs to rows, `[R, ...]`, as `[B, H, ...]`."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpress import ops
+from kvpress.errors import CacheError
 from kvpress.formats import pack
 from kvpress.layout import PageLayout
 from kvpress.store.base import KEY, MASS, PAGE, POSITION, VALUE, Column
@@ -249,6 +250,18 @@ class PackedRows(PagedRows):
         return {**super().state(), "dropped": self.dropped.clone()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `state` gave."""
+        """Takes over what `state` gave. Raises CacheError if that cannot be."""
         super().load(state)
         self.dropped = state["dropped"].clone()
+
+    @property
+    def _counters(self) -> tuple[str, ...]:
+        return (*super()._counters, "dropped")
+
+    def check_integrity(self) -> bool:
+        """True if every page is whole and known. Raises CacheError otherwise."""
+        if bool((self.counts % self.page_slots).any()):
+            raise CacheError(
+                f"Rows hold {self.counts.tolist()} old slots, which are no whole pages."
+            )
+        return super().check_integrity()

@@ -20,6 +20,7 @@ from kvpress.errors import CacheError
 from kvpress.store.aside import Aside
 from kvpress.store.base import KEY, POSITION, VALUE, Column, Survivors
 from kvpress.store.pool import PagePool
+from kvpress.store.saved import check_rows
 from kvpress.store.table import PageTable
 from kvpress.types import EMPTY
 
@@ -356,18 +357,9 @@ class PagedRows(PageTable):
         }
         return {**books, **pages, **beside}
 
-    @classmethod
-    def from_state(
-        cls, state: Mapping[str, Tensor], columns: Mapping[str, Column], heads: int, device: Any
-    ) -> PagedRows:
-        """The store that gave `state`, on a device."""
-        page_slots = state[f"page.{POSITION}"].shape[1]
-        store = cls(len(state["counts"]) // heads, heads, columns, page_slots, torch.device(device))
-        store.load(state)
-        return store
-
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `state` gave."""
+        """Takes over what `state` gave. Raises CacheError if that cannot be."""
+        check_rows(state, self.columns, len(self.counts), self.page_slots, self._counters)
         pages = len(state[f"page.{next(iter(self.columns))}"])
         self._pool.leave(self)
         self._join(PagePool(self.columns, self.page_slots, self.device, pages))
@@ -380,6 +372,11 @@ class PagedRows(PageTable):
         aside = {n: state[f"aside.{n}"] for n in self._volatile if f"aside.{n}" in state}
         if aside:
             self._aside = Aside({n: x.to(self.device, copy=True) for n, x in aside.items()})
+
+    @property
+    def _counters(self) -> tuple[str, ...]:
+        """The names of the tensors of `state` that have a number for every row."""
+        return ("counts", "owned")
 
     def check_integrity(self) -> bool:
         """True if no page is lost or shared by rows that cannot share it, and every row fits.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -9,6 +10,7 @@ import pickle
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import helpers
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import kvpress
 from kvpress import sealed
-from kvpress.errors import CacheError, CacheFileError
+from kvpress.errors import CacheError, CacheFileError, PolicyError
 
 RECIPES = [
     "full",
@@ -90,6 +92,98 @@ def test_an_empty_cache_can_be_saved(tmp_path: Path) -> None:
     with kvpress.attach(helpers.tiny(), "full") as engine:
         engine.new_cache().save(tmp_path / "cache")
         assert engine.load_cache(tmp_path / "cache").get_seq_length() == 0
+
+
+def test_a_loaded_cache_refuses_a_text_that_does_not_go_on_from_it(tmp_path: Path) -> None:
+    with kvpress.attach(helpers.tiny(), "full") as engine:
+        text = engine.generate(helpers.prompt(1, 20), max_new_tokens=5, do_sample=False)
+        engine.cache.save(tmp_path / "chat")
+        loaded = engine.load_cache(tmp_path / "chat")
+        assert torch.equal(loaded.ids.all(), engine.cache.ids.all())
+        other = torch.cat([text, text], dim=1)
+        other[0, 7] += 1
+        with pytest.raises(CacheError, match="do not go on from this cache"):
+            engine.generate(other, cache=loaded, max_new_tokens=5)
+
+
+def test_a_loaded_cache_takes_back_as_little_as_the_saved_one(tmp_path: Path) -> None:
+    """When tokens were last evicted is part of what is saved."""
+    with kvpress.attach(helpers.tiny(), "streaming_llm:budget=30,interval=4") as engine:
+        cache = engine.new_cache()
+        with torch.no_grad():
+            engine.model(helpers.prompt(1, 60), past_key_values=cache)
+            for token in helpers.prompt(1, 6, seed=2).split(1, dim=1):
+                engine.model(token, past_key_values=cache)
+        assert {state.evicted_at for state in cache.states} == {64}
+        cache.save(tmp_path / "cache")
+        loaded = engine.load_cache(tmp_path / "cache")
+        for one in (cache, loaded):
+            with pytest.raises(CacheError, match="evicted tokens at 64"):
+                one.crop(-3)
+            one.crop(-2)
+        assert helpers.positions(loaded) == helpers.positions(cache)
+
+
+def test_rows_that_keep_more_bits_keep_them_when_they_are_loaded(tmp_path: Path) -> None:
+    recipe = "quant:key_bits=2,value_bits=2,guard=0.35,residual=8"
+    model, steps = helpers.tiny(), helpers.prompt(1, 140, seed=2)
+    with kvpress.attach(model, recipe) as engine, torch.no_grad():
+        cache = engine.new_cache()
+        model(helpers.prompt(1, 100), past_key_values=cache)
+        cache.save(tmp_path / "cache")
+        loaded = engine.load_cache(tmp_path / "cache")
+        wide = [state.store.wide_R.tolist() for state in cache.states]
+        assert {flag for rows in wide for flag in rows} == {True, False}
+        assert [state.store.wide_R.tolist() for state in loaded.states] == wide
+        assert loaded.report().notes == cache.report().notes
+        # Until pages are packed that were not when it was saved.
+        given, expected = (
+            [model(steps[:, i : i + 20], past_key_values=one).logits for i in range(0, 140, 20)]
+            for one in (loaded, cache)
+        )
+        assert all(map(torch.equal, given, expected))
+        assert loaded.report().bytes_held == cache.report().bytes_held
+
+
+def test_last_queries_are_in_memory_of_their_own(tmp_path: Path) -> None:
+    """Not in the file, which somebody may write to or cut."""
+    file = tmp_path / "cache"
+    with kvpress.attach(helpers.tiny(), "think:keep=0.5") as engine, torch.no_grad():
+        engine.model(helpers.prompt(1, 20))
+        expected = [state.watched[0].clone() for state in engine.cache.states]
+        engine.cache.save(file)
+        loaded = engine.load_cache(file)
+        with open(file, "r+b") as opened:
+            opened.write(b"\0" * file.stat().st_size)
+            opened.truncate(0)
+        given = [state.watched[0] for state in loaded.states]
+        assert all(map(torch.equal, given, expected))
+        assert all(query.untyped_storage().nbytes() == query.nbytes for query in given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_modes_and_defaults_of_the_process_do_not_matter(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 208)
+    recipe = "h2o:budget=0.5+think:keep=0.5,recent=8+quant:residual=8"
+    with kvpress.attach(model, recipe) as engine:
+        with torch.inference_mode():
+            model(ids[:, :200])
+        cache = engine.cache
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.inference_mode():
+                cache.save(tmp_path / "cache")
+                loaded = engine.load_cache(tmp_path / "cache")
+        finally:
+            torch.set_default_dtype(torch.float32)
+        with torch.no_grad():
+            for step in ids[:, 200:].split(1, dim=1):
+                given, expected = (
+                    model(step, past_key_values=one).logits for one in (loaded, cache)
+                )
+                assert torch.equal(given, expected)
 
 
 def saved(path: Path, recipe: str = "h2o", tokens: int = 8) -> object:
@@ -206,6 +300,92 @@ def test_a_cache_is_not_pickled_but_copied(recipe: str, tmp_path: Path) -> None:
             assert all(map(torch.equal, given, expected))
             other.save(tmp_path / "copy")
             assert engine.load_cache(tmp_path / "copy").get_seq_length() == 156
+
+
+ANY_RECIPE = [
+    *RECIPES,
+    "keyformer:budget=0.4,interval=3",
+    "streaming_llm:budget=20,sink=3,interval=5",
+    "knorm:budget=0.5,interval=1",
+    "tova:budget=0.3",
+    "random:budget=0.5,interval=3",
+    "d2o:budget=0.4",
+    "d2o:budget=0.3,interval=4",
+    "h2o:budget=0.6+think:keep=0.5,recent=8+quant:residual=8",
+    "streaming_llm:budget=48,sink=0+quant:residual=16",
+    "quant:key_bits=2,value_bits=2,guard=0.05,residual=8",
+    "think:keep=0.5,recent=8",
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral-sliding"])
+@pytest.mark.parametrize("recipe", ANY_RECIPE)
+@torch.no_grad()
+def test_whatever_happened_to_a_cache_it_is_loaded_again(
+    recipe: str, family: str, tmp_path: Path
+) -> None:
+    """What is refused as impossible must be so: turns, chunks, crops, drafts, beams, padding."""
+    draw, model = random.Random(f"{recipe} {family}"), helpers.tiny(family)
+    with kvpress.attach(model, recipe, page_size=draw.choice([3, 16])) as engine:
+        cache, mask = engine.new_cache(), torch.zeros(2, 0, dtype=torch.long)
+
+        def feed(ids: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
+            nonlocal mask
+            mask = torch.cat([mask, torch.ones_like(ids) if real is None else real], dim=1)
+            place = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+            given = {"attention_mask": mask, "position_ids": place, "past_key_values": cache}
+            return model(ids, **given).logits
+
+        def choose(index: list[int], do: Callable[[], None]) -> None:
+            nonlocal mask
+            do()
+            mask = mask[index]
+
+        for turn in range(14):
+            batch, last = len(mask), mask.shape[1]
+            match draw.choice(
+                ["chunk", "chunk", "steps", "steps", "padded", "crop", "draft", "more"]
+            ):
+                case "chunk" | "padded" if turn == 0 or draw.random() < 0.3:
+                    lengths = [draw.randrange(1, 90) for _ in range(batch)]
+                    feed(*helpers.padded(lengths, "left", turn))
+                case "chunk":
+                    feed(helpers.prompt(batch, draw.randrange(1, 60), turn))
+                case "steps":
+                    for i in range(draw.randrange(1, 8)):
+                        feed(helpers.prompt(batch, 1, turn + i))
+                case "crop" if last > 4:
+                    with contextlib.suppress(CacheError):
+                        taken = draw.randrange(1, 4)
+                        cache.crop(-taken)
+                        mask = mask[:, :-taken]
+                case "draft" if last:
+                    cache.activate_past_recording()
+                    with contextlib.suppress(PolicyError):
+                        feed(helpers.prompt(batch, 4, turn))
+                        cache.crop(-2)
+                        mask = mask[:, :-2]
+                    cache.stop_past_recording()
+                case "more" if last and batch < 5:
+                    choose(
+                        [i for i in range(batch) for _ in range(2)],
+                        lambda: cache.batch_repeat_interleave(2),
+                    )
+                case "more" if last:
+                    index = draw.choices(range(batch), k=2)
+                    choose(
+                        index, lambda index=index: cache.batch_select_indices(torch.tensor(index))
+                    )
+            cache.save(tmp_path / "cache")
+            loaded = engine.load_cache(tmp_path / "cache")
+            assert loaded.report().slots_kept == cache.report().slots_kept
+            assert torch.equal(loaded.ids.all(), cache.ids.all())
+        if mask.shape[1]:
+            kept, before, ids = cache, mask, helpers.prompt(len(mask), 5)
+            expected = feed(ids)
+            cache, mask = loaded, before
+            assert torch.equal(feed(ids), expected)
+            assert helpers.positions(kept) == helpers.positions(loaded)
 
 
 KILLS = """

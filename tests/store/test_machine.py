@@ -216,7 +216,9 @@ class Stores(RuleBasedStateMachine):
         twin = self.pick(data)
         store = twin.store
         state = {name: tensor.clone() for name, tensor in store.state().items()}
-        loaded = PagedRows.from_state(state, self.columns, store.heads, store.device)
+        sizes = (store.sequences, store.heads)
+        loaded = PagedRows(*sizes, self.columns, store.page_slots, store.device)
+        loaded.load(state)
         self.twins[self.twins.index(twin)] = twin.copy_of(loaded)
 
     @rule(data=st.data())
