@@ -248,5 +248,5 @@ def test_quantised_weights_give_the_tokens_of_transformers(how: str, tmp_path: P
     with kvpress.attach(model, "keyformer:budget=0.5") as engine:
         engine.generate(ids, **ARGUMENTS)
         report = engine.report()
-    assert {n for layer in report.slots_kept for rows in layer for n in rows} == {20}
+    assert {n for layer in report.slots_kept for rows in layer for n in rows} == {25}  # of 51
     assert engine.cache.states[0].token_dtype == model.dtype
