@@ -69,7 +69,23 @@ def read(path: str | Path, model: Any) -> Calibration:
                 f"{facts.get(name)!r}; here it is {ours!r}. Make one for this model with kvpress"
                 " calibrate."
             )
-    return Calibration(tau_LN, *(facts[name] for name in Calibration._fields[1:]))
+    rest: list[Any] = [facts.get(name) for name in Calibration._fields[1:]]
+    found = Calibration(tau_LN, *rest)
+    if not _is_possible(found):
+        raise PolicyError(
+            f"calibration={path} has a right checksum, but what is in it cannot be a calibration."
+            " Make one with kvpress calibrate."
+        )
+    return found
+
+
+def _is_possible(found: Calibration) -> bool:
+    tau_LN, whole = found.tau_LN, {type(found.local), type(found.least)} <= {int, type(None)}
+    if tau_LN.dtype != torch.float32 or tau_LN.dim() != 2 or not whole or found.local is None:
+        return False
+    possible = bool(((tau_LN >= 0) & tau_LN.isfinite()).all())
+    least = 0 if found.least is None else found.least
+    return possible and found.local >= 0 <= least and isinstance(found.done, list)
 
 
 def identity(model: Any) -> str:

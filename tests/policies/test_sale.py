@@ -258,6 +258,29 @@ def test_a_calibration_is_of_one_model(tmp_path: Path) -> None:
         kvpress.attach(model, "sale:calibration=nowhere.safetensors")
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"tau_LN": torch.full((3, 6), torch.nan)},
+        {"tau_LN": torch.ones(3, 6, dtype=torch.int64)},
+        {"tau_LN": torch.ones(18)},
+        {"local": -1},
+        {"local": None},
+        {"least": "soon"},
+        {"done": None},
+    ],
+    ids=str,
+)
+def test_a_calibration_that_cannot_be_is_refused_whatever_its_checksum(
+    odd: dict[str, Any], tmp_path: Path
+) -> None:
+    model, path = helpers.tiny(), tmp_path / "sale.safetensors"
+    whole = Calibration(torch.ones(3, 6), 128, 300, {}, [])
+    calibration.write(path, model, whole._replace(**odd))
+    with pytest.raises(PolicyError, match="cannot be a calibration"):
+        kvpress.attach(model, f"sale:calibration={path}")
+
+
 def test_the_length_from_which_it_pays() -> None:
     assert breakeven._first({512: 0.5, 1024: 1.2, 2048: 0.9, 4096: 1.5}) == 4096
     assert breakeven._first({512: 1.5, 1024: 1.2}) == 512
