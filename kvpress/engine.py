@@ -16,7 +16,7 @@ from kvpress.cache import EngineCache, Lease
 from kvpress.calls import Newest
 from kvpress.errors import AttachError, CacheError, PolicyError
 from kvpress.identity import Identity
-from kvpress.loading import parse
+from kvpress.loading import parse, refuse_options
 from kvpress.meter import Report
 from kvpress.policy import Policy, Recipe
 from kvpress.portions import check_portions
@@ -34,6 +34,7 @@ def attach(
     *,
     page_size: int = PAGE_SLOTS,
     cache_dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> Engine:
     """Attaches a policy to a transformers model; the engine is also a context manager.
 
@@ -41,8 +42,10 @@ def attach(
     per page. cache_dtype: float32, bfloat16 or float16 for stored keys and values whatever the
     model computes in; None: the model's. Every `generate()` or forward call of the model then uses
     a compressed cache until `engine.detach()` or the end of the `with` block. Raises PolicyError,
-    BudgetError, AttachError or UnsupportedModelError; the model is then untouched.
+    BudgetError, AttachError or UnsupportedModelError; the model is then untouched. options: none;
+    those of a policy belong into its specification, which the error writes out.
     """
+    refuse_options(policy, options, ("page_size", "cache_dtype"))
     return Engine(unwrap(model), parse(policy), page_size, cache_dtype)
 
 

@@ -64,6 +64,7 @@ class ImportClashError(KVPressError, ImportError):
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """The tail of an error message: close matches of `given` first, then everything allowed."""
     names = sorted(allowed)
-    close = get_close_matches(given, names, n=3, cutoff=0.5)
+    lower = {name.lower(): name for name in names}
+    close = [lower[x] for x in get_close_matches(given.lower(), lower, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
     return f"{hint} Allowed: {', '.join(names) if names else 'none'}."

@@ -9,12 +9,13 @@ import importlib.util
 import pkgutil
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvpress.corrections import meant
 from kvpress.errors import BudgetError, PolicyError, did_you_mean
-from kvpress.options import option_types
+from kvpress.options import as_text, option_types
 from kvpress.policy import Policy, Recipe
 
 PACKAGE = "kvpress.policies"  # also the entry-point group of third-party policies
@@ -30,12 +31,35 @@ def parse(spec: str | Policy | Recipe | Sequence[str | Policy]) -> Recipe:
     if isinstance(spec, Policy):
         return Recipe((spec,))
     if isinstance(spec, str):
-        return Recipe(tuple(_parse_one(part) for part in spec.split("+")))
+        try:
+            return _parse_text(spec)
+        except (PolicyError, BudgetError) as error:
+            better = _corrected(spec)
+            if better is None:
+                raise
+            raise type(error)(f"{error} Write it as {better!r}.") from error
     if isinstance(spec, Sequence) and spec:
         return Recipe(tuple(policy for part in spec for policy in parse(part).policies))
     raise PolicyError(
         f"policy={spec!r} is not a policy. Give a specification such as 'name:budget=0.5', "
         "a Policy object, or a non-empty list of these."
+    )
+
+
+def refuse_options(policy: Any, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raises PolicyError for keywords beside a specification, which options belong into.
+
+    known: the keywords that may stand there.
+    """
+    if not options:
+        return
+    given = ",".join(f"{name}={as_text(value)}" for name, value in options.items())
+    better, first = None, next(iter(options))
+    if isinstance(policy, str):
+        better = _corrected(f"{policy}{',' if '=' in policy else ':'}{given}", same=True)
+    raise PolicyError(
+        f"attach() has no option {first!r}.{did_you_mean(first, known)} Options of a policy stand"
+        f" in its specification: write kvpress.attach(model, {better or 'name:' + given!r})."
     )
 
 
@@ -59,9 +83,26 @@ def load_policy(name: str, **options: Any) -> Policy:
 
 def available() -> dict[str, type[Policy]]:
     """Every installed policy by name: our own, then those of entry points."""
-    names = [m.name for m in pkgutil.iter_modules(importlib.import_module(PACKAGE).__path__)]
-    names += [e.name for e in _entry_points() if e.name not in names]
-    return {name: _find(name) for name in sorted(names)}
+    return {name: _find(name) for name in sorted({*_ours(), *(e.name for e in _entry_points())})}
+
+
+def _parse_text(spec: str) -> Recipe:
+    return Recipe(tuple(_parse_one(part) for part in spec.split("+")))
+
+
+def _corrected(spec: str, same: bool = False) -> str | None:
+    """What a specification was meant to be, if that can be read. same: it may be what was given."""
+    options = {
+        name: [field.name for field in dataclasses.fields(cls)] for name, cls in available().items()
+    }
+    better = meant(spec, options)
+    if better is None or (better == spec and not same):
+        return None
+    try:
+        _parse_text(better)
+    except (PolicyError, BudgetError):
+        return None
+    return better
 
 
 def _parse_one(part: str) -> Policy:
@@ -93,21 +134,29 @@ def _find(name: str) -> type[Policy]:
         try:
             found = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
+            if module in _ours():
+                raise PolicyError(
+                    f"Option {attribute!r} of policy {module!r} is not of the form key=value."
+                ) from None
             raise PolicyError(f"Policy {name!r} cannot be loaded: {error}.") from error
         if not (isinstance(found, type) and issubclass(found, Policy)):
             raise PolicyError(f"{name!r} is not a policy class: derive it from kvpress.Policy.")
         return found
-    ours = {m.name for m in pkgutil.iter_modules(importlib.import_module(PACKAGE).__path__)}
-    if name in ours:
+    if name in _ours():
         return _only_policy(importlib.import_module(f"{PACKAGE}.{name}"), name)
     theirs = {e.name: e for e in _entry_points()}
     if name in theirs:
         loaded = theirs[name].load()
         return _only_policy(loaded, name) if isinstance(loaded, types.ModuleType) else loaded
     raise PolicyError(
-        f"Unknown policy {name!r}.{did_you_mean(name, ours | set(theirs))} A path ending in .py and"
-        " module:attribute work too."
+        f"Unknown policy {name!r}.{did_you_mean(name, {*_ours(), *theirs})} A path ending in .py"
+        " and module:attribute work too."
     )
+
+
+def _ours() -> set[str]:
+    """The policies in our own folder."""
+    return {m.name for m in pkgutil.iter_modules(importlib.import_module(PACKAGE).__path__)}
 
 
 def _entry_points() -> Sequence[importlib.metadata.EntryPoint]:

@@ -22,7 +22,18 @@ POLICY_FILES = [*(ROOT / "policies" / f"{name}.py" for name in POLICIES), EXAMPL
 # A module may import only from its own line and the lines above it.
 LAYERS = [
     {"errors", "versions"},
-    {"env", "types", "noise", "families", "blocks", "lasting", "horizon", "ids", "copies"},
+    {
+        "env",
+        "types",
+        "noise",
+        "families",
+        "blocks",
+        "lasting",
+        "horizon",
+        "ids",
+        "copies",
+        "corrections",
+    },
     {"folders"},
     {"budget", "division", "native", "shapes", "rotary", "layout", "identity", "unwrap"},
     {"cuda", "tables"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_options_get_their_declared_types() -> None:
         ("keyformer:window=few", "must be int or 'all'"),
         ("keyformer:normalise_age=yes", "must be bool"),
         ("keyformer:tau_end=nan", "must be float"),
-        ("keyformer:budget", "Unknown policy|cannot be loaded"),
+        ("keyformer:budget", "Option 'budget' of policy 'keyformer' is not of the form key=value"),
         ("keyformer:budget=0.5,sink", "not of the form key=value"),
         ("keyformer:sink=1,sink=2", "given twice"),
         ("", "has no name"),
@@ -74,6 +75,63 @@ def test_options_get_their_declared_types() -> None:
 def test_wrong_specifications_say_what_is_allowed(spec: str, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         parse(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "better"),
+    [
+        ("h2o budget=0.5", "h2o:budget=0.5"),
+        ("H2O", "h2o"),
+        ("SnapKVPress", "snapkv"),
+        ("StreamingLLM", "streaming_llm"),
+        ("h2o:budget:0.5", "h2o:budget=0.5"),
+        ("h2o:budget==0.5", "h2o:budget=0.5"),
+        ("h2o(budget=0.5, sink=4)", "h2o:budget=0.5,sink=4"),
+        ("h2o:budget=0.5;sink=4", "h2o:budget=0.5,sink=4"),
+        ("h2o:budget=0.5:sink=4", "h2o:budget=0.5,sink=4"),
+        ("streaming_llm:sink=4 budget=256", "streaming_llm:sink=4,budget=256"),
+        ("h2o:0.5", "h2o:budget=0.5"),
+        ("h2o 256MiB", "h2o:budget=256MiB"),
+        ("h2o:budget=0,5", "h2o:budget=0.5"),
+        ("h2o:budget=50%", "h2o:budget=0.5"),
+        ("h2o:compression_ratio=0.3", "h2o:budget=0.7"),
+        ("h2o:Budget=0.5", "h2o:budget=0.5"),
+        ("keyformer:bugdet=0.5", "keyformer:budget=0.5"),
+        ("h2o:budget=0.5,quant", "h2o:budget=0.5+quant"),
+        ("h2o | quant", "h2o+quant"),
+    ],
+)
+def test_what_was_meant_is_written_out(spec: str, better: str) -> None:
+    with pytest.raises((PolicyError, BudgetError), match=re.escape(f"Write it as {better!r}.")):
+        parse(spec)
+    parse(better)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["h2o:sink=1,sink=2", "h2o:budget", "ExpectedAttentionPress", "", "x.py:budget:0.5", "h2o:a=b"],
+)
+def test_nothing_is_put_into_the_mouth_of_who_may_mean_another_thing(spec: str) -> None:
+    with pytest.raises(PolicyError) as error:
+        parse(spec)
+    assert "Write it as" not in str(error.value)
+
+
+def test_options_beside_the_specification_are_shown_their_place() -> None:
+    import helpers
+
+    import kvpress
+
+    model = helpers.tiny()
+    for policy, options, message in (
+        ("snapkv", {"budget": 0.5}, "write kvpress.attach(model, 'snapkv:budget=0.5')."),
+        ("h2o:sink=2", {"budget": 256}, "write kvpress.attach(model, 'h2o:sink=2,budget=256')."),
+        ("h2o", {"pagesize": 8}, "Did you mean 'page_size'?"),
+        (load_policy("h2o"), {"budget": 0.5}, "write kvpress.attach(model, 'name:budget=0.5')."),
+    ):
+        with pytest.raises(PolicyError, match=re.escape(message)):
+            kvpress.attach(model, policy, **options)
+    assert kvpress.engine_of(model) is None
 
 
 @pytest.mark.parametrize("wrong", [None, 5, [], object()])
