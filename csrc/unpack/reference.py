@@ -18,9 +18,6 @@ def unpack(
     Dropped channels are zero. Raises OperatorError.
     """
     sizes = check(page_PX, channel_PT, channel_PU, layout, like)
-    if not len(page_PX):
-        shapes_of = (0, sizes.slots, sizes.key_width), (0, sizes.slots, sizes.value_width)
-        return like.new_empty(shapes_of[0]), like.new_empty(shapes_of[1])
     key_PSD, value_PSE = numbers(page_PX, channel_PT, channel_PU, sizes, like.dtype)
     return key_PSD.to(like.dtype), value_PSE.to(like.dtype)
 
@@ -30,6 +27,9 @@ def numbers(
 ) -> tuple[Tensor, Tensor]:
     """The same in fp32; `stored` is the dtype of numbers of 16 bits."""
     pages, slots = len(page_PX), sizes.slots
+    if not pages:  # of no number a shape cannot be inferred
+        empty = page_PX.new_empty(0, slots, 1, dtype=torch.float32)
+        return empty.expand(-1, -1, sizes.key_width), empty.expand(-1, -1, sizes.value_width)
     key_scales, value_codes, value_scales, _ = sizes.offsets
     if sizes.key_bits == 16:
         key_PTS = _raw(page_PX, 0, sizes.key_kept * slots, stored).view(pages, -1, slots)

@@ -16,6 +16,7 @@ RECIPES = [
     "full",
     "h2o:budget=0.5",
     "d2o:budget=0.5",
+    "quant:residual=4",  # whose guard keeps 8 bits for some rows, or for none
     "think:recent=4+quant:key_bits=8,value_bits=8,residual=4,guard=none,group=64",
     "tova:budget=0.9+quant:key_bits=8,value_bits=8,residual=4,guard=none,group=64",
 ]

@@ -17,6 +17,12 @@ from kvpress.meter import LayerReport, Report
 from kvpress.tables import Fitted
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal in which reports have room, whatever the tests run in."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+
 def shown(table: object, width: int) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(table)
