@@ -52,6 +52,8 @@ def absorb_step(
     check_choices(key_PDS, mass_PS, frequency_F, rank, start, width, keys, counts)
     check_rule(own, memory, gain)
     ages("absorb_step", seen_B, recent_B, sink, 0)
+    if not table_RW.shape[1] or not len(key_PDS):
+        return  # no row has a slot
     batch, rows = len(seen_B), len(counts_R)
     stored, value_width = key_PDS.shape[1], value_PSE.shape[2]
     slot_2R = torch.empty(2, rows, dtype=torch.int32, device=key_PDS.device)
@@ -246,9 +248,12 @@ def merge_kernel(
         victim, target = tl.load(slots_of + row), tl.load(slots_of + rows + row)
         count = tl.load(counts + row).to(tl.int32)
         pages = table + row * table_width
-        from_page = tl.load(pages + tl.maximum(victim, 0) // PAGE).to(tl.int64)
+        # What a table names for a row without slots may not exist.
+        of_victim_at = pages + tl.maximum(victim, 0) // PAGE
+        from_page = tl.load(of_victim_at, mask=victim >= 0, other=0).to(tl.int64)
         from_offset = tl.maximum(victim, 0) % PAGE
-        to_page = tl.load(pages + tl.maximum(target, 0) // PAGE).to(tl.int64)
+        of_target_at = pages + tl.maximum(target, 0) // PAGE
+        to_page = tl.load(of_target_at, mask=target >= 0, other=0).to(tl.int64)
         to_offset = tl.maximum(target, 0) % PAGE
         u = tl.load(similarity + row, mask=target >= 0, other=0)
         judged = u

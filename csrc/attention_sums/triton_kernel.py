@@ -190,7 +190,8 @@ def noise_rows(stream, head, position, own_M, stride, slots, NOISE: tl.constexpr
     """Where the noise of every query starts; one number if it is the same for all of them."""
     if NOISE == FRESH:
         at_M = own_M.to(tl.int64) * stride
-        query_M = tl.load(position + at_M, mask=own_M < slots, other=0).to(tl.int32)
+        query_M = tl.maximum(tl.load(position + at_M, mask=own_M < slots, other=0), -1)
+        query_M = query_M.to(tl.int32)
     else:
         query_M = tl.full([1], -1, tl.int32)
     return noise_row(stream, head, query_M)
@@ -256,7 +257,8 @@ def lse_kernel(
         s_S = start + tl.arange(0, BLOCK_S)
         key_DS = load_keys(key, s_S, key_slot, key_width, slots, D, BLOCK_D)
         at_S = s_S.to(tl.int64) * position_slot
-        position_S = tl.load(position + at_S, mask=s_S < slots, other=-1).to(tl.int32)
+        position_S = tl.load(position + at_S, mask=s_S < slots, other=-1)
+        position_S = tl.maximum(position_S, -1).to(tl.int32)
         chosen_MS = chosen(computed, offset, item * bytes_of_head, i_M, own_M, s_S, queries, MAPPED)
         y_MS = noisy_logits(
             query_MD,
@@ -331,7 +333,8 @@ def sums_kernel(
     s_S = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     key_DS = load_keys(key, s_S, key_slot, key_width, slots, D, BLOCK_D)
     at_S = s_S.to(tl.int64) * position_slot
-    position_S = tl.load(position + at_S, mask=s_S < slots, other=-1).to(tl.int32)
+    position_S = tl.load(position + at_S, mask=s_S < slots, other=-1)
+    position_S = tl.maximum(position_S, -1).to(tl.int32)
     first = tl.maximum(queries - summed, tl.program_id(0) * BLOCK_S - (slots - queries))
     sums_MS = tl.zeros([BLOCK_M, BLOCK_S], tl.float32)
     for start in range(first, queries, BLOCK_M):

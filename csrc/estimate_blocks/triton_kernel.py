@@ -90,9 +90,9 @@ def estimate_blocks(
 ) -> Tensor:
     """The same as the reference, to the bit. Raises OperatorError."""
     operands = (query_BNPD, query_scale_BNP, key_BHSD, key_scale_BHJK, shift_BNS, threshold_BNP)
+    check(*operands, local)
     if cuda_kernel.available(query_BNPD):
         return cuda_kernel.estimate_blocks(*operands, local)
-    check(*operands, local)
     batch, heads, queries, width = query_BNPD.shape
     slots, device = key_BHSD.shape[2], query_BNPD.device
     blocks = Blocks(queries, slots)

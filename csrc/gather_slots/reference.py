@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,10 @@ def places(op: str, pool_PX: Tensor, address_N: Tensor, slot_last: bool) -> tupl
         size = pool_PX.element_size()
         shapes.refuse(op, f"pool_PX has numbers of {size} bytes; at most {MOST_BYTES}")
     pages, page_slots = pool_PX.shape[0], pool_PX.shape[-1] if slot_last else pool_PX.shape[1]
+    width = math.prod(pool_PX.shape[1:-1] if slot_last else pool_PX.shape[2:])
+    if (len(address_N) + pages * page_slots) * (width + 1) * MOST_BYTES >= 2**63:
+        shape = list(pool_PX.shape)
+        shapes.refuse(op, f"pool_PX has shape {shape}, more slots than memory has bytes")
     on_cpu = address_N.device.type == "cpu" and len(address_N) > 0
     if on_cpu and not 0 <= int(address_N.min()) <= int(address_N.max()) < pages * page_slots:
         shapes.refuse(op, f"address_N names slots outside 0 to {pages * page_slots - 1}")

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import blocking
+import calls
 import matching
 import packing
 import pytest
 import torch
+from outcomes import compare, outcome
 
 from kvpress import noise as engine_noise
 from kvpress.attend import prompt_attention
@@ -592,3 +594,13 @@ def test_sums_over_blocks_equal_the_reference(run: Run, noise: str) -> None:
         (out, sums), wanted(query, key, value, position, *numbers, bits), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU what tensors hold is not checked")
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("name", calls.MAKERS)
+def test_mutated_calls_are_refused_or_equal_the_reference(run: Run, name: str) -> None:
+    for seed in range(40):
+        call = calls.some(name, seed)
+        given = outcome(implementation(name, "triton_kernel"), call)
+        compare(given, outcome(implementation(name, "reference"), call), f"{name}, seed {seed}")
