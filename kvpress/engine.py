@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 
-from kvpress import calibration, saving
+from kvpress import calibration, ops, saving
 from kvpress.attachment import Attachment, check_model
 from kvpress.cache import EngineCache, Lease
 from kvpress.calls import Newest
@@ -42,10 +42,12 @@ def attach(
     per page. cache_dtype: float32, bfloat16 or float16 for stored keys and values whatever the
     model computes in; None: the model's. Every `generate()` or forward call of the model then uses
     a compressed cache until `engine.detach()` or the end of the `with` block. Raises PolicyError,
-    BudgetError, AttachError or UnsupportedModelError; the model is then untouched. options: none;
-    those of a policy belong into its specification, which the error writes out.
+    BudgetError, AttachError, UnsupportedModelError, or BackendError where an environment variable
+    forces what cannot run; the model is then untouched. options: none; those of a policy belong
+    into its specification, which the error writes out.
     """
     refuse_options(policy, options, ("page_size", "cache_dtype"))
+    ops.refuse_settings()
     return Engine(unwrap(model), parse(policy), page_size, cache_dtype)
 
 

@@ -100,6 +100,13 @@ def reason_of(backend: str) -> str:
     return backend.partition(": ")[2]
 
 
+def refuse_settings() -> None:
+    """Raises KVPressError, or BackendError, if an environment variable forces what cannot run."""
+    env.check_instruction_set()
+    if env.backend() is not None:
+        backends()
+
+
 def instruction_set() -> str:
     """What the CPU operators are made of on this processor; empty where the references run."""
     return native.instruction_set(native.build()) if backends()["cpu"] == "cpu" else ""

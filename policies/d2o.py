@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -41,7 +41,7 @@ CODE = {"recent_ratio": 0.5, "beta": 0.5, "full_first": 2, "full_last": 1, "merg
 @dataclass(frozen=True, kw_only=True)
 class D2O(Policy):
     accumulates: ClassVar[bool] = True
-    modes: ClassVar = {"paper": PAPER, "official_code": CODE}
+    modes: ClassVar[dict[str, dict[str, Any]]] = {"paper": PAPER, "official_code": CODE}
     budget: Budget = option(0.2, "ρ, kept: fraction, tokens per row, or bytes (paper: 0.2prompt)")
     mode: str = option("paper", "whose rules and defaults", choices=("paper", "official_code"))
     sink: int = option(4, "first tokens that always stay (code: 4)", low=0)

@@ -189,3 +189,26 @@ def test_the_instruction_set_in_use_is_known(monkeypatch: pytest.MonkeyPatch) ->
     assert ops.instruction_set() in env.INSTRUCTION_SETS
     done = program("from kvpress import ops; print(ops.instruction_set())", KVPRESS_CPU="portable")
     assert done.stdout.strip() == "portable", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"KVPRESS_BACKEND": "cpu", "CXX": "no-such-compiler"},
+            "BackendError: KVPRESS_BACKEND=cpu",
+        ),
+        ({"KVPRESS_BACKEND": "gpu"}, "KVPRESS_BACKEND='gpu' names no backend"),
+        ({"KVPRESS_CPU": "sse"}, "KVPRESS_CPU='sse' names no instruction set"),
+    ],
+)
+def test_what_is_forced_and_cannot_run_is_refused_at_attach(
+    variables: dict[str, str], message: str
+) -> None:
+    tools = str(Path(__file__).parents[1] / "tools")
+    done = program(
+        f"import sys; sys.path.append({tools!r}); import helpers, kvpress; model = helpers.tiny();"
+        " print('ready'); kvpress.attach(model, 'full')",
+        **variables,
+    )
+    assert "ready" in done.stdout and message in done.stderr

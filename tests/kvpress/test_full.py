@@ -171,6 +171,8 @@ def test_a_prompt_is_scored_by_one_operator_call_per_layer(
     policy: str, operator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where every query scores, the call gives the attention output too."""
+    if operator == "attend_sums" and ops.backends()["cpu"] != "cpu":
+        pytest.skip("the references score beside PyTorch's attention")
     calls: list[str] = []
     for name in ("attend_sums", "attention_sums"):
         real = getattr(ops, name)
