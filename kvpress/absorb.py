@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpress import merging, ops
+from kvpress import host, merging, ops
 from kvpress.layer import Layer
 from kvpress.merging import Merging
 from kvpress.select import gather, kept_index
@@ -93,7 +93,7 @@ def _absorb(
         position_BHE = slots.position_BHS.gather(2, index_BHE).masked_fill(~lost_BHE, 2**31 - 1)
         index_BHE = index_BHE.gather(2, position_BHE.argsort(dim=-1, stable=True))
     key_BHCD, position_BHC = columns[KEY], columns[POSITION]
-    stays_BHC = torch.arange(key_BHCD.shape[2]) < counts_BH[..., None]
+    stays_BHC = host.arange(key_BHCD.shape[2]) < counts_BH[..., None]
     allowed_BHC = stays_BHC.to(position_BHC.device)
     if not rule.sinks and layer.limits is not None:
         allowed_BHC = allowed_BHC & (position_BHC >= layer.limits.sink)

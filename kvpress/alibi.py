@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvpress import host
 from kvpress.run import Tokens
 
 CHANNELS = 2  # a position as 256·a + b: half precision holds integers up to 256 exactly
@@ -27,11 +28,11 @@ def with_positions(
     """
     query_BNPD, key_BHPD = tokens.query_bNPD, tokens.key_bHPD
     batch, query_heads, new, _ = query_BNPD.shape
-    offset_BP = torch.arange(new)[None] if valid_BP is None else valid_BP.cumsum(1) - 1
+    offset_BP = host.arange(new)[None] if valid_BP is None else valid_BP.cumsum(1) - 1
     position_BP = (seen_B[:, None] + offset_BP).clamp_min(0)
     parts_BPC = torch.stack([position_BP // _BASE, position_BP % _BASE], dim=-1)
     parts_B1PC = parts_BPC[:, None].to(key_BHPD)
-    slope_N = torch.tensor(slopes, dtype=torch.float64) / tokens.scaling
+    slope_N = host.tensor(slopes, dtype=torch.float64) / tokens.scaling
     slope_NC = torch.stack([slope_N * _BASE, slope_N], dim=-1).to(query_BNPD)
     query = slope_NC[None, :, None].expand(batch, query_heads, new, CHANNELS)
     key = parts_B1PC.expand(batch, key_BHPD.shape[1], new, CHANNELS)

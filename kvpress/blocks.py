@@ -73,14 +73,16 @@ class Blocks(NamedTuple):
 
     def seen(self, device: torch.device | None = None) -> Tensor:
         """True for the blocks that exist: bool `[I, J]`."""
-        end_I1 = torch.tensor([[self.end(row)] for row in range(self.rows)], device=device)
+        end_I1 = torch.tensor(
+            [[self.end(row)] for row in range(self.rows)], device=device, dtype=torch.int64
+        )
         return torch.arange(self.columns, device=device) < end_I1
 
     def always(self, local: int, device: torch.device | None = None) -> Tensor:
         """True for the blocks that are computed in any case, the first one and local ones."""
         column_J = torch.arange(self.columns, device=device)
         first = [[self.first_local(row, local)] for row in range(self.rows)]
-        first_I1 = torch.tensor(first, device=device)
+        first_I1 = torch.tensor(first, device=device, dtype=torch.int64)
         return self.seen(device) & ((column_J == 0) | (column_J >= first_I1))
 
 
@@ -111,7 +113,9 @@ def from_map(map_BNX: Tensor, blocks: Blocks) -> Tensor:
 
 def computed_blocks(map_BNX: Tensor) -> Tensor:
     """How many blocks of each head are computed: int64 `[B, N]`."""
-    ones_256 = torch.tensor([bin(byte).count("1") for byte in range(256)], device=map_BNX.device)
+    ones_256 = torch.tensor(
+        [bin(byte).count("1") for byte in range(256)], device=map_BNX.device, dtype=torch.int64
+    )
     return ones_256[map_BNX.int()].sum(-1)
 
 

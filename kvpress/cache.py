@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kvpress import restoring, saving
+from kvpress import host, restoring, saving
 from kvpress.cache_layer import EngineLayer
 from kvpress.drafts import commit
 from kvpress.errors import CacheError
@@ -148,7 +148,7 @@ class EngineCache(Cache):
         """Keeps the sequences at `indices` (integers, or one boolean per sequence)."""
         if self.batch_size > 0:
             chosen = torch.arange(self.batch_size, device="cpu")
-            self.select(chosen[torch.as_tensor(indices).cpu()].tolist())
+            self.select(chosen[torch.as_tensor(indices, device="cpu")].tolist())
 
     def note_ids(self, given: Mapping[str, Any]) -> None:
         """Keeps the ids of a forward pass that is done, by its arguments, once.
@@ -197,7 +197,7 @@ class EngineCache(Cache):
         kinds: dict[Any, int] = {}
         keys = zip(*(state.contents() for state in states), strict=True)
         numbers = [kinds.setdefault(key, len(kinds)) for key in keys] if states else [0] * batch
-        return torch.tensor(numbers)
+        return host.tensor(numbers)
 
     def check_attended(self) -> None:
         """Raises CacheError if keys were taken that the engine's attention function never saw."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from kvpress import host
 from kvpress.alibi import with_positions
 from kvpress.counting import with_counts
 from kvpress.errors import CacheError
@@ -156,7 +157,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Keeps the sequences at `indices` (integers, or one boolean per sequence)."""
         if self.state.store is None:
             return
-        chosen = torch.arange(len(self.state.seen_B))[torch.as_tensor(indices).cpu()]
+        chosen = host.arange(len(self.state.seen_B))[torch.as_tensor(indices, device="cpu")]
         self.select(chosen.tolist())
 
     def select(self, index: list[int]) -> None:

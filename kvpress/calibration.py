@@ -11,7 +11,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from kvpress import sealed
+from kvpress import host, sealed
 from kvpress.errors import CacheFileError, PolicyError
 from kvpress.kinds import Fingerprint
 from kvpress.sparse import Sparsity, Thresholds
@@ -114,7 +114,7 @@ def thresholds(wanted: Sparsity | None, model: Any, shape: Fingerprint) -> Thres
     config = model.config.get_text_config(decoder=True)
     size = (len(shape.kinds), config.num_attention_heads)
     if wanted.threshold is not None:
-        tau_LN = torch.full(size, wanted.threshold)
+        tau_LN = host.full(size, wanted.threshold, dtype=torch.float32)
         return Thresholds(tau_LN, wanted.local, LEAST if wanted.least is None else wanted.least)
     found = read(wanted.calibration, model) if wanted.calibration else _shipped(model)
     if found is None:
@@ -123,7 +123,9 @@ def thresholds(wanted: Sparsity | None, model: Any, shape: Fingerprint) -> Thres
             " conservative. `kvpress calibrate` finds one for every head.",
             UNCALIBRATED,
         )
-        found = Calibration(torch.full(size, UNCALIBRATED), wanted.local, None, {}, [])
+        found = Calibration(
+            host.full(size, UNCALIBRATED, dtype=torch.float32), wanted.local, None, {}, []
+        )
     if found.local != wanted.local:
         raise PolicyError(
             f"local={wanted.local}, but the calibration was made with local={found.local}:"

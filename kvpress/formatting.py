@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpress import formats, ops
+from kvpress import formats, host, ops
 from kvpress.errors import PolicyError
 from kvpress.formats import Window
 from kvpress.layer import Layer
@@ -81,7 +81,7 @@ def _decide(layer: Layer, rows: FormattedRows, b: int) -> None:
             f"{layer.recipe} keeps {kept} channels of keys and values in layer {layer.kind.index},"
             f" but kept {rows.parts[0].layout[3:5]} before. It must keep as many in every sequence."
         )
-    wide_BH = torch.zeros(1, heads, dtype=torch.bool)
+    wide_BH = host.zeros(1, heads, dtype=torch.bool)
     if len(ours) > 1:
         wide_BH = _guard(layer, window, ours[0], key, value)
     rows.decide([b], ours, key, value, wide_BH)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpress import host
 from kvpress.alibi import CHANNELS
 from kvpress.budget import UNLIMITED, Budget, Limits
 from kvpress.counting import check_counts
@@ -48,19 +49,21 @@ class Layer:
         self.run.growths.clear()
         self.token_dtype = torch.float32  # of the model's keys and values; known with the store
         self.columns_seen = 0  # logical length: columns of the batch, padding included
-        self.seen_B = torch.zeros(0, dtype=torch.int64)  # real tokens of each sequence, on the host
-        self._decoded_B = torch.zeros(0, dtype=torch.int64)  # tokens decoded since the last prompt
+        self.seen_B = host.zeros(0)  # real tokens of each sequence, on the host
+        self._decoded_B = host.zeros(0)  # tokens decoded since the last prompt
         self._decoded: int | None = None  # the same for every sequence, where it is
         self.evicted_at = 0  # logical length when tokens were last evicted
         self.prompted_at = 0  # logical length after the last prompt or prompt chunk
         self.padded_at = 0  # logical length after the last padded column
-        self.quota_R = torch.zeros(0, dtype=torch.int64)  # slots that every row may keep
-        self.recent_B = torch.zeros(0, dtype=torch.int64)  # protected last tokens of each sequence
-        self.demand_B = torch.zeros(0, dtype=torch.float64)  # of slots; NaN: not known yet
-        self.portion_B = torch.zeros(0, dtype=torch.float64)  # of the budget, while decoding
+        self.quota_R = host.zeros(0)  # slots that every row may keep
+        self.recent_B = host.zeros(0)  # protected last tokens of each sequence
+        self.demand_B = host.zeros(0, dtype=torch.float64)  # of slots; NaN: not known yet
+        self.portion_B = host.zeros(0, dtype=torch.float64)  # of the budget, while decoding
         self.growth: Growth | None = None  # of its quotas, once a step needed it
         self.grown = -1  # the version of `growth` that the quotas are
-        self.threshold_B = torch.zeros(0)  # of merging, on the device; NaN: nothing was evicted yet
+        self.threshold_B = host.zeros(
+            0, dtype=torch.float32
+        )  # of merging; NaN: nothing was evicted yet
         self._in_step: bool | None = None  # None: not known
         self._excess: int | None = None  # None: not known
         self._shortest = 0  # the same of the row that is the farthest below its quota
@@ -218,7 +221,7 @@ class Layer:
         if self.blocks is None:
             return []
         computed_N, all_ = self.blocks
-        shares: list[float] = (computed_N / all_).tolist()
+        shares: list[float] = (computed_N.double() / all_).tolist()
         return shares
 
     def report(self) -> LayerReport:
@@ -311,15 +314,17 @@ class Layer:
         self.store = self.new_store(
             PagedRows(batch, heads, columns, self.run.page_slots, key_BHPD.device)
         )
-        self.seen_B = torch.zeros(batch, dtype=torch.int64)
+        self.seen_B = host.zeros(batch)
         self.decoded_B, self.recent_B = torch.zeros_like(self.seen_B), torch.zeros_like(self.seen_B)
-        self.demand_B = torch.full((batch,), torch.nan, dtype=torch.float64)
-        self.portion_B = torch.ones(batch, dtype=torch.float64)
+        self.demand_B = host.full((batch,), torch.nan, dtype=torch.float64)
+        self.portion_B = host.full((batch,), 1.0, dtype=torch.float64)
         merging = self.recipe.merging
         threshold = torch.nan if merging is None else merging.initial
-        self.threshold_B = torch.full((batch,), threshold, device=key_BHPD.device)
+        self.threshold_B = torch.full(
+            (batch,), threshold, device=key_BHPD.device, dtype=torch.float32
+        )
         self._in_step = self._excess = None
-        self.quota_R = torch.full((batch * heads,), UNLIMITED)
+        self.quota_R = host.full((batch * heads,), UNLIMITED)
 
     def new_store(self, rows: PagedRows) -> Store:
         """The store of this layer, from an empty one for slots as they come."""
@@ -368,7 +373,7 @@ class Layer:
 
     def seen_before(self, batch: int) -> Tensor:
         """Real tokens that each of `batch` sequences has seen: int64, on the host."""
-        return torch.zeros(batch, dtype=torch.int64) if self.store is None else self.seen_B
+        return host.zeros(batch) if self.store is None else self.seen_B
 
     def step(self, sequence: int, new_tokens: int) -> Step:
         """Where a sequence of this layer is, for policies."""
@@ -466,7 +471,7 @@ class Layer:
 
     def append(self, tokens: Tokens, group: Sequence[int], before_b: Tensor) -> None:
         """Stores new tokens of some sequences behind those that are there."""
-        offset_P = torch.arange(tokens.key_bHPD.shape[2])
+        offset_P = host.arange(tokens.key_bHPD.shape[2])
         position_b1P = (before_b[:, None] + offset_P)[:, None].to(tokens.key_bHPD.device)
         columns = {KEY: tokens.key_bHPD, VALUE: tokens.value_bHPD, POSITION: position_b1P}
         self.rows.append(columns, group)

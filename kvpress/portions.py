@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvpress import host
 from kvpress.decode import evict, stored
 from kvpress.layer import Layer
 from kvpress.policy import Recipe
@@ -23,8 +24,8 @@ _BUDGETS = "Layer budgets:"
 def check_portions(recipe: Recipe, layers: int) -> None:
     """Raises PolicyError where a policy cannot divide its budget among so many layers."""
     if recipe.shares and recipe.limits is not None and recipe.limits.budget.relative:
-        nothing_known = torch.full((1, layers), torch.nan, dtype=torch.float64)
-        kept = torch.tensor([float(recipe.limits.budget.amount)], dtype=torch.float64)
+        nothing_known = host.full((1, layers), torch.nan, dtype=torch.float64)
+        kept = host.tensor([float(recipe.limits.budget.amount)], dtype=torch.float64)
         _portions(recipe, nothing_known, kept, torch.zeros_like(kept))
 
 
@@ -35,7 +36,7 @@ def foresee(layer: Layer, group: Sequence[int], seen_b: Tensor) -> None:
     """
     layers = compressed(layer)
     if layer is layers[0] and group:
-        nothing_known = torch.full((len(group), len(layers)), torch.nan, dtype=torch.float64)
+        nothing_known = host.full((len(group), len(layers)), torch.nan, dtype=torch.float64)
         _portions(layer.recipe, nothing_known, *_kept(layer, seen_b))
 
 
@@ -88,13 +89,13 @@ def _lasting(layers: list[Layer], group: Sequence[int]) -> Tensor:
     recipe, demand_bL = layers[0].recipe, _demands(layers, group, len(layers))
     if recipe.limits is None or not recipe.limits.grows:
         return torch.ones_like(demand_bL)
-    kept_b = torch.full((len(group),), float(recipe.limits.budget.amount), dtype=torch.float64)
+    kept_b = host.full((len(group),), float(recipe.limits.budget.amount), dtype=torch.float64)
     return _portions(recipe, demand_bL, kept_b, torch.zeros_like(kept_b))
 
 
 def _demands(layers: list[Layer], group: Sequence[int], known: int) -> Tensor:
     """The demands of the first `known` layers: `[b, L]`, NaN for the others."""
-    demand_bL = torch.full((len(group), len(layers)), torch.nan, dtype=torch.float64)
+    demand_bL = host.full((len(group), len(layers)), torch.nan, dtype=torch.float64)
     for i, other in enumerate(layers[:known]):
         demand_bL[:, i] = other.demand_B[list(group)]
     return demand_bL
@@ -111,7 +112,7 @@ def _kept(layer: Layer, seen_b: Tensor) -> tuple[Tensor, Tensor]:
     assert layer.limits is not None, "only layers with a budget share one"
     limits, shape = layer.limits, geometry(layer)
     sizes = [(limits.budget.slots(n, shape), limits.least_slots(n, shape)) for n in seen_b.tolist()]
-    kept_b2 = torch.tensor(sizes, dtype=torch.float64) / seen_b.clamp_min(1)[:, None]
+    kept_b2 = host.tensor(sizes, dtype=torch.float64) / seen_b.clamp_min(1)[:, None]
     kept_b, least_b = kept_b2.clamp_max(1).unbind(1)
     return kept_b, least_b
 

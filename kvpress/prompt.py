@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvpress import ops
+from kvpress import host, ops
 from kvpress.absorb import survive
 from kvpress.attend import prompt_attention
 from kvpress.blockwise import choose
@@ -125,11 +125,11 @@ def _candidates(
     """What is stored of some sequences, in position order, followed by their new tokens: dense."""
     batch, heads, new = tokens.key_bHPD.shape[:3]
     device = tokens.key_bHPD.device
-    position_bP = torch.arange(new) + before_b[:, None]
+    position_bP = host.arange(new) + before_b[:, None]
     position_bHP = position_bP.to(device)[:, None].expand(batch, heads, new)
     columns = {KEY: tokens.key_bHPD, VALUE: tokens.value_bHPD, POSITION: position_bHP}
     if layer.recipe.accumulates:
-        columns[MASS] = torch.zeros(batch, heads, new, device=device)
+        columns[MASS] = torch.zeros(batch, heads, new, device=device, dtype=torch.float32)
     if not bool((layer.rows.counts_BH[group] > 0).any()):
         return columns
     old = layer.rows.dense_by_position(group)

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from kvpress import host
 from kvpress.errors import UnsupportedModelError
 
 # Types whose frequencies are the same at every length. Others change theirs with the longest
@@ -99,7 +100,7 @@ def _frequencies(model: Any) -> list[Tensor]:
     found = [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
     width = getattr(model.config, "rotary_dim", None)
     if width:  # GPT-J and CodeGen hold a table of sines instead
-        found.append(1.0 / (10000 ** (torch.arange(0, width, 2) / width)))
+        found.append(1.0 / (10000 ** (host.arange(0, width, 2).float() / width)))
     unique: list[Tensor] = []
     for frequency in (f.detach().float().cpu() for f in found if not f.is_meta and f.dim() == 1):
         if not any(torch.equal(frequency, other) for other in unique):
@@ -112,13 +113,13 @@ def _probe(model: Any) -> tuple[Tensor, list[Tensor]]:
     config = model.config.get_text_config(decoder=True)
     end = (getattr(config, "max_position_embeddings", None) or 512) - _TOKENS
     starts = sorted({end, *(start for start in _STARTS if start < end)})
-    position_BT = torch.tensor(starts)[:, None] + torch.arange(_TOKENS)
+    position_BT = host.tensor(starts)[:, None] + host.arange(_TOKENS)
     device = torch.device("cpu") if model.device.type == "meta" else model.device  # offloaded
     given = {"input_ids": torch.ones_like(position_BT, device=device)}
     if "position_ids" in inspect.signature(model.forward).parameters:
         given["position_ids"] = position_BT.to(device)
     else:
-        position_BT = torch.arange(_TOKENS).expand_as(position_BT)
+        position_BT = host.arange(_TOKENS).expand_as(position_BT)
     with torch.no_grad(), _prepared(model, position_BT.shape):
         out = model(**given, use_cache=True, return_dict=True)
     cache = next((out[name] for name in ("cache", "past_key_values") if name in out), None)
@@ -145,7 +146,12 @@ def _prepared(model: Any, shape: torch.Size) -> Iterator[None]:
     def same(hidden: Any) -> Any:
         if not isinstance(hidden, Tensor) or hidden.shape[:-1] != shape:
             return hidden
-        vector = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0))
+        vector = torch.randn(
+            hidden.shape[-1],
+            generator=torch.Generator().manual_seed(0),
+            dtype=torch.float32,
+            device="cpu",
+        )
         return vector.to(hidden).expand_as(hidden).contiguous()
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -178,7 +184,7 @@ def _explanation(
     by_BHT = (position_BT - position_BT[0, 0])[:, None]
     # Rounding of the dtype, of angles, and of products of matrices, which may differ by row.
     most_HD = key_BHTD.abs().amax((0, 2), keepdim=True)
-    allowed_BHTD = (_ULPS * eps + by_BHT[..., None] * _EPS) * most_HD
+    allowed_BHTD = (_ULPS * eps + by_BHT[..., None].float() * _EPS) * most_HD
     allowed_BHTD = (allowed_BHTD + 32 * _EPS * most_HD.amax(-1, keepdim=True)).clamp_min(1e-30)
 
     def misfit(turned_BHTD: Tensor) -> float:

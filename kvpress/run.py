@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvpress import host
 from kvpress.budget import Geometry, Quota
 from kvpress.meter import Meter
 from kvpress.policy import Policy, Recipe
@@ -69,8 +70,8 @@ class Growth:
     version: int = 0  # how often they changed
     quotas: list[Quota] = field(default_factory=list)  # of each sequence
     slots: list[int] = field(default_factory=list)  # of each row
-    quota_R: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    recent_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    quota_R: Tensor = field(default_factory=lambda: host.zeros(0))
+    recent_B: Tensor = field(default_factory=lambda: host.zeros(0))
     least: int = 0  # slots by which every row came to keep more in the last change
     most: int = 0  # slots by which a row did at the most
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpress import host
 from kvpress.cache import EngineCache
 
 _PER_SEQUENCE = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
@@ -62,7 +63,7 @@ def _in_order(kinds: list[int]) -> tuple[list[int], Tensor]:
     """The first sequence of each kind, in the order of the batch, and their places for all."""
     kept = sorted({kind: b for b, kind in reversed(list(enumerate(kinds)))}.values())
     place = {kinds[b]: i for i, b in enumerate(kept)}
-    return kept, torch.tensor([place[kind] for kind in kinds])
+    return kept, host.tensor([place[kind] for kind in kinds])
 
 
 def spread(output: Any, cache: EngineCache, kind_B: Tensor) -> None:

@@ -29,6 +29,7 @@ LAYERS = [
         "families",
         "blocks",
         "lasting",
+        "host",
         "horizon",
         "ids",
         "copies",
@@ -184,3 +185,30 @@ def test_user_errors_are_exceptions_of_the_engine(path: Path) -> None:
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             name = getattr(node.exc.func, "id", getattr(node.exc.func, "attr", ""))
             assert name not in {"Exception", "ValueError", "RuntimeError", "TypeError", "KeyError"}
+
+
+FACTORIES = {
+    *("arange", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal", "ones"),
+    *("rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros"),
+}
+WHOLE = {"arange", "randint", "randperm"}  # of whole numbers, if it gets such
+TENSORS = [
+    path
+    for path in sorted((*ENGINE, *(ROOT / "policies").glob("*.py"), *(ROOT / "csrc").rglob("*.py")))
+    if "torch." in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("path", TENSORS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_tensor_depends_on_the_defaults_of_the_process(path: Path) -> None:
+    """`torch.set_default_dtype` and `set_default_device` belong to the user; see host.py."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        name, named = node.func.attr, {keyword.arg for keyword in node.keywords}
+        of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+        if of_torch and name == "as_tensor":
+            assert "device" in named, f"line {node.lineno}: {ast.unparse(node)}"
+        if of_torch and name in FACTORIES and None not in named:
+            missing = {"device"} if name in WHOLE else {"dtype", "device"}
+            assert missing <= named, f"line {node.lineno}: {ast.unparse(node)}"

@@ -45,7 +45,9 @@ def attention_sums(
     key_position_BH11S = position_BHS[:, :, None, None]
     empty_BH11S = key_position_BH11S < 0
     any_empty = bool(empty_BH11S.any())
-    sums_BHGS = torch.zeros(batch, heads, group, slots, device=query_BNPD.device)
+    sums_BHGS = torch.zeros(
+        batch, heads, group, slots, device=query_BNPD.device, dtype=torch.float32
+    )
 
     computed_BNIJ = None
     if map_BNX is not None:

@@ -22,7 +22,7 @@ def match_keys(
     check(evicted_BHED, kept_BHCD, allowed_BHC)
     batch, heads, evicted, _ = evicted_BHED.shape
     shape, kept = (batch, heads, evicted), kept_BHCD.shape[2]
-    similarity_BHE = torch.full(shape, -torch.inf, device=evicted_BHED.device)
+    similarity_BHE = torch.full(shape, -torch.inf, device=evicted_BHED.device, dtype=torch.float32)
     target_BHE = torch.full(shape, -1, dtype=torch.int64, device=evicted_BHED.device)
     if not kept:
         return similarity_BHE, target_BHE

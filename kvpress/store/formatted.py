@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from kvpress import ops
+from kvpress import host, ops
 from kvpress.errors import CacheError
 from kvpress.formats import pack
 from kvpress.layout import PageLayout, span
@@ -35,8 +35,8 @@ class FormattedRows:
         self.parts: list[PackedRows] = []
         nothing = torch.empty(0, 0, dtype=torch.int16, device=recent.device)
         self.key_channels_RT = self.value_channels_RU = nothing  # until that is decided
-        self.wide_R = torch.zeros(len(recent.counts), dtype=torch.bool)  # on the host
-        self.decided_B = torch.zeros(recent.sequences, dtype=torch.bool)  # on the host
+        self.wide_R = host.zeros(len(recent.counts), dtype=torch.bool)  # on the host
+        self.decided_B = host.zeros(recent.sequences, dtype=torch.bool)  # on the host
         self._room = 0  # tokens that surely come before a slot becomes old
 
     # What both parts have
@@ -291,10 +291,10 @@ class FormattedRows:
         held = columns[POSITION].shape[2]
         count_r = self.recent.counts[rows]
         pages_r = (count_r - self.residual).clamp_min(0) // size
-        row_N = torch.arange(len(rows)).repeat_interleave(pages_r)
-        page_N = torch.arange(len(row_N)) - torch.searchsorted(row_N, row_N)
+        row_N = host.arange(len(rows)).repeat_interleave(pages_r)
+        page_N = host.arange(len(row_N)) - torch.searchsorted(row_N, row_N)
         first_N = held - count_r[row_N] + page_N * size
-        slot_NS = first_N[:, None] + torch.arange(size)
+        slot_NS = first_N[:, None] + host.arange(size)
         flat = {name: column.flatten(0, 1) for name, column in columns.items()}
         for number, part in enumerate(self.parts):
             mine_N = self.wide_R[rows[row_N]] == bool(number)
@@ -308,7 +308,7 @@ class FormattedRows:
             part.compact()
         left_r = count_r - pages_r * size
         most = int(left_r.max())
-        slot_rS = (held - left_r[:, None] + torch.arange(most)).clamp_max(held - 1)
+        slot_rS = (held - left_r[:, None] + host.arange(most)).clamp_max(held - 1)
         at = (torch.arange(len(rows), device=self.device)[:, None], slot_rS.to(self.device))
         kept = {n: self._by_sequence(column[at]) for n, column in flat.items()}
         survivors = Survivors(tuple(sequences), kept, left_r.view(-1, self.heads))
@@ -356,14 +356,14 @@ class FormattedRows:
         for number, part in enumerate(self.parts):
             taken_R, taken = part.take_last(missing_R * (self.wide_R == bool(number)))
             counts_R += taken_R
-            slot_S = torch.arange(taken[POSITION].shape[2])
+            slot_S = host.arange(taken[POSITION].shape[2])
             beyond = (slot_S >= taken_R[:, None]).view(*self.counts_BH.shape, -1)
             taken[POSITION] = taken[POSITION].masked_fill(beyond.to(self.device), -1)
             columns = {n: torch.cat([taken[n].to(x.dtype), x], dim=2) for n, x in columns.items()}
         ordered = by_position(columns)
         most, held = int(counts_R.max()), ordered[POSITION].shape[2]
         start_R = held - counts_R
-        slot_RS = (start_R[:, None] + torch.arange(most)).clamp_max(held - 1).to(self.device)
+        slot_RS = (start_R[:, None] + host.arange(most)).clamp_max(held - 1).to(self.device)
         row_R1 = torch.arange(len(counts_R), device=self.device)[:, None]
         kept = {n: self._by_sequence(x.flatten(0, 1)[row_R1, slot_RS]) for n, x in ordered.items()}
         everybody = tuple(range(self.sequences))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kvpress import ops
+from kvpress import host, ops
 from kvpress.errors import CacheError
 from kvpress.formats import pack
 from kvpress.layout import PageLayout
@@ -40,8 +40,8 @@ class PackedRows(PagedRows):
         super().__init__(
             sequences, heads, {PAGE: page, **columns}, layout.slots, like.device, ordered
         )
-        self.dropped = torch.zeros(sequences * heads, dtype=torch.int64)  # on the host
-        self.key_channels_RT = self.value_channels_RU = torch.empty(0)
+        self.dropped = host.zeros(sequences * heads)  # on the host
+        self.key_channels_RT = self.value_channels_RU = host.zeros(0, dtype=torch.int16)
         # What operators get where there are no positions, no mass, no counts on their device.
         self._none = [like.new_empty(0, dtype=t) for t in (torch.int32, torch.float32, torch.int64)]
 
@@ -69,7 +69,7 @@ class PackedRows(PagedRows):
         """
         if not len(row_N):
             return
-        rank_N = torch.arange(len(row_N)) - torch.searchsorted(row_N, row_N)
+        rank_N = host.arange(len(row_N)) - torch.searchsorted(row_N, row_N)
         place_N = self.counts[row_N] // self.page_slots + rank_N
         counts = self.counts.index_add(0, row_N, torch.full_like(row_N, self.page_slots))
         self._reserve(counts)
@@ -84,14 +84,14 @@ class PackedRows(PagedRows):
         rows = self.row_index(range(self.sequences) if sequences is None else sequences)
         batch = len(rows) // self.heads
         if name == POSITION and name not in self.columns:
-            slot_S = torch.arange(int(self.counts[rows].max()) if len(rows) else 0)
+            slot_S = host.arange(int(self.counts[rows].max()) if len(rows) else 0)
             position_RS = slot_S.where(slot_S < self.counts[rows, None], EMPTY)
             return position_RS.view(batch, self.heads, -1).to(self.device, torch.int32)
         if name not in (KEY, VALUE):
             return super().dense(name, sequences)
         places_R = self.counts[rows] // self.page_slots
         width = int(places_R.max()) if len(rows) else 0
-        used_RW = torch.arange(width) < places_R[:, None]
+        used_RW = host.arange(width) < places_R[:, None]
         row_N, place_N = used_RW.nonzero().unbind(1)
         values_NSD = self._unpack(rows[row_N], place_N)[name == VALUE]
         full = values_NSD.new_zeros(len(rows), width, *values_NSD.shape[1:])
@@ -102,8 +102,8 @@ class PackedRows(PagedRows):
         self, row_N: Tensor, slot_N: Tensor, sequences: Sequence[int] | None = None
     ) -> None:
         """Drops one slot of each of some rows."""
-        drops_NS = torch.zeros(len(row_N), int(self.counts[row_N].max()), dtype=torch.bool)
-        drops_NS[torch.arange(len(row_N)), slot_N.cpu()] = True
+        drops_NS = host.zeros(len(row_N), int(self.counts[row_N].max()), dtype=torch.bool)
+        drops_NS[host.arange(len(row_N)), slot_N.cpu()] = True
         self._drop(row_N, drops_NS)
 
     def select_sequences(self, index: Sequence[int]) -> PackedRows:
@@ -126,7 +126,7 @@ class PackedRows(PagedRows):
         pages_R = -(-tokens_R // self.page_slots)
         first_R = self.counts // self.page_slots - pages_R
         width = int(pages_R.max()) * self.page_slots
-        slot_RS = first_R[:, None] * self.page_slots + torch.arange(width)
+        slot_RS = first_R[:, None] * self.page_slots + host.arange(width)
         taken = {}
         for name in (KEY, VALUE, POSITION, *self._volatile):
             column = self.dense(name).flatten(0, 1)
@@ -189,7 +189,7 @@ class PackedRows(PagedRows):
 
     def _let_go(self, row: int, pages: int, place_N: Tensor) -> None:
         """Takes some pages out of a row; it keeps them as room behind the others."""
-        place_P, table = torch.arange(pages), self._table.clone()
+        place_P, table = host.arange(pages), self._table.clone()
         stays_P = ~torch.isin(place_P, place_N)
         order_P = torch.cat([place_P[stays_P], place_N])
         table[row, :pages] = self._table[row, order_P]
@@ -208,7 +208,7 @@ class PackedRows(PagedRows):
             if name == PAGE:
                 continue
             if self._aside is not None and name in self._aside:
-                slot_NS = place_N[:, None] * self.page_slots + torch.arange(self.page_slots)
+                slot_NS = place_N[:, None] * self.page_slots + host.arange(self.page_slots)
                 self._aside.write(name, row_N, slot_NS, columns[name])
             else:
                 self._pool.by_name[name].index_copy_(0, page_N, columns[name].to(column.dtype))
@@ -242,7 +242,7 @@ class PackedRows(PagedRows):
 
     @property
     def _places_RW(self) -> Tensor:
-        head_R = torch.arange(len(self.counts)) % self.heads  # pages of a row stand in any order
+        head_R = host.arange(len(self.counts)) % self.heads  # pages of a row stand in any order
         return head_R[:, None].expand(-1, self._table.shape[1])
 
     def state(self) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpress import ops
+from kvpress import host, ops
 from kvpress.errors import CacheError
 from kvpress.store.aside import Aside
 from kvpress.store.base import KEY, POSITION, VALUE, Column, Survivors
@@ -194,13 +194,14 @@ class PagedRows(PageTable):
         """
         chosen = range(self.sequences) if sequences is None else sequences
         row_R, tokens = self.row_index(chosen), columns[POSITION].shape[2]
-        slot_RT = self.counts[row_R, None] + torch.arange(tokens)
+        slot_RT = self.counts[row_R, None] + host.arange(tokens)
         counts = self.counts.index_add(0, row_R, torch.full_like(row_R, tokens))
         self._reserve(counts)
         address_N = self._host_address(row_R[:, None], slot_RT).flatten().to(self.device)
         for name, column in self.columns.items():
             shape = (len(chosen), self.heads, tokens, *column.shape)
-            source = columns.get(name, torch.zeros((), device=self.device)).detach().expand(shape)
+            absent = torch.zeros((), dtype=column.dtype, device=self.device)
+            source = columns.get(name, absent).detach().expand(shape)
             if self._aside is not None and name in self._aside:
                 self._aside.write(name, row_R, slot_RT, source.flatten(0, 1))
             else:
@@ -214,7 +215,7 @@ class PagedRows(PageTable):
             self._write_pages(name, values_RS, sequences)
             return
         rows = self.row_index(range(self.sequences) if sequences is None else sequences)
-        slot_RS = torch.arange(values_RS.shape[1]).expand(len(rows), -1)
+        slot_RS = host.arange(values_RS.shape[1]).expand(len(rows), -1)
         self._aside.write(name, rows, slot_RS, values_RS)
 
     def evict_one(
@@ -249,13 +250,13 @@ class PagedRows(PageTable):
         if not position_BHS.numel():
             return
         spare = max(int(position_BHS.max()), int(kept_BHK.max())) + 1  # stands for empty slots
-        real_BHK = torch.arange(kept_BHK.shape[2]) < survivors.counts_BH[..., None]
+        real_BHK = host.arange(kept_BHK.shape[2]) < survivors.counts_BH[..., None]
         kept_BHK = kept_BHK.where(real_BHK.to(device), spare)
         place_BHS = position_BHS.where(position_BHS != EMPTY, spare)
         width = (*kept_BHK.shape[:2], spare + 1)
         stays = torch.zeros(width, dtype=torch.bool, device=device).scatter_(2, kept_BHK, True)
         for name in self._volatile:
-            by_position = torch.zeros(width, device=device)
+            by_position = torch.zeros(width, device=device, dtype=torch.float32)
             by_position.scatter_(2, kept_BHK, survivors.columns[name].float())
             self.write(name, by_position.gather(2, place_BHS), chosen)
         drops_RS = (~stays.gather(2, place_BHS) & (position_BHS != EMPTY)).flatten(0, 1).cpu()
@@ -284,7 +285,7 @@ class PagedRows(PageTable):
         self._join(PagePool(self.columns, self.page_slots, self.device, int(pages.sum())))
         self._set_counts(counts)
         first = pages.cumsum(0) - pages
-        width = torch.arange(int(pages.max()) if len(pages) else 0)
+        width = host.arange(int(pages.max()) if len(pages) else 0)
         table = torch.where(width < pages[:, None], first[:, None] + width, 0)
         self._set_table(table.to(torch.int32))
         for group in groups:
@@ -342,8 +343,8 @@ class PagedRows(PageTable):
     def state(self) -> dict[str, Tensor]:
         """Everything that the rows hold, in as many pages as they need: tensors on the host."""
         live_N = torch.unique(self.owned_pages())
-        place_P = torch.zeros(self._pool.pages, dtype=torch.int64)
-        place_P[live_N] = torch.arange(len(live_N))
+        place_P = host.zeros(self._pool.pages)
+        place_P[live_N] = host.arange(len(live_N))
         pages = {
             f"page.{name}": self._pool.by_name[name].index_select(0, live_N.to(self.device)).cpu()
             for name in self.columns
@@ -410,13 +411,13 @@ class PagedRows(PageTable):
     @property
     def _places_RW(self) -> Tensor:
         """A number for each page of each row: rows that share one must have it at the same."""
-        head_R = torch.arange(len(self.counts)) % self.heads
-        return head_R[:, None] * 2**32 + torch.arange(self._table.shape[1])
+        head_R = host.arange(len(self.counts)) % self.heads
+        return head_R[:, None] * 2**32 + host.arange(self._table.shape[1])
 
     def _drop(self, row_R: Tensor, drops_RS: Tensor) -> None:
         """Drops some slots (bool, on the host) of some rows; their last slots fill the gaps."""
         left_R = self.counts[row_R] - drops_RS.sum(1)
-        slot_S = torch.arange(drops_RS.shape[1])
+        slot_S = host.arange(drops_RS.shape[1])
         stays_RS = slot_S < left_R[:, None]
         gap_N = (drops_RS & stays_RS).nonzero()
         filler_N = (~drops_RS & ~stays_RS & (slot_S < self.counts[row_R, None])).nonzero()
@@ -465,7 +466,7 @@ class PagedRows(PageTable):
         rows = self.row_index(group.sequences)
         counts_R = group.counts_BH.flatten()
         slots = int(counts_R.max()) if len(counts_R) else 0
-        slot_S = torch.arange(slots)
+        slot_S = host.arange(slots)
         address_RS = (
             first_page_R[rows, None] * self.page_slots + slot_S
         )  # a row's pages are consecutive here
@@ -475,7 +476,7 @@ class PagedRows(PageTable):
         held_N = held_RS.flatten().to(self.device)
         for name, column in self.columns.items():
             shape = (len(group.sequences), self.heads, slots, *column.shape)
-            absent = torch.zeros((), device=self.device).expand(shape)
+            absent = torch.zeros((), dtype=column.dtype, device=self.device).expand(shape)
             source = group.columns.get(name, absent)[:, :, :slots].detach()
             if not everything:
                 source = source.reshape(-1, *column.shape)[held_N]
@@ -498,12 +499,12 @@ class PagedRows(PageTable):
             return
         fresh = self._pool.take(total, self.most_pages)
         width = max(self._table.shape[1], int((self._owned + missing).max()))
-        table = torch.zeros(len(counts), width, dtype=torch.int32)
+        table = host.zeros(len(counts), width, dtype=torch.int32)
         table[:, : self._table.shape[1]] = self._table
         for row in missing.nonzero().flatten().tolist():
             start, extra = int(self._owned[row]), int(missing[row])
             pages = [fresh.pop(0) for _ in range(extra)]
-            table[row, start : start + extra] = torch.tensor(pages, dtype=torch.int32)
+            table[row, start : start + extra] = host.tensor(pages, dtype=torch.int32)
         self._owned = self._owned + missing
         self._set_table(table)
 

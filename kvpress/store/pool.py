@@ -10,6 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from kvpress import host
 from kvpress.store.base import Column
 
 if TYPE_CHECKING:
@@ -56,7 +57,9 @@ class PagePool:
 
     def copy(self, source: list[int], target: list[int]) -> None:
         """Copies whole pages."""
-        to, start = (torch.tensor(x, device=self._device) for x in (target, source))
+        to, start = (
+            torch.tensor(x, device=self._device, dtype=torch.int64) for x in (target, source)
+        )
         for pool in self.by_name.values():
             pool.index_copy_(0, to, pool.index_select(0, start))
 
@@ -97,7 +100,7 @@ class PagePool:
         return uses_P
 
     def _none_used(self) -> Tensor:
-        return torch.zeros(self.pages, dtype=torch.int64)
+        return host.zeros(self.pages)
 
     def _new(self, name: str, pages: int) -> Tensor:
         column = self._columns[name]

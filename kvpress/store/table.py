@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kvpress import host
 from kvpress.lasting import lasting
 
 
@@ -20,11 +21,11 @@ class PageTable:
     def __init__(self, sequences: int, heads: int, page_slots: int, device: torch.device) -> None:
         self.sequences, self.heads = sequences, heads
         self.page_slots, self.device, self.on_host = page_slots, device, device.type == "cpu"
-        self.counts = torch.zeros(sequences * heads, dtype=torch.int64)
-        self._table = torch.zeros(sequences * heads, 0, dtype=torch.int32)
+        self.counts = host.zeros(sequences * heads)
+        self._table = host.zeros(sequences * heads, 0, dtype=torch.int32)
         self._device_table = self._table.to(device)
         self._device_counts: Tensor | None = None  # a copy of `counts`, unless it is outdated
-        self._owned = torch.zeros(sequences * heads, dtype=torch.int64)  # pages of each row
+        self._owned = host.zeros(sequences * heads)  # pages of each row
         self._spare = 0  # tokens that surely fit into every row's own pages
 
     @property
@@ -77,8 +78,8 @@ class PageTable:
 
     def row_index(self, sequences: Sequence[int]) -> Tensor:
         """The rows of some sequences: int64, on the host."""
-        start = torch.tensor(list(sequences), dtype=torch.int64)[:, None] * self.heads
-        return (start + torch.arange(self.heads)).flatten()
+        start = host.tensor(list(sequences))[:, None] * self.heads
+        return (start + host.arange(self.heads)).flatten()
 
     def _books(self) -> Iterator[Tensor]:
         """The tensors of the table itself."""
@@ -94,7 +95,7 @@ class PageTable:
     @property
     def _held_RW(self) -> Tensor:
         """Which entries of the page table name a page."""
-        return torch.arange(self._table.shape[1]) < self._owned[:, None]
+        return host.arange(self._table.shape[1]) < self._owned[:, None]
 
     def _renumbered(self, place_P: Tensor) -> Tensor:
         """The page table with the page p called `place_P[p]`."""

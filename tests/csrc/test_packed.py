@@ -105,6 +105,23 @@ def test_rows_without_recent_slots_and_rows_without_any() -> None:
     assert (out == 0).all() and (lse == -torch.inf).all() and (weights == 0).all()
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("kind", ["reference", "cpu"])
+def test_no_pages_are_packed_and_unpacked(kind: str, bits: int) -> None:
+    """A part of old slots may hold nothing, where a guard keeps no row wide."""
+    layout = packing.layout_of(bits, bits, (64, 48), (39, 48), FP32)
+    channels = [torch.empty(0, kept, dtype=torch.int16) for kept in (39, 48)]
+    none = [torch.empty(0, 64, width) for width in (64, 48)]
+    run = {"cpu": lambda name: getattr(ops, name)}.get(
+        kind, lambda name: ops.implementation(name, "reference")
+    )
+    pages = run("pack")(*none, *channels, list(layout))
+    assert pages.shape == (0, layout.page_bytes)
+    key, value = run("unpack")(pages, *channels, list(layout), torch.empty(0))
+    assert key.shape == (0, 64, 64)
+    assert value.shape == (0, 64, 48)
+
+
 @given(
     bits=st.sampled_from([8, 4, 2]),
     scale=st.floats(-6, 4),
