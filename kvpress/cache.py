@@ -132,6 +132,7 @@ class EngineCache(Cache):
 
     def select(self, index: list[int]) -> None:
         """Sequence i becomes what sequence `index[i]` was, in every layer."""
+        self.note_peak()
         for layer in self._engine_layers:
             layer.select(index)
         self.ids.select(index)
@@ -243,6 +244,7 @@ class EngineCache(Cache):
         self.check_whole()
         for state in self.states:
             state.check_crop(max(0, -int(tokens_to_remove)))
+        self.note_peak()  # what drafts attended to goes with them
         super().crop(tokens_to_remove)
         self.ids.crop(max(0, -int(tokens_to_remove)))
 
@@ -386,6 +388,16 @@ class EngineCache(Cache):
         if not 0 <= given < limit:
             raise CacheError(f"{name}={given} does not exist: allowed are 0 to {limit - 1}.")
 
+    def note_peak(self) -> int:
+        """The most bytes that were held so far, these included.
+
+        Decoding only adds pages: it is enough to look before something is let go, and when asked.
+        Prompts look for themselves, at every layer.
+        """
+        held = sum(state.bytes_held for state in self.states)
+        self._run.bytes_peak = max(self._run.bytes_peak, held)
+        return self._run.bytes_peak
+
     def report(self, model: str = "") -> Report:
         """The ledger: slots and bytes per layer, seconds per stage, and notes."""
         layers = [state.report() for state in self.states]
@@ -411,7 +423,7 @@ class EngineCache(Cache):
             bytes_full=sum(layer.bytes_full for layer in layers),
             bytes_shared=sum(layer.bytes_shared for layer in layers),
             bytes_ids=self.ids.nbytes,
-            bytes_peak=self._run.bytes_peak,
+            bytes_peak=self.note_peak(),
             stages=self.meter.seconds(),
             notes=notes,
         )

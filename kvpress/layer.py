@@ -224,6 +224,14 @@ class Layer:
         shares: list[float] = (computed_N.double() / all_).tolist()
         return shares
 
+    @property
+    def bytes_held(self) -> int:
+        """The storages of this layer, with what drafts attended to and queries that are watched."""
+        if self.store is None:
+            return 0
+        watched = (*self.draft_weights, *self.watched.values())
+        return self.store.nbytes + sum(tensor.nbytes for tensor in watched)
+
     def report(self) -> LayerReport:
         """The ledger of this layer."""
         if self.store is None:
@@ -235,8 +243,7 @@ class Layer:
             index=self.kind.index,
             kind=self.kind.name,
             slots_kept=self.store.counts_BH.tolist(),
-            bytes_held=self.store.nbytes
-            + sum(w.nbytes for w in (*self.draft_weights, *self.watched.values())),
+            bytes_held=self.bytes_held,
             bytes_full=tokens * self.kind.heads * slot_bytes,
             bytes_shared=self.store.nbytes_shared,
             density=self.density,

@@ -87,9 +87,9 @@ class Report:
     cache of these tokens would hold, in the model's dtype, sliding layers at their window.
     bytes_held: the live storages of keys, values, positions, per-slot state and page tables.
     bytes_shared: the part of them that forks of this cache use as well. bytes_peak: the most that
-    was held during a prompt, with the new keys and values of the layer at work. Prompt attention is
-    computed in full unless a policy makes it sparse: a layer's density is then the share of blocks
-    computed. bytes_ids: the ids of the tokens seen, 4 bytes each, by which a text that does not go
+    was held so far, in a prompt with the new keys and values of the layer at work. Prompt attention
+    is computed in full unless a policy makes it sparse: a layer's density is then the share of
+    blocks computed. bytes_ids: the ids of the tokens seen, 4 bytes each, by which a text that does not go
     on from the cache is refused; bytes_held are without them.
     """
 

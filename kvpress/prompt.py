@@ -81,7 +81,7 @@ def store_prompt(
         return
     _store(layer, survivors, chunks)
     new = sum(x.nbytes for tokens, _ in chunks for x in (tokens.key_bHPD, tokens.value_bHPD))
-    held = sum(other.rows.nbytes for other in layer.run.members if other.store is not None)
+    held = sum(other.bytes_held for other in layer.run.members)
     layer.run.bytes_peak = max(layer.run.bytes_peak, held + new)
 
 

@@ -51,7 +51,7 @@ def remarks(report: Report) -> list[str]:
             f" {min(shares):.1%} – {max(shares):.1%}."
         )
     if report.bytes_peak:
-        made.append(f"Peak during a prompt: {size(report.bytes_peak)}.")
+        made.append(f"Peak so far: {size(report.bytes_peak)}.")
     if report.bytes_ids:
         made.append(f"Besides, ids of the tokens seen: {size(report.bytes_ids)}.")
     if report.bytes_shared:

@@ -93,7 +93,7 @@ class Run:
     members: list[Any] = field(default_factory=list)  # the layers that share this
     rotations: tuple[Rotation | None, ...] = ()  # of the keys of every layer, where needed
     thresholds: Thresholds | None = None  # of blocks of prompt attention, where it is sparse
-    bytes_peak: int = 0  # the most that was held during a prompt; see `Report`
+    bytes_peak: int = 0  # the most that was held so far; see `Report`
     growths: dict[Hashable, Growth] = field(default_factory=dict)  # by what makes quotas alike
     broken: int | None = None  # the layer in which a pass is under way, or failed
 

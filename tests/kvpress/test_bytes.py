@@ -163,3 +163,24 @@ def test_a_long_interval_allocates_no_more_than_a_page_in_advance() -> None:
     with kvpress.attach(model, "h2o:budget=0.5,interval=100000") as engine, torch.no_grad():
         model(helpers.prompt(1, 64))
         assert engine.report().fraction < 0.85
+
+
+def test_the_peak_is_that_of_the_whole_run() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(1, 20)
+    with kvpress.attach(model, "full") as engine, torch.no_grad():
+        engine.generate(ids, max_new_tokens=200, do_sample=False)
+        report = engine.report()
+        assert report.bytes_peak == report.bytes_held
+        engine.cache.crop(-150)
+        assert engine.report().bytes_held < report.bytes_held == engine.report().bytes_peak
+        assert engine.cache.fork().report().bytes_peak > 0
+        engine.cache.reset()
+        assert engine.report().bytes_peak == 0
+    with kvpress.attach(model, "h2o:budget=0.9") as engine, torch.no_grad():
+        cache = engine.new_cache()
+        model(ids, past_key_values=cache)
+        cache.activate_past_recording()
+        model(helpers.prompt(1, 9), past_key_values=cache)
+        drafted = sum(state.bytes_held for state in cache.states)
+        cache.crop(-8)
+        assert cache.report().bytes_held < drafted <= cache.report().bytes_peak
