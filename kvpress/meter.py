@@ -89,8 +89,8 @@ class Report:
     bytes_shared: the part of them that forks of this cache use as well. bytes_peak: the most that
     was held so far, in a prompt with the new keys and values of the layer at work. Prompt attention
     is computed in full unless a policy makes it sparse: a layer's density is then the share of
-    blocks computed. bytes_ids: the ids of the tokens seen, 4 bytes each, by which a text that does not go
-    on from the cache is refused; bytes_held are without them.
+    blocks computed. bytes_ids: the ids of the tokens seen, 4 bytes each, by which a text that does
+    not go on from the cache is refused; bytes_held are without them.
     """
 
     model: str
