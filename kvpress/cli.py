@@ -145,7 +145,8 @@ def main() -> None:
         app(prog_name="kvpress")
     except KVPressError as error:
         errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        errors.print(str(error), highlight=False, markup=False)
+        # Lines and paths stay whole, so that they can be copied.
+        errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
 
 

