@@ -132,7 +132,6 @@ class EngineCache(Cache):
 
     def select(self, index: list[int]) -> None:
         """Sequence i becomes what sequence `index[i]` was, in every layer."""
-        self.note_peak()
         for layer in self._engine_layers:
             layer.select(index)
         self.ids.select(index)
@@ -237,14 +236,13 @@ class EngineCache(Cache):
         run = self._run
         run.recording, run.announced = False, None
         run.broken = run.newest = None
-        run.bytes_peak = 0
+        run.bytes_peak, run.noted_at = 0, -1
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens of every layer, or of none at all."""
         self.check_whole()
         for state in self.states:
             state.check_crop(max(0, -int(tokens_to_remove)))
-        self.note_peak()  # what drafts attended to goes with them
         super().crop(tokens_to_remove)
         self.ids.crop(max(0, -int(tokens_to_remove)))
 
@@ -388,19 +386,10 @@ class EngineCache(Cache):
         if not 0 <= given < limit:
             raise CacheError(f"{name}={given} does not exist: allowed are 0 to {limit - 1}.")
 
-    def note_peak(self) -> int:
-        """The most bytes that were held so far, these included.
-
-        Decoding only adds pages: it is enough to look before something is let go, and when asked.
-        Prompts look for themselves, at every layer.
-        """
-        held = sum(state.bytes_held for state in self.states)
-        self._run.bytes_peak = max(self._run.bytes_peak, held)
-        return self._run.bytes_peak
-
     def report(self, model: str = "") -> Report:
         """The ledger: slots and bytes per layer, seconds per stage, and notes."""
         layers = [state.report() for state in self.states]
+        self._run.note_peak()
         notes = list(self.notes)
         if self._horizon is None and any(
             p.horizon is None for p in self.recipe.policies if hasattr(p, "horizon")
@@ -423,7 +412,7 @@ class EngineCache(Cache):
             bytes_full=sum(layer.bytes_full for layer in layers),
             bytes_shared=sum(layer.bytes_shared for layer in layers),
             bytes_ids=self.ids.nbytes,
-            bytes_peak=self.note_peak(),
+            bytes_peak=self._run.bytes_peak,
             stages=self.meter.seconds(),
             notes=notes,
         )

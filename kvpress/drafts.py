@@ -64,6 +64,7 @@ def commit(layer: Layer) -> None:
     if tokens == 0:
         return
     layer.changes()
+    layer.note_peak()
     layer.drafted, layer.draft_weights = 0, []
     everybody = list(range(len(layer.seen_B)))
     groups = [everybody] if layer.in_step else [[b] for b in everybody]

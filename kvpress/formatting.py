@@ -49,7 +49,9 @@ def settle(layer: Layer) -> None:
             if rows.decided_B[b]:
                 ready.append(b)
         if ready:
+            before = rows.recent.nbytes
             rows.pack_old(ready)
+            layer.note_peak(before - rows.recent.nbytes)  # for a moment both forms are there
 
 
 def _watched(layer: Layer, b: int) -> int:

@@ -82,6 +82,8 @@ class Layer:
         if self.store is None:
             return
         chosen = list(index)
+        if len(chosen) < len(self.seen_B):
+            self.note_peak()
         with self.store.lock:
             self.store = self.store.select_sequences(chosen)
             self.store.trim()
@@ -99,6 +101,7 @@ class Layer:
         """Gives every row pages of its own, side by side as after a prompt."""
         if self.store is None:
             return
+        self.note_peak()
         with self.store.lock:
             self.store.unshare(self._room)
         self.rows_changed()
@@ -152,6 +155,7 @@ class Layer:
         if tokens == self.columns_seen:
             self.reset()
             return
+        self.note_peak()  # what drafts attended to goes with them
         self.columns_seen -= tokens
         self.seen_B = self.seen_B - tokens
         certain = max(0, tokens - self.drafted)  # drafted tokens are not watched
@@ -231,6 +235,16 @@ class Layer:
             return 0
         watched = (*self.draft_weights, *self.watched.values())
         return self.store.nbytes + sum(tensor.nbytes for tensor in watched)
+
+    def note_peak(self, more: int = 0) -> None:
+        """To be called before this layer gives memory back.
+
+        All layers do so in the same pass: the first of them notes what all hold then, and `more`
+        bytes. Between two such passes a cache only grows, so that other tokens cost nothing.
+        """
+        if self.run.noted_at != self.columns_seen:
+            self.run.noted_at = self.columns_seen
+            self.run.note_peak(more)
 
     def report(self) -> LayerReport:
         """The ledger of this layer."""
@@ -486,6 +500,7 @@ class Layer:
 
     def refill(self, survivors: Sequence[Survivors]) -> None:
         """Replaces the rows of some sequences by what survived, in pages of the exact size."""
+        self.note_peak()
         self.rows.fill(survivors, self._room)
         self.rows_changed()
         self._limit_pages()

@@ -79,10 +79,10 @@ def store_prompt(
     """Stores what stays: in new pages, or in place where little changed and pages are shared."""
     if not survivors:
         return
-    _store(layer, survivors, chunks)
     new = sum(x.nbytes for tokens, _ in chunks for x in (tokens.key_bHPD, tokens.value_bHPD))
-    held = sum(other.bytes_held for other in layer.run.members)
-    layer.run.bytes_peak = max(layer.run.bytes_peak, held + new)
+    layer.note_peak(new)
+    _store(layer, survivors, chunks)
+    layer.run.note_peak(new)  # layers before this one are compressed, those behind it are not yet
 
 
 def _store(layer: Layer, survivors: list[Survivors], chunks: list[tuple[Tokens, Tensor]]) -> None:

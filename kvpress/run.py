@@ -94,6 +94,7 @@ class Run:
     rotations: tuple[Rotation | None, ...] = ()  # of the keys of every layer, where needed
     thresholds: Thresholds | None = None  # of blocks of prompt attention, where it is sparse
     bytes_peak: int = 0  # the most that was held so far; see `Report`
+    noted_at: int = -1  # logical length at which a layer last gave something back
     growths: dict[Hashable, Growth] = field(default_factory=dict)  # by what makes quotas alike
     broken: int | None = None  # the layer in which a pass is under way, or failed
 
@@ -101,6 +102,11 @@ class Run:
         """How many of the tokens of this forward pass may be taken back; by default all or none."""
         default = 0 if first else tokens
         return default if self.announced is None else min(self.announced, tokens)
+
+    def note_peak(self, more: int = 0) -> None:
+        """Notes what all layers hold now, and `more` bytes, if that is the most so far."""
+        held = sum(layer.bytes_held for layer in self.members) + more
+        self.bytes_peak = max(self.bytes_peak, held)
 
     def one_more(self, seen_B: Tensor) -> Tensor:
         """`seen_B + 1`, one tensor for all layers, since they see the same tokens."""

@@ -184,3 +184,42 @@ def test_the_peak_is_that_of_the_whole_run() -> None:
         drafted = sum(state.bytes_held for state in cache.states)
         cache.crop(-8)
         assert cache.report().bytes_held < drafted <= cache.report().bytes_peak
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *("full", "h2o:budget=60", "streaming_llm:budget=40,interval=30", "tova:budget=40"),
+        *("quant:residual=4,guard=none", "h2o:budget=90+think:recent=8,window=8", "d2o:budget=0.5"),
+    ],
+)
+def test_nothing_that_was_held_is_above_the_peak(recipe: str) -> None:
+    """Looked at after every pass; a report is asked for only once something was given back."""
+    model, token = helpers.tiny(), helpers.prompt(2, 1)
+    with kvpress.attach(model, recipe) as engine, torch.no_grad():
+        cache, most = engine.new_cache(), 0
+
+        def look() -> None:
+            nonlocal most
+            held = sum(state.bytes_held for state in cache.states)
+            most = max(most, held)
+            assert held == most or cache.report().bytes_peak >= most
+
+        for turn in range(2):
+            model(helpers.prompt(2, 70), past_key_values=cache)
+            look()
+            for _ in range(100):
+                model(token, past_key_values=cache)
+                look()
+            cache.activate_past_recording()
+            model(helpers.prompt(2, 9), past_key_values=cache)
+            look()
+            cache.crop(-4)
+            cache.stop_past_recording()
+            cache.batch_repeat_interleave(2 - turn)
+            look()
+            cache.batch_select_indices(torch.tensor([0, 1]))
+        raw = 2 * 70 * 2 * 2 * 16 * 4  # new keys and values of a prompt and layer
+        peak = cache.report().bytes_peak
+        page = sum(state.store.page_bytes() for state in cache.states)
+        assert most <= peak <= most + raw + 16 * page
