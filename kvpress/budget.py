@@ -131,7 +131,7 @@ class Budget:
 
     def lasts(self, seen: int, portion: float = 1.0) -> int:
         """How many more tokens must be seen until `slots` is another number, at the least."""
-        part = self._part(portion)
+        part = Fraction(0) if portion == math.inf else self._part(portion)
         if not part:
             return UNLIMITED
         return -(-(share(part, seen) + 1) * part.denominator // part.numerator) - seen

@@ -250,6 +250,16 @@ def test_layers_with_budgets_of_their_own_meet_the_mean_while_decoding() -> None
         assert counts.unique().numel() > 1
 
 
+def test_layers_that_are_kept_whole_stay_whole_and_the_mean_holds() -> None:
+    model, ids = helpers.tiny(num_hidden_layers=6), helpers.prompt(2, 60)
+    with kvpress.attach(model, "d2o:budget=0.7,mode=official_code,sink=1") as engine:
+        cache = engine.new_cache()
+        list(feed(model, cache, ids, [30, *[1] * 30]))
+    counts = torch.stack([state.rows.counts_BH for state in cache.states]).double()
+    assert (counts[[0, 1, 5]] == 60).all()
+    assert ((counts.mean(0) > 0.7 * 60 - 1) & (counts.mean(0) <= 0.7 * 60)).all()
+
+
 def test_protected_tokens_and_less_than_one_are_said() -> None:
     model, ids = helpers.tiny(), helpers.prompt(1, TOKENS)
     with kvpress.attach(model, "h2o:budget=0.5,recent=9") as engine:
