@@ -58,6 +58,12 @@ def _exact(ratio: float) -> Fraction:
     return Fraction(str(ratio))
 
 
+@lru_cache(maxsize=8192)
+def _times(numerator: int, denominator: int, portion: float) -> Fraction:
+    """A portion of a ratio; of every sequence and layer, and asked for with every decoded token."""
+    return Fraction(numerator, denominator) * _exact(round(portion, 9))
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much of the cache is kept: a fraction of the tokens, tokens per row, or bytes."""
@@ -110,9 +116,9 @@ class Budget:
         """
         if self.amount == 1 and self.unit == "fraction":
             return UNLIMITED
-        exact = _exact(round(portion, 9))
         if self.relative:
             return max(1, share(self._part(portion), seen))
+        exact = _exact(round(portion, 9))
         if self.unit == "tokens":
             return min(max(1, share(exact, int(self.amount))), UNLIMITED)
         rows = geometry.layers * geometry.heads
@@ -138,7 +144,7 @@ class Budget:
 
     def _part(self, portion: float) -> Fraction:
         """What a layer keeps of the tokens."""
-        return self.amount if portion == 1.0 else self.amount * _exact(round(portion, 9))
+        return _times(self.amount.numerator, self.amount.denominator, portion)
 
     def __str__(self) -> str:
         if self.relative:  # with a decimal point, so that it reads as a fraction

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvpress import host
 from kvpress.budget import UNLIMITED, Geometry, Quota, share
 from kvpress.errors import PolicyError
 from kvpress.layer import Layer
@@ -42,8 +43,8 @@ def set_quotas(
     quotas = [layer.limits.quota(seen, shape, portion) for seen, portion in sizes]
     slots = [_allocate(layer, quota) for quota in quotas]
     layer.quota_R, layer.recent_B = layer.quota_R.clone(), layer.recent_B.clone()  # may be shared
-    layer.recent_B[rows] = _longs([quota.recent for quota in quotas])
-    layer.quota_BH[rows] = _longs([n for own in slots for n in own]).view(len(rows), -1)
+    layer.recent_B[rows] = host.tensor([quota.recent for quota in quotas])
+    layer.quota_BH[rows] = host.tensor(slots)
     layer.growth = None
     layer.rows_changed()
     for line in [line for line in layer.run.notes if line.startswith(_FIXED)]:
@@ -87,24 +88,32 @@ def _advance(growth: Growth, layer: Layer) -> None:
             return
     elif before_B is not None and torch.equal(before_B, seen_B):
         return  # layers may count in tensors of their own
+    changes = _renew(growth, layer, seen_B.tolist())
+    if changes:
+        growth.version += 1
+        growth.least, growth.most = min(changes), max(changes)
+        growth.quota_R = host.tensor([slots for own in growth.slots for slots in own])
+        growth.recent_B = host.tensor([quota.recent for quota in growth.quotas])
+
+
+def _renew(growth: Growth, layer: Layer, seen_b: list[int]) -> list[int]:
+    """Makes the quotas that hold no more: by how much those of rows changed. Empty: all hold."""
     assert layer.limits is not None, "only layers with a budget have quotas"
-    sizes = list(zip(seen_B.tolist(), growth.portion_b, strict=True))
-    growth.lasts = min(layer.limits.budget.lasts(seen, portion) for seen, portion in sizes)
-    quotas = [layer.limits.quota(seen, growth.shape, portion) for seen, portion in sizes]
-    if quotas == growth.quotas:
-        return
-    slots = [slots for quota in quotas for slots in _allocate(layer, quota)]
-    if growth.quotas:
-        more = [new - old for new, old in zip(slots, growth.slots, strict=True)]
-        growth.least, growth.most = min(more), max(more)
-    growth.quotas, growth.slots, growth.version = quotas, slots, growth.version + 1
-    growth.quota_R = _longs(slots)
-    growth.recent_B = _longs([quota.recent for quota in quotas])
-
-
-def _longs(numbers: list[int]) -> Tensor:
-    """Counts on the host."""
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    if not growth.quotas:
+        growth.span_b = [range(0)] * len(seen_b)
+        growth.quotas = [Quota(0, 0, 0, False)] * len(seen_b)
+        growth.slots = [[0] * layer.kind.heads] * len(seen_b)
+    changes: list[int] = []
+    old = [b for b, seen in enumerate(seen_b) if seen not in growth.span_b[b]]
+    for b in old:
+        seen, portion = seen_b[b], growth.portion_b[b]
+        growth.quotas[b] = layer.limits.quota(seen, growth.shape, portion)
+        slots = _allocate(layer, growth.quotas[b])
+        changes += [new - before for new, before in zip(slots, growth.slots[b], strict=True)]
+        growth.slots[b] = slots
+        growth.span_b[b] = range(seen, seen + layer.limits.budget.lasts(seen, portion))
+    growth.lasts = min(span.stop - seen for span, seen in zip(growth.span_b, seen_b, strict=True))
+    return changes + [0] * (len(old) < len(seen_b)) if old else []
 
 
 def _allocate(layer: Layer, quota: Quota) -> list[int]:

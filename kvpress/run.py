@@ -68,8 +68,9 @@ class Growth:
     seen_B: Tensor | None = None  # tokens seen in the step that the quotas are of
     lasts: int = 0  # steps from there until a quota can be another
     version: int = 0  # how often they changed
+    span_b: list[range] = field(default_factory=list)  # tokens seen for which each quota holds
     quotas: list[Quota] = field(default_factory=list)  # of each sequence
-    slots: list[int] = field(default_factory=list)  # of each row
+    slots: list[list[int]] = field(default_factory=list)  # of its KV heads
     quota_R: Tensor = field(default_factory=lambda: host.zeros(0))
     recent_B: Tensor = field(default_factory=lambda: host.zeros(0))
     least: int = 0  # slots by which every row came to keep more in the last change
