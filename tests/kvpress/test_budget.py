@@ -65,7 +65,7 @@ def test_the_next_count_comes_when_it_is_foreseen(
     if due < 10**9:
         part = share(budget._part(portion), seen)
         assert share(budget._part(portion), due - 1) == part
-        assert share(budget._part(portion), due) == part + 1
+        assert share(budget._part(portion), due) > part
 
 
 def test_protected_tokens_beyond_a_token_budget_are_refused() -> None:
