@@ -236,7 +236,7 @@ class EngineCache(Cache):
         run = self._run
         run.recording, run.announced = False, None
         run.broken = run.newest = None
-        run.bytes_peak, run.noted_at = 0, -1
+        run.bytes_peak = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens of every layer, or of none at all."""

@@ -101,7 +101,6 @@ class Layer:
         """Gives every row pages of its own, side by side as after a prompt."""
         if self.store is None:
             return
-        self.note_peak()
         with self.store.lock:
             self.store.unshare(self._room)
         self.rows_changed()

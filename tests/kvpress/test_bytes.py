@@ -6,6 +6,8 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import helpers
 import pytest
@@ -223,3 +225,43 @@ def test_nothing_that_was_held_is_above_the_peak(recipe: str) -> None:
         peak = cache.report().bytes_peak
         page = sum(state.store.page_bytes() for state in cache.states)
         assert most <= peak <= most + raw + 16 * page
+
+
+@pytest.mark.parametrize(
+    ("recipe", "prompt", "tokens", "change"),
+    [
+        ("full", 20, 60, lambda feed, cache: cache.crop(-70)),
+        ("full", 20, 60, lambda feed, cache: cache.batch_select_indices(torch.tensor([1]))),
+        ("streaming_llm:budget=20,interval=64", 25, 63, lambda feed, cache: feed(1)),
+        ("quant:residual=4,guard=none", 20, 47, lambda feed, cache: feed(1)),
+        ("h2o:budget=20,interval=0", 25, 0, lambda feed, cache: cache.stop_past_recording()),
+        ("streaming_llm:budget=20,interval=0", 25, 90, lambda feed, cache: feed(40)),
+    ],
+    ids=["crop", "select", "evict", "pack", "commit", "prompt"],
+)
+def test_the_peak_is_noted_before_memory_is_given_back(
+    recipe: str, prompt: int, tokens: int, change: Callable[[Any, Any], Any]
+) -> None:
+    """Whichever way it is; and again after a reset."""
+    model = helpers.tiny()
+    with kvpress.attach(model, recipe) as engine, torch.no_grad():
+        cache = engine.new_cache()
+
+        def feed(new: int) -> None:
+            model(helpers.prompt(4, new), past_key_values=cache)
+
+        for _ in range(2):
+            feed(prompt)
+            for _ in range(tokens):
+                feed(1)
+            if not tokens:
+                cache.activate_past_recording()
+                feed(30)
+            before, seen = sum(state.bytes_held for state in cache.states), cache.columns_seen
+            change(feed, cache)
+            assert sum(state.bytes_held for state in cache.states) < before
+            new = max(0, cache.columns_seen - seen)
+            own = new * 4 * 2 * 2 * 16 * 4 if new > 1 else 0  # keys and values of one layer
+            assert cache.report().bytes_peak >= before + own
+            cache.reset()
+            assert cache.report().bytes_peak == 0

@@ -116,6 +116,84 @@ def test_forks_go_on_as_if_each_were_alone(recipe: str) -> None:
             assert helpers.positions(fork) == helpers.positions(alone)
 
 
+def test_equal_texts_about_different_ones_are_not_equal() -> None:
+    """One question to a batch of contexts, of the same lengths, which must not be merged."""
+    model, ids, question = helpers.tiny(), helpers.prompt(3, 20)[[0, 1, 0]], helpers.prompt(1, 5)
+    with kvpress.attach(model, "full") as engine, torch.no_grad():
+        cache = engine.new_cache()
+        model(ids, past_key_values=cache)
+        given = model(question.repeat(3, 1), past_key_values=cache).logits
+        held = [helpers.kept_keys(cache, b) for b in range(3)]
+    expected = model(torch.cat([ids, question.repeat(3, 1)], dim=1)).logits[:, -5:]
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(held[0], held[2])
+    assert not torch.equal(held[0], held[1])
+
+
+@pytest.mark.parametrize("recipe", ["h2o:budget=0.5", "keyformer:budget=0.5", "d2o:budget=0.5"])
+@pytest.mark.parametrize("interval", [0, 8])
+def test_what_forks_add_up_stays_their_own_between_evictions(recipe: str, interval: int) -> None:
+    """While pages are shared, masses are kept aside: the one-call step would not find them."""
+    model, ids = helpers.tiny(), helpers.prompt(1, 60)
+    with kvpress.attach(model, f"{recipe},interval={interval}") as engine, torch.no_grad():
+        context, alone = engine.new_cache(), engine.new_cache()
+        for cache in (context, alone):
+            model(ids, past_key_values=cache)
+        fork = context.fork()
+        for token in range(13):
+            step = torch.tensor([[2 + token]])
+            other = torch.tensor([[70 - token]])
+            model(other, past_key_values=context)
+            logits = [model(step, past_key_values=c).logits for c in (fork, alone)]
+            torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+            for a, b in zip(fork.states, alone.states, strict=True):
+                columns = [state.store.dense_by_position([0]) for state in (a, b)]
+                assert torch.equal(*(x["position"] for x in columns))
+                torch.testing.assert_close(*(x["mass"] for x in columns), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["full", "snapkv:budget=0.5", "keyformer:budget=0.5"])
+def test_nothing_is_written_to_pages_that_a_fork_uses(recipe: str) -> None:
+    """Not even behind its own slots: what a fork saves holds no token of another text."""
+    model, ids = helpers.tiny(), helpers.prompt(1, 59)
+    with kvpress.attach(model, recipe) as engine, torch.no_grad():
+        cache = engine.new_cache()
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)  # reserves room for some more
+        fork = cache.fork()
+        stores = [state.store for state in fork.states]
+        before = [store.state() for store in stores]
+        for token in range(3):
+            model(ids[:, token : token + 1], past_key_values=cache)
+        for store, state in zip(stores, before, strict=True):
+            for name, tensor in store.state().items():
+                assert torch.equal(tensor.view(torch.uint8), state[name].view(torch.uint8)), name
+
+
+def test_shared_bytes_are_the_pages_that_both_use() -> None:
+    model, ids = helpers.tiny(), helpers.prompt(2, 100)
+    with kvpress.attach(model, "full", page_size=8) as engine, torch.no_grad():
+        cache = engine.new_cache()
+        model(ids, past_key_values=cache)
+        fork = cache.fork()
+        fork.batch_select_indices(torch.tensor([1]))
+        step = helpers.prompt(1, 1)
+        for other in (None, fork):
+            if other is not None:
+                model(step, past_key_values=other)  # its last page is its own now
+            shared = 12 if other else 13  # pages of a row of 100 or 101 tokens
+            page = 8 * (2 * 16 * 4 + 4)  # keys, values, positions
+            for one in (cache, fork):
+                report = one.report()
+                assert [layer.bytes_shared for layer in report.layers] == [2 * shared * page] * 3
+                assert report.bytes_shared == 3 * 2 * shared * page
+        fork.batch_repeat_interleave(3)  # rows of one cache that share pages count these once
+        assert fork.report().bytes_shared == cache.report().bytes_shared == report.bytes_shared
+        del fork, one, other
+        gc.collect()
+        assert cache.report().bytes_shared == 0
+
+
 def test_forks_share_bytes_and_their_end_gives_them_back() -> None:
     model, ids = helpers.tiny(), helpers.prompt(1, 600)
     with kvpress.attach(model, "snapkv:budget=0.5") as engine, torch.no_grad():

@@ -88,6 +88,32 @@ def test_rejected_tokens_leave_no_trace(recipe: str, family: str) -> None:
             torch.testing.assert_close(*masses, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("recipe", ["full", "keyformer:budget=0.5", "tova:budget=0.5,interval=4"])
+@pytest.mark.parametrize("certain", [0, 2])
+def test_cropped_drafts_uncount_no_decoded_token(recipe: str, certain: int) -> None:
+    """Drafted tokens count once they are final; a crop that goes beyond them reaches decoded ones.
+
+    certain: cropped tokens that were decoded, where the policy can take them back.
+    """
+    certain = certain if recipe == "full" else 0
+    model, ids, step = helpers.tiny(), helpers.prompt(2, 40), helpers.prompt(2, 1, seed=5)
+    with kvpress.attach(model, recipe) as engine, torch.no_grad():
+        cache = engine.new_cache()
+        model(ids, past_key_values=cache)
+        for _ in range(3):
+            model(step, past_key_values=cache)
+        cache.activate_past_recording()
+        model(helpers.prompt(2, 6, seed=6), past_key_values=cache)
+        cache.crop(-4)
+        if certain:
+            cache.crop(-2 - certain)
+        cache.stop_past_recording()
+        kept = 0 if certain else 2
+        assert cache.states[0].decoded_B.tolist() == [3 + kept - certain] * 2
+        model(step, past_key_values=cache)
+        assert cache.states[0].decoded_B.tolist() == [4 + kept - certain] * 2
+
+
 @pytest.mark.parametrize("recipe", ["h2o:budget=1.0", "keyformer:budget=1.0"])
 def test_drafted_tokens_that_stay_add_what_decoded_ones_add(recipe: str) -> None:
     model, ids, tokens = helpers.tiny(), helpers.prompt(2, 40), helpers.prompt(2, 5, seed=6)

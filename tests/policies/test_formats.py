@@ -125,6 +125,21 @@ def test_think_residual_is_the_sum_of_the_gram_matrix(method: str) -> None:
     assert residual.sqrt() <= gram.diagonal().sqrt()[lost].sum() + 1e-9
 
 
+def test_think_forward_selection_drops_what_changes_the_logits_least_step_by_step() -> None:
+    """Against the norm itself, of all channels dropped so far and each one more."""
+    prune = load_policy("think", keep=0.5, method="forward_selection").prune
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        q, k = (torch.randn(n, 12, generator=generator) + 0.5 for n in (6, 30))
+        lost: list[int] = []
+        for _ in range(6):
+            rest = [j for j in range(12) if j not in lost]
+            change = [(q[:, [*lost, j]] @ k[:, [*lost, j]].T).norm() for j in rest]
+            lost.append(rest[int(torch.stack(change).argmin())])
+        kept = prune(window(q[None, None], k[None, None])).key_BHT[0, 0].tolist()
+        assert kept == [j for j in range(12) if j not in lost]
+
+
 def test_think_masks_do_not_change_with_order_scale_sign_or_copies() -> None:
     prune = load_policy("think", keep=0.5).prune
     query, key = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 40, 16)

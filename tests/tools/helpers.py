@@ -79,6 +79,11 @@ def positions(cache: Any, sequence: int = 0) -> list[list[list[int]]]:
     ]
 
 
+def kept_keys(cache: Any, sequence: int) -> torch.Tensor:
+    """The keys that one sequence holds in the first layer, by position: `[H, S, D]`."""
+    return cache.states[0].store.dense_by_position([sequence])["key"][0]
+
+
 def live_storages(root: Any) -> int:
     """Bytes of every tensor storage that can be reached from an object: an independent ledger."""
     storages: dict[int, int] = {}
