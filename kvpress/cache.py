@@ -22,6 +22,7 @@ from kvpress.kinds import Fingerprint
 from kvpress.layer import Layer
 from kvpress.meter import Meter, Report
 from kvpress.policy import Recipe
+from kvpress.remarks import remarks
 from kvpress.rotary import Rotation
 from kvpress.run import Run
 from kvpress.sparse import Thresholds
@@ -399,10 +400,7 @@ class EngineCache(Cache):
                 f" {DEFAULT_HORIZON}. Use engine.generate(), engine.new_cache(max_new_tokens=...)"
                 " or the policy's option horizon."
             )
-        wide = sum(state.wide_rows for state in self.states)
-        if wide:
-            rows = sum(len(state.quota_R) for state in self.states)
-            notes.append(f"{wide} of {rows} rows keep old slots in 8 bits: see the option guard.")
+        notes += remarks(self.states, layers)
         return Report(
             model=model or self.fingerprint.model_type,
             policy=str(self.recipe),

@@ -18,17 +18,27 @@ from kvpress.store.base import KEY, POSITION, VALUE
 
 
 def watch(layer: Layer, group: Sequence[int], tokens: Tokens) -> None:
-    """Keeps the last queries of sequences of which no slot is old yet."""
+    """Keeps the last queries of sequences of which no slot is old yet.
+
+    Those of which enough others will follow before any slot becomes old are not: short texts hold
+    none. Drafted tokens are not watched, so that nobody can tell how many will follow.
+    """
     rows, most = layer.store, layer.recipe.watched
     if not isinstance(rows, FormattedRows) or most == 0:
         return
     layer.logits = (tokens.scaling, tokens.softcap)
+    new = tokens.query_bNPD.shape[2]
     for i, b in enumerate(group):
-        if not rows.decided_B[b]:
-            query_NPD = tokens.query_bNPD[i, :, -most:].detach()
-            before = layer.watched.get(b)
-            joined = query_NPD if before is None else torch.cat([before, query_NPD], dim=1)
-            layer.watched[b] = joined[:, -most:].clone()
+        if rows.decided_B[b]:
+            continue
+        follow = 0 if layer.run.recording else max(0, rows.before_old(b) - new)
+        if follow >= most:
+            layer.watched.pop(b, None)
+            continue
+        query_NPD = tokens.query_bNPD[i].detach()
+        before = layer.watched.get(b)
+        joined = query_NPD if before is None else torch.cat([before, query_NPD], dim=1)
+        layer.watched[b] = joined[:, follow - most :].clone()
 
 
 @torch.no_grad()

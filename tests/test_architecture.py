@@ -48,7 +48,7 @@ LAYERS = [
     {"run"},
     {"alibi", "counting"},
     {"layer"},
-    {"selection", "absorb", "formatting", "quotas"},
+    {"selection", "absorb", "formatting", "quotas", "remarks"},
     {"decode"},
     {"portions", "drafts", "blockwise"},
     {"prompt"},

@@ -93,6 +93,11 @@ class FormattedRows:
         return books + sum(store.nbytes for store in self._stores)
 
     @property
+    def room(self) -> int:
+        """Slots of the pages that these rows keep alive, empty ones and holes included."""
+        return sum(store.room for store in self._stores)
+
+    @property
     def nbytes_shared(self) -> int:
         """Bytes of the pages that rows of other stores use as well."""
         return sum(store.nbytes_shared for store in self._stores)
@@ -250,6 +255,10 @@ class FormattedRows:
         counts_BH = self.recent.counts_BH
         self._room = most - int(counts_BH.max()) if counts_BH.numel() else most
         return (counts_BH >= most).any(1).nonzero().flatten().tolist()
+
+    def before_old(self, sequence: int) -> int:
+        """At least so many tokens come to a sequence before one of its slots becomes old."""
+        return self.residual + self.page - int(self.recent.counts_BH[sequence].max())
 
     def decide(
         self,

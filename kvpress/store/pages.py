@@ -70,6 +70,13 @@ class PagedRows(PageTable):
         return sum(storages.values()) + used * self._pages_nbytes
 
     @property
+    def room(self) -> int:
+        """Slots of the pages that these rows keep alive, empty ones included."""
+        alone = len(self._pool.members) == 1
+        pages = self._pool.pages if alone else len(torch.unique(self.owned_pages()))
+        return pages * self.page_slots
+
+    @property
     def nbytes_shared(self) -> int:
         """Bytes of the pages that rows of other stores (forks) use as well."""
         if len(self._pool.members) == 1:

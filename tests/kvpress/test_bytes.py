@@ -265,3 +265,22 @@ def test_the_peak_is_noted_before_memory_is_given_back(
             assert cache.report().bytes_peak >= before + own
             cache.reset()
             assert cache.report().bytes_peak == 0
+
+
+@pytest.mark.parametrize("recipe", ["full", "quant", "think", "keyformer:budget=1.0"])
+def test_a_short_text_is_told_why_it_holds_more_than_an_uncompressed_one(recipe: str) -> None:
+    model = helpers.tiny()
+    with kvpress.attach(model, recipe) as engine:
+        engine.generate(helpers.prompt(1, 31), max_new_tokens=3, do_sample=False)
+        short = engine.report()
+        engine.generate(helpers.prompt(1, 31), max_new_tokens=17, do_sample=False)
+        filled = engine.report()
+        engine.generate(helpers.prompt(1, 600), max_new_tokens=3, do_sample=False)
+        long = engine.report()
+    kept = short.slots_kept[0][0][0]
+    (note,) = [note for note in short.notes if "whole pages" in note]
+    assert f"pages of 16 slots, and {kept / 48:.0%} of these" in note
+    assert f"takes {short.fraction:.0%} of the bytes" in note
+    assert 1.1 < short.fraction < 1.6
+    for report in (filled, long):
+        assert not any("whole pages" in note for note in report.notes)

@@ -149,7 +149,7 @@ def test_last_queries_are_in_memory_of_their_own(tmp_path: Path) -> None:
     """Not in the file, which somebody may write to or cut."""
     file = tmp_path / "cache"
     with kvpress.attach(helpers.tiny(), "think:keep=0.5") as engine, torch.no_grad():
-        engine.model(helpers.prompt(1, 20))
+        engine.model(helpers.prompt(1, 50))
         expected = [state.watched[0].clone() for state in engine.cache.states]
         engine.cache.save(file)
         loaded = engine.load_cache(file)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kvpress
-from kvpress import decode, formats, ops
+from kvpress import decode, formats, formatting, ops
 from kvpress.attend import prompt_attention
 from kvpress.errors import CacheError, PolicyError
 from kvpress.formats import Window
@@ -452,8 +452,50 @@ def test_taken_back_tokens_leave_something_to_choose_channels_by(recipe: str) ->
     assert cache.states[0].store.parts and cache.check_integrity()
 
 
+@pytest.mark.parametrize(
+    "recipe", [PRUNED, "quant:residual=8,guard=0.0", f"h2o:budget=45+{PRUNED}"]
+)
+@pytest.mark.parametrize("prompt", [1, 20, 33, 36, 90])
+def test_queries_that_later_ones_replace_are_not_held(
+    recipe: str, prompt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short texts hold none, and what decides in the end is the same."""
+    model, ids = helpers.tiny(), helpers.prompt(2, 200)
+    windows: list[torch.Tensor] = []
+    made = formatting._window
+
+    def window_of(*args: Any) -> Window:
+        window = made(*args)
+        windows.append(window.query_BNWD.clone())
+        return window
+
+    monkeypatch.setattr(formatting, "_window", window_of)
+
+    def tell() -> list[torch.Tensor]:
+        windows.clear()
+        with kvpress.attach(model, recipe) as engine, torch.no_grad():
+            cache = engine.new_cache()
+            most = max(engine.recipe.watched, 8)
+            model(ids[:, :prompt], past_key_values=cache)
+            for token in range(prompt, 150):
+                held = [state.watched.get(0) for state in cache.states]
+                assert all(x is None or x.shape[1] <= most for x in held)
+                few = token < 40 - 8 and FormattedRows.before_old is honest
+                assert not few or all(x is None for x in held)
+                model(ids[:, token : token + 1], past_key_values=cache)
+            assert all(state.watched == {} for state in cache.states)
+        return list(windows)
+
+    honest = FormattedRows.before_old
+    given = tell()
+    monkeypatch.setattr(FormattedRows, "before_old", lambda self, sequence: 0)
+    wanted = tell()
+    assert given
+    assert all(map(torch.equal, given, wanted))
+
+
 def test_rejected_drafts_leave_what_is_watched() -> None:
-    model, ids = helpers.tiny(), helpers.prompt(1, 30)
+    model, ids = helpers.tiny(), helpers.prompt(1, 36)
     with kvpress.attach(model, PRUNED) as engine, torch.no_grad():
         cache = engine.new_cache()
         model(ids, past_key_values=cache)
