@@ -14,7 +14,7 @@ import os
 import pkgutil
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -156,11 +156,15 @@ def _call(name: str, *args: Any) -> Any:
     try:
         return _operator(name)(*args)
     except RuntimeError as error:
-        message, own = str(error), f"kvpress::{name}"
-        if isinstance(error, KVPressError) or own not in message:
-            raise
-        refusal = message[message.index(own) :].splitlines()[0]
-        raise OperatorError(refusal) from None
+        _refused(name, error)
+
+
+def _refused(name: str, error: RuntimeError) -> NoReturn:
+    """Raises OperatorError for what an operator said of its operands; other errors as they are."""
+    message, own = str(error), f"kvpress::{name}"
+    if isinstance(error, KVPressError) or own not in message:
+        raise error
+    raise OperatorError(message[message.index(own) :].splitlines()[0]) from None
 
 
 def decode_rows(
@@ -173,7 +177,10 @@ def decode_rows(
 
 def decode_step(*args: Any, old: Sequence[Tensor] = (), layouts: Sequence[int] = ()) -> Tensor:
     """Append, attend, observe and evict in one call; see csrc/decode_step."""
-    out: Tensor = _call("decode_step", *args, old, layouts)
+    try:  # as `_call`, without another copy of the operands: this is the decode loop
+        out: Tensor = _operator("decode_step")(*args, old, layouts)
+    except RuntimeError as error:
+        _refused("decode_step", error)
     return out
 
 
