@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvpress import ops
 from kvpress.absorb import absorb_one, survive
+from kvpress.lasting import lasting
 from kvpress.layer import Layer
 from kvpress.observe import Observation, step_sums
 from kvpress.quotas import grow
@@ -113,6 +114,7 @@ def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observat
     return out_BN1D
 
 
+@lasting
 def _run_stages(layer: Layer, group: list[int], tokens: Tokens, due: bool) -> Tensor:
     """The step in its parts, for policies with code of their own and for parts of a batch."""
     rows = layer.rows

@@ -23,9 +23,10 @@ def watch(layer: Layer, group: Sequence[int], tokens: Tokens) -> None:
     Those of which enough others will follow before any slot becomes old are not: short texts hold
     none. Drafted tokens are not watched, so that nobody can tell how many will follow.
     """
-    rows, most = layer.store, layer.recipe.watched
-    if not isinstance(rows, FormattedRows) or most == 0:
+    rows = layer.store
+    if not isinstance(rows, FormattedRows) or layer.recipe.watched == 0:
         return
+    most = layer.recipe.watched
     layer.logits = (tokens.scaling, tokens.softcap)
     new = tokens.query_bNPD.shape[2]
     for i, b in enumerate(group):
@@ -41,15 +42,18 @@ def watch(layer: Layer, group: Sequence[int], tokens: Tokens) -> None:
         layer.watched[b] = joined[:, follow - most :].clone()
 
 
-@torch.no_grad()
 def settle(layer: Layer) -> None:
     """Packs what has become old. How a sequence is packed is decided the first time."""
     rows = layer.store
     if not isinstance(rows, FormattedRows):
         return
     due = rows.due()
-    if not due:
-        return
+    if due:
+        _pack(layer, rows, due)
+
+
+@torch.no_grad()
+def _pack(layer: Layer, rows: FormattedRows, due: Sequence[int]) -> None:
     with layer.timed("format"):
         ready = []
         for b in due:

@@ -30,7 +30,6 @@ class Group(NamedTuple):
     decodes: bool
 
 
-@lasting
 def attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     """Attention output `[B, N, P, D]` of new tokens, which are then stored and compressed.
 
@@ -38,6 +37,24 @@ def attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     real. One new token of a sequence that has seen others is a decode step, everything else is a
     prompt. Raises BudgetError before anything changes.
     """
+    if torch.is_inference_mode_enabled() and not _is_step(layer, tokens, valid_BP):
+        return _attend_outside(layer, tokens, valid_BP)
+    return _pass(layer, tokens, valid_BP)
+
+
+def _is_step(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> bool:
+    """Whether this is a decode step that makes next to nothing that lasts.
+
+    Leaving inference mode costs such a step a tenth; the few places where it makes something do so
+    themselves. Counts on another device, packing, merging and drafts make something in every step.
+    """
+    single = tokens.key_bHPD.shape[2] == 1 and valid_BP is None and layer.store is not None
+    if not single or layer.run.recording or layer.drafted or not layer.rows.on_host:
+        return False
+    return layer.recipe.merging is None and not layer.recipe.formats and layer.in_step
+
+
+def _pass(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     if layer.store is None:
         layer.start(tokens.key_bHPD, tokens.value_bHPD)
     drafted = layer.run.recording and layer.run.drafted(
@@ -63,6 +80,9 @@ def attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
             settle(layer)
     layer.run.broken = None
     return out
+
+
+_attend_outside = lasting(_pass)
 
 
 def _with_drafts(layer: Layer, tokens: Tokens, drafted: int) -> Tensor:

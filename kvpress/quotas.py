@@ -10,6 +10,7 @@ from torch import Tensor
 from kvpress import host
 from kvpress.budget import UNLIMITED, Geometry, Quota, share
 from kvpress.errors import PolicyError
+from kvpress.lasting import lasting
 from kvpress.layer import Layer
 from kvpress.run import Growth
 
@@ -78,6 +79,7 @@ def _growth(layer: Layer) -> Growth:
     return layer.growth
 
 
+@lasting
 def _advance(growth: Growth, layer: Layer) -> None:
     """Makes the quotas after the tokens that the layer has seen."""
     newest, before_B, seen_B = layer.run.newest, growth.seen_B, layer.seen_B

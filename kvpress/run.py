@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvpress import host
 from kvpress.budget import Geometry, Quota
+from kvpress.lasting import lasting
 from kvpress.meter import Meter
 from kvpress.policy import Policy, Recipe
 from kvpress.rotary import Rotation
@@ -115,8 +116,13 @@ class Run:
             before_B, after_B = self.newest
             if before_B is seen_B or torch.equal(before_B, seen_B):
                 return after_B
-        self.newest = (seen_B, seen_B + 1)
+        self.newest = (seen_B, _next(seen_B))
         return self.newest[1]
+
+
+@lasting
+def _next(seen_B: Tensor) -> Tensor:
+    return seen_B + 1
 
 
 class Newest(Policy):

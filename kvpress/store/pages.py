@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvpress import host, ops
 from kvpress.errors import CacheError
+from kvpress.lasting import lasting
 from kvpress.store.aside import Aside
 from kvpress.store.base import KEY, POSITION, VALUE, Column, Survivors
 from kvpress.store.pool import PagePool
@@ -489,6 +490,7 @@ class PagedRows(PageTable):
                 source = source.reshape(-1, *column.shape)[held_N]
             self._scatter(name, address_N, source)
 
+    @lasting
     def _reserve(self, counts: Tensor) -> None:
         """Gives every row the pages that `counts` slots need, and its own where it will write.
 
