@@ -15,9 +15,9 @@ from rich.table import Table
 from kvpress import __version__, env, versions
 from kvpress.bench.calibrate.commands import calibrate
 from kvpress.bench.commands import bench
-from kvpress.bench.pages import plot, report
+from kvpress.bench.pages.commands import plot, report
 from kvpress.bench.quality.commands import evaluate
-from kvpress.bench.run_command import run
+from kvpress.bench.run.commands import run
 from kvpress.bench.view.commands import view
 from kvpress.errors import KVPressError
 from kvpress.tables import Fitted

@@ -21,7 +21,7 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def demo() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct and its tokenizer; skips where its package is not installed."""
-    models = pytest.importorskip("kvpress.bench.models")
+    models = pytest.importorskip("kvpress.bench.common.models")
     try:
         return models.load("demo")
     except models.ModelError as error:

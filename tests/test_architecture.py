@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -212,3 +213,41 @@ def test_no_tensor_depends_on_the_defaults_of_the_process(path: Path) -> None:
         if of_torch and name in FACTORIES and None not in named:
             missing = {"device"} if name in WHOLE else {"dtype", "device"}
             assert missing <= named, f"line {node.lineno}: {ast.unparse(node)}"
+
+
+# A package of bench imports only from its own line and from the lines above it.
+BENCH = [
+    {"common"},
+    {"operators", "quality", "run"},
+    {"speed", "calibrate"},
+    {"peers", "sparse", "gpu"},
+    {"view", "pages"},
+    {"commands"},
+]
+BENCH_FILES = sorted((ROOT / "bench").rglob("*.py"))
+
+
+def bench_imports(path: Path) -> set[str]:
+    """Modules of bench that a file imports, anywhere in it, below `kvpress.bench`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("kvpress.bench."):
+            tail = node.module.removeprefix("kvpress.bench").strip(".")
+            for alias in node.names:
+                name = f"{tail}.{alias.name}".strip(".")
+                file = ROOT / "bench" / f"{name.replace('.', '/')}.py"
+                found.add(name if file.exists() else tail)
+    return found
+
+
+def test_packages_of_bench_import_one_way() -> None:
+    rank = {name: number for number, names in enumerate(BENCH) for name in names}
+    arrows = {}
+    for path in BENCH_FILES:
+        parts = path.relative_to(ROOT / "bench").with_suffix("").parts
+        if parts == ("__init__",):
+            continue
+        arrows[".".join(parts)] = found = bench_imports(path)
+        for home in {name.split(".")[0] for name in found} - {parts[0]}:
+            assert rank[home] < rank[parts[0]], f"{path} imports {home}, which is not below it"
+    graphlib.TopologicalSorter(arrows).prepare()  # raises CycleError

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from kvpress.bench.calibrate.search import Given, watching
-from kvpress.bench.candidates import candidate
+from kvpress.bench.calibrate.watch import Given, watching
+from kvpress.bench.common.candidates import candidate
 from torch import Tensor
 
 from kvpress.attend import prompt_attention
@@ -40,9 +40,9 @@ def break_even(model: Any, ids_1T: Tensor, found: Calibration) -> tuple[int, dic
                 both = _time(given, length, found.tau_LN[index], found.local)
                 seconds[length] = [a + b for a, b in zip(seconds[length], both, strict=True)]
 
-    rival = candidate(model, "full")
+    full = candidate(model, "full")
     with torch.inference_mode(), watching(see):
-        rival.forward(ids_1T, rival.new_cache())
+        full.forward(ids_1T, full.new_cache())
     gains = {length: exact / sparse for length, (exact, sparse) in seconds.items()}
     return _first(gains), gains
 
@@ -65,11 +65,11 @@ def _time(given: Given, length: int, tau_N: Tensor, local: int) -> Sequence[floa
     )
     samples: list[list[float]] = [[], []]
     for round_ in range(_ROUNDS + 1):
-        for own, side in zip(samples, sides, strict=True):
+        for taken, side in zip(samples, sides, strict=True):
             start = time.perf_counter()
             side()
             if key.is_cuda:
                 torch.cuda.synchronize()
             if round_:  # the first one warms up
-                own.append(time.perf_counter() - start)
-    return [statistics.median(own) for own in samples]
+                taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in samples]

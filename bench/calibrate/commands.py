@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from kvpress.bench import options
-from kvpress.bench.source import Source
+from kvpress.bench.common import options
+from kvpress.bench.common.models import Source
 from rich.console import Console
 from rich.progress import Progress
 
@@ -57,7 +57,8 @@ def sale(
     """
     import torch
     from kvpress.bench.calibrate import breakeven, search
-    from kvpress.bench.text import default_text, read_text
+    from kvpress.bench.common.prompt import parts
+    from kvpress.bench.common.text import default_text, read_text
 
     from kvpress import calibration
 
@@ -67,7 +68,7 @@ def sale(
         torch.set_num_threads(threads)
     with errors.status(f"Loading {model} …"):
         loaded, tokenizer = given.load()
-    texts = read_parts(loaded, tokenizer, source.content, tokens, samples)
+    texts = parts(loaded, tokenizer, source.content, tokens, samples)
     settings = {
         "text": source.to_dict(),
         "tokens": tokens,
@@ -91,24 +92,6 @@ def sale(
         least, gains = breakeven.break_even(loaded, texts[0], found)
     calibration.write(out, loaded, found._replace(least=least))
     show(found.tau_LN, gains, least, out)
-
-
-def read_parts(model: Any, tokenizer: Any, text: str, tokens: int, samples: int) -> list[Any]:
-    """Consecutive parts of a text: ids `[1, tokens]`, on the model's device."""
-    import torch
-    from kvpress.bench.run import check_positions
-
-    from kvpress.errors import PolicyError
-
-    check_positions(model, tokens, 0)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) < tokens * samples:
-        raise PolicyError(
-            f"The text has {len(ids):,} tokens; {samples} samples of {tokens:,} need"
-            f" {tokens * samples:,}. Give a longer text, or fewer --samples or --tokens."
-        )
-    parts = torch.tensor(ids[: tokens * samples]).view(samples, 1, tokens)
-    return list(parts.to(model.device))
 
 
 def begin(out: Path, model: Any, settings: dict[str, Any], local: int, first: float) -> Any:

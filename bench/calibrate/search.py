@@ -7,18 +7,15 @@ stays where it is from one text to the next and never grows: the bound holds for
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from kvpress.bench.candidates import candidate
+from kvpress.bench.calibrate.watch import Given, watching
+from kvpress.bench.common.candidates import candidate
 from torch import Tensor
-from transformers import AttentionInterface
 
-from kvpress.attachment import NAME, attention
 from kvpress.calibration import Calibration
-from kvpress.sparse import sparse_attention
 
 LAST = 1e-4  # τ at which a head becomes dense
 
@@ -40,19 +37,6 @@ class Bound(NamedTuple):
         return wrong_N / tokens / most / self.error
 
 
-class Given(NamedTuple):
-    """What a layer hands to its attention."""
-
-    query_BNPD: Tensor
-    key_BHPD: Tensor
-    value_BHPE: Tensor
-    scaling: float
-
-    def sparse(self, tau_N: Tensor, local: int) -> Tensor:
-        """The output with these thresholds."""
-        return sparse_attention(*self, tau_N, local)[0]
-
-
 def halve(given: Given, exact_BNPE: Tensor, tau_N: Tensor, local: int, bound: Bound) -> Tensor:
     """The thresholds of the heads of a layer, each halved until the bound holds."""
     tau_N = tau_N.clone()
@@ -63,23 +47,6 @@ def halve(given: Given, exact_BNPE: Tensor, tau_N: Tensor, local: int, bound: Bo
         tau_N[wrong_N] /= 2
         tau_N[tau_N <= LAST] = 0
     return tau_N
-
-
-@contextlib.contextmanager
-def watching(see: Callable[[Given, Tensor], None]) -> Iterator[None]:
-    """Hands what every layer gives to the engine's attention, and its exact output, to `see`."""
-
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any):  # type: ignore[no-untyped-def]
-        out, weights = attention(module, query, key, value, *rest, **options)
-        given = Given(query, key, value, options.get("scaling") or query.shape[-1] ** -0.5)
-        see(given, out.transpose(1, 2))
-        return out, weights
-
-    AttentionInterface.register(NAME, attend)
-    try:
-        yield
-    finally:
-        AttentionInterface.register(NAME, attention)
 
 
 def search(
@@ -93,7 +60,7 @@ def search(
 
     on_layer: gets what is known after every layer.
     """
-    rival = candidate(model, "full")
+    full = candidate(model, "full")
     for number, ids_1T in enumerate(texts):
         layer = 0
 
@@ -110,5 +77,5 @@ def search(
         if all([number, index] in found.done for index in range(len(found.tau_LN))):
             continue
         with torch.inference_mode(), watching(see):
-            rival.forward(ids_1T, rival.new_cache())
+            full.forward(ids_1T, full.new_cache())
     return found

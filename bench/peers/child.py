@@ -1,7 +1,7 @@
 """NVIDIA's kvpress in a process and an environment of its own, asked by lines of JSON.
 
 It shares its import name with this project: the file is run by its path, and imports nothing of
-this project but the file beside it. Requests and replies are lines; logits go through safetensors
+this project but the count of bytes. Requests and replies are lines; logits go through safetensors
 files. Seconds are taken here, so that no exchange is timed.
 """
 
@@ -13,15 +13,18 @@ import json
 import re
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import save_file
-from storages import storage_bytes
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import kvpress
+
+sys.path.append(str(Path(__file__).parents[1] / "common"))  # last: it must hide nothing
+from storages import storage_bytes
 
 
 def make_press(spec: str) -> Any:

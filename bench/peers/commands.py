@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
-from kvpress.bench.source import Source
+from kvpress.bench.common.models import Source
 from kvpress.bench.speed import options
 from kvpress.bench.speed.commands import make_setting
 from rich.console import Console
@@ -47,13 +47,13 @@ def peers(
     """Compare with transformers' caches and NVIDIA's kvpress: bytes, quality and time in one run.
 
     The same model, prompts, budgets and threads; every round runs all of them. Bytes are counted
-    from the storages that a cache keeps alive, by one function for everybody; answers are scored by
-    one function from the logits. `scripts/peers` installs the others.
+    from the storages that a cache keeps alive, by one function; answers are scored from the
+    logits, by one function too. `scripts/peers` installs the others.
     """
     from kvpress.bench.peers import remote, table
-    from kvpress.bench.peers.field import Everybody
+    from kvpress.bench.peers.candidates import CandidatesWithPeers
     from kvpress.bench.speed import grid, rows, run
-    from kvpress.bench.speed.beside import Asked
+    from kvpress.bench.speed.scores import QualityOptions
 
     source = Source(model, dtype, device, None, revision, trust_remote_code)
     setting = make_setting(source, None, threads, rounds, warmup)
@@ -64,11 +64,13 @@ def peers(
     names = list(dict.fromkeys((*caches, *ours, *_presses(press or PRESSES, budgets))))
     lengths = tokens or [1000]
     cells = [*grid.cells("decode", lengths, [1]), *grid.cells("prefill", lengths, [1])]
-    field = Everybody(setting)
+    candidates = CandidatesWithPeers(setting)
     try:
-        made = run.run(setting, cells, names, Asked(("copy", "needle"), samples), out, field)
+        made = run.run(
+            setting, cells, names, QualityOptions(("copy", "needle"), samples), out, candidates
+        )
     finally:
-        field.close()
+        candidates.close()
     for sheet in table.sheets(made):
         console.print(Fitted(rows.table(sheet)))
     console.print(table.LEGEND)

@@ -1,4 +1,4 @@
-"""A peer in another process, as a subject of the evaluation and as a rival of the benchmarks."""
+"""A peer in another process, as a system of the evaluation and a candidate of the benchmarks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvpress.bench import models
-from kvpress.bench.journal import Row
+from kvpress.bench.common import models
+from kvpress.bench.common.demo import demo_folder
+from kvpress.bench.common.journal import Row
+from kvpress.bench.common.timing import Samples
 from kvpress.bench.quality.sample import Question
 from kvpress.bench.speed.setting import Setting
-from kvpress.bench.timing import Samples
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -46,7 +47,7 @@ def environment() -> Path:
 class Peer:
     """NVIDIA's kvpress with one press: `nvidia/SnapKVPress:budget=0.5`.
 
-    A subject of the evaluation. It keeps one cache at a time: the one that was read last.
+    A system of the evaluation. It keeps one cache at a time: the one that was read last.
     """
 
     def __init__(self, name: str, setting: Setting) -> None:
@@ -61,7 +62,7 @@ class Peer:
                 stderr=log,
                 text=True,
             )
-        folder = models.demo_folder() if setting.model == models.DEMO else setting.model
+        folder = demo_folder() if setting.model == models.DEMO else setting.model
         try:
             self.request(
                 model=str(folder),
@@ -112,8 +113,8 @@ class Peer:
         return cache, 0
 
 
-class PeerRival:
-    """A rival of `decode` or `prefill`; seconds are those of the peer's own clock."""
+class PeerMeasurement:
+    """What a peer does in `decode` or `prefill`; seconds are those of its own clock."""
 
     def __init__(self, bench: str, peer: Peer, ids: torch.Tensor, batch: int, weights: int) -> None:
         self._bench, self._peer, self._weights = bench, peer, weights
@@ -138,15 +139,15 @@ class PeerRival:
             self._seconds.append(self._reply["seconds"])
 
     def row(self, taken: Samples) -> Row:
-        """As of the benchmark's other rivals, as far as it is known."""
-        own = Samples(self._seconds)
+        """As of the benchmark's other candidates, as far as it is known."""
+        taken_there = Samples(self._seconds)
         batch, tokens = len(self._prompts), len(self._prompts[0])
         done = batch * tokens if self._bench == "prefill" else batch
         unknown = {"stages": {}} if self._bench == "prefill" else {"attention": None}
         return {
             **unknown,
-            "seconds": own.to_dict(),
-            "tokens_per_second": done / own.median,
+            "seconds": taken_there.to_dict(),
+            "tokens_per_second": done / taken_there.median,
             "bytes_held": self._reply["bytes"],
             "bytes_weights": self._weights,
         }

@@ -1,13 +1,13 @@
-"""The table of a comparison: bytes, quality and time of everybody at one length."""
+"""The table of a comparison: bytes, quality and time of all candidates at one length."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from kvpress.bench.candidates import BASELINE
-from kvpress.bench.journal import Row
-from kvpress.bench.report import Sheet
+from kvpress.bench.common.candidates import BASELINE
+from kvpress.bench.common.journal import Row
+from kvpress.bench.common.report import Sheet
 from kvpress.bench.speed.rows import Column, by_cell, milliseconds, quality, sheet
 
 LEGEND = (
@@ -47,5 +47,5 @@ def _first_token(rows: dict[str, Row], row: Row) -> str:
 
 
 def _kl(row: Row) -> str:
-    values = [asked["kl"] for asked in row["quality"] if asked["kl"] is not None]
+    values = [score["kl"] for score in row["quality"] if score["kl"] is not None]
     return f"{values[0]:.3f}" if values else "–"

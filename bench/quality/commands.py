@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from kvpress.bench import options
+from kvpress.bench.common import options
+from kvpress.bench.common.models import Source
 from kvpress.bench.quality.options import metadata_of, refuse_idle, split_policies
-from kvpress.bench.source import Source
 from rich.console import Console
 
 from kvpress.tables import Fitted
 
 if TYPE_CHECKING:
     from kvpress.bench.quality.results import Cell, Results
-    from kvpress.bench.quality.standard import Asked
+    from kvpress.bench.quality.standard import LmEvalOptions
 
 console, errors = Console(), Console(stderr=True)
 
@@ -91,9 +91,9 @@ def evaluate(
     Intervals are 95 % bootstraps over contexts; `vs full` pairs each context with the full cache.
     """
     import torch
-    from kvpress.bench.candidates import refuse_unknown
+    from kvpress.bench.common.candidates import refuse_unknown
     from kvpress.bench.quality.run import FULL
-    from kvpress.bench.quality.standard import Asked
+    from kvpress.bench.quality.standard import LmEvalOptions
 
     from kvpress.loading import parse
 
@@ -107,8 +107,8 @@ def evaluate(
         torch.set_num_threads(threads)
     source = Source(model, dtype, device, device_map, revision, trust_remote_code)
     if lm_eval is not None:
-        asked = Asked(task_folder, limit, metadata_of(metadata), chat, max_new_tokens)
-        results = with_lm_eval(source, names, lm_eval.split(","), asked, out)
+        how = LmEvalOptions(task_folder, limit, metadata_of(metadata), chat, max_new_tokens)
+        results = with_lm_eval(source, names, lm_eval.split(","), how, out)
     else:
         plans_for = planned(files, suite or (), protocol, quick, length or (), samples)
         results = with_our_tasks(source, names, plans_for, text, files, seed, stepwise, out)
@@ -126,11 +126,11 @@ def with_our_tasks(
     out: Path | None,
 ) -> Results:
     """Runs our suites, or the tasks in files, with every policy."""
+    from kvpress.bench.common.text import default_text, read_text
     from kvpress.bench.quality import files as from_files
     from kvpress.bench.quality.fill import fill
     from kvpress.bench.quality.sample import Writer
-    from kvpress.bench.quality.subject import InProcess
-    from kvpress.bench.text import default_text, read_text
+    from kvpress.bench.quality.system import LocalSystem
 
     taken = default_text() if text is None else read_text(text)
     loaded, tokenizer, results = begin(
@@ -142,37 +142,37 @@ def with_our_tasks(
         stepwise=stepwise,
     )
     writer = Writer(tokenizer, taken.content)
-    fill(results, names, partial(InProcess, loaded), writer, plans_for(loaded), seed, stepwise)
+    fill(results, names, partial(LocalSystem, loaded), writer, plans_for(loaded), seed, stepwise)
     return results
 
 
 def with_lm_eval(
-    source: Source, names: Sequence[str], tasks: Sequence[str], asked: Asked, out: Path | None
+    source: Source, names: Sequence[str], tasks: Sequence[str], how: LmEvalOptions, out: Path | None
 ) -> Results:
     """Runs tasks of lm-eval with every policy, and says what each is as it comes."""
     from kvpress.bench.quality import standard, standard_table
 
     standard.require()
-    loaded, tokenizer, results = begin(source, out, lm_eval=asked.settings)
+    loaded, tokenizer, results = begin(source, out, lm_eval=how.settings)
 
     def on_cell(cell: Cell) -> None:
         for line in standard_table.lines(cell):
             errors.print(*line, sep="  ", markup=False, highlight=False)
 
-    standard.fill(results, loaded, tokenizer, names, tasks, asked, on_cell)
+    standard.fill(results, loaded, tokenizer, names, tasks, how, on_cell)
     return results
 
 
 def begin(source: Source, out: Path | None, **settings: Any) -> tuple[Any, Any, Results]:
     """The model, its tokenizer, and results that go on from a file. Raises ResultsError."""
-    from kvpress.bench import record
+    from kvpress.bench.common.environment import environment
     from kvpress.bench.quality.results import Results
 
     with errors.status(f"Loading {source.name} …"):
         loaded, tokenizer = source.load()
     dtype = str(loaded.dtype).removeprefix("torch.")
-    head = {"model": source.name, "dtype": dtype, **source.asked, **settings}
-    return loaded, tokenizer, Results(head, record.environment(loaded.device), out)
+    head = {"model": source.name, "dtype": dtype, **source.load_options, **settings}
+    return loaded, tokenizer, Results(head, environment(loaded.device), out)
 
 
 def planned(

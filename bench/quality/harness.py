@@ -13,10 +13,10 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from kvpress.bench.common.models import DEMO, Source
 from kvpress.bench.quality.metrics import score
 from kvpress.bench.quality.sample import Question
-from kvpress.bench.quality.subject import InProcess
-from kvpress.bench.source import DEMO, Source
+from kvpress.bench.quality.system import LocalSystem
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
@@ -74,11 +74,11 @@ class KVPressLM(HFLM):
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             device = None  # lm-eval asks for CUDA by default, wherever it runs
         if isinstance(pretrained, str):
-            asked = device_map, revision, trust_remote_code
-            pretrained, tokenizer = Source(pretrained, dtype, device, *asked).load()
+            others = device_map, revision, trust_remote_code
+            pretrained, tokenizer = Source(pretrained, dtype, device, *others).load()
         self.ledger = Ledger()
-        self.subject = InProcess(pretrained, policy.replace(";", ","))
-        super().__init__(pretrained=self.subject.model, tokenizer=tokenizer, **options)
+        self.system = LocalSystem(pretrained, policy.replace(";", ","))
+        super().__init__(pretrained=self.system.model, tokenizer=tokenizer, **options)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: Any = None
@@ -88,13 +88,13 @@ class KVPressLM(HFLM):
         answers: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), disable=disable_tqdm, desc="continuations") as bar:
             for context, same in groupby(order, key=lambda i: requests[i][1]):
-                cache = self.subject.read(context[:-1])
+                cache = self.system.read(context[:-1])
                 chosen = list(same)
                 self.ledger.add(cache, 1 + max(len(requests[i][2]) for i in chosen))
                 for i in chosen:
                     texts, _, continuation = requests[i]
                     question = Question(tuple(context[-1:]), tuple(continuation))
-                    made = score(self.subject.ask(cache, question), continuation)
+                    made = score(self.system.ask(cache, question), continuation)
                     answers[i] = (-made.nll * len(continuation), bool(made.exact))
                     self.cache_hook.add_partial("loglikelihood", texts, answers[i])
                     bar.update()
@@ -104,7 +104,7 @@ class KVPressLM(HFLM):
         self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
     ) -> torch.Tensor:
         """Answers decoded with a cache of our own, whose bytes are counted at their end."""
-        cache, name = self.subject.generating(max_length - context.shape[1])
+        cache, name = self.system.generating(max_length - context.shape[1])
         made: torch.Tensor = super()._model_generate(
             context, max_length, stop, **options, **{name: cache}
         )

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kvpress.bench.plot import figure_of
+from kvpress.bench.common.figures import figure_of
 from kvpress.bench.quality.results import Cell
 from kvpress.bench.quality.run import BLIND, FULL
 from kvpress.bench.quality.table import Block, Line

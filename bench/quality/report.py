@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvpress.bench.common.report import Report, Sheet, machine, settings_of
 from kvpress.bench.quality import plots, standard_table
 from kvpress.bench.quality.results import Results
 from kvpress.bench.quality.table import HEAD, LEGEND, Block, blocks, cells_of, notes_of
-from kvpress.bench.report import Report, Sheet, machine, settings_of
 
 
 def report(results: Results) -> Report:

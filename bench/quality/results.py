@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvpress.bench.journal import append, drop_broken_line, read
+from kvpress.bench.common.journal import append, drop_broken_line, read
 from kvpress.bench.quality.tasks import TASKS, Metric
 
 from kvpress.errors import KVPressError

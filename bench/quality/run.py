@@ -13,8 +13,8 @@ from typing import Any
 from kvpress.bench.quality.metrics import score
 from kvpress.bench.quality.results import Cell, Results
 from kvpress.bench.quality.sample import Question, Sample, TaskError, Writer
-from kvpress.bench.quality.subject import Call, Subject, recording
 from kvpress.bench.quality.suites import VISIBLE, Plan
+from kvpress.bench.quality.system import Call, System, recording
 from torch import Tensor
 
 FULL = "full"  # the policy that the others are compared with
@@ -22,8 +22,8 @@ BLIND = "no context"  # the floor: the questions alone
 
 
 def evaluate(
-    reference: Subject,
-    subjects: Sequence[Subject],
+    reference: System,
+    systems: Sequence[System],
     writer: Writer,
     plans: Sequence[Plan],
     results: Results,
@@ -34,12 +34,12 @@ def evaluate(
     """Runs every cell that the results do not hold yet. A cell that fails is kept with its error.
 
     reference: the full cache, with which answers are compared; it also answers without a context.
-    It may be one of the subjects.
+    It may be one of the systems.
     """
-    names = (*(subject.name for subject in subjects), BLIND)
+    names = (*(system.name for system in systems), BLIND)
     for plan in plans:
         for index in range(plan.samples):
-            fill = _filler(reference, subjects, writer, plan, index, seed, stepwise)
+            fill = _filler(reference, systems, writer, plan, index, seed, stepwise)
             for name in names:
                 cell = _empty(plan, index, name)
                 if cell.key not in results:
@@ -81,9 +81,9 @@ class _Reading:
     """A context, read and asked about once, when somebody wants to know."""
 
     def __init__(
-        self, subject: Subject, sample: Sample, stepwise: bool, known: _Reading | None = None
+        self, system: System, sample: Sample, stepwise: bool, known: _Reading | None = None
     ) -> None:
-        self._subject, self._sample, self._stepwise = subject, sample, stepwise
+        self._system, self._sample, self._stepwise = system, sample, stepwise
         self._known = known  # another reading of the same context
         self.calls: list[Call] = []  # of the layers, where this is the first reading
 
@@ -93,18 +93,18 @@ class _Reading:
         start = time.perf_counter()
         if self._known is None:
             with recording(self.calls):
-                cache = self._subject.read(self._sample.context)
+                cache = self._system.read(self._sample.context)
         else:
-            cache = self._subject.read(self._sample.context, self._known.calls)
-        self.bytes_held, self.bytes_full = self._subject.bytes(cache)
-        logits = [self._subject.ask(cache, q, self._stepwise) for q in self._sample.questions]
+            cache = self._system.read(self._sample.context, self._known.calls)
+        self.bytes_held, self.bytes_full = self._system.bytes(cache)
+        logits = [self._system.ask(cache, q, self._stepwise) for q in self._sample.questions]
         self.seconds = time.perf_counter() - start
         return logits
 
 
 def _filler(
-    reference: Subject,
-    subjects: Sequence[Subject],
+    reference: System,
+    systems: Sequence[System],
     writer: Writer,
     plan: Plan,
     index: int,
@@ -116,7 +116,7 @@ def _filler(
         sample = _sample(writer, plan, index, seed)
     except TaskError as error:  # the other samples go on
         return functools.partial(_failed, error=error)
-    by_name = {subject.name: subject for subject in subjects}
+    by_name = {system.name: system for system in systems}
     known = _Reading(reference, sample, stepwise)
     blind = replace(sample, context=writer.prefix)
 

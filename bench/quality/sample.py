@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvpress.bench.text import default_text
+from kvpress.bench.common.text import default_text
 
 from kvpress.errors import KVPressError
 

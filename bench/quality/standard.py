@@ -19,7 +19,7 @@ class HarnessError(KVPressError):
     """lm-eval is missing, or refuses what it is asked for."""
 
 
-class Asked(NamedTuple):
+class LmEvalOptions(NamedTuple):
     """How tasks are run.
 
     folder: of task files. limit: documents per task. metadata: for tasks that make their own
@@ -54,7 +54,7 @@ def fill(
     tokenizer: Any,
     policies: Sequence[str],
     tasks: Sequence[str],
-    asked: Asked,
+    options: LmEvalOptions,
     on_cell: Callable[[Cell], None] = lambda _: None,
 ) -> None:
     """Runs the cells that the results do not hold yet. A policy that fails is kept with its error.
@@ -64,25 +64,25 @@ def fill(
     require()
     from kvpress.bench.quality.harness import KVPressLM
 
-    manager = _manager(tokenizer, tasks, asked)
+    manager = _manager(tokenizer, tasks, options)
     for policy in policies:
-        judged = None  # one model per policy, made only where something is left to run
+        lm = None  # one model per policy, made only where something is left to run
         for task in tasks:
             cell = Cell(task, 0, 0, VISIBLE, policy, metric=LM_EVAL)
             if cell.key in results:
                 continue
-            judged = judged or KVPressLM(model, policy, tokenizer)
-            filled = _filled(cell, judged, manager, asked)
+            lm = lm or KVPressLM(model, policy, tokenizer)
+            filled = _filled(cell, lm, manager, options)
             results.add(filled)
             on_cell(filled)
 
 
-def _manager(tokenizer: Any, tasks: Sequence[str], asked: Asked) -> Any:
+def _manager(tokenizer: Any, tasks: Sequence[str], options: LmEvalOptions) -> Any:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(
-        include_path=None if asked.folder is None else str(asked.folder),
-        metadata={"tokenizer": tokenizer.name_or_path, **(asked.metadata or {})},
+        include_path=None if options.folder is None else str(options.folder),
+        metadata={"tokenizer": tokenizer.name_or_path, **(options.metadata or {})},
     )
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
@@ -93,19 +93,21 @@ def _manager(tokenizer: Any, tasks: Sequence[str], asked: Asked) -> Any:
     return manager
 
 
-def _filled(cell: Cell, judged: Any, manager: Any, asked: Asked) -> Cell:
+def _filled(cell: Cell, lm: Any, manager: Any, options: LmEvalOptions) -> Cell:
     """The cell with all numbers of its task, and the bytes of all its documents together."""
     from lm_eval import simple_evaluate
 
-    judged.ledger.clear()
-    more = {} if asked.new_tokens is None else {"gen_kwargs": {"max_gen_toks": asked.new_tokens}}
+    lm.ledger.clear()
+    more = (
+        {} if options.new_tokens is None else {"gen_kwargs": {"max_gen_toks": options.new_tokens}}
+    )
     try:
         found = simple_evaluate(
-            judged,
+            lm,
             tasks=[cell.task],
             task_manager=manager,
-            limit=asked.limit,
-            apply_chat_template=asked.chat,
+            limit=options.limit,
+            apply_chat_template=options.chat,
             log_samples=False,
             **more,
         )
@@ -122,7 +124,7 @@ def _filled(cell: Cell, judged: Any, manager: Any, asked: Asked) -> Cell:
         for task, numbers in found["results"].items()
         for score in _of(task, numbers)
     ]
-    return replace(cell, scores=scores, **judged.ledger.fields)
+    return replace(cell, scores=scores, **lm.ledger.fields)
 
 
 def _of(task: str, numbers: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kvpress.bench.common.report import Sheet
 from kvpress.bench.quality.results import Cell
 from kvpress.bench.quality.run import FULL
 from kvpress.bench.quality.tasks import LM_EVAL
-from kvpress.bench.report import Sheet
 from rich import box
 from rich.table import Table
 

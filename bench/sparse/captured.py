@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from kvpress.bench.calibrate.search import Given, watching
-from kvpress.bench.candidates import candidate
+from kvpress.bench.calibrate.watch import Given, watching
+from kvpress.bench.common.candidates import candidate
 from torch import Tensor
 
 from kvpress.errors import KVPressError
@@ -43,9 +43,9 @@ class Captured:
                 found[index].append(given._replace(key_BHPD=given.key_BHPD.clone()))
             index += 1
 
-        rival = candidate(self._model, "full")
+        full = candidate(self._model, "full")
         with torch.inference_mode(), watching(see):
-            rival.forward(ids_1T, rival.new_cache())
+            full.forward(ids_1T, full.new_cache())
 
     def of_length(self, layer: int, tokens: int) -> Given:
         """What a layer would hand over for so many tokens. Raises CaptureError."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from kvpress.bench import options
-from kvpress.bench.source import Source
+from kvpress.bench.common import options
+from kvpress.bench.common.models import Source
 from rich.console import Console
 
 from kvpress.tables import Fitted
@@ -39,12 +39,13 @@ def sparse(
     positions where they then stand; beyond the model's context as YaRN has it.
     """
     import torch
-    from kvpress.bench import record
-    from kvpress.bench.calibrate.commands import read_parts
-    from kvpress.bench.commands import check_writable
+    from kvpress.bench.calibrate.thresholds import thresholds_of
+    from kvpress.bench.common.environment import environment
+    from kvpress.bench.common.output import check_writable, write_json
+    from kvpress.bench.common.prompt import parts
+    from kvpress.bench.common.text import default_text
     from kvpress.bench.sparse import measure, report
     from kvpress.bench.sparse.captured import Captured
-    from kvpress.bench.text import default_text
 
     check_writable("--out", out)
     if threads:
@@ -57,8 +58,8 @@ def sparse(
     chosen = sorted({round(i * (count - 1) / max(1, layers - 1)) for i in range(layers)})
     lengths, text = tokens or [read], default_text()
     with errors.status("Reading the text …"):
-        parts = read_parts(loaded, tokenizer, text.content, read, -(-max(lengths) // read))
-        captured = Captured(loaded, parts, set(chosen))
+        texts = parts(loaded, tokenizer, text.content, read, -(-max(lengths) // read))
+        captured = Captured(loaded, texts, set(chosen))
     rows = []
     for length in lengths:
         for layer in chosen:
@@ -69,29 +70,13 @@ def sparse(
                 rows.append(measure.measure(layer, given, tau_N, limits.local, rounds, warm))
     console.print(Fitted(table(rows)))
     if out is not None:
-        facts = record.environment(loaded.device)
+        facts = environment(loaded.device)
         settings = {"model": model, "policy": policy, "read": read, "rounds": rounds}
-        settings |= {"dtype": str(loaded.dtype).removeprefix("torch."), **source.asked}
+        settings |= {"dtype": str(loaded.dtype).removeprefix("torch."), **source.load_options}
         settings["text"] = text.to_dict()
         made = [row._asdict() for row in rows]
         whole = {"bench": report.KIND, "environment": facts, "settings": settings, "rows": made}
-        record.write_json(out, whole)
-
-
-def thresholds_of(model: Any, policy: str) -> Any:
-    """The thresholds of a policy for this model. Raises PolicyError."""
-    from kvpress import calibration
-    from kvpress.attachment import check_model
-    from kvpress.errors import PolicyError
-    from kvpress.loading import parse
-
-    limits = calibration.thresholds(parse(policy).sparsity, model, check_model(model))
-    if limits is None:
-        raise PolicyError(
-            f"policy={policy} computes all of a prompt's attention. Give one that makes it sparse,"
-            " as sale."
-        )
-    return limits
+        write_json(out, whole)
 
 
 def table(rows: list[Any]) -> Any:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from kvpress.bench.calibrate.search import Given
+from kvpress.bench.calibrate.watch import Given
 from torch import Tensor
 from torch.nn import functional as F
 

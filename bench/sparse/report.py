@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvpress.bench.plot import figure_of
-from kvpress.bench.report import Report, Sheet, machine, settings_of
+from kvpress.bench.common.figures import figure_of
+from kvpress.bench.common.report import Report, Sheet, machine, settings_of
 from kvpress.bench.sparse.measure import Row, Total, total
 
 KIND = "sparse"  # the value of "bench" in a record
@@ -70,10 +70,12 @@ def figure(rows: list[Row]) -> Any:
     """Speed-up and density of every layer, a line per length. Raises PlotError."""
     made, axes = figure_of(2)
     for tokens in sorted({row.tokens for row in rows}):
-        own = [row for row in rows if row.tokens == tokens]
-        layers = [row.layer for row in own]
-        axes[0].plot(layers, [total([row]).gain for row in own], "o-", label=f"{tokens:,} tokens")
-        axes[1].plot(layers, [row.density for row in own], "o-")
+        chosen = [row for row in rows if row.tokens == tokens]
+        layers = [row.layer for row in chosen]
+        axes[0].plot(
+            layers, [total([row]).gain for row in chosen], "o-", label=f"{tokens:,} tokens"
+        )
+        axes[1].plot(layers, [row.density for row in chosen], "o-")
     for axis, title in zip(axes, ("exact time / sparse time", "density"), strict=False):
         axis.set_title(title, fontsize=9, loc="left")
         axis.set_xlabel("layer", fontsize=8)

@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from kvpress.bench.candidates import prompts
-from kvpress.bench.journal import Row
-from kvpress.bench.quality.subject import InProcess, Subject
-from kvpress.bench.report import Sheet
+from kvpress.bench.common.journal import Row
+from kvpress.bench.common.prompt import prompts
+from kvpress.bench.common.report import Sheet
+from kvpress.bench.quality.system import LocalSystem, System
 from kvpress.bench.speed import decode, memory, prefill, throughput
-from kvpress.bench.speed.race import Rival, race
+from kvpress.bench.speed.rounds import Measurement, run_rounds
 from kvpress.bench.speed.rows import Cell, sheets
 from kvpress.bench.speed.setting import Setting
 
@@ -22,40 +22,45 @@ Load = Callable[[], tuple[Any, Any]]  # a model and its tokenizer
 OnRound = Callable[[int], None]
 
 
-class Field(Protocol):
+class Candidates(Protocol):
     """Where candidates come from, by name."""
 
-    def rival(
+    def measurement(
         self, setting: Setting, model: Any, ids: torch.Tensor, cell: Cell, name: str
-    ) -> Rival:
+    ) -> Measurement:
         """One that is timed on the prompts `[batch, tokens]`."""
 
-    def subject(self, model: Any, name: str) -> Subject:
-        """One that is asked about contexts."""
+    def system(self, model: Any, name: str) -> System:
+        """One that answers questions about contexts."""
 
 
-class Own:
+class LocalCandidates:
     """Candidates in this process: policies, and transformers' caches."""
 
-    def rival(
+    def measurement(
         self, setting: Setting, model: Any, ids: torch.Tensor, cell: Cell, name: str
-    ) -> Rival:
+    ) -> Measurement:
         """One that is timed."""
-        made: Rival = TIMED[cell.bench].rival(setting, model, ids, cell.batch, name)
+        made: Measurement = TIMED[cell.bench].measurement(setting, model, ids, cell.batch, name)
         return made
 
-    def subject(self, model: Any, name: str) -> Subject:
-        """One that is asked about contexts."""
-        return InProcess(model, name)
+    def system(self, model: Any, name: str) -> System:
+        """One that answers questions about contexts."""
+        return LocalSystem(model, name)
 
 
-def rounds(bench: str, setting: Setting, candidates: int) -> int:
-    """How often `on_round` is called for one cell."""
-    return setting.rounds + setting.warmup if bench in TIMED else candidates
+def rounds(bench: str, setting: Setting, count: int) -> int:
+    """How often `on_round` is called for one cell of so many candidates."""
+    return setting.rounds + setting.warmup if bench in TIMED else count
 
 
 def measure(
-    setting: Setting, field: Field, load: Load, on_round: OnRound, cell: Cell, names: Sequence[str]
+    setting: Setting,
+    candidates: Candidates,
+    load: Load,
+    on_round: OnRound,
+    cell: Cell,
+    names: Sequence[str],
 ) -> dict[str, Row]:
     """A row per candidate. The model is loaded only where this process runs it."""
     if cell.bench not in TIMED:
@@ -63,12 +68,12 @@ def measure(
     model, tokenizer = load()
     new_tokens = max(setting.new_tokens, setting.rounds + setting.warmup)
     ids = prompts(model, tokenizer, cell.tokens, cell.batch, new_tokens)
-    return timed(setting, field, model, ids, cell, names, on_round)
+    return timed(setting, candidates, model, ids, cell, names, on_round)
 
 
 def timed(
     setting: Setting,
-    field: Field,
+    candidates: Candidates,
     model: Any,
     ids: torch.Tensor,
     cell: Cell,
@@ -76,9 +81,11 @@ def timed(
     on_round: OnRound | None = None,
 ) -> dict[str, Row]:
     """A row per candidate of a benchmark of time. ids: the prompts, `[batch, tokens]`."""
-    starts = {name: partial(field.rival, setting, model, ids, cell, name) for name in names}
+    starts = {
+        name: partial(candidates.measurement, setting, model, ids, cell, name) for name in names
+    }
     synchronize = torch.cuda.synchronize if ids.is_cuda else None
-    return race(starts, setting.rounds, setting.warmup, on_round, synchronize)
+    return run_rounds(starts, setting.rounds, setting.warmup, on_round, synchronize)
 
 
 def sheets_of(rows: Iterable[Row]) -> list[Sheet]:

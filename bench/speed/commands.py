@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from kvpress.bench.source import DTYPES, Source
+from kvpress.bench.common.models import DTYPES, Source
 from kvpress.bench.speed import options
 from rich.console import Console
 
@@ -132,12 +132,34 @@ def memory(
     _run("memory", setting, policy or POLICIES, budget, tokens or [4000], batch, with_eval, out)
 
 
+def overhead(
+    model: Annotated[str, typer.Option(help="demo, a Hugging Face id, or a path.")] = "demo",
+    policy: Annotated[list[str] | None, typer.Option(help="Repeatable.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed steps of all layers.", min=1)] = 1000,
+) -> None:
+    """Time what the engine itself costs per layer and decode step, with a cache of one slot."""
+    from kvpress.bench.common import models
+    from kvpress.bench.speed import overhead as costs
+    from rich.table import Table
+
+    loaded, _ = models.load(model)
+    chosen = policy or ["streaming_llm:budget=1,sink=0", "h2o:budget=1", "keyformer:budget=1"]
+    table = Table(title="Per layer and decode step", title_justify="left")
+    for title in ("policy", "median µs", "quartiles µs", "low–high µs"):
+        table.add_column(title, justify="left" if title == "policy" else "right")
+    for name, taken in costs.measure(loaded, chosen, rounds, warmup=20).items():
+        ranges = taken.quartiles, (taken.low, taken.high)
+        spreads = (f"{a * 1e6:.1f}–{b * 1e6:.1f}" for a, b in ranges)
+        table.add_row(name, f"{taken.median * 1e6:.1f}", *spreads)
+    console.print(Fitted(table))
+
+
 def make_setting(
     source: Source, cache_dtype: str | None, threads: int | None, rounds: int, warmup: int
 ) -> Setting:
     """Checks the names and sets the threads. Raises ModelError."""
     import torch
-    from kvpress.bench.commands import chosen_device
+    from kvpress.bench.common.options import chosen_device
     from kvpress.bench.speed.setting import Setting
 
     if cache_dtype is not None and cache_dtype not in DTYPES:
@@ -182,12 +204,12 @@ def _run(
     out: Path | None,
 ) -> None:
     """Fills the grid and prints its tables."""
-    from kvpress.bench.candidates import BASELINE
-    from kvpress.bench.speed import benches, beside, grid, rows, run
+    from kvpress.bench.common.candidates import BASELINE
+    from kvpress.bench.speed import benches, grid, rows, run, scores
 
     names = [BASELINE, *dict.fromkeys(options.with_budgets(policies, budgets or ()))]
     cells = grid.cells(name, lengths, batches or [1])
-    made = run.run(setting, cells, names, beside.Asked() if with_eval else None, out)
+    made = run.run(setting, cells, names, scores.QualityOptions() if with_eval else None, out)
     for sheet in benches.sheets_of(made):
         console.print(Fitted(rows.table(sheet)))
     console.print(benches.BENCHES[name].LEGEND)

@@ -13,13 +13,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from kvpress.bench.candidates import BASELINE, FULL, Candidate, candidate, weight_bytes
-from kvpress.bench.journal import Row
-from kvpress.bench.peers.storages import storage_bytes
-from kvpress.bench.speed.race import Rival
+from kvpress.bench.common.candidates import BASELINE, FULL, Candidate, candidate, weight_bytes
+from kvpress.bench.common.journal import Row
+from kvpress.bench.common.storages import storage_bytes
+from kvpress.bench.common.timing import Samples
+from kvpress.bench.speed.rounds import Measurement
 from kvpress.bench.speed.rows import Column, against, milliseconds, of_ideal, times
 from kvpress.bench.speed.setting import Setting
-from kvpress.bench.timing import Samples
 
 TITLE = "One decode step"
 LEGEND = (
@@ -29,24 +29,26 @@ LEGEND = (
 )
 
 
-def rival(setting: Setting, model: Any, ids: torch.Tensor, batch: int, name: str) -> Rival:
+def measurement(
+    setting: Setting, model: Any, ids: torch.Tensor, batch: int, name: str
+) -> Measurement:
     """A candidate that decodes after `ids[:1]`, `batch` sequences together."""
-    own = candidate(model, name, setting.cache_dtype, setting.rounds + setting.warmup)
-    return _Decode(own, ids[:1], batch)
+    new_tokens = setting.rounds + setting.warmup
+    return _Decode(candidate(model, name, setting.cache_dtype, new_tokens), ids[:1], batch)
 
 
 class _Decode:
     """A cache that grows by one token per round."""
 
-    def __init__(self, own: Candidate, ids: torch.Tensor, batch: int) -> None:
-        self._own, self._batch = own, batch
+    def __init__(self, candidate: Candidate, ids: torch.Tensor, batch: int) -> None:
+        self._candidate, self._batch = candidate, batch
         self._token = ids[:, -1:].repeat(batch, 1)
-        self._cache = own.read(ids, batch)
+        self._cache = candidate.read(ids, batch)
         self._ledger = [_ledger(self._cache)]
         self._warmup = 0
 
     def round(self, number: int) -> torch.Tensor:
-        return self._own.forward(self._token, self._cache)
+        return self._candidate.forward(self._token, self._cache)
 
     def settle(self, timed: bool) -> None:
         self._ledger.append(_ledger(self._cache))
@@ -58,7 +60,7 @@ class _Decode:
             "tokens_per_second": self._batch / taken.median,
             "attention": Samples(spent).to_dict() if any(spent) else None,
             "bytes_held": storage_bytes(self._cache),
-            "bytes_weights": weight_bytes(self._own.model),
+            "bytes_weights": weight_bytes(self._candidate.model),
         }
 
 

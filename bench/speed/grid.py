@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from kvpress.bench.journal import Journal, Row
+from kvpress.bench.common.journal import Journal, Row
 from kvpress.bench.speed.rows import Cell
 from kvpress.bench.speed.setting import Setting
 
@@ -31,7 +31,7 @@ def fill(
 ) -> list[Row]:
     """The rows of all cells. The candidates of a cell are measured together, or not at all.
 
-    facts: the environment, see `record.environment`. quality: what rows get besides; asked only
+    facts: the environment, see `common.environment`. quality: what rows get besides; measured only
     when a cell is measured. A cell of which the journal lacks a row, or holds one with an error, is
     measured again, so that its ratios are of one run.
     """

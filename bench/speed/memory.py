@@ -17,10 +17,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from kvpress.bench.candidates import BASELINE, Candidate, candidate, prompts
-from kvpress.bench.journal import Row
-from kvpress.bench.peers.storages import storage_bytes
-from kvpress.bench.run import warm_up
+from kvpress.bench.common.candidates import BASELINE, Candidate, candidate, warm_up
+from kvpress.bench.common.journal import Row
+from kvpress.bench.common.prompt import prompts
+from kvpress.bench.common.storages import storage_bytes
 from kvpress.bench.speed.peak import Peak
 from kvpress.bench.speed.rows import Cell, Column
 from kvpress.bench.speed.setting import Setting
@@ -42,7 +42,7 @@ _PRECISION = 16  # a context is found to within a sixteenth of it
 def measure(
     setting: Setting, cell: Cell, names: Sequence[str], on_round: Callable[[int], None]
 ) -> dict[str, Row]:
-    """The rows of a cell, each from a process of its own."""
+    """The rows of a cell, each from a process of its candidate."""
     rows = {}
     for number, name in enumerate(names):
         rows[name] = _in_a_process({**setting.to_dict(), "candidate": name, **cell._asdict()})
@@ -74,29 +74,29 @@ def main() -> None:
     setting = Setting(**job)
     torch.set_num_threads(setting.threads)
     model, tokenizer = setting.source.load()
-    own = candidate(model, place["candidate"], setting.cache_dtype, _STEPS)
+    loaded = candidate(model, place["candidate"], setting.cache_dtype, _STEPS)
     tokens, batch = place["tokens"], place["batch"]
     ids = prompts(model, tokenizer, tokens, batch, _STEPS)
     with torch.inference_mode():
-        warm_up(own.model)
-        row = _peaks(own, ids)
+        warm_up(loaded.model)
+        row = _peaks(loaded, ids)
         if setting.cap is not None:
-            row["largest_batch"] = _largest_batch(own, ids[:1], setting.cap)
+            row["largest_batch"] = _largest_batch(loaded, ids[:1], setting.cap)
             row["largest_context"] = _largest_context(
-                own, lambda length: prompts(model, tokenizer, length, batch, _STEPS), setting.cap
+                loaded, lambda length: prompts(model, tokenizer, length, batch, _STEPS), setting.cap
             )
     sys.stdout.write("\n" + json.dumps({**row, "error": None}))
 
 
-def _peaks(own: Candidate, ids: torch.Tensor) -> Row:
+def _peaks(candidate: Candidate, ids: torch.Tensor) -> Row:
     """Peaks of reading and decoding, and what is there before and after."""
     peak = Peak(ids.device)
     before = peak.now()
-    cache = own.new_cache()
-    own.forward(ids, cache)
+    cache = candidate.new_cache()
+    candidate.forward(ids, cache)
     reading = peak.bytes()
     peak.reset()
-    _decode(own, ids, cache)
+    _decode(candidate, ids, cache)
     return {
         "bytes_before": before,
         "bytes_peak_prefill": reading,
@@ -105,37 +105,37 @@ def _peaks(own: Candidate, ids: torch.Tensor) -> Row:
     }
 
 
-def _decode(own: Candidate, ids: torch.Tensor, cache: Any) -> None:
+def _decode(candidate: Candidate, ids: torch.Tensor, cache: Any) -> None:
     for _ in range(_STEPS):
-        own.forward(ids[:, -1:], cache)
+        candidate.forward(ids[:, -1:], cache)
 
 
-def _largest_batch(own: Candidate, ids: torch.Tensor, cap: int) -> int:
+def _largest_batch(candidate: Candidate, ids: torch.Tensor, cap: int) -> int:
     def peak_of(batch: int) -> int:
-        peak = _fresh_peak(own, ids.device)
-        _decode(own, ids.expand(batch, -1), own.read(ids, batch))
+        peak = _fresh_peak(candidate, ids.device)
+        _decode(candidate, ids.expand(batch, -1), candidate.read(ids, batch))
         return peak.bytes()
 
     return largest(_or_infinite(peak_of), cap, start=1, limit=None, precision=None)
 
 
-def _largest_context(own: Candidate, prompt: Callable[[int], torch.Tensor], cap: int) -> int:
+def _largest_context(candidate: Candidate, prompt: Callable[[int], torch.Tensor], cap: int) -> int:
     def peak_of(tokens: int) -> int:
         ids = prompt(tokens)
-        peak, cache = _fresh_peak(own, ids.device), own.new_cache()
-        own.forward(ids, cache)
-        _decode(own, ids, cache)
+        peak, cache = _fresh_peak(candidate, ids.device), candidate.new_cache()
+        candidate.forward(ids, cache)
+        _decode(candidate, ids, cache)
         return peak.bytes()
 
-    config = own.model.config.get_text_config(decoder=True)
+    config = candidate.model.config.get_text_config(decoder=True)
     positions = getattr(config, "max_position_embeddings", None)
     limit = None if positions is None else positions - _STEPS
     return largest(_or_infinite(peak_of), cap, start=256, limit=limit, precision=_PRECISION)
 
 
-def _fresh_peak(own: Candidate, device: torch.device) -> Peak:
+def _fresh_peak(candidate: Candidate, device: torch.device) -> Peak:
     """A peak in which nothing of the trial before counts."""
-    own.new_cache()  # an engine remembers its newest cache: let it be an empty one
+    candidate.new_cache()  # an engine remembers its newest cache: let it be an empty one
     gc.collect()
     return Peak(device)
 

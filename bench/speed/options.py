@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from kvpress.bench.options import Device as Device
-from kvpress.bench.options import DeviceMap as DeviceMap
-from kvpress.bench.options import Dtype as Dtype
-from kvpress.bench.options import Model as Model
-from kvpress.bench.options import Revision as Revision
-from kvpress.bench.options import Threads as Threads
-from kvpress.bench.options import TrustRemoteCode as TrustRemoteCode
+from kvpress.bench.common.options import Device as Device
+from kvpress.bench.common.options import DeviceMap as DeviceMap
+from kvpress.bench.common.options import Dtype as Dtype
+from kvpress.bench.common.options import Model as Model
+from kvpress.bench.common.options import Revision as Revision
+from kvpress.bench.common.options import Threads as Threads
+from kvpress.bench.common.options import TrustRemoteCode as TrustRemoteCode
 
 Policies = Annotated[
     list[str] | None, typer.Option("--policy", help="name:key=value,… ; repeatable.")
@@ -45,7 +45,7 @@ def with_budgets(policies: Sequence[str], budgets: Sequence[str]) -> Iterator[st
 
     A name of one of transformers' caches stays as it is.
     """
-    from kvpress.bench.candidates import CACHES
+    from kvpress.bench.common.candidates import CACHES
 
     from kvpress.loading import parse
 

@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from kvpress.bench.candidates import BASELINE, FULL, Candidate, candidate
-from kvpress.bench.journal import Row
-from kvpress.bench.peers.storages import storage_bytes
-from kvpress.bench.speed.race import Rival
+from kvpress.bench.common.candidates import BASELINE, FULL, Candidate, candidate
+from kvpress.bench.common.journal import Row
+from kvpress.bench.common.storages import storage_bytes
+from kvpress.bench.common.timing import Samples
+from kvpress.bench.speed.rounds import Measurement
 from kvpress.bench.speed.rows import Column, against, milliseconds, times
 from kvpress.bench.speed.setting import Setting
-from kvpress.bench.timing import Samples
 
 TITLE = "Time to first token"
 LEGEND = (
@@ -31,7 +31,9 @@ STAGES = (ATTENTION, OBSERVE, *KEEP)
 _RANGE = ("low", "high")
 
 
-def rival(setting: Setting, model: Any, ids: torch.Tensor, batch: int, name: str) -> Rival:
+def measurement(
+    setting: Setting, model: Any, ids: torch.Tensor, batch: int, name: str
+) -> Measurement:
     """A candidate that reads the prompts `ids`, `[B, P]`."""
     return _Prefill(candidate(model, name, setting.cache_dtype), ids[:batch])
 
@@ -39,15 +41,15 @@ def rival(setting: Setting, model: Any, ids: torch.Tensor, batch: int, name: str
 class _Prefill:
     """A candidate with its cache of this round, and what the ledgers of earlier rounds said."""
 
-    def __init__(self, own: Candidate, ids: torch.Tensor) -> None:
-        self._own, self._ids = own, ids
+    def __init__(self, candidate: Candidate, ids: torch.Tensor) -> None:
+        self._candidate, self._ids = candidate, ids
         self._cache: Any = None
         self._bytes = 0
         self._stages: list[dict[str, float]] = []
 
     def round(self, number: int) -> torch.Tensor:
-        self._cache = self._own.new_cache()
-        return self._own.forward(self._ids, self._cache)[:, -1].argmax(-1)
+        self._cache = self._candidate.new_cache()
+        return self._candidate.forward(self._ids, self._cache)[:, -1].argmax(-1)
 
     def settle(self, timed: bool) -> None:
         self._bytes = storage_bytes(self._cache)
@@ -56,7 +58,7 @@ class _Prefill:
             self._stages.append(self._cache.meter.seconds())
         # An engine remembers its newest cache. Without this empty one it would free the used one
         # inside the next round, which is timed.
-        self._cache = self._own.new_cache()
+        self._cache = self._candidate.new_cache()
 
     def row(self, taken: Samples) -> Row:
         stages = {

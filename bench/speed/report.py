@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kvpress.bench.journal import Row
-from kvpress.bench.plot import PlotError, figure_of
-from kvpress.bench.report import Report, machine, settings_of
+from kvpress.bench.common.figures import PlotError, figure_of
+from kvpress.bench.common.journal import Row
+from kvpress.bench.common.report import Report, machine, settings_of
 from kvpress.bench.speed import benches
 from kvpress.bench.speed.rows import Cell, by_cell
 
@@ -44,8 +44,8 @@ def plot(rows: Sequence[Row]) -> Any | None:
     figure, axes = figure_of(len(panels))
     names = dict.fromkeys(name for found in cells.values() for name in found)
     style = {name: (f"C{i % 10}", _MARKS[i % len(_MARKS)]) for i, name in enumerate(names)}
-    for axis, (field, line) in zip(axes, panels, strict=False):
-        _draw(axis, field, [(cell, cells[cell]) for cell in line], style)
+    for axis, (along, line) in zip(axes, panels, strict=False):
+        _draw(axis, along, [(cell, cells[cell]) for cell in line], style)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return figure
@@ -53,27 +53,27 @@ def plot(rows: Sequence[Row]) -> Any | None:
 
 def lines_of(cells: Sequence[Cell]) -> Iterator[tuple[str, list[Cell]]]:
     """The axis, and the cells along it where all else is equal."""
-    for field, other in (("tokens", "batch"), ("batch", "tokens")):
+    for along, other in (("tokens", "batch"), ("batch", "tokens")):
         for bench, fixed in dict.fromkeys((c.bench, getattr(c, other)) for c in cells):
             line = [c for c in cells if (c.bench, getattr(c, other)) == (bench, fixed)]
             if len(line) > 1:
-                yield field, sorted(line)
+                yield along, sorted(line)
 
 
-def _draw(axis: Any, field: str, line: Sequence[Any], style: dict[str, tuple[str, str]]) -> None:
+def _draw(axis: Any, along: str, line: Sequence[Any], style: dict[str, tuple[str, str]]) -> None:
     cell = line[0][0]
     key, unit, label = _MEASURES[cell.bench]
     for name, (colour, mark) in style.items():
         points = [
-            (getattr(place, field), found[name][key] / unit)
+            (getattr(place, along), found[name][key] / unit)
             for place, found in line
             if name in found and found[name]["error"] is None
         ]
         if points:
             axis.plot(*zip(*points, strict=True), color=colour, marker=mark, label=name)
-    other = f"batch {cell.batch}" if field == "tokens" else f"{cell.tokens:,} tokens"
+    other = f"batch {cell.batch}" if along == "tokens" else f"{cell.tokens:,} tokens"
     axis.set_title(f"{benches.BENCHES[cell.bench].TITLE}, {other}", fontsize=9, loc="left")
-    axis.set_xlabel("tokens of a prompt" if field == "tokens" else "batch", fontsize=8)
+    axis.set_xlabel("tokens of a prompt" if along == "tokens" else "batch", fontsize=8)
     axis.set_ylabel(label, fontsize=8)
     axis.set_ylim(0)
     axis.spines[["top", "right"]].set_visible(False)

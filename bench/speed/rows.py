@@ -9,8 +9,8 @@ from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from kvpress.bench.journal import JournalError, Row
-from kvpress.bench.report import Sheet
+from kvpress.bench.common.journal import JournalError, Row
+from kvpress.bench.common.report import Sheet
 from rich import box
 from rich.table import Table
 
@@ -89,15 +89,15 @@ def _line(name: str, row: Row, columns: Sequence[Column]) -> tuple[str, ...]:
 
 
 def quality(rows: dict[str, Row]) -> list[Column]:
-    """A column per task that was asked besides, where something was."""
+    """A column per task that was measured besides, if any."""
     tasks = dict.fromkeys(
-        asked["task"] for row in rows.values() for asked in row.get("quality") or ()
+        scored["task"] for row in rows.values() for scored in row.get("quality") or ()
     )
     return [Column(f"{task} %", partial(_score, task)) for task in tasks]
 
 
 def _score(task: str, row: Row) -> str:
-    found = next((asked for asked in row["quality"] if asked["task"] == task), None)
+    found = next((scored for scored in row["quality"] if scored["task"] == task), None)
     if found is None or found["score"] is None:
         return "–"
     return "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * found[k] for k in ("score", "low", "high")))

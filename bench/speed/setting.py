@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from kvpress.bench.source import Source
-from kvpress.bench.text import default_text
+from kvpress.bench.common.models import Source
+from kvpress.bench.common.text import default_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +44,11 @@ class Setting:
         plain = asdict(self)
         for name in ("device_map", "revision", "trust_remote_code"):
             del plain[name]
-        return {**plain, **self.source.asked}
+        return {**plain, **self.source.load_options}
 
     @property
     def source(self) -> Source:
         """Where the model comes from."""
         device = None if self.device_map else self.device
-        asked = self.device_map, self.revision, self.trust_remote_code
-        return Source(self.model, self.dtype, device, *asked)
+        others = self.device_map, self.revision, self.trust_remote_code
+        return Source(self.model, self.dtype, device, *others)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from kvpress.bench.candidates import BASELINE, FULL, Candidate, candidate
-from kvpress.bench.journal import Row
-from kvpress.bench.peers.storages import storage_bytes
-from kvpress.bench.speed.race import Rival
+from kvpress.bench.common.candidates import BASELINE, FULL, Candidate, candidate
+from kvpress.bench.common.journal import Row
+from kvpress.bench.common.storages import storage_bytes
+from kvpress.bench.common.timing import Samples
+from kvpress.bench.speed.rounds import Measurement
 from kvpress.bench.speed.rows import Column, against, times
 from kvpress.bench.speed.setting import Setting
-from kvpress.bench.timing import Samples
 
 TITLE = "Batched generate"
 LEGEND = (
@@ -20,27 +20,29 @@ LEGEND = (
 )
 
 
-def rival(setting: Setting, model: Any, ids: torch.Tensor, batch: int, name: str) -> Rival:
+def measurement(
+    setting: Setting, model: Any, ids: torch.Tensor, batch: int, name: str
+) -> Measurement:
     """A candidate that generates from the prompts `ids`, `[B, P]`."""
-    own = candidate(model, name, setting.cache_dtype, setting.new_tokens)
-    return _Generate(own, ids[:batch], setting.new_tokens)
+    made = candidate(model, name, setting.cache_dtype, setting.new_tokens)
+    return _Generate(made, ids[:batch], setting.new_tokens)
 
 
 class _Generate:
     """A candidate with its cache of this round."""
 
-    def __init__(self, own: Candidate, ids: torch.Tensor, new_tokens: int) -> None:
-        self._own, self._ids, self._new_tokens = own, ids, new_tokens
+    def __init__(self, candidate: Candidate, ids: torch.Tensor, new_tokens: int) -> None:
+        self._candidate, self._ids, self._new_tokens = candidate, ids, new_tokens
         self._cache: Any = None
         self._bytes = 0
 
     def round(self, number: int) -> torch.Tensor:
-        self._cache = self._own.new_cache()
-        return self._own.generate(self._ids, self._cache, self._new_tokens)
+        self._cache = self._candidate.new_cache()
+        return self._candidate.generate(self._ids, self._cache, self._new_tokens)
 
     def settle(self, timed: bool) -> None:
         self._bytes = storage_bytes(self._cache)
-        self._cache = self._own.new_cache()  # see prefill: nothing is freed while timed
+        self._cache = self._candidate.new_cache()  # see prefill: nothing is freed while timed
 
     def row(self, taken: Samples) -> Row:
         tokens = self._ids.shape[0] * self._new_tokens

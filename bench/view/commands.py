@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from kvpress.bench import options
-from kvpress.bench.commands import check_writable
-from kvpress.bench.pages import write
-from kvpress.bench.source import Source
+from kvpress.bench.common import options
+from kvpress.bench.common.models import Source
+from kvpress.bench.common.output import check_writable, write
 from rich.console import Console
 
 from kvpress.errors import KVPressError
@@ -95,9 +94,9 @@ def _check_out(out: Path) -> None:
 
 def _check_map(path: Path) -> None:
     """Raises ViewError, BadParameter or PlotError for a picture that cannot be written."""
-    from kvpress.bench import plot
+    from kvpress.bench.common import figures
 
-    plot.require()
+    figures.require()
     check_writable("--map", path)
     if path.suffix != ".png":
         raise ViewError(f"--map {path}: the name must end in .png.")
@@ -128,7 +127,7 @@ def _given(prompt: str | None, prompt_file: Path | None) -> str | None:
 
 def _wrap(text: str | None, tokenizer: Any, chat: bool, tokens: int) -> str:
     """The prompt as the model gets it."""
-    from kvpress.bench.prompt import as_chat, reference_prompt
+    from kvpress.bench.common.prompt import as_chat, reference_prompt
 
     if text is None:
         return reference_prompt(tokenizer, tokens)

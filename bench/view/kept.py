@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kvpress.bench.run import PromptError, check_positions
+from kvpress.bench.common.prompt import PromptError, check_positions
 from kvpress.bench.view.pieces import pieces, special
 
 import kvpress

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvpress.bench import plot
-from kvpress.bench.calibrate.search import Given, watching
-from kvpress.bench.sparse.commands import thresholds_of
+from kvpress.bench.calibrate.thresholds import thresholds_of
+from kvpress.bench.calibrate.watch import Given, watching
+from kvpress.bench.common.figures import figure_of
 from torch import Tensor
 
 import kvpress
@@ -54,7 +54,7 @@ def computed_of(model: Any, ids_1T: Tensor, policy: str, layer: int) -> Tensor:
 def draw(computed_NIJ: Tensor, blocks: Blocks, title: str, path: Path) -> None:
     """Writes the picture; computed blocks are dark. Raises PlotError without matplotlib."""
     heads = len(computed_NIJ)
-    figure, axes = plot.figure_of(heads)
+    figure, axes = figure_of(heads)
     seen_IJ = blocks.seen()
     for head, axis in enumerate(axes[:heads]):
         shade_IJ = torch.where(seen_IJ, 1.0 - 0.75 * computed_NIJ[head].float().cpu(), 0.92)

@@ -8,9 +8,11 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from kvpress.bench import operators, overhead, registry
 from kvpress.bench.commands import bench
-from kvpress.bench.timing import interleave
+from kvpress.bench.common.timing import interleave
+from kvpress.bench.operators import cases as operators
+from kvpress.bench.operators import measure
+from kvpress.bench.speed import overhead
 from typer.testing import CliRunner
 
 from kvpress import ops
@@ -47,9 +49,9 @@ def test_an_operator_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch)
         out, lse, weights = right(*args)
         return out * 1.001, lse, weights
 
-    assert registry.measure(case, CPU, 1, 0).samples
+    assert measure.measure(case, CPU, 1, 0).samples
     monkeypatch.setattr(ops, "decode_rows", wrong)
-    outcome = registry.measure(case, CPU, 1, 0)
+    outcome = measure.measure(case, CPU, 1, 0)
     assert "out is off by" in str(outcome.refused) and not outcome.samples
 
 

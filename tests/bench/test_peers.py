@@ -11,14 +11,14 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from kvpress.bench import models
 from kvpress.bench.commands import bench
-from kvpress.bench.journal import read
+from kvpress.bench.common import models
+from kvpress.bench.common.journal import read
+from kvpress.bench.common.storages import storage_bytes
 from kvpress.bench.peers import commands
 from kvpress.bench.peers.remote import Peer, PeerError, environment
-from kvpress.bench.peers.storages import storage_bytes
 from kvpress.bench.quality.sample import Question
-from kvpress.bench.quality.subject import InProcess
+from kvpress.bench.quality.system import LocalSystem
 from kvpress.bench.speed.setting import Setting
 from typer.testing import CliRunner
 
@@ -105,15 +105,15 @@ def test_a_storage_counts_whole_and_once_wherever_it_is() -> None:
 @pytest.mark.parametrize("name", ["transformers", "transformers-fp8"])
 def test_transformers_caches_answer_and_are_counted(name: str) -> None:
     model = helpers.tiny("llama")
-    subject, question = InProcess(model, name), Question((1, 2), (3, 4, 5))
-    cache = subject.read(list(range(3, 67)))
-    held, _ = subject.bytes(cache)
+    system, question = LocalSystem(model, name), Question((1, 2), (3, 4, 5))
+    cache = system.read(list(range(3, 67)))
+    held, _ = system.bytes(cache)
     values = 3 * 2 * 2 * 16 * 64
     expected = {"transformers": 4 * values, "transformers-fp8": values + 3 * 2 * 4}
     assert held == expected[name]
-    first = subject.ask(cache, question)
-    assert torch.equal(first, subject.ask(cache, question))  # the cache stayed as it was
-    full = InProcess(model, "transformers")
+    first = system.ask(cache, question)
+    assert torch.equal(first, system.ask(cache, question))  # the cache stayed as it was
+    full = LocalSystem(model, "transformers")
     exact = full.ask(full.read(list(range(3, 67))), question)
     assert (first - exact).abs().max() < (1e-6 if name == "transformers" else 0.2)
 
@@ -125,7 +125,7 @@ def test_transformers_caches_answer_and_are_counted(name: str) -> None:
 def test_a_peer_gives_the_logits_and_bytes_of_its_own_model(tiny_model: Path) -> None:
     setting = Setting(model=str(tiny_model))
     model, _ = models.load(str(tiny_model), device="cpu")
-    here, question = InProcess(model, "transformers"), Question((1, 2, 3), (4, 5, 6))
+    here, question = LocalSystem(model, "transformers"), Question((1, 2, 3), (4, 5, 6))
     peer = Peer("nvidia/KeepPress", setting)
     try:
         caches = here.read(range(5, 105)), peer.read(range(5, 105))

@@ -15,14 +15,14 @@ from typing import Any
 import families
 import pytest
 import torch
-from kvpress.bench import candidates
+from kvpress.bench.common import candidates
 from kvpress.bench.quality import plots, run, suites, table
 from kvpress.bench.quality.metrics import score
 from kvpress.bench.quality.options import split_policies
 from kvpress.bench.quality.results import Cell, Results, ResultsError, load
 from kvpress.bench.quality.sample import Question, Sample, TaskError, Writer
 from kvpress.bench.quality.stats import estimate
-from kvpress.bench.quality.subject import InProcess, recording
+from kvpress.bench.quality.system import LocalSystem, recording
 from kvpress.bench.quality.tasks import TASKS
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -143,7 +143,7 @@ def test_only_what_has_a_question_is_asked_in_both_protocols() -> None:
 
 
 class Fake:
-    """A subject that knows nothing, everything, or breaks at one context."""
+    """A system that knows nothing, everything, or breaks at one context."""
 
     def __init__(self, name: str, knows: bool, breaks_at: int = -1) -> None:
         self.name, self.reads, self._knows, self._breaks_at = name, 0, knows, breaks_at
@@ -170,9 +170,9 @@ PLANS = [
 ]
 
 
-def evaluated(path: Path | None, *subjects: Fake, writer: Writer, seed: int = 0) -> Results:
+def evaluated(path: Path | None, *systems: Fake, writer: Writer, seed: int = 0) -> Results:
     results = Results({"seed": seed}, {"torch": "any"}, path)
-    run.evaluate(Fake("full", knows=True), subjects, writer, PLANS, results, seed)
+    run.evaluate(Fake("full", knows=True), systems, writer, PLANS, results, seed)
     return results
 
 
@@ -214,14 +214,14 @@ def test_a_sample_that_cannot_be_made_is_rows_and_other_tasks_go_on(
 ) -> None:
     path, long = tmp_path / "cells.jsonl", suites.Plan(TASKS["copy"], 10**6, 2, "hidden")
     for _ in range(2):  # it is tried again
-        results, subject = Results({}, {}, path), Fake("some", True)
-        run.evaluate(Fake("full", True), [subject], writer, [long, *PLANS], results)
+        results, system = Results({}, {}, path), Fake("some", True)
+        run.evaluate(Fake("full", True), [system], writer, [long, *PLANS], results)
         failed, good = ([c for c in results if bool(c.error) is wrong] for wrong in (True, False))
         assert {(c.task, c.index, c.policy) for c in failed} == {
             ("copy", index, policy) for index in (0, 1) for policy in ("some", run.BLIND)
         }
         assert all("TaskError: The text has" in c.error for c in failed) and len(good) == 2 * 5
-    assert subject.reads == 0 and len(load(path)) == 2 * 7
+    assert system.reads == 0 and len(load(path)) == 2 * 7
     (first,) = (made for made in table.tables(results) if "copy" in str(made.title))
     assert "Give a longer --text" in str(first.caption)
 
@@ -246,13 +246,13 @@ def test_what_the_full_cache_answered_is_dropped_before_the_next_context(writer:
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, writer: Writer) -> None:
-    path, subject = tmp_path / "cells.jsonl", Fake("some", True)
-    whole = evaluated(path, subject, writer=writer)
+    path, system = tmp_path / "cells.jsonl", Fake("some", True)
+    whole = evaluated(path, system, writer=writer)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:4]) + lines[4][:25])  # killed while it wrote a line
     rest = Fake("some", True)
     results = evaluated(path, rest, writer=writer)
-    assert rest.reads == subject.reads - sum('"some"' in line for line in lines[:4])
+    assert rest.reads == system.reads - sum('"some"' in line for line in lines[:4])
     without_times = [
         sorted(str({**vars(cell), "seconds": 0}) for cell in cells) for cells in (whole, results)
     ]
@@ -341,20 +341,20 @@ def test_policies_that_differ_in_their_budget_are_one_line(policy: str, family: 
     assert plots.family(policy) == family
 
 
-# ---- the engine as a subject
+# ---- the engine as a system
 
 
 @pytest.mark.parametrize("policy", ["full", "keyformer:budget=0.4", "snapkv:budget=0.4,window=8"])
 def test_what_layers_handed_over_is_as_good_as_reading_again(policy: str, writer: Writer) -> None:
     model = families.tiny("gemma3")
     sample = TASKS["needles-2"].make(writer, random.Random(1), 200, 0)
-    subject, full, calls = InProcess(model, policy), InProcess(model, "full"), []
+    system, full, calls = LocalSystem(model, policy), LocalSystem(model, "full"), []
     with recording(calls):
         full.read(sample.context)
-    read, replayed = subject.read(sample.context), subject.read(sample.context, calls)
-    assert len(calls) == 3 and subject.bytes(read) == subject.bytes(replayed)
+    read, replayed = system.read(sample.context), system.read(sample.context, calls)
+    assert len(calls) == 3 and system.bytes(read) == system.bytes(replayed)
     for question in sample.questions:
-        logits = [subject.ask(cache, question) for cache in (read, replayed, read)]
+        logits = [system.ask(cache, question) for cache in (read, replayed, read)]
         torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
         assert torch.equal(logits[0], logits[2])  # a question leaves nothing behind
 
@@ -362,15 +362,15 @@ def test_what_layers_handed_over_is_as_good_as_reading_again(policy: str, writer
 def test_answers_fed_token_by_token_are_the_same_where_nothing_is_evicted(writer: Writer) -> None:
     model, sample = families.tiny(), TASKS["facts"].make(writer, random.Random(1), 300, 0)
     for name in ("full", "transformers"):
-        subject = InProcess(model, name)
-        cache = subject.read(sample.context)
-        whole, steps = (subject.ask(cache, sample.questions[0], s) for s in (False, True))
+        system = LocalSystem(model, name)
+        cache = system.read(sample.context)
+        whole, steps = (system.ask(cache, sample.questions[0], s) for s in (False, True))
         torch.testing.assert_close(steps, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_the_engine_s_full_cache_answers_as_transformers_does(writer: Writer) -> None:
     model, sample = families.tiny(), TASKS["needle"].make(writer, random.Random(1), 300, 0)
-    ours, theirs = (InProcess(model, name) for name in ("full", "transformers"))
+    ours, theirs = (LocalSystem(model, name) for name in ("full", "transformers"))
     caches = ours.read(sample.context), theirs.read(sample.context)
     logits = [s.ask(c, sample.questions[0]) for s, c in zip((ours, theirs), caches, strict=True)]
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress.bench import models
+from kvpress.bench.common import models
 from kvpress.bench.sparse import measure
 from kvpress.bench.sparse.captured import Captured, CaptureError
 from typer.testing import CliRunner

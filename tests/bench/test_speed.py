@@ -12,18 +12,18 @@ from typing import Any
 import helpers
 import pytest
 import torch
-from kvpress.bench import candidates, models, progress
 from kvpress.bench.commands import bench
-from kvpress.bench.journal import Journal, JournalError, read
-from kvpress.bench.run import PromptError
+from kvpress.bench.common import candidates, models, progress, prompt
+from kvpress.bench.common.journal import Journal, JournalError, read
+from kvpress.bench.common.prompt import PromptError
+from kvpress.bench.common.timing import Samples
 from kvpress.bench.speed import benches, grid, memory, prefill
 from kvpress.bench.speed import report as speed_report
 from kvpress.bench.speed.memory import largest
 from kvpress.bench.speed.options import with_budgets
-from kvpress.bench.speed.race import race
+from kvpress.bench.speed.rounds import run_rounds
 from kvpress.bench.speed.rows import Cell, by_cell
 from kvpress.bench.speed.setting import Setting
-from kvpress.bench.timing import Samples
 from typer.testing import CliRunner
 
 from kvpress.cli import app
@@ -37,7 +37,9 @@ FACTS = {"device": "cpu", "cpu": "a processor"}
 def measured(name: str, batch: int, tokens: int = 96) -> dict[str, Any]:
     ids = helpers.prompt(batch, tokens)
     cell = Cell(name, tokens, batch)
-    return benches.timed(SETTING, benches.Own(), helpers.tiny("llama"), ids, cell, NAMES)
+    return benches.timed(
+        SETTING, benches.LocalCandidates(), helpers.tiny("llama"), ids, cell, NAMES
+    )
 
 
 # ---- what is measured
@@ -76,17 +78,19 @@ def test_the_engine_takes_the_token_that_transformers_takes() -> None:
     with torch.inference_mode():
         expected = model(ids).logits[:, -1].argmax(-1)
         for name in NAMES:
-            rival = prefill.rival(SETTING, model, ids, 2, name)
-            assert torch.equal(rival.round(0), expected)
+            measurement = prefill.measurement(SETTING, model, ids, 2, name)
+            assert torch.equal(measurement.round(0), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_cache_is_freed_between_rounds_not_in_them(name: str) -> None:
-    rival = prefill.rival(SETTING, helpers.tiny("llama"), helpers.prompt(1, 40), 1, name)
+    measurement = prefill.measurement(
+        SETTING, helpers.tiny("llama"), helpers.prompt(1, 40), 1, name
+    )
     with torch.inference_mode():
-        rival.round(0)
-    used = weakref.ref(rival._cache)
-    rival.settle(timed=True)
+        measurement.round(0)
+    used = weakref.ref(measurement._cache)
+    measurement.settle(timed=True)
     assert used() is None
 
 
@@ -109,12 +113,12 @@ def test_percentiles_of_a_hundred_seconds() -> None:
 
 def test_prompts_are_consecutive_and_fit_the_positions(tiny_model: Path) -> None:
     model, tokenizer = models.load(str(tiny_model), device="cpu")
-    made = candidates.prompts(model, tokenizer, 1000, 3, new_tokens=24)
+    made = prompt.prompts(model, tokenizer, 1000, 3, new_tokens=24)
     assert made.shape == (3, 1000) and len({tuple(row) for row in made.tolist()}) == 3
-    whole = candidates.prompts(model, tokenizer, 750, 4, new_tokens=1)
+    whole = prompt.prompts(model, tokenizer, 750, 4, new_tokens=1)
     assert torch.equal(made.flatten(), whole.flatten())
     with pytest.raises(PromptError, match="exceed the model's 1024 positions"):
-        candidates.prompts(model, tokenizer, 1000, 1, new_tokens=25)
+        prompt.prompts(model, tokenizer, 1000, 1, new_tokens=25)
 
 
 # ---- tables
@@ -179,7 +183,7 @@ def test_a_candidate_that_fails_leaves_a_row_and_the_others_go_on() -> None:
         "late": partial(Fragile, 2),
         "broken": broken,
     }
-    rows = race(starts, rounds=4, warmup=1)
+    rows = run_rounds(starts, rounds=4, warmup=1)
     assert rows["good"] == {"seconds": rows["good"]["seconds"], "rounds": 5, "error": None}
     assert rows["late"] == {"error": "MemoryError: no more"}
     assert rows["broken"] == {"error": "ValueError: cannot start"}
@@ -335,7 +339,7 @@ def test_budgets_go_to_the_policies_that_take_one_and_name_none() -> None:
 def test_a_wrong_option_is_refused_before_a_model_is_loaded(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(models.Source, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     done = CliRunner().invoke(bench, [name, "--policy", "no-such-policy"])
     assert isinstance(done.exception, PolicyError)
     for options in (["--cache-dtype", "int4"], ["--device", "tpu"], ["--out", "/no/such/x.json"]):

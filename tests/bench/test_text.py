@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kvpress.bench import text
-from kvpress.bench.journal import JournalError
-from kvpress.bench.prompt import reference_prompt
+from kvpress.bench.common import text
+from kvpress.bench.common.journal import JournalError
+from kvpress.bench.common.prompt import reference_prompt
 from kvpress.bench.quality.results import ResultsError, load
 from kvpress.bench.speed.report import report as speed_report
 from transformers import AutoTokenizer

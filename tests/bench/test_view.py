@@ -17,7 +17,7 @@ from typing import Any
 import helpers
 import pytest
 import torch
-from kvpress.bench import models
+from kvpress.bench.common import models
 from kvpress.bench.view.kept import Kept, look
 from kvpress.bench.view.maps import MapError, computed_of
 from kvpress.bench.view.page import page
@@ -406,7 +406,7 @@ def test_the_default_prompt_has_the_length_asked_for(tiny_model: Path) -> None:
 def test_what_cannot_be_shown_is_refused_before_a_model_is_loaded(
     options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(models.Source, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     done = CliRunner().invoke(app, ["view", *options])
     said = re.sub(r"[\s│]+", " ", f"{done.output} {done.exception}")
     assert message in said and isinstance(done.exception, KVPressError | SystemExit)

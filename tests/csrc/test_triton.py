@@ -42,7 +42,7 @@ def run(record_testsuite_property: Callable[[str, object], None]) -> Iterator[Ru
     """Calls a Triton operator by name; memory that it does not write is NaN.
 
     Without a GPU the kernels are imported once more, to be interpreted, and forgotten afterwards:
-    other tests see Triton as it was. A JUnit report says where they ran, for kvpress.bench.gpu.
+    other tests see Triton as it was. A JUnit report says where they ran (`kvpress.bench.gpu`).
     """
     record_testsuite_property("triton", DEVICE)
     with pytest.MonkeyPatch.context() as patch:

@@ -95,7 +95,7 @@ def test_a_cache_is_freed_with_its_last_reference() -> None:
 
 @pytest.mark.real_model
 def test_keyformer_holds_half_of_the_real_cache(demo: tuple) -> None:
-    from kvpress.bench.prompt import reference_prompt
+    from kvpress.bench.common.prompt import reference_prompt
 
     model, tokenizer = demo
     ids = tokenizer(reference_prompt(tokenizer, 4000), return_tensors="pt")["input_ids"]
@@ -112,7 +112,7 @@ def test_keyformer_holds_half_of_the_real_cache(demo: tuple) -> None:
 
 GROWTH = """
 import ctypes, gc, sys, torch, kvpress
-from kvpress.bench import models, prompt
+from kvpress.bench.common import models, prompt
 model, tokenizer = models.load("demo")
 ids = tokenizer(prompt.reference_prompt(tokenizer, 4000), return_tensors="pt")["input_ids"]
 def resident():

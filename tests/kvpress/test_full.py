@@ -112,7 +112,7 @@ def test_beams_samples_and_repeated_sequences_equal_transformers() -> None:
 
 @pytest.mark.real_model
 def test_real_model_gives_the_same_128_tokens_after_2000(demo: tuple) -> None:
-    from kvpress.bench.prompt import reference_prompt
+    from kvpress.bench.common.prompt import reference_prompt
 
     model, tokenizer = demo
     ids = tokenizer(reference_prompt(tokenizer, 2000), return_tensors="pt")["input_ids"]

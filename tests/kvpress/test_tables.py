@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import helpers
 import pytest
-from kvpress.bench import run as main_job
+from kvpress.bench.run import job as main_job
 from rich.console import Console
 from rich.table import Table
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress.bench.text import default_text
+from kvpress.bench.common.text import default_text
 
 import kvpress
 

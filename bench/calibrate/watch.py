@@ -1,0 +1,43 @@
+"""What the layers of a model hand to their attention."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers import AttentionInterface
+
+from kvpress.attachment import NAME, attention
+from kvpress.sparse import sparse_attention
+
+
+class Given(NamedTuple):
+    """What a layer hands to its attention."""
+
+    query_BNPD: Tensor
+    key_BHPD: Tensor
+    value_BHPE: Tensor
+    scaling: float
+
+    def sparse(self, tau_N: Tensor, local: int) -> Tensor:
+        """The output with these thresholds."""
+        return sparse_attention(*self, tau_N, local)[0]
+
+
+@contextlib.contextmanager
+def watching(see: Callable[[Given, Tensor], None]) -> Iterator[None]:
+    """Hands what every layer gives to the engine's attention, and its exact output, to `see`."""
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any):  # type: ignore[no-untyped-def]
+        out, weights = attention(module, query, key, value, *rest, **options)
+        given = Given(query, key, value, options.get("scaling") or query.shape[-1] ** -0.5)
+        see(given, out.transpose(1, 2))
+        return out, weights
+
+    AttentionInterface.register(NAME, attend)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(NAME, attention)

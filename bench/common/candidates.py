@@ -1,0 +1,119 @@
+"""transformers and the engine as candidates, each with a model that shares the weights."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import DynamicCache, QuantizedCache
+
+import kvpress
+from kvpress import ops
+from kvpress.attachment import cache_name
+from kvpress.cache import EngineCache
+from kvpress.errors import KVPressError
+from kvpress.loading import parse
+
+BASELINE = "transformers"  # its DynamicCache with SDPA
+FULL = "full"  # the engine without compression
+CACHES: dict[str, Callable[[Any], Any]] = {
+    BASELINE: lambda config: DynamicCache(config=config),
+    "transformers-offloaded": lambda config: DynamicCache(config=config, offloading=True),
+    "transformers-fp8": lambda config: QuantizedCache("fp8", config),
+    "transformers-int4": lambda config: QuantizedCache("hqq", config, nbits=4),
+    "transformers-int2": lambda config: QuantizedCache("hqq", config, nbits=2),
+}
+
+
+class CandidateError(KVPressError):
+    """A candidate needs something that is not installed."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model, where its empty caches come from, and by which name it takes them."""
+
+    model: Any
+    new_cache: Callable[..., Any]
+    cache_name: str
+
+    def forward(self, ids_BP: torch.Tensor, cache: Any, keep: int = 1) -> torch.Tensor:
+        """The logits `[B, keep, V]` after the last of some new tokens, which the cache takes."""
+        out = self.model(ids_BP, logits_to_keep=keep, **{self.cache_name: cache})
+        logits: torch.Tensor = out.logits
+        return logits
+
+    def read(self, ids_1P: torch.Tensor, batch: int) -> Any:
+        """A cache of a prompt that is repeated over the batch, each with storages of its own."""
+        cache = self.new_cache()
+        if isinstance(cache, QuantizedCache):  # asked to repeat itself, it does nothing
+            self.forward(ids_1P.repeat(batch, 1), cache)
+            return cache
+        self.forward(ids_1P, cache)
+        if batch > 1:
+            cache.batch_repeat_interleave(batch)
+        if isinstance(cache, EngineCache):
+            cache.unshare()  # as different prompts would be
+        return cache
+
+    def generate(self, ids_BP: torch.Tensor, cache: Any, new_tokens: int) -> torch.Tensor:
+        """Prompts and exactly so many new tokens, greedily: `[B, P + new_tokens]`."""
+        out: torch.Tensor = self.model.generate(
+            ids_BP,
+            attention_mask=torch.ones_like(ids_BP),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            **{self.cache_name: cache},
+        )
+        return out
+
+
+def candidate(
+    model: Any, name: str, cache_dtype: torch.dtype | None = None, new_tokens: int | None = None
+) -> Candidate:
+    """A cache of transformers by its name in `CACHES`, or the engine with the policy `name`.
+
+    It is on a copy of the model that shares the weights and has its own config, which attaching
+    changes. new_tokens: what schedules of a policy should expect. Raises what `kvpress.attach`
+    raises.
+    """
+    copied = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    if name in CACHES:
+        copied.set_attn_implementation("sdpa")
+        return Candidate(copied, partial(CACHES[name], copied.config), cache_name(copied))
+    engine = kvpress.attach(copied, name, cache_dtype=cache_dtype)
+    return Candidate(
+        copied, partial(engine.new_cache, max_new_tokens=new_tokens), cache_name(copied)
+    )
+
+
+def refuse_unknown(name: str) -> None:
+    """Raises CandidateError or PolicyError before a model is loaded in vain."""
+    if name not in CACHES:
+        parse(name)
+    elif name.startswith("transformers-int") and importlib.util.find_spec("hqq") is None:
+        raise CandidateError(
+            f"{name} needs the package hqq. Install it: scripts/install demo,peers."
+        )
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of the model's parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def warm_up(model: Any) -> None:
+    """A short forward pass, so that the first measurement does not pay for lazy loading.
+
+    Nor for compiling the operators, where they were never used before.
+    """
+    ops.backends()
+    with torch.inference_mode():
+        model(torch.ones(1, 64, dtype=torch.long, device=model.device), use_cache=False)

@@ -1,0 +1,1 @@
+"""The operators beside their references and PyTorch: what `kvpress bench ops` measures."""

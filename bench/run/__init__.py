@@ -1,0 +1,1 @@
+"""The main job: prompts through policies, what `kvpress run` does."""
