@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def _first(gains: dict[int, float]) -> int:
 def _time(given: Given, length: int, tau_N: Tensor, local: int) -> Sequence[float]:
     query, key, value = (x[:, :, :length] for x in given[:3])
     part = Given(query, key, value, given.scaling)
-    sides = (
+    sides: tuple[Callable[[], Tensor], ...] = (
         lambda: prompt_attention(query, key, value, None, given.scaling),
         lambda: part.sparse(tau_N, local),
     )

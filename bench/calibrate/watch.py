@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import AttentionInterface
 
-from kvpress.attachment import NAME, attention
+from kvpress.attachment import NAME
+from kvpress.attention import attention
 from kvpress.sparse import sparse_attention
 
 
@@ -30,7 +31,9 @@ class Given(NamedTuple):
 def watching(see: Callable[[Given, Tensor], None]) -> Iterator[None]:
     """Hands what every layer gives to the engine's attention, and its exact output, to `see`."""
 
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any):  # type: ignore[no-untyped-def]
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
         out, weights = attention(module, query, key, value, *rest, **options)
         given = Given(query, key, value, options.get("scaling") or query.shape[-1] ** -0.5)
         see(given, out.transpose(1, 2))

@@ -14,9 +14,9 @@ from transformers import DynamicCache, QuantizedCache
 
 import kvpress
 from kvpress import ops
-from kvpress.attachment import cache_name
 from kvpress.cache import EngineCache
 from kvpress.errors import KVPressError
+from kvpress.generation import cache_name
 from kvpress.loading import parse
 
 BASELINE = "transformers"  # its DynamicCache with SDPA

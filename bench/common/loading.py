@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from kvpress.errors import KVPressError
 
@@ -15,8 +16,9 @@ class ModelError(KVPressError):
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' progress bars and warnings."""
-    from transformers.utils import logging
+    from transformers import utils
 
+    logging: Any = utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

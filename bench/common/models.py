@@ -63,7 +63,7 @@ class Source:
         dtype, where = self._dtype(), self._where()
         with self._loading():
             tokenizer = AutoTokenizer.from_pretrained(self._place, **self.hub)
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 self._place,
                 dtype=dtype if dtype == AUTO else getattr(torch, dtype),
                 device_map=where,

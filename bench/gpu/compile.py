@@ -130,8 +130,8 @@ def operands(width: int, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[A
         yield "decode_step", noise, (query, token, token, *state, *numbers)
         prompt = torch.zeros(2, 8, 160, width, dtype=dtype)
         position = torch.arange(160).repeat(2, 2, 1)
-        numbers = (0.1, 0.0, 160, noise, 1.0, 7, 3)
-        yield "attention_sums", noise, (prompt, prompt[:, :2], position, *numbers)
+        scales = (0.1, 0.0, 160, noise, 1.0, 7, 3)
+        yield "attention_sums", noise, (prompt, prompt[:, :2], position, *scales)
     store = (key, value, *marks, table, counts, batch, counts, batch, 4, "mass", torch.zeros(2))
     for case, pairs, counted in (
         ("", 0, False),

@@ -144,7 +144,7 @@ def run(plan: Plan, tests: Path, out: Path | None = None) -> int:
     ids = prompts(model, tokenizer, plan.tokens, 1, plan.rounds + plan.warmup)
     facts = environment(plan.device)
     target = out or _default_out(facts["device"], plan.quick)
-    results = {"format": record.FORMAT, "complete": False, "environment": facts}
+    results: dict[str, Any] = {"format": record.FORMAT, "complete": False, "environment": facts}
     results |= {"settings": plan.settings, "tests": kernel_tests(plan.device, tests)}
     write_json(target, results)
     refused = results["tests"]["refused"]

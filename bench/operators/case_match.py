@@ -101,7 +101,7 @@ def _pytorch(evicted_BHED: Tensor, kept_BHCD: Tensor) -> tuple[Tensor, Tensor]:
     step = max(1, (1 << 20) // (kept_BHCD.shape[1] * kept_BHCD.shape[2]))
     found = [
         (torch.nn.functional.normalize(block_BHeD.float(), dim=-1) @ kept_BHDC).max(-1)
-        for block_BHeD in evicted_BHED.split(step, 2)
+        for block_BHeD in torch.split(evicted_BHED, step, 2)
     ]
     similarities, targets = zip(*found, strict=True)
     return torch.cat(similarities, 2), torch.cat(targets, 2)

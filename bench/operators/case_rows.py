@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from kvpress.bench.common.timing import Call
@@ -62,22 +63,23 @@ def _baselines(shape: RowsShape, rotation: int, device: torch.device) -> dict[st
     """
     from transformers.integrations.sdpa_attention import pack_gqa, sdpa_attention_forward
 
-    module = SimpleNamespace(num_key_value_groups=shape.group, is_causal=True)
+    module: Any = SimpleNamespace(num_key_value_groups=shape.group, is_causal=True)
     heads, count = shape.heads * shape.group, probe.copies(shape.bytes, rotation)
     lengths = (2, shape.batch, shape.heads, shape.slots, shape.width)
     first = torch.randn(lengths, device=device, dtype=shape.dtype)
     copies = [first, *(first.clone() for _ in range(count - 1))]
     query = torch.randn(shape.batch, heads, 1, shape.width, device=device, dtype=shape.dtype)
 
-    def called(number: int) -> Tensor:
+    def called(number: int) -> Any:
         key, value = copies[number % count]
         return sdpa_attention_forward(module, query, key, value, None, scaling=shape.scaling)[0]
 
     def packed(number: int) -> Tensor:
         # Half a turn away from the other call, which must not find this one's data in the caches.
         key, value = copies[(number + count // 2) % count]
+        folded: Any = pack_gqa(query, shape.group)
         return torch.nn.functional.scaled_dot_product_attention(
-            pack_gqa(query, shape.group), key, value, scale=shape.scaling
+            folded, key, value, scale=shape.scaling
         )
 
     return {"sdpa": called, "sdpa_packed": packed}

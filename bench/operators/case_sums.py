@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -60,7 +61,7 @@ class SumsShape:
     @property
     def scaling(self) -> float:
         """1/√D."""
-        return self.width**-0.5
+        return 1 / math.sqrt(self.width)
 
     def product(self, queries: int) -> int:
         """Operations of the product of the last `queries` queries with the keys that they see."""
@@ -120,7 +121,7 @@ def _prepare(shape: SumsShape, device: torch.device) -> dict[str, Call]:
     operands, settings = _operands(shape, device), _settings(shape)
     query, key, _ = operands
     value = torch.randn_like(key)
-    module = SimpleNamespace(num_key_value_groups=shape.group, is_causal=True)
+    module: Any = SimpleNamespace(num_key_value_groups=shape.group, is_causal=True)
     flops = shape.product(shape.queries)
     both: dict[str, Call] = {}
     if shape.window is None:
@@ -159,7 +160,9 @@ def _check(shape: SumsShape, device: torch.device) -> str | None:
     right, sums = _attend(small, ops.attend_sums, operands, value)
     expected, _ = _attend(small, ops.implementation("attend_sums", "reference"), operands, value)
     dense = torch.nn.functional.scaled_dot_product_attention(
-        *(x.double() for x in (query, key, value)),
+        query.double(),
+        key.double(),
+        value.double(),
         is_causal=True,
         scale=small.scaling,
         enable_gqa=True,
@@ -170,7 +173,9 @@ def _check(shape: SumsShape, device: torch.device) -> str | None:
 
 def _exact(shape: SumsShape, query_BNPD: Tensor, key_BHSD: Tensor, position_BHS: Tensor) -> Tensor:
     """The formula in float64, with the whole matrix; the noise is exact by definition."""
-    query_BHGPD = query_BNPD.double().unflatten(1, (shape.heads, shape.group))
+    query_BHGPD = query_BNPD.double().reshape(
+        len(query_BNPD), shape.heads, shape.group, shape.tokens, shape.width
+    )
     logits_BHGPS = query_BHGPD @ key_BHSD.double()[:, :, None].mT * shape.scaling
     if shape.noise == "fresh":
         head_HG11 = torch.arange(shape.heads * shape.group, device=query_BNPD.device)
@@ -185,4 +190,5 @@ def _exact(shape: SumsShape, query_BNPD: Tensor, key_BHSD: Tensor, position_BHS:
         logits_BHGPS = logits_BHGPS - noise.double().log()
     token_P = torch.arange(shape.tokens, device=query_BNPD.device)
     logits_BHGPS = logits_BHGPS.masked_fill(token_P > token_P[:, None], -torch.inf)
-    return logits_BHGPS.softmax(-1)[..., -shape.queries :, :].sum(3).flatten(1, 2)
+    sums_BNS: Tensor = logits_BHGPS.softmax(-1)[..., -shape.queries :, :].sum(3).flatten(1, 2)
+    return sums_BNS

@@ -69,7 +69,8 @@ def _packed(quick: bool) -> Iterator[RowsShape]:
         (1, LLAMA, 32768),
     ):
         length = 320 if quick else slots
-        yield RowsShape(batch=batch, slots=length, dtype=torch.bfloat16, ragged=False, **model)
+        shape: dict[str, Any] = {"batch": batch, "slots": length, **model}
+        yield RowsShape(dtype=torch.bfloat16, ragged=False, **shape)
 
 
 def _matches(quick: bool) -> Iterator[MatchShape]:

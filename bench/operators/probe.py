@@ -6,6 +6,8 @@ share of the probe that an operator reaches says how much is left to gain.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from kvpress.bench.common.timing import Call
 
@@ -41,7 +43,7 @@ def memory(size: int, device: torch.device, rotation: int = ROTATION) -> Call:
 
 def side(flops: int) -> int:
     """The side of the square matrices whose product takes about `flops` operations (2·side³)."""
-    return max(1, round((flops / 2) ** (1 / 3)))
+    return max(1, round(math.pow(flops / 2, 1 / 3)))
 
 
 def matmul(flops: int, dtype: torch.dtype, device: torch.device) -> Call:

@@ -57,7 +57,7 @@ class RowsShape:
     @property
     def scaling(self) -> float:
         """1/√D."""
-        return self.width**-0.5
+        return 1 / math.sqrt(self.width)
 
     @property
     def lengths(self) -> list[int]:
@@ -111,7 +111,7 @@ def make_rows(shape: RowsShape, device: torch.device, room: int = 0) -> Rows:
     order = torch.arange(sum(pages_R))
     if shape.shuffled:
         order = torch.randperm(len(order), generator=generator)
-    for r, pages in enumerate(order.to(torch.int32).split(pages_R)):
+    for r, pages in enumerate(torch.split(order.to(torch.int32), pages_R)):
         table_RW[r, : len(pages)] = pages
     on_device = torch.Generator(device).manual_seed(SEED)
 

@@ -59,13 +59,13 @@ class Peer:
         self._press = make_press(press)
         # A press that needs the attention weights gets them only from the eager implementation.
         eager = "ObservedAttention" in press
-        self._model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model,
             dtype=getattr(torch, dtype),
             attn_implementation="eager" if eager else "sdpa",
             **hub,
         )
-        self._model = self._model.to(device).eval()
+        self._model = loaded.to(device).eval()
         self._layers = [layer.self_attn for layer in self._model.model.layers]
         self._cache: Any = None
         self._seen = 0
@@ -115,12 +115,13 @@ class Peer:
             position_ids=positions.expand(len(ids), -1),
             logits_to_keep=keep,
         )
-        return out.logits[0]
+        logits: torch.Tensor = out.logits[0]
+        return logits
 
     def _bytes(self) -> int:
         """Of the cache, and of the indices of masked keys that some presses leave on the layers."""
         masks = [getattr(layer, "masked_key_indices", None) for layer in self._layers]
-        return storage_bytes([self._cache, masks])
+        return int(storage_bytes([self._cache, masks]))
 
     def _ids(self, tokens: list[list[int]]) -> torch.Tensor:
         return torch.tensor(tokens, device=self._model.device)
@@ -134,8 +135,9 @@ class Peer:
 def main() -> None:
     """Answers until standard input ends. The first request makes the model."""
     replies, sys.stdout = sys.stdout, sys.stderr  # what others print must not mix with replies
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     peer: Peer | None = None
     for line in sys.stdin:
         request = json.loads(line)

@@ -143,7 +143,7 @@ class PeerMeasurement:
         taken_there = Samples(self._seconds)
         batch, tokens = len(self._prompts), len(self._prompts[0])
         done = batch * tokens if self._bench == "prefill" else batch
-        unknown = {"stages": {}} if self._bench == "prefill" else {"attention": None}
+        unknown: Row = {"stages": {}} if self._bench == "prefill" else {"attention": None}
         return {
             **unknown,
             "seconds": taken_there.to_dict(),

@@ -97,14 +97,15 @@ def positions(model: Any) -> int | None:
 
 
 def _limits(lengths: Sequence[int], positions: int | None) -> list[int]:
-    if positions is None:
-        if not lengths:
-            raise FilesError("The model does not say how many tokens it takes. Give --length.")
-    elif max(lengths, default=0) > positions:
+    if positions is not None and max(lengths, default=0) > positions:
         raise FilesError(
             f"--length {max(lengths)}: the model has {positions} positions. Give a shorter one."
         )
-    return list(dict.fromkeys(lengths)) or [positions]
+    if lengths:
+        return list(dict.fromkeys(lengths))
+    if positions is None:
+        raise FilesError("The model does not say how many tokens it takes. Give --length.")
+    return [positions]
 
 
 def _sample(

@@ -107,7 +107,7 @@ def needles(cells: Iterable[Cell]) -> Any | None:
 
 
 def _heat_map(axis: Any, values: dict[tuple[float, int], list[float]]) -> None:
-    depths, lengths = (sorted({place[i] for place in values}) for i in (0, 1))
+    depths, lengths = sorted({depth for depth, _ in values}), sorted({n for _, n in values})
     grid = [
         [
             100 * statistics.fmean(values.get((depth, tokens)) or [float("nan")])

@@ -25,7 +25,7 @@ def sheet(cells: Iterable[Cell]) -> Sheet | None:
     chosen = [cell for cell in cells if cell.metric == LM_EVAL]
     if not chosen:
         return None
-    grouped: dict[tuple[str, str], list[tuple[str, ...]]] = {}
+    grouped: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for cell in chosen:
         for line in lines(cell):
             grouped.setdefault(line[:2], []).append(line)

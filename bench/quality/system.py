@@ -14,7 +14,8 @@ from kvpress.bench.quality.sample import Question
 from torch import Tensor
 from transformers import AttentionInterface
 
-from kvpress.attachment import NAME, attention
+from kvpress.attachment import NAME
+from kvpress.attention import attention
 from kvpress.loading import parse
 
 

@@ -92,7 +92,7 @@ class Captured:
 
 def _joined(parts: Sequence[Given]) -> Given:
     """Parts of a text one after the other."""
-    query, key, value = (torch.cat([part[i] for part in parts], dim=2) for i in range(3))
+    query, key, value = (torch.cat(states, dim=2) for states in list(zip(*parts, strict=True))[:3])
     return Given(query, key, value, parts[0].scaling)
 
 

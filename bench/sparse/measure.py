@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from kvpress.bench.calibrate.watch import Given
@@ -57,16 +58,12 @@ def measure(layer: int, given: Given, tau_N: Tensor, local: int, rounds: int, wa
     query, key, value, scaling = given
     grouped = query.shape[1] != key.shape[1]
     seconds: list[list[float]] = [[], [], []]
+    attend_all = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=grouped)
     for round_ in range(1 if warm else 0, rounds + 1):
-        exact, *took = _timed(
-            key,
-            lambda: F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
-            ),
-        )
-        bits, *more = _timed(key, lambda: block_map(query, key, scaling, tau_N, local))
-        sparse, *last = _timed(
-            key, lambda bits=bits: ops.attend_blocks(query, key, value, bits, scaling)[0]
+        exact, *took = _timed(key, partial(attend_all, query, key, value, scale=scaling))
+        bits, *more = _timed(key, partial(block_map, query, key, scaling, tau_N, local))
+        (sparse, _), *last = _timed(
+            key, partial(ops.attend_blocks, query, key, value, bits, scaling)
         )
         if round_:
             for all_, one in zip(seconds, (*took, *more, *last), strict=True):
@@ -74,10 +71,11 @@ def measure(layer: int, given: Given, tau_N: Tensor, local: int, rounds: int, wa
     tokens = query.shape[2]
     density = float(computed_blocks(bits).double().mean()) / Blocks(tokens, tokens).causal
     error = float((exact - sparse).abs().sum() / exact.abs().sum())
-    return Row(layer, tokens, *seconds, density, error, bits.nbytes)
+    exact_s, estimate_s, attend_s = seconds
+    return Row(layer, tokens, exact_s, estimate_s, attend_s, density, error, bits.nbytes)
 
 
-def _timed(on: Tensor, call: Callable[[], Tensor]) -> tuple[Tensor, float]:
+def _timed(on: Tensor, call: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
     with torch.inference_mode():
         out = call()

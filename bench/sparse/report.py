@@ -11,7 +11,15 @@ from kvpress.bench.common.report import Report, Sheet, machine, settings_of
 from kvpress.bench.sparse.measure import Row, Total, total
 
 KIND = "sparse"  # the value of "bench" in a record
-HEAD = ("tokens", "layers", "exact s", "sparse s", "speed-up", "low–high", "estimate")
+HEAD: tuple[str, ...] = (
+    "tokens",
+    "layers",
+    "exact s",
+    "sparse s",
+    "speed-up",
+    "low–high",
+    "estimate",
+)
 HEAD += ("density", "error")
 LEGEND = (
     "estimate: its share of the exact time; density: blocks computed, of those that are causal;"

@@ -38,8 +38,9 @@ def fill(
     rows = []
     for cell in wanted:
         identities = {name: _identity(cell, name, setting, facts) for name in candidates}
-        known = [journal.find(identity) for identity in identities.values()]
-        if None in known:
+        found = [journal.find(identity) for identity in identities.values()]
+        known = [row for row in found if row is not None]
+        if len(known) < len(found):
             scores = quality() if quality is not None else {}
             measured = measure(cell, candidates)
             known = [
@@ -53,7 +54,7 @@ def fill(
             ]
             for row in known:
                 journal.add(row)
-        rows += [row for row in known if row is not None]
+        rows += known
         on_cell(cell)
     return rows
 

@@ -189,8 +189,12 @@ def columns(rows: dict[str, Row]) -> list[Column]:
     for title in ("batch", "context"):
         key = f"largest_{title}"
         if any(key in row for row in rows.values()):
-            made.append(Column(title, lambda row, key=key: f"{row[key]:,}"))
+            made.append(Column(title, partial(_count, key)))
     return made
+
+
+def _count(key: str, row: Row) -> str:
+    return f"{row[key]:,}"
 
 
 def _share(base: Row | None, row: Row) -> str:
