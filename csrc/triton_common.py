@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpress import noise
+from kvpress.formulas import noise
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Said at every launch, because the default differs between releases of Triton.

@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from kvpress.env import __version__
 from kvpress.errors import (
     AttachError,
     BackendError,
@@ -30,10 +31,10 @@ from kvpress.errors import (
 
 if TYPE_CHECKING:
     from kvpress.engine import Engine, attach, detach, engine_of
-    from kvpress.loading import load_policy
-    from kvpress.policy import Policy, option
+    from kvpress.policy.base import Policy
+    from kvpress.policy.loading import load_policy
+    from kvpress.policy.options import option
 
-__version__ = "0.1.0"
 __all__ = [
     "AttachError",
     "BackendError",
@@ -62,9 +63,9 @@ _HOMES = {
     "detach": "engine",
     "engine_of": "engine",
     "Engine": "engine",
-    "Policy": "policy",
-    "load_policy": "loading",
-    "option": "policy",
+    "Policy": "policy.base",
+    "load_policy": "policy.loading",
+    "option": "policy.options",
 }
 
 

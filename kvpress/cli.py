@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvpress import __version__, env, versions
+from kvpress import __version__, env
 from kvpress.bench.calibrate.commands import calibrate
 from kvpress.bench.commands import bench
 from kvpress.bench.pages.commands import plot, report
@@ -20,7 +20,8 @@ from kvpress.bench.quality.commands import evaluate
 from kvpress.bench.run.commands import run
 from kvpress.bench.view.commands import view
 from kvpress.errors import KVPressError
-from kvpress.tables import Fitted
+from kvpress.ops import versions
+from kvpress.report.tables import Fitted
 
 app = typer.Typer(
     help="A KV-cache compression engine for Hugging Face models that really frees the bytes.",
@@ -59,7 +60,7 @@ def policies(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """List the installed policies with their options."""
-    from kvpress import catalogue
+    from kvpress.policy import catalogue
 
     entries = catalogue.entries()
     if as_json:
@@ -80,9 +81,11 @@ def policies(
 @app.command()
 def build() -> None:
     """Compile the CPU operators now, for images and for measurements that must not wait."""
-    from kvpress import native
+    from kvpress.ops import build_cpu
 
-    console.print(f"The CPU operators are built: {native.build()}", highlight=False, soft_wrap=True)
+    console.print(
+        f"The CPU operators are built: {build_cpu.build()}", highlight=False, soft_wrap=True
+    )
 
 
 @app.command()
@@ -102,7 +105,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 def _facts() -> dict[str, dict[str, Any]]:
     import torch
 
-    from kvpress import native, ops
+    from kvpress import ops
+    from kvpress.ops import build_cpu
 
     names = ("torch", "transformers", "accelerate", "safetensors", "triton", "gguf", "lm-eval")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -112,7 +116,7 @@ def _facts() -> dict[str, dict[str, Any]]:
             | {name: _version(name) for name in names}
         ),
         "devices": {
-            "cpu": f"{native.processor()}, {torch.get_num_threads()} threads",
+            "cpu": f"{build_cpu.processor()}, {torch.get_num_threads()} threads",
             "cuda": ", ".join(gpus) or "none: torch sees no CUDA device",
         },
         "operators": {

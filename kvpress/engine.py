@@ -10,19 +10,24 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 
-from kvpress import calibration, ops, saving
-from kvpress.attachment import Attachment, check_model
-from kvpress.cache import EngineCache, Lease
-from kvpress.calls import Newest
+from kvpress import ops
 from kvpress.errors import AttachError, CacheError, PolicyError
-from kvpress.identity import Identity
-from kvpress.loading import parse, refuse_options
-from kvpress.meter import Report
-from kvpress.policy import Policy, Recipe
-from kvpress.portions import check_portions
-from kvpress.rotary import Rotation, rotations
-from kvpress.shapes import FLOATS
-from kvpress.unwrap import unwrap
+from kvpress.formulas.rotation import Rotation
+from kvpress.hf import cache_file, calibration
+from kvpress.hf.attach import Attachment
+from kvpress.hf.cache import EngineCache
+from kvpress.hf.calls import Newest
+from kvpress.hf.identity import Identity
+from kvpress.hf.rotation_probe import rotations
+from kvpress.hf.spec import Lease
+from kvpress.hf.support import check_model
+from kvpress.hf.unwrap import unwrap
+from kvpress.ops.shapes import FLOATS
+from kvpress.pipe.layer_budgets import check_portions
+from kvpress.policy.base import Policy
+from kvpress.policy.loading import parse, refuse_options
+from kvpress.policy.recipe import Recipe
+from kvpress.report import Report
 
 PAGE_SLOTS = 16
 _ENGINES: WeakKeyDictionary[Any, ref[Engine]] = WeakKeyDictionary()
@@ -166,7 +171,7 @@ class Engine:
         another model, other weights, another policy or another version of the engine.
         """
         cache = self.make()
-        cache.load(path, saving.layer_devices(self.model))
+        cache.load(path, cache_file.layer_devices(self.model))
         self.newest.passed(cache)
         return cache
 

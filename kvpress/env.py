@@ -1,4 +1,4 @@
-"""The environment variables that the engine reads, in one place. Each is listed in the README."""
+"""The version of the engine, and the environment variables that it reads; all are documented."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kvpress.errors import KVPressError, did_you_mean
 
+__version__ = "0.1.0"
 INSTRUCTION_SETS = ("amx", "avx512vnni", "avx512", "avx2", "portable")
 VARIABLES = {
     "KVPRESS_CACHE": "folder for converted models and compiled operators (default: the user's cache"

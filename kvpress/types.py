@@ -10,64 +10,30 @@ row. position: the index of a token among the real tokens of its sequence (paddi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
-
-from torch import Tensor
 
 EMPTY = -1  # the position of a slot that holds no token
-
-
-class Step(NamedTuple):
-    """Where a layer is in its sequence when a policy is asked what it needs."""
-
-    layer: int
-    decoded: int  # tokens decoded since the last prompt; 0 while a prompt is processed
-    new_tokens: int  # tokens of this prompt chunk, or 1 while decoding
-    horizon: int  # tokens that the caller expects to decode
+MOST_WIDTH = 256  # channels of a head
 
 
 @dataclass(frozen=True)
-class Slots:
-    """What the stages see of one layer: rows of slots, dense and padded with empty slots.
+class LayerKind:
+    """How a layer attends: to everything, or to a sliding window (then only that is kept).
 
-    Slots are in increasing position order after a prompt and in any order while decoding. Keys and
-    values are copied from the pages only when they are asked for.
+    inline: whether the model computes attention by itself, without a function for it. slopes: of
+    the ALiBi bias that this engine then adds, per query head. queries, width: query heads, and
+    channels of a key of the model; 0: not known.
     """
 
-    layer: int
-    position_BHS: Tensor  # int64; EMPTY where there is no token
-    seen_B: Tensor  # int64: real tokens so far, the new ones included
-    new_tokens: int  # tokens of this prompt chunk, or 1 while decoding
-    fetch: Callable[[str], Tensor]  # a column of the store by name, dense
-    attention_BHS: Tensor | None = None  # fp32: what the policy asked to observe
-    mass_BHS: Tensor | None = None  # fp32: what the policy accumulated so far; 0 for new tokens
-    key_width: int | None = None  # channels of keys, where the store keeps more than the model's
-    attention_BNS: Tensor | None = None  # what was observed of a prompt, for every query head
+    index: int
+    heads: int  # KV heads
+    window: int | None = None
+    inline: bool = False
+    slopes: tuple[float, ...] | None = None
+    queries: int = 0
+    width: int = 0
 
     @property
-    def key_BHSD(self) -> Tensor:
-        """The keys of all slots, rotated at their own positions."""
-        return self.fetch("key")[..., : self.key_width]
-
-    @property
-    def value_BHSD(self) -> Tensor:
-        """The values of all slots."""
-        return self.fetch("value")
-
-    @property
-    def observed_BHS(self) -> Tensor:
-        """The observed attention, where the policy asked for it."""
-        if self.attention_BHS is None:
-            raise LookupError("No attention was observed: override `observe` in the policy.")
-        return self.attention_BHS
-
-    @property
-    def kept_mass_BHS(self) -> Tensor:
-        """The accumulated mass, where the policy keeps one."""
-        if self.mass_BHS is None:
-            raise LookupError(
-                "No mass is kept with the slots: set `accumulates = True` in the policy."
-            )
-        return self.mass_BHS
+    def name(self) -> str:
+        """`full` or `sliding`."""
+        return "full" if self.window is None else "sliding"

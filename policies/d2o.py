@@ -27,12 +27,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from kvpress.budget import Budget
-from kvpress.merging import KeyMerge, Merging
-from kvpress.observe import Observation
-from kvpress.policy import Policy, option
-from kvpress.select import Rank
-from kvpress.types import EMPTY, Step
+from kvpress.policy import EMPTY, Budget, KeyMerge, Merging, Observation, Policy, Rank, Step, option
 
 PAPER = {"recent_ratio": 0.25, "beta": 0.7, "full_first": 0, "full_last": 0, "merge_sinks": False}
 CODE = {"recent_ratio": 0.5, "beta": 0.5, "full_first": 2, "full_last": 1, "merge_sinks": True}

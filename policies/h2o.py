@@ -17,11 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvpress.budget import Budget
-from kvpress.observe import Observation
-from kvpress.policy import Policy, option
-from kvpress.select import Rank
-from kvpress.types import Step
+from kvpress.policy import Budget, Observation, Policy, Rank, Step, option
 
 
 @dataclass(frozen=True, kw_only=True)

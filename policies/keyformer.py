@@ -20,11 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from kvpress.budget import Budget
-from kvpress.observe import NoiseKind, Observation
-from kvpress.policy import Policy, option
-from kvpress.select import Rank
-from kvpress.types import Step
+from kvpress.policy import Budget, NoiseKind, Observation, Policy, Rank, Step, option
 
 
 @dataclass(frozen=True, kw_only=True)

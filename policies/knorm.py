@@ -14,9 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpress.budget import Budget
-from kvpress.policy import Policy, option
-from kvpress.types import Slots
+from kvpress.policy import Budget, Policy, Slots, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvpress.errors import PolicyError
-from kvpress.formats import Packing
-from kvpress.policy import Policy, option
+from kvpress.policy import Packing, Policy, PolicyError, option
 
 BITS = (16, 8, 4, 2)
 GROUPS = {16: 64, 8: 128, 4: 64, 2: 32}  # of tokens: coarser codes need smaller groups

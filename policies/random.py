@@ -13,10 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpress.budget import Budget
-from kvpress.noise import NO_QUERY, uniform
-from kvpress.policy import Policy, option
-from kvpress.types import Slots
+from kvpress.policy import NO_QUERY, Budget, Policy, Slots, option, uniform
 
 
 @dataclass(frozen=True, kw_only=True)

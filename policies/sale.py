@@ -19,9 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvpress.errors import PolicyError
-from kvpress.policy import Policy, option
-from kvpress.sparse import Sparsity
+from kvpress.policy import Policy, PolicyError, Sparsity, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvpress.budget import Budget
-from kvpress.errors import PolicyError
-from kvpress.observe import Observation
-from kvpress.policy import Policy, option
-from kvpress.types import EMPTY, Slots, Step
+from kvpress.policy import EMPTY, Budget, Observation, Policy, PolicyError, Slots, Step, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvpress.budget import Budget
-from kvpress.policy import Policy, option
-from kvpress.select import Rank
+from kvpress.policy import Budget, Policy, Rank, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,7 @@ import torch
 from torch import Tensor
 
 from kvpress import ops
-from kvpress.budget import share
-from kvpress.errors import PolicyError
-from kvpress.formats import Channels, Window
-from kvpress.policy import Policy, option
+from kvpress.policy import Channels, Policy, PolicyError, Window, option, share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvpress.budget import Budget
-from kvpress.observe import Observation
-from kvpress.policy import Policy, option
-from kvpress.types import Slots, Step
+from kvpress.policy import Budget, Observation, Policy, Slots, Step, option
 
 
 @dataclass(frozen=True, kw_only=True)

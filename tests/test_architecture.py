@@ -20,96 +20,82 @@ POLICIES = [path.stem for path in (ROOT / "policies").glob("*.py") if path.stem 
 EXAMPLE = ROOT / "tests" / "tools" / "value_norm.py"  # of CONTRIBUTING.md
 POLICY_FILES = [*(ROOT / "policies" / f"{name}.py" for name in POLICIES), EXAMPLE]
 
-# A module may import only from its own line and the lines above it.
-LAYERS = [
-    {"errors", "versions"},
-    {
-        "env",
-        "types",
-        "noise",
-        "families",
-        "blocks",
-        "lasting",
-        "host",
-        "horizon",
-        "ids",
-        "copies",
-        "corrections",
-    },
-    {"folders"},
-    {"budget", "division", "native", "shapes", "rotary", "layout", "identity", "unwrap"},
-    {"cuda", "tables"},
-    {"ops"},
-    {"select", "observe", "merging", "options", "formats", "sparse"},
-    {"policy"},
-    {"loading"},
-    {"store.base", "store.aside", "store.table"},
-    {"store.pool", "store.pages", "store.packed", "store.formatted", "store.saved", "store"},
-    {"attend", "meter", "report_table", "sealed", "inline"},
-    {"run"},
-    {"alibi", "counting"},
-    {"layer"},
-    {"selection", "absorb", "formatting", "quotas", "remarks"},
-    {"decode"},
-    {"portions", "drafts", "blockwise"},
-    {"prompt"},
-    {"pipe", "kinds", "saving", "restoring"},
-    {"cache_layer", "calibration"},
-    {"cache"},
-    {"twins", "masks", "calls"},
-    {"attention", "generation"},
-    {"attachment"},
-    {"engine", "catalogue"},
-    {"__init__"},
-    {"bench", "csrc", "policies"},
+# A room imports only from itself and from rooms before it; those of one line are strangers.
+ROOMS = [
+    {"errors", "host", "types"},
+    {"env"},
+    {"formulas", "ops", "report"},
+    {"policy", "store"},
+    {"pipe.state"},
+    {"pipe.stages"},
+    {"pipe"},
+    {"hf"},
+    {"engine"},
+    {"__init__", "csrc", "policies"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]
-RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
+RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 
 
 def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT / "kvpress").with_suffix("").parts
-    name = ".".join(parts)
-    return name.removesuffix(".__init__") if len(parts) > 1 else name
+    return ".".join(path.relative_to(ROOT / "kvpress").with_suffix("").parts)
 
 
-def imports(path: Path) -> set[str]:
+def room(module: str) -> str:
+    """`pipe.stages.select` -> `pipe.stages`, `store.rows` -> `store`; `""` -> `__init__`."""
+    first, *rest = module.split(".")
+    inner = f"{first}.{rest[0]}" if rest else ""
+    return inner if inner in RANK else first or "__init__"
+
+
+def imported(path: Path) -> set[str]:
     """Modules of the engine that a file imports, below `kvpress`."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kvpress":
-            tail = node.module.removeprefix("kvpress").removeprefix(".")
-            names = [f"{tail}.{alias.name}".strip(".") for alias in node.names]
-            found |= {n if n in RANK else tail or "__init__" for n in names}
-        if isinstance(node, ast.Import):
-            found |= {
-                alias.name.removeprefix("kvpress").removeprefix(".") or "__init__"
-                for alias in node.names
-                if alias.name.split(".")[0] == "kvpress"
+            package = node.module.removeprefix("kvpress").removeprefix(".")
+            names = {f"{package}.{alias.name}".strip(".") for alias in node.names}
+            modules = {
+                name for name in names if (ROOT / "kvpress" / name.replace(".", "/")).exists()
             }
-    folders = {"bench", "csrc", "policies"}
-    return {name.split(".")[0] if name.split(".")[0] in folders else name for name in found}
+            files = {n for n in names if (ROOT / "kvpress" / f"{n.replace('.', '/')}.py").exists()}
+            aliases = {name for name in names if name in RANK}
+            found |= (modules | files | aliases) or {package}
+    return found
 
 
 @pytest.mark.parametrize("path", ENGINE, ids=module_name)
 def test_imports_run_one_way(path: Path) -> None:
     own = module_name(path)
-    assert own in RANK, f"{own} has no place in the import order"
-    if own == "__init__":
-        return  # lazy imports of the public names
-    for name in imports(path) - {"__init__"}:
-        assert name in RANK, f"{own} imports the unknown module {name}"
-        assert RANK[name] <= RANK[own], f"{own} imports {name}, which is above it"
+    for other in imported(path) if own != "__init__" else ():  # whose imports are lazy
+        before = RANK[room(other)] < RANK[room(own)]
+        assert before or room(other) == room(own), f"{own} imports {other}, a room after its own"
+        assert room(own) != "pipe.stages" or before, f"the stage {own} imports the stage {other}"
+
+
+def test_no_module_imports_one_that_imports_it() -> None:
+    graph = {module_name(path): imported(path) for path in ENGINE}
+    graph = {own: {n if n in graph else f"{n}.__init__" for n in to} for own, to in graph.items()}
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_the_package_shows_few_entries() -> None:
+    shown = {p.name for p in (ROOT / "kvpress").iterdir()} - {"__pycache__"}
+    assert len(shown) <= 16, sorted(shown)
 
 
 @pytest.mark.parametrize("path", ENGINE, ids=module_name)
-def test_only_the_adapter_imports_transformers(path: Path) -> None:
+def test_only_one_package_imports_transformers(path: Path) -> None:
     uses = re.search(r"^\s*(from|import) transformers\b", path.read_text(encoding="utf-8"), re.M)
-    assert not uses or module_name(path) in {
-        *("cache", "cache_layer", "masks", "attachment"),
-        *("calls", "generation"),
-    }
+    assert not uses or room(module_name(path)) == "hf"
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=module_name)
+def test_only_reports_and_the_command_line_import_rich(path: Path) -> None:
+    uses = re.search(r"^\s*(from|import) rich\b", path.read_text(encoding="utf-8"), re.M)
+    assert not uses or room(module_name(path)) in {"report", "cli"}
 
 
 @pytest.mark.parametrize("path", ENGINE, ids=module_name)
@@ -120,7 +106,7 @@ def test_the_engine_names_no_policy(path: Path) -> None:
     for name in POLICIES:
         pattern = f"[\"']{name}[\"':]" if name in words else rf"\b{name}\b"
         found = re.findall(pattern, text)
-        assert not found or (module_name(path), name) == ("run", "full")  # a layer kind
+        assert not found or (module_name(path), name) == ("types", "full")  # a layer kind
 
 
 @pytest.mark.parametrize("path", POLICY_FILES, ids=lambda path: path.stem)

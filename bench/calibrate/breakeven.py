@@ -12,8 +12,8 @@ from kvpress.bench.calibrate.watch import Given, watching
 from kvpress.bench.common.candidates import candidate
 from torch import Tensor
 
-from kvpress.attend import prompt_attention
-from kvpress.calibration import Calibration
+from kvpress.formulas.attention import prompt_attention
+from kvpress.hf.calibration import Calibration
 
 LENGTHS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 _LAYERS = 4  # that are timed, evenly spread

@@ -11,7 +11,7 @@ from kvpress.bench.common.models import Source
 from rich.console import Console
 from rich.progress import Progress
 
-from kvpress.tables import Fitted
+from kvpress.report.tables import Fitted
 
 console, errors = Console(), Console(stderr=True)
 calibrate = typer.Typer(help="Find what a policy needs to know of a model.", no_args_is_help=True)
@@ -60,7 +60,7 @@ def sale(
     from kvpress.bench.common.prompt import parts
     from kvpress.bench.common.text import default_text, read_text
 
-    from kvpress import calibration
+    from kvpress.hf import calibration
 
     given = Source(model, dtype, device, device_map, revision, trust_remote_code)
     source = default_text() if text is None else read_text(text)
@@ -101,8 +101,8 @@ def begin(out: Path, model: Any, settings: dict[str, Any], local: int, first: fl
     """
     import torch
 
-    from kvpress import calibration
     from kvpress.errors import PolicyError
+    from kvpress.hf import calibration
 
     if out.exists():
         known = calibration.read(out, model)

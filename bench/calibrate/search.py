@@ -15,7 +15,7 @@ from kvpress.bench.calibrate.watch import Given, watching
 from kvpress.bench.common.candidates import candidate
 from torch import Tensor
 
-from kvpress.calibration import Calibration
+from kvpress.hf.calibration import Calibration
 
 LAST = 1e-4  # τ at which a head becomes dense
 

@@ -7,10 +7,10 @@ from typing import Any
 
 def thresholds_of(model: Any, policy: str) -> Any:
     """The thresholds of a policy for this model. Raises PolicyError."""
-    from kvpress import calibration
-    from kvpress.attachment import check_model
     from kvpress.errors import PolicyError
-    from kvpress.loading import parse
+    from kvpress.hf import calibration
+    from kvpress.hf.support import check_model
+    from kvpress.policy.loading import parse
 
     limits = calibration.thresholds(parse(policy).sparsity, model, check_model(model))
     if limits is None:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import AttentionInterface
 
-from kvpress.attachment import NAME
-from kvpress.attention import attention
-from kvpress.sparse import sparse_attention
+from kvpress.hf.attention import attention
+from kvpress.hf.support import NAME
+from kvpress.pipe.stages.sparsify import sparse_attention
 
 
 class Given(NamedTuple):

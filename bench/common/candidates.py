@@ -14,10 +14,10 @@ from transformers import DynamicCache, QuantizedCache
 
 import kvpress
 from kvpress import ops
-from kvpress.cache import EngineCache
 from kvpress.errors import KVPressError
-from kvpress.generation import cache_name
-from kvpress.loading import parse
+from kvpress.hf.cache import EngineCache
+from kvpress.hf.generation import cache_name
+from kvpress.policy.loading import parse
 
 BASELINE = "transformers"  # its DynamicCache with SDPA
 FULL = "full"  # the engine without compression

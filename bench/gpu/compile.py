@@ -31,10 +31,11 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kvpress import cuda, ops
-from kvpress.blocks import GROUPS, Blocks
+from kvpress import ops
 from kvpress.errors import BackendError
-from kvpress.layout import PageLayout
+from kvpress.formulas.block_map import GROUPS, Blocks
+from kvpress.formulas.page_layout import PageLayout
+from kvpress.ops import build_cuda
 
 TARGETS = (80, 90, 100)
 CUDA_TARGETS = (80, 86, 89, 90)  # of the sources for nvcc
@@ -304,9 +305,9 @@ def show(results: list[Compiled], console: Console) -> None:
 def compile_cuda() -> list[dict[str, Any]]:
     """Registers and spills of the CUDA kernels for every target; empty without nvcc."""
     made = []
-    for target in CUDA_TARGETS if cuda.compiler() else ():
+    for target in CUDA_TARGETS if build_cuda.compiler() else ():
         with tempfile.TemporaryDirectory() as folder:
-            told = cuda.build(cuda_kernel.SOURCE, target, Path(folder) / "operator.so")
+            told = build_cuda.build(cuda_kernel.SOURCE, target, Path(folder) / "operator.so")
         registers = [int(n) for n in re.findall(r"Used (\d+) registers", told)]
         spills = [int(n) for n in re.findall(r"(\d+) bytes spill", told)]
         numbers = {"registers": max(registers), "spill_bytes": sum(spills)}

@@ -40,7 +40,7 @@ from rich.console import Console
 import kvpress
 from kvpress import ops
 from kvpress.errors import KVPressError
-from kvpress.tables import Fitted
+from kvpress.report.tables import Fitted
 
 ROOT = Path(kvpress.__file__).parents[1]
 TESTS = ROOT / "tests" / "csrc"

@@ -13,7 +13,7 @@ from kvpress.bench.operators.rows import Rows, RowsShape, make_rows
 from torch import Tensor
 
 from kvpress import ops
-from kvpress.layout import PageLayout
+from kvpress.formulas.page_layout import PageLayout
 
 RECENT = 64  # slots of a row that stay as they came
 # name -> key bits, value bits, share of key channels, tokens and channels of a group

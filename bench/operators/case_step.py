@@ -16,7 +16,7 @@ from kvpress.bench.operators.rows import SEED, Rows, RowsShape, exact_attention,
 from torch import Tensor
 
 from kvpress import ops
-from kvpress.noise import uniform
+from kvpress.formulas.noise import uniform
 
 RECENT = 0.3  # of the tokens seen are protected, as in Keyformer (arXiv 2403.09054)
 COLUMN_BYTES = 12  # per slot: position read, mass read and written

@@ -18,7 +18,7 @@ from kvpress.bench.operators.registry import Case, difference
 from torch import Tensor
 
 from kvpress import ops
-from kvpress.noise import exponential
+from kvpress.formulas.noise import exponential
 
 CHECKED = 700  # tokens of a check, which holds the whole matrix in float64; no multiple of a tile
 SEED, LAYER = 20, 2

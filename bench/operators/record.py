@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from kvpress.tables import Fitted
+from kvpress.report.tables import Fitted
 
 FORMAT = 1
 _UNITS = {"bytes": "B/s", "flops": "FLOP/s"}

@@ -11,7 +11,7 @@ from kvpress.bench.speed import options
 from kvpress.bench.speed.commands import make_setting
 from rich.console import Console
 
-from kvpress.tables import Fitted
+from kvpress.report.tables import Fitted
 
 console = Console()
 OURS = ("full", "snapkv:window=64", "knorm", "streaming_llm", "keyformer")

@@ -16,7 +16,7 @@ from kvpress.bench.common.models import Source
 from kvpress.bench.quality.options import metadata_of, refuse_idle, split_policies
 from rich.console import Console
 
-from kvpress.tables import Fitted
+from kvpress.report.tables import Fitted
 
 if TYPE_CHECKING:
     from kvpress.bench.quality.results import Cell, Results
@@ -95,7 +95,7 @@ def evaluate(
     from kvpress.bench.quality.run import FULL
     from kvpress.bench.quality.standard import LmEvalOptions
 
-    from kvpress.loading import parse
+    from kvpress.policy.loading import parse
 
     refuse_idle(context)
     names = list(dict.fromkeys(split_policies(policy or [FULL])))

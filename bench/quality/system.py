@@ -14,9 +14,9 @@ from kvpress.bench.quality.sample import Question
 from torch import Tensor
 from transformers import AttentionInterface
 
-from kvpress.attachment import NAME
-from kvpress.attention import attention
-from kvpress.loading import parse
+from kvpress.hf.attention import attention
+from kvpress.hf.support import NAME
+from kvpress.policy.loading import parse
 
 
 class Call(NamedTuple):

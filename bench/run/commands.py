@@ -14,7 +14,7 @@ from kvpress.bench.common import options
 from kvpress.bench.common.models import Source
 from rich.console import Console
 
-from kvpress.tables import Fitted
+from kvpress.report.tables import Fitted
 
 if TYPE_CHECKING:
     from kvpress.bench.common.text import Text
@@ -70,7 +70,7 @@ def run(
     from kvpress.bench.common.loading import quiet
     from kvpress.bench.run import job as bench
 
-    from kvpress.loading import parse
+    from kvpress.policy.loading import parse
 
     recipes = policy or [bench.BASELINE]
     for recipe in recipes:

@@ -12,8 +12,8 @@ from kvpress.bench.common.prompt import PromptError, check_positions
 from rich.table import Table
 
 import kvpress
-from kvpress.meter import Report
-from kvpress.tables import size, span
+from kvpress.report import Report
+from kvpress.report.tables import size, span
 
 BASELINE = "full"  # the policy that everything is compared with
 

@@ -10,7 +10,7 @@ from kvpress.bench.common import options
 from kvpress.bench.common.models import Source
 from rich.console import Console
 
-from kvpress.tables import Fitted
+from kvpress.report.tables import Fitted
 
 console, errors = Console(), Console(stderr=True)
 

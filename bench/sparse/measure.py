@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvpress import ops
-from kvpress.blocks import Blocks, computed_blocks
-from kvpress.sparse import block_map
+from kvpress.formulas.block_map import Blocks, computed_blocks
+from kvpress.pipe.stages.sparsify import block_map
 
 
 class Row(NamedTuple):

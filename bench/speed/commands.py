@@ -12,7 +12,7 @@ from kvpress.bench.common.models import DTYPES, Source
 from kvpress.bench.speed import options
 from rich.console import Console
 
-from kvpress.tables import Fitted
+from kvpress.report.tables import Fitted
 
 if TYPE_CHECKING:
     from kvpress.bench.speed.setting import Setting
@@ -185,7 +185,7 @@ def make_setting(
 
 
 def _bytes(text: str) -> int:
-    from kvpress.budget import Budget
+    from kvpress.policy.budget import Budget
 
     cap = Budget.parse(text)
     if cap.unit != "bytes":

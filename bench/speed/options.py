@@ -47,7 +47,7 @@ def with_budgets(policies: Sequence[str], budgets: Sequence[str]) -> Iterator[st
     """
     from kvpress.bench.common.candidates import CACHES
 
-    from kvpress.loading import parse
+    from kvpress.policy.loading import parse
 
     for text in policies:
         if text in CACHES:

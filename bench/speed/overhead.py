@@ -13,7 +13,7 @@ import torch
 from kvpress.bench.common.candidates import candidate
 from kvpress.bench.common.timing import Samples, interleave
 
-from kvpress.attention import attention
+from kvpress.hf.attention import attention
 
 
 def measure(model: Any, policies: Sequence[str], rounds: int, warmup: int) -> dict[str, Samples]:

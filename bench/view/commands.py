@@ -60,7 +60,7 @@ def view(
     from kvpress.bench.view.kept import look
     from kvpress.bench.view.page import page
 
-    from kvpress.loading import parse
+    from kvpress.policy.loading import parse
 
     parse(policy)  # refuse a wrong policy, file or prompt before a model is loaded
     if map_file is None:
@@ -105,7 +105,7 @@ def _check_map(path: Path) -> None:
 def _draw_map(model: Any, tokenizer: Any, prompt: str, policy: str, layer: int, path: Path) -> None:
     from kvpress.bench.view import kept, maps
 
-    from kvpress.blocks import Blocks
+    from kvpress.formulas.block_map import Blocks
 
     ids_1T = kept.tokenize(model, tokenizer, prompt, 0)["input_ids"]
     blocks = Blocks(ids_1T.shape[1], ids_1T.shape[1])

@@ -10,7 +10,7 @@ from kvpress.bench.common.prompt import PromptError, check_positions
 from kvpress.bench.view.pieces import pieces, special
 
 import kvpress
-from kvpress.meter import Report
+from kvpress.report import Report
 
 
 @dataclass(frozen=True, kw_only=True)

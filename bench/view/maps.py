@@ -12,9 +12,9 @@ from kvpress.bench.common.figures import figure_of
 from torch import Tensor
 
 import kvpress
-from kvpress.blocks import Blocks, from_map
 from kvpress.errors import KVPressError
-from kvpress.sparse import block_map
+from kvpress.formulas.block_map import Blocks, from_map
+from kvpress.pipe.stages.sparsify import block_map
 
 
 class MapError(KVPressError, ValueError):

@@ -11,7 +11,7 @@ from typing import Any
 
 from kvpress.bench.view.kept import Kept
 
-from kvpress.tables import size, span
+from kvpress.report.tables import size, span
 
 _MARKS = {"\n": "↵", "\t": "⇥"}  # of other control characters Unicode has pictures
 _PICTURES = 0x2400

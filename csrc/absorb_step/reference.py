@@ -8,10 +8,11 @@ from kvpress.csrc.decode_step import RANKS
 from kvpress.csrc.match_keys.reference import match_keys
 from torch import Tensor
 
-from kvpress import merging, shapes
-from kvpress.merging import Merging
-from kvpress.rotary import Rotation
-from kvpress.select import drop_one, protect, ranking
+from kvpress.formulas import merging
+from kvpress.formulas.merging import Merging
+from kvpress.formulas.ranking import drop_one, protect, ranking
+from kvpress.formulas.rotation import Rotation
+from kvpress.ops import shapes
 from kvpress.types import EMPTY
 
 

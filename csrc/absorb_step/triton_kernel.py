@@ -14,7 +14,7 @@ from kvpress.csrc.decode_step.triton_kernel import consider, rank_of, worst
 from kvpress.csrc.triton_common import FUSED, device_of
 from torch import Tensor
 
-from kvpress.shapes import ages
+from kvpress.ops.shapes import ages
 
 ELEMENTS = 4096  # of keys in a block of `find_kernel`
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpress import shapes
-from kvpress.blocks import QUERIES, SLOTS, Blocks, from_map
+from kvpress.formulas.block_map import QUERIES, SLOTS, Blocks, from_map
+from kvpress.ops import shapes
 
 
 def attend_blocks(

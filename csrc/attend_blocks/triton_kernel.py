@@ -19,7 +19,7 @@ from kvpress.csrc.triton_common import (
 )
 from torch import Tensor
 
-from kvpress.blocks import QUERIES, SLOTS, Blocks
+from kvpress.formulas.block_map import QUERIES, SLOTS, Blocks
 
 SIZES = ["queries", "slots", "bytes_of_head"]
 ROWS = tl.constexpr(QUERIES)

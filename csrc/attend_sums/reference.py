@@ -6,8 +6,8 @@ from kvpress.csrc.attend_blocks.reference import attend_blocks
 from kvpress.csrc.attention_sums import reference as sums
 from torch import Tensor
 
-from kvpress import shapes
-from kvpress.attend import prompt_attention
+from kvpress.formulas.attention import prompt_attention
+from kvpress.ops import shapes
 
 
 def attend_sums(

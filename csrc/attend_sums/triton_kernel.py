@@ -11,7 +11,7 @@ from kvpress.csrc.attend_sums.reference import check
 from kvpress.csrc.attention_sums.triton_kernel import attention_sums
 from torch import Tensor
 
-from kvpress.attend import prompt_attention
+from kvpress.formulas.attention import prompt_attention
 
 
 def attend_sums(

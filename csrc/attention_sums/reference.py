@@ -6,9 +6,9 @@ import torch
 from kvpress.csrc.decode_step.reference import check_noise
 from torch import Tensor
 
-from kvpress import shapes
-from kvpress.blocks import QUERIES, SLOTS, Blocks, from_map
-from kvpress.noise import NO_QUERY, exponential
+from kvpress.formulas.block_map import QUERIES, SLOTS, Blocks, from_map
+from kvpress.formulas.noise import NO_QUERY, exponential
+from kvpress.ops import shapes
 from kvpress.types import EMPTY
 
 BLOCK_ELEMENTS = 1 << 20  # logits per block: 4 MiB in fp32, which stays near the cores

@@ -28,7 +28,7 @@ from kvpress.csrc.triton_common import (
 )
 from torch import Tensor
 
-from kvpress.blocks import QUERIES, SLOTS, Blocks
+from kvpress.formulas.block_map import QUERIES, SLOTS, Blocks
 
 ROWS, COLUMNS = tl.constexpr(QUERIES), tl.constexpr(SLOTS)
 # Sizes that change from prompt to prompt must not lead to another compilation.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpress import shapes
+from kvpress.ops import shapes
 
 
 def channel_scores(query_BNWD: Tensor, key_BHSD: Tensor, held_BHS: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kvpress.layout import parts_of, span
+from kvpress.formulas.page_layout import parts_of, span
 
 SCHEMA = (
     "decode_rows(Tensor query_BNQD, Tensor key_PDS, Tensor value_PSE, Tensor table_RW, Tensor"

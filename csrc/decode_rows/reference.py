@@ -11,8 +11,8 @@ from kvpress.csrc.pack.reference import check_channels
 from kvpress.csrc.unpack.reference import check_pages, numbers
 from torch import Tensor
 
-from kvpress import shapes
-from kvpress.layout import PageLayout, parts_of, span
+from kvpress.formulas.page_layout import PageLayout, parts_of, span
+from kvpress.ops import shapes
 
 
 class Dense(NamedTuple):

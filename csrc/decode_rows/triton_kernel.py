@@ -27,7 +27,7 @@ from kvpress.csrc.triton_common import (
 from kvpress.csrc.unpack.triton_kernel import numbers
 from torch import Tensor
 
-from kvpress.layout import LINES, PageLayout, span
+from kvpress.formulas.page_layout import LINES, PageLayout, span
 
 OLD_SLOTS = 16  # of a block: pages and groups of keys hold whole ones; more would spill
 CHUNK = 512  # slots per program and block of members

@@ -9,9 +9,9 @@ from kvpress.csrc.decode_rows.reference import decode_rows
 from kvpress.csrc.decode_step import RANKS
 from torch import Tensor
 
-from kvpress import shapes
-from kvpress.observe import Observation, step_sums
-from kvpress.select import drop_one, protect, ranking
+from kvpress.formulas.ranking import drop_one, protect, ranking
+from kvpress.formulas.sums import Observation, step_sums
+from kvpress.ops import shapes
 from kvpress.types import EMPTY
 
 

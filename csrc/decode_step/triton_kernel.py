@@ -25,7 +25,7 @@ from kvpress.csrc.triton_common import (
 )
 from torch import Tensor
 
-from kvpress.shapes import ages
+from kvpress.ops.shapes import ages
 
 MASS = tl.constexpr(RANKS.index("mass"))
 MASS_PER_AGE = tl.constexpr(RANKS.index("mass_per_age"))

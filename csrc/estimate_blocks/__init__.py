@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpress.blocks import Blocks
+from kvpress.formulas.block_map import Blocks
 
 SCHEMA = (
     "estimate_blocks(Tensor query_BNPD, Tensor query_scale_BNP, Tensor key_BHSD, Tensor"

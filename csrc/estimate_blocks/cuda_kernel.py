@@ -13,8 +13,8 @@ from kvpress.csrc.estimate_blocks.reference import HIGH, check
 from kvpress.csrc.triton_common import architecture, device_of
 from torch import Tensor
 
-from kvpress import cuda, shapes
-from kvpress.blocks import MOST_CODE, Blocks
+from kvpress.formulas.block_map import MOST_CODE, Blocks
+from kvpress.ops import build_cuda, shapes
 
 SOURCE = "estimate_blocks/cuda/kernel.cu"
 CHANNELS = 64  # of one product
@@ -23,7 +23,7 @@ NATIVE = range(80, 90)  # architectures with 4-bit products
 
 def available(query_BNPD: Tensor) -> bool:
     """Whether the tensor's device has 4-bit products, and nvcc is there to compile for it."""
-    if not query_BNPD.is_cuda or cuda.compiler() is None:
+    if not query_BNPD.is_cuda or build_cuda.compiler() is None:
         return False
     return architecture(query_BNPD.device.index) in NATIVE
 
@@ -53,7 +53,7 @@ def estimate_blocks(
             f"4-bit products exist on sm_80 to sm_89; this is {query_BNPD.device}"
             + (f" (sm_{architecture(index)})" if query_BNPD.is_cuda else ""),
         )
-    run = cuda.library(SOURCE, architecture(index)).kvpress_estimate_blocks
+    run = build_cuda.library(SOURCE, architecture(index)).kvpress_estimate_blocks
     batch, heads, queries, width = query_BNPD.shape
     slots, device = key_BHSD.shape[2], query_BNPD.device
     blocks = Blocks(queries, slots)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpress import shapes
-from kvpress.blocks import GROUPS, MOST_CODE, QUERIES, SLOTS, Blocks, of_slots, to_map
+from kvpress.formulas.block_map import GROUPS, MOST_CODE, QUERIES, SLOTS, Blocks, of_slots, to_map
+from kvpress.ops import shapes
 
 LOW, HIGH = -(2**15), 2**15 - 1  # between which estimates saturate
 

@@ -15,7 +15,7 @@ from kvpress.csrc.estimate_blocks.reference import HIGH, LOW, check
 from kvpress.csrc.triton_common import FUSED, device_of
 from torch import Tensor
 
-from kvpress.blocks import GROUPS, MOST_CODE, QUERIES, SLOTS, Blocks
+from kvpress.formulas.block_map import GROUPS, MOST_CODE, QUERIES, SLOTS, Blocks
 
 MOST = tl.constexpr(float(HIGH))
 LEAST = tl.constexpr(float(LOW))

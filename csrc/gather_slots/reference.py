@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from kvpress import shapes
+from kvpress.ops import shapes
 
 MOST_BYTES = 8  # of a number
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpress import shapes
+from kvpress.ops import shapes
 
 BLOCK_ELEMENTS = 1 << 20  # cosines per block: 4 MiB
 

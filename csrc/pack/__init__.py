@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvpress.layout import PageLayout
+from kvpress.formulas.page_layout import PageLayout
 
 SCHEMA = (
     "pack(Tensor key_PSD, Tensor value_PSE, Tensor channel_PT, Tensor channel_PU, int[] layout)"

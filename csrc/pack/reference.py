@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpress import shapes
-from kvpress.layout import PageLayout, checked, to_bytes
+from kvpress.formulas.page_layout import PageLayout, checked, to_bytes
+from kvpress.ops import shapes
 
 
 def pack(

@@ -11,7 +11,7 @@ from kvpress.csrc.pack.reference import check
 from kvpress.csrc.triton_common import FUSED, device_of
 from torch import Tensor
 
-from kvpress.layout import LINES, PageLayout
+from kvpress.formulas.page_layout import LINES, PageLayout
 
 BLOCK = 256  # words of a program
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvpress.csrc.gather_slots.reference import places
 from torch import Tensor
 
-from kvpress import shapes
+from kvpress.ops import shapes
 
 
 def scatter_slots(pool_PX: Tensor, address_N: Tensor, slots_NX: Tensor, slot_last: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvpress.layout import PageLayout
+from kvpress.formulas.page_layout import PageLayout
 
 SCHEMA = (
     "unpack(Tensor page_PX, Tensor channel_PT, Tensor channel_PU, int[] layout, Tensor like)"

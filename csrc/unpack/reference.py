@@ -6,8 +6,8 @@ import torch
 from kvpress.csrc.pack.reference import check_channels
 from torch import Tensor
 
-from kvpress import shapes
-from kvpress.layout import PageLayout, checked, from_bytes
+from kvpress.formulas.page_layout import PageLayout, checked, from_bytes
+from kvpress.ops import shapes
 
 
 def unpack(

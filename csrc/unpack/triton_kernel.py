@@ -9,7 +9,7 @@ from kvpress.csrc.triton_common import FUSED, device_of
 from kvpress.csrc.unpack.reference import check
 from torch import Tensor
 
-from kvpress.layout import LINES
+from kvpress.formulas.page_layout import LINES
 
 BLOCK = 512  # numbers of a program
 

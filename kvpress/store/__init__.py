@@ -3,7 +3,7 @@
 from kvpress.store.base import Column, Survivors
 from kvpress.store.formatted import FormattedRows
 from kvpress.store.packed import PackedRows
-from kvpress.store.pages import PagedRows
+from kvpress.store.rows import PagedRows
 
 Store = PagedRows | FormattedRows
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from kvpress import host, ops
 from kvpress.errors import CacheError
-from kvpress.formats import pack
-from kvpress.layout import PageLayout, span
+from kvpress.formulas.page_layout import PageLayout, span
 from kvpress.store.base import KEY, POSITION, VALUE, Column, Survivors
 from kvpress.store.packed import PackedRows
-from kvpress.store.pages import PagedRows, by_position
+from kvpress.store.packing import pack
+from kvpress.store.rows import PagedRows, by_position
 from kvpress.store.saved import expect
 
 

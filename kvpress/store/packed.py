@@ -9,10 +9,10 @@ from torch import Tensor
 
 from kvpress import host, ops
 from kvpress.errors import CacheError
-from kvpress.formats import pack
-from kvpress.layout import PageLayout
+from kvpress.formulas.page_layout import PageLayout
 from kvpress.store.base import KEY, MASS, PAGE, POSITION, VALUE, Column
-from kvpress.store.pages import PagedRows
+from kvpress.store.packing import pack
+from kvpress.store.rows import PagedRows
 from kvpress.types import EMPTY
 
 _MOST_HOLES = 8  # an eighth of the old slots of a row, or a page of them, may be holes

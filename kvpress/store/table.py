@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpress import host
-from kvpress.lasting import lasting
+from kvpress.host import lasting
 
 
 class PageTable:

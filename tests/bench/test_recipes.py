@@ -17,7 +17,7 @@ import typer
 from kvpress.bench.quality.options import metadata_of, refuse_idle, split_policies
 
 from kvpress.cli import app
-from kvpress.loading import parse
+from kvpress.policy.loading import parse
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.name for path in (ROOT / "scripts" / "recipes").iterdir())

@@ -13,8 +13,8 @@ from kvpress.bench.sparse import measure
 from kvpress.bench.sparse.captured import Captured, CaptureError
 from typer.testing import CliRunner
 
-from kvpress import calibration
 from kvpress.cli import app
+from kvpress.hf import calibration
 
 
 @pytest.fixture(scope="module")

@@ -184,9 +184,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvpress.budget import Budget
-from kvpress.policy import Policy, option
-from kvpress.types import Slots
+from kvpress.policy import Budget, Policy, Slots, option
 
 
 @dataclass(frozen=True, kw_only=True)

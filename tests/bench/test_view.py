@@ -28,10 +28,10 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import kvpress
-from kvpress.blocks import Blocks
 from kvpress.cli import app
 from kvpress.errors import KVPressError
-from kvpress.tables import size
+from kvpress.formulas.block_map import Blocks
+from kvpress.report.tables import size
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for found in map(shutil.which, NAMES) if found), None)

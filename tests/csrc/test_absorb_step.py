@@ -14,7 +14,7 @@ import torch
 
 from kvpress import ops
 from kvpress.errors import OperatorError
-from kvpress.ops import implementation
+from kvpress.ops.registry import implementation
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 NAN = math.nan

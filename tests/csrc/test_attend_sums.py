@@ -9,8 +9,8 @@ import torch
 from kvpress.csrc.attend_sums import reference
 
 from kvpress import ops
-from kvpress.attend import prompt_attention
 from kvpress.errors import OperatorError
+from kvpress.formulas.attention import prompt_attention
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 

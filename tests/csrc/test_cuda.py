@@ -13,11 +13,11 @@ import torch
 from blocking import estimate_operands, operands
 from kvpress.csrc.estimate_blocks import cuda_kernel
 
-from kvpress import cuda
 from kvpress.errors import OperatorError
-from kvpress.native import sources
+from kvpress.ops import build_cuda
+from kvpress.ops.build_cpu import sources
 
-NVCC = pytest.mark.skipif(cuda.compiler() is None, reason="no nvcc here")
+NVCC = pytest.mark.skipif(build_cuda.compiler() is None, reason="no nvcc here")
 COMPILER = shutil.which("c++")
 WARP = Path(__file__).parents[1] / "tools" / "warp.cpp"
 
@@ -59,7 +59,7 @@ def test_codes_are_packed_in_order(width: int) -> None:
 def test_it_compiles_without_spills(
     tmp_path: Path, target: int, record_property: pytest.RecordProperty
 ) -> None:
-    told = cuda.build(cuda_kernel.SOURCE, target, tmp_path / "operator.so")
+    told = build_cuda.build(cuda_kernel.SOURCE, target, tmp_path / "operator.so")
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", told)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", told)]
     record_property(f"registers sm_{target}", registers)

@@ -13,7 +13,7 @@ from kvpress.csrc.pack.reference import quantise
 
 from kvpress import ops
 from kvpress.errors import OperatorError
-from kvpress.layout import PageLayout, from_bytes, to_bytes
+from kvpress.formulas.page_layout import PageLayout, from_bytes, to_bytes
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 BITS = (16, 8, 4, 2)

@@ -21,11 +21,11 @@ import pytest
 import torch
 from outcomes import compare, outcome
 
-from kvpress import noise as engine_noise
-from kvpress.attend import prompt_attention
-from kvpress.blocks import Blocks, to_map
 from kvpress.errors import OperatorError
-from kvpress.ops import implementation
+from kvpress.formulas import noise as engine_noise
+from kvpress.formulas.attention import prompt_attention
+from kvpress.formulas.block_map import Blocks, to_map
+from kvpress.ops.registry import implementation
 
 triton = pytest.importorskip("triton")
 tl = triton.language

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import kvpress
-from kvpress.loading import load_policy
-from kvpress.types import Slots
+from kvpress.policy.loading import load_policy
+from kvpress.policy.slots import Slots
 
 
 def slots(position: list[list[int]], seen: int, **fields: Any) -> Slots:

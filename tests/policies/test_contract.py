@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import kvpress
-from kvpress.cache_layer import EngineLayer
-from kvpress.loading import available, load_policy, parse
+from kvpress.hf.cache_layer import EngineLayer
+from kvpress.policy.loading import available, load_policy, parse
 
 PROMPT, NEW, BUDGET = 61, 12, 29
 WIDE = {"initializer_range": 0.3}

@@ -13,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvpress
-from kvpress import merging, ops
-from kvpress.budget import Geometry
-from kvpress.counting import with_counts
-from kvpress.division import Division
+from kvpress import ops
 from kvpress.errors import BudgetError, CacheError, PolicyError
-from kvpress.loading import load_policy
-from kvpress.merging import Merging
-from kvpress.run import Tokens
+from kvpress.formulas import merging
+from kvpress.formulas.merging import Merging
+from kvpress.pipe.state.channels import with_counts
+from kvpress.pipe.state.tokens import Tokens
+from kvpress.policy.budget import Geometry
+from kvpress.policy.layer_shares import Division
+from kvpress.policy.loading import load_policy
 
 NAN = math.nan
 CODE = {"full_first": 0, "full_last": 0, "mode": "official_code"}
@@ -394,7 +395,7 @@ def test_fused_and_staged_steps_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         # Tokens that differ: of equal ones the neighbours are equally near, and rounding decides.
         fused, ours, _ = run(f"d2o:budget=0.4{options}", ids, initializer_range=0.3)
         with monkeypatch.context() as patch:
-            patch.setattr("kvpress.decode._fusable", lambda layer, over: None)
+            patch.setattr("kvpress.pipe.decode._fusable", lambda layer, over: None)
             staged, theirs, _ = run(f"d2o:budget=0.4{options}", ids, initializer_range=0.3)
         assert torch.equal(fused, staged)
         assert helpers.positions(ours, 1) == helpers.positions(theirs, 1)

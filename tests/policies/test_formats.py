@@ -10,12 +10,15 @@ import pytest
 import torch
 
 import kvpress
-from kvpress import decode, formats, formatting, ops
-from kvpress.attend import prompt_attention
+from kvpress import ops
 from kvpress.errors import CacheError, PolicyError
-from kvpress.formats import Window
-from kvpress.loading import load_policy, parse
-from kvpress.store import FormattedRows
+from kvpress.formulas.attention import prompt_attention
+from kvpress.pipe import decode
+from kvpress.pipe.stages import format
+from kvpress.policy import formats
+from kvpress.policy.formats import Window
+from kvpress.policy.loading import load_policy, parse
+from kvpress.store import FormattedRows, packing
 from kvpress.store.base import KEY, POSITION, VALUE
 
 PRUNED = "think:keep=0.6,recent=8,window=8"
@@ -462,14 +465,14 @@ def test_queries_that_later_ones_replace_are_not_held(
     """Short texts hold none, and what decides in the end is the same."""
     model, ids = helpers.tiny(), helpers.prompt(2, 200)
     windows: list[torch.Tensor] = []
-    made = formatting._window
+    made = format._window
 
     def window_of(*args: Any) -> Window:
         window = made(*args)
         windows.append(window.query_BNWD.clone())
         return window
 
-    monkeypatch.setattr(formatting, "_window", window_of)
+    monkeypatch.setattr(format, "_window", window_of)
 
     def tell() -> list[torch.Tensor]:
         windows.clear()
@@ -510,12 +513,12 @@ def test_numbers_beyond_the_range_of_steps_are_refused() -> None:
     layout = formats.layouts(formats.Packing(4, 4), (16, 16), (16, 16), 4)[0]
     channels = (torch.arange(16).short()[None],) * 2
     x = torch.randn(1, 64, 16)
-    formats.pack(layout, x, x, channels)
+    packing.pack(layout, x, x, channels)
     for bad in (1e5, torch.nan, torch.inf):
         y = x.clone()
         y[0, 3, 2] = bad
         with pytest.raises(CacheError, match="Keep values at 16 bits"):
-            formats.pack(layout, x, y, channels)
+            packing.pack(layout, x, y, channels)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ import torch
 
 import kvpress
 from kvpress import ops
-from kvpress.loading import load_policy
-from kvpress.noise import NO_QUERY, gumbel
-from kvpress.observe import Observation, over_group, prompt_sums, step_sums
-from kvpress.select import drop_one, keep_top, protect
-from kvpress.types import Slots, Step
+from kvpress.formulas.noise import NO_QUERY, gumbel
+from kvpress.formulas.ranking import drop_one, keep_top, protect
+from kvpress.formulas.sums import Observation, over_group, step_sums
+from kvpress.pipe.stages.observe import prompt_sums
+from kvpress.policy.loading import load_policy
+from kvpress.policy.slots import Slots, Step
 
 ZETA = torch.tensor([0.0, -1.5, 1.0, 0.2, -1.0])
 
@@ -46,7 +47,7 @@ def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The worked example's noise instead of the generator's: ζ by key position."""
     import kvpress.csrc.attention_sums.reference as reference
 
-    import kvpress.observe as observe
+    import kvpress.formulas.sums as observe
 
     def zeta(seed: int, layer: int, head: Any, query: Any, key: torch.Tensor) -> torch.Tensor:
         return ZETA[key] + 0.0 * (head + query)

@@ -15,12 +15,12 @@ from kvpress.bench.calibrate import breakeven, commands, search
 from rich.console import Console
 
 import kvpress
-from kvpress import calibration
-from kvpress.blocks import Blocks
-from kvpress.budget import Budget
-from kvpress.calibration import Calibration
 from kvpress.errors import PolicyError
+from kvpress.formulas.block_map import Blocks
+from kvpress.hf import calibration
+from kvpress.hf.calibration import Calibration
 from kvpress.policy import Policy, option
+from kvpress.policy.budget import Budget
 
 LONG = 700
 SPARSE = "sale:threshold=2.0,least=1"
@@ -292,7 +292,7 @@ def test_the_length_from_which_it_pays() -> None:
 
 def test_the_real_model_has_a_calibration(demo: tuple[Any, Any]) -> None:
     model, tokenizer = demo
-    text = (Path(kvpress.__file__).parent / "policy.py").read_text() * 2
+    text = (Path(kvpress.__file__).parent / "policy" / "base.py").read_text() * 2
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :2500]
     exact, _ = read(model, "full", ids)
     logits, cache = read(model, "sale", ids)

@@ -14,7 +14,7 @@ from packing import layout_of
 
 import kvpress
 from kvpress import ops
-from kvpress.layout import PageLayout
+from kvpress.formulas.page_layout import PageLayout
 from kvpress.store import Column, FormattedRows, PackedRows, PagedRows, Survivors
 
 WIDTHS = (8, 6)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kvpress import sparse
+from kvpress.policy import sparsity
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -22,9 +22,9 @@ def operands(
 
 
 def estimate_operands(query: torch.Tensor, key: torch.Tensor, tau: float) -> tuple[Any, ...]:
-    keys, own = sparse.quantise_keys(key), sparse.quantise_queries(query)
+    keys, own = sparsity.quantise_keys(key), sparsity.quantise_queries(query)
     scaling = query.shape[-1] ** -0.5
     tau_N = torch.full((query.shape[1],), tau)
-    bound = sparse.thresholds(query, key, keys.mean, scaling, tau_N, 128)
-    shift = sparse.lost_by_smoothing(own.mean, keys)
+    bound = sparsity.thresholds(query, key, keys.mean, scaling, tau_N, 128)
+    shift = sparsity.lost_by_smoothing(own.mean, keys)
     return own.code, own.scale, keys.code, keys.scale, shift, bound, 128

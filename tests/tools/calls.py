@@ -15,7 +15,7 @@ import packing
 import torch
 from torch import Tensor
 
-from kvpress.blocks import Blocks
+from kvpress.formulas.block_map import Blocks
 
 Call = dict[str, Any]
 FLOATS = (torch.float32, torch.float32, torch.bfloat16, torch.float16)

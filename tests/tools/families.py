@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import transformers
 
-from kvpress.attachment import check_model
-from kvpress.catalogue import replace_block
 from kvpress.errors import UnsupportedModelError
+from kvpress.hf.support import check_model
+from kvpress.policy.catalogue import replace_block
 
 VOCAB = 97
 

@@ -10,9 +10,9 @@ import torch
 from kvpress.csrc.decode_rows.reference import check_parts
 from kvpress.csrc.decode_step import reference as step_reference
 
-from kvpress import shapes
 from kvpress.errors import OperatorError
-from kvpress.ops import implementation
+from kvpress.ops import shapes
+from kvpress.ops.registry import implementation
 
 
 def reference(name: str) -> Any:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpress.layout import PageLayout
-from kvpress.ops import implementation
+from kvpress.formulas.page_layout import PageLayout
+from kvpress.ops.registry import implementation
 
 
 def layout_of(

@@ -1,0 +1,37 @@
+"""How keys turn with their positions (RoPE: Su et al., arXiv 2104.09864, equation 15)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """How the keys of a layer turn: pair f of channels by `frequency_F[f]` radians per position.
+
+    frequency_F: fp32. interleaved: whether pairs are channels (2f, 2f + 1) instead of (f, f + F).
+    start: the first rotated channel; those outside `[start, start + 2F)` carry no position.
+    """
+
+    frequency_F: Tensor
+    interleaved: bool = False
+    start: int = 0
+
+    def turn(self, key_XD: Tensor, by_X: Tensor) -> Tensor:
+        """Keys of positions p as they are at positions p + by: fp32 `[..., D]`.
+
+        by_X: whole numbers, also below 0, that broadcast to the leading dimensions of the keys.
+        """
+        # In fp32, as models do it: then the angles are theirs to the last bit.
+        angle_XF = by_X[..., None].float() * self.frequency_F.to(key_XD.device)
+        cos_XF, sin_XF = angle_XF.cos(), angle_XF.sin()
+        pairs = len(self.frequency_F)
+        sizes, dim = ((pairs, 2), -1) if self.interleaved else ((2, pairs), -2)
+        ends = (self.start, self.start + 2 * pairs)
+        before, part, after = key_XD.float().tensor_split(ends, dim=-1)
+        a_XF, b_XF = part.reshape(*part.shape[:-1], *sizes).unbind(dim)
+        turned = (a_XF * cos_XF - b_XF * sin_XF, a_XF * sin_XF + b_XF * cos_XF)
+        return torch.cat((before, torch.stack(turned, dim).flatten(-2), after), dim=-1)

@@ -1,0 +1,1 @@
+"""The only package that imports transformers: attaching, caches, masks, calls of `generate()`."""

@@ -1,0 +1,211 @@
+"""Attaching to a transformers model through its official interfaces.
+
+An attention and a mask function are registered; forward hooks put an engine cache where the model
+would use a fresh one of its own. Nothing is patched at import, and `Attachment.remove` leaves the
+model as it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Protocol
+
+import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from kvpress.errors import AttachError, CacheError, UnsupportedModelError
+from kvpress.hf import copies, dedup
+from kvpress.hf.attention import attention
+from kvpress.hf.cache import EngineCache
+from kvpress.hf.calls import Calls, Newest
+from kvpress.hf.compat import uncompiled
+from kvpress.hf.generation import CACHE_NAMES, Way, cache_name, wrapped
+from kvpress.hf.masks import (
+    check_mask,
+    inline_token_mask,
+    new_token_mask,
+    refuse_mask,
+    refuse_packing,
+    with_mask,
+)
+from kvpress.hf.spec import Lease
+from kvpress.hf.support import INLINE, NAME, Fingerprint, refuse_options
+
+
+class CacheMaker(Protocol):
+    """What an attachment asks of its engine."""
+
+    lease: Lease
+    newest: Newest
+
+    def make(self) -> EngineCache:
+        """An empty cache that nobody asked for by name."""
+        ...
+
+
+class Attachment:
+    """What was changed on a model, and how to undo it."""
+
+    def __init__(
+        self, model: PreTrainedModel, shape: Fingerprint, maker: CacheMaker, compresses: bool
+    ) -> None:
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, new_token_mask)
+        AttentionMaskInterface.register(INLINE, inline_token_mask)
+        self.fingerprint, self._model, self._maker = shape, model, maker
+        self._inline = shape.kinds[0].inline
+        self._name = INLINE if self._inline else NAME
+        self._before = model.config._attn_implementation
+        self._passing: EngineCache | None = None  # of a pass without a cache
+        self._calls = Calls()
+        self._set_implementation(model, self._name)
+        if model.config._attn_implementation != self._name:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not let its attention be set to {self._name!r}"
+                " through transformers' attention interface. Use a model that supports it."
+            )
+        self._modules = list({id(m): m for m in (model.base_model, model)}.values())
+        self._cache_names = {id(module): cache_name(module) for module in self._modules}
+        self._hooks = [self._hook(module) for module in self._modules]
+        self._generate = vars(model).get("generate")  # somebody else's
+        if hasattr(model, "generate"):
+            way = Way(self._cache_for, self._calls, maker.newest, compresses)
+            vars(model)["generate"] = wrapped(model, way)
+
+    def _hook(self, module: torch.nn.Module) -> list[RemovableHandle]:
+        handles = [
+            module.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            module.register_forward_hook(self._after_forward, with_kwargs=True),
+        ]
+        ids = [handle.id for handle in handles]
+        copies.copied_plain(
+            module, ids, ["generate"], lambda twin: self._set_implementation(twin, self._before)
+        )
+        return handles
+
+    def remove(self) -> None:
+        """Puts the model back as it was."""
+        for module, handles in zip(self._modules, self._hooks, strict=True):
+            for handle in handles:
+                handle.remove()
+            copies.forget(module)
+        vars(self._model).pop("generate", None)
+        if self._generate is not None:
+            vars(self._model)["generate"] = self._generate
+        self._set_implementation(self._model, self._before)
+
+    def _set_implementation(self, model: Any, name: str) -> None:
+        """What a model asks for its masks, and for attention if it calls a function for it."""
+        if self._inline:
+            model.config._attn_implementation = name
+        else:
+            model.set_attn_implementation(name)
+
+    @uncompiled
+    def _before_forward(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = dict(kwargs)
+        if args:
+            bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+            given = {**bound.pop("kwargs", {}), **bound}
+        self._check(given)
+        passed = [given.pop(name) for name in CACHE_NAMES if name in given]
+        cache = next((cache for cache in passed if cache is not None), None)
+        use_cache = given.get("use_cache")
+        config = self._model.config.get_text_config(decoder=True)
+        if cache is None and not (config.use_cache if use_cache is None else use_cache):
+            if not self._inline:
+                return (), with_mask(given)
+            refuse_packing(given)
+            cache = self._passing = self._made()  # without one nothing could attend
+        given[self._cache_names[id(module)]] = cache = self._cache_for(cache)
+        if module is self._model:
+            cache.begin()
+            call = self._calls.of(cache)
+            if call is not None:
+                call.mask(given)
+            drafts = call is not None and call.drafts
+            cache.announce(given.get("logits_to_keep") if drafts else None)
+        else:  # perhaps a part of the same pass
+            cache.check_whole()
+        check_mask(cache, given)
+        if module is self._model and not getattr(config, "output_router_logits", False):
+            cache.spread = dedup.merge(given, cache, self._cache_names[id(module)], config)
+        return (), given
+
+    def _check(self, given: dict[str, Any]) -> None:
+        """Raises for what would bypass the engine, however it is said: keyword or config."""
+        config = self._model.config
+        if config._attn_implementation != self._name:
+            raise AttachError(
+                f"The attention of {type(self._model).__name__} was set to"
+                f" {config._attn_implementation!r} while an engine is attached. Detach the engine"
+                " first: kvpress.detach(model)."
+            )
+        asked = given.get("output_attentions")
+        if config.output_attentions if asked is None else asked:
+            refuse_options(type(self._model).__name__, "output_attentions")
+        mask = given.get("attention_mask")
+        if self._inline and mask is not None and mask.dim() != 2:
+            refuse_mask(mask)
+
+    def _cache_for(self, cache: Any) -> EngineCache:
+        """The engine cache to use for what the caller passed; see `become` for an empty one."""
+        if isinstance(cache, EngineCache):
+            stranger = cache.lease.active and cache.lease is not self._maker.lease
+            if cache.fingerprint != self.fingerprint or stranger:
+                raise CacheError(
+                    f"This cache was made for {cache.fingerprint}{' by another engine' * stranger},"
+                    f" but the model is {self.fingerprint}. Make a cache with engine.new_cache() of"
+                    " the engine attached to this model."
+                )
+            return cache
+        if cache is not None and (
+            type(cache) is not DynamicCache or cache.offloading or cache.get_seq_length()
+        ):
+            length = f" of {cache.get_seq_length()} tokens" if isinstance(cache, Cache) else ""
+            raise CacheError(
+                f"past_key_values is a {type(cache).__name__}{length}. While the engine is"
+                " attached, pass engine.new_cache(), an empty DynamicCache, or nothing."
+            )
+        if cache is None:
+            return self._made()
+        recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
+        ours = self._made(cache)
+        if recording:
+            ours.activate_past_recording()
+        return ours
+
+    def _made(self, place: Cache | None = None) -> EngineCache:
+        """An empty cache, in the place of a caller's own where there is one."""
+        cache = self._maker.make()
+        if place is not None:
+            cache = cache.become(place)
+        if not self._calls.any:  # passes inside a generate(), guidance for one, replace nothing
+            self._maker.newest.passed(cache)
+        return cache
+
+    @uncompiled
+    def _after_forward(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        cache = kwargs.get(self._cache_names[id(module)])
+        if not isinstance(cache, EngineCache):
+            return None
+        cache.check_attended()
+        cache.note_ids(kwargs)
+        if module is self._model:
+            kinds, cache.spread = cache.spread, None
+            if kinds is not None:
+                dedup.spread(output, cache, kinds)
+        return _without(cache, output) if cache is self._passing else None
+
+
+def _without(cache: EngineCache, output: Any) -> Any:
+    """The output of a forward pass, which nobody asked to return a cache."""
+    if isinstance(output, tuple):
+        return tuple(x for x in output if x is not cache)
+    return type(output)(**{name: x for name, x in output.items() if x is not cache})

@@ -1,0 +1,207 @@
+"""One layer of an engine cache, as transformers knows layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvpress import host
+from kvpress.errors import CacheError
+from kvpress.hf.inline import Keys
+from kvpress.ops.shapes import FLOATS
+from kvpress.pipe.forward import attend
+from kvpress.pipe.state.channels import with_counts, with_positions
+from kvpress.pipe.state.context import Run
+from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.tokens import Tokens
+from kvpress.types import LayerKind
+
+_TAG = "kvpress_layer"  # the attribute by which a returned key tensor names its cache layer
+
+
+class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer: answers transformers' layer contract and hands the tokens to its pipe.
+
+    `update` returns the new keys and values only. The attention function finds this layer through
+    the key tensor, attends over the store, and clears `waiting`.
+    """
+
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, kind: LayerKind, run: Run) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.state = Layer(kind, run)
+        self.is_sliding = kind.window is not None
+        self.waiting: Tensor | None = None  # the values that wait for the attention function
+        self._accepted: tuple[Any, ...] | None = None  # shapes of the last decode step
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the pipe makes its store with the first tokens."""
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Tensor]:
+        """Takes keys and values `[B, H, P, D]`; returns them tagged for the attention function.
+
+        A model that computes attention by itself gets `Keys` instead, which attend in the end.
+        """
+        if self.state.kind.inline:
+            return self._update_inline(key_states, value_states)
+        self._check(key_states, value_states)
+        self.is_initialized = True
+        self.waiting = value_states
+        setattr(key_states, _TAG, self)
+        return key_states, value_states
+
+    def _update_inline(self, key: Tensor, value: Tensor) -> tuple[Keys, Tensor]:
+        copies = max(1, key.shape[1] // self.state.kind.heads)  # of a KV head, one per query head
+        own_key, own_value = key[:, ::copies], value[:, ::copies]
+        self._check(own_key, own_value)
+        self.is_initialized = True
+        self.waiting = own_value
+
+        def attends(query: Tensor, valid_BP: Tensor | None, scaling: float) -> Tensor:
+            return self.attend(query, own_key, own_value, valid_BP, scaling, 0.0)
+
+        return Keys(key, self.state.kind.slopes is not None, attends), value
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        valid_BP: Tensor | None,
+        scaling: float,
+        softcap: float,
+    ) -> Tensor:
+        """The attention output `[B, N, P, D]` of the tokens that `update` took, once."""
+        if self.waiting is not value:
+            again = "a second time" if self.waiting is None else "with other values"
+            raise CacheError(
+                f"Layer {self.state.kind.index} is attended to {again} in one forward pass: the"
+                " model splits its attention or changes the values after the cache returned them,"
+                " which this engine does not support. Use another model."
+            )
+        self.waiting = None
+        valid_BP = None if valid_BP is None else valid_BP.cpu()
+        tokens, slopes = Tokens(query, key, value, scaling, softcap), self.state.kind.slopes
+        if slopes is not None:
+            tokens = with_positions(tokens, slopes, self.state.seen_before(len(key)), valid_BP)
+        if self.state.counts_tokens:
+            tokens = with_counts(tokens)
+        return attend(self.state, tokens, valid_BP)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Logical length after the new tokens, and offset 0: masks always cover everything seen."""
+        return self.state.columns_seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """The logical length: columns seen, padding included, whatever is stored."""
+        return self.state.columns_seen
+
+    def get_max_length(self) -> int:
+        """The window of a sliding layer, else -1: no maximum."""
+        return -1 if self.state.kind.window is None else self.state.kind.window
+
+    get_max_cache_shape = get_max_length  # its name in older transformers
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether `crop` can take tokens back exactly."""
+        return self.state.is_croppable
+
+    @property
+    def record_past(self) -> bool:
+        """Whether the tokens of a forward pass may be taken back until the next one."""
+        return self.state.run.recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.state.run.recording = value
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held; -1 before the first tokens."""
+        return len(self.state.seen_B) or -1
+
+    def reset(self) -> None:
+        """Forgets every token."""
+        self.state.reset()
+        self.waiting, self._accepted, self.is_initialized = None, None, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last `-tokens_to_remove` tokens.
+
+        Raises CacheError where that cannot be exact.
+        """
+        if tokens_to_remove > 0:
+            raise CacheError(
+                f"crop({tokens_to_remove}): give the number of tokens to remove as a negative"
+                " integer, as transformers 5 does."
+            )
+        self.state.crop(-int(tokens_to_remove))  # transformers 5.16 counts in tensors
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes what sequence `beam_idx[i]` was."""
+        self.select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every sequence `repeats` times."""
+        self.select([b for b in range(len(self.state.seen_B)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences at `indices` (integers, or one boolean per sequence)."""
+        if self.state.store is None:
+            return
+        chosen = host.arange(len(self.state.seen_B))[torch.as_tensor(indices, device="cpu")]
+        self.select(chosen.tolist())
+
+    def select(self, index: list[int]) -> None:
+        """Sequence i becomes what sequence `index[i]` was."""
+        self.state.select_sequences(index)
+        self._accepted = None
+
+    def offload(self) -> None:
+        """Refused: tiers are the store's own business."""
+        raise CacheError(
+            "This cache cannot be offloaded by transformers. Do not pass offloading=True."
+        )
+
+    prefetch = offload
+
+    def _check(self, key: Tensor, value: Tensor) -> None:
+        given = (key.shape, value.shape[3], key.dtype)
+        if given == self._accepted:  # as usual: a decode step like the one before
+            return
+        self._check_shapes(key, value)
+        if key.shape[2] == 1 and self.state.store is not None:
+            self._accepted = given
+
+    def _check_shapes(self, key: Tensor, value: Tensor) -> None:
+        store, kind = self.state.store, self.state.kind
+        if key.dtype not in FLOATS:
+            raise CacheError(
+                f"Layer {kind.index} got keys of {key.dtype}. Allowed: torch.float32,"
+                " torch.bfloat16, torch.float16. Was the model changed while an engine is attached?"
+            )
+        allowed = (key.shape[0], kind.heads, key.shape[3], value.shape[3], key.dtype)
+        if store is not None:
+            widths = self.state.key_width, self.state.value_width
+            allowed = (store.sequences, kind.heads, *widths, self.state.token_dtype)
+        given = (*key.shape[:2], key.shape[3], value.shape[3], key.dtype)
+        if given != allowed:
+            raise CacheError(
+                f"Layer {kind.index} got (batch, KV heads, key width, value width, dtype) ="
+                f" {given}, but this cache holds {allowed}. Make a new cache with"
+                " engine.new_cache() for another model or batch."
+            )
+
+
+def tagged_layer(key: Tensor) -> EngineLayer | None:
+    """The cache layer that returned this key tensor, if it is one of ours."""
+    return getattr(key, _TAG, None)

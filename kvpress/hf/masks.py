@@ -1,0 +1,151 @@
+"""Masks: which new tokens are real. Everything else follows from positions and what is stored."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function
+
+from kvpress.errors import MaskError
+from kvpress.hf.cache import EngineCache
+from kvpress.hf.compat import uncompiled
+
+_NOT_PLAIN = (
+    "The model asks for an attention pattern that is not plain causal or sliding-window (packed"
+    " sequences, bidirectional blocks or a custom mask function). Only padding masks are supported."
+)
+
+
+@uncompiled
+def new_token_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' mask function: `[B, P]` bool, which new tokens are real; None if all are.
+
+    Causality and sliding windows follow from logical positions; stored slots are real by
+    construction.
+    """
+    if not allow_is_causal_skip:
+        raise MaskError(_NOT_PLAIN)
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != (batch_size, kv_length):
+        raise MaskError(
+            f"The attention mask has shape {tuple(attention_mask.shape)}, but"
+            f" {kv_length - q_length} cached + {q_length} new tokens of {batch_size} sequences need"
+            f" ({batch_size}, {kv_length}). Pass a mask that covers every token seen, evicted ones"
+            " included."
+        )
+    valid_BP = attention_mask[:, kv_length - q_length :].bool()
+    return None if bool(valid_BP.all()) else valid_BP
+
+
+@uncompiled
+def inline_token_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Any = causal_mask_function,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor:
+    """The same for models that compute attention by themselves, and always want a mask."""
+    plain = mask_function is causal_mask_function
+    valid_BP = new_token_mask(batch_size, q_length, kv_length, allow_is_causal_skip=plain, **kwargs)
+    if valid_BP is None:
+        return torch.ones(batch_size, q_length, dtype=torch.bool, device=kwargs.get("device"))
+    return valid_BP
+
+
+def with_mask(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a pass without a cache, with a mask where neither it nor positions are.
+
+    Without one, transformers looks for packed sequences in the positions that it made itself, and
+    always finds some while torch.compile traces it.
+    """
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    known = given.get("attention_mask"), given.get("position_ids")
+    if tokens is None or any(x is not None for x in known):
+        return given
+    mask_BP = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    return given | {"attention_mask": mask_BP}
+
+
+def refuse_packing(given: dict[str, Any]) -> None:
+    """Raises MaskError where positions begin again: transformers then sees packed sequences.
+
+    It looks for them where there is neither a mask nor a cache.
+    """
+    position = given.get("position_ids")
+    if position is None or given.get("attention_mask") is not None:
+        return
+    if bool((position.diff(dim=-1) != 1).any()):
+        raise MaskError(_NOT_PLAIN)
+
+
+def refuse_mask(mask: Tensor) -> NoReturn:
+    """Raises MaskError for a mask that is not one of padding."""
+    raise MaskError(
+        f"The attention mask has shape {tuple(mask.shape)} and dtype {mask.dtype}. Only 2-D padding"
+        " masks [batch, tokens] are supported: custom 4-D masks cannot be honoured by a ragged"
+        " cache."
+    )
+
+
+def check_mask(cache: EngineCache, given: dict[str, Any]) -> None:
+    """Raises MaskError if a mask denies tokens that are stored, revives padding, or is missing.
+
+    A decode step compares only how many tokens are real, and on a GPU nothing: reading the mask
+    would make every step wait.
+    """
+    mask, tokens = given.get("attention_mask"), given.get("input_ids")
+    seen, known_B = cache.columns_seen, cache.states[0].seen_B
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None or not seen or len(known_B) != len(tokens):
+        return
+    if mask is None and cache.ids.ended:
+        _check_positions(given.get("position_ids"), tokens, known_B, seen)
+    if not isinstance(mask, Tensor) or mask.shape != (len(known_B), seen + tokens.shape[1]):
+        return
+    if tokens.shape[1] == 1 and mask.device.type != "cpu":
+        return
+    marked_BT = mask[:, :seen].bool()
+    if not torch.equal(marked_BT.sum(1).cpu(), known_B):
+        raise MaskError(
+            f"The attention mask marks {marked_BT.sum(1).tolist()} of the cached tokens as real,"
+            f" but the cache has seen {known_B.tolist()}. Pass the same mask for them as before."
+            " Mark padding with 0, also what generate() fed a sequence after its end."
+        )
+    if tokens.shape[1] > 1 and cache.ids.columns == seen:
+        other_BT = marked_BT != cache.ids.real().to(marked_BT.device)
+        if bool(other_BT.any()):
+            sequence, column = other_BT.nonzero()[0].tolist()
+            raise MaskError(
+                f"The attention mask marks column {column} of sequence {sequence} as"
+                f" {'real' if marked_BT[sequence, column] else 'padding'}, but it was not when the"
+                " cache saw it. Pass the same mask for the cached tokens as before."
+            )
+
+
+def _check_positions(position: Any, tokens: Tensor, known_B: Tensor, seen: int) -> None:
+    """Raises MaskError if tokens after a sequence's early end, without a mask, stand elsewhere."""
+    if isinstance(position, Tensor) and tokens.shape[1] == 1 and position.device.type != "cpu":
+        return  # a step must not wait
+    offset_P = torch.arange(tokens.shape[1], device=known_B.device)
+    right_BP = known_B[:, None] + offset_P
+    if isinstance(position, Tensor) and bool((position.to(known_B.device) == right_BP).all()):
+        return
+    raise MaskError(
+        f"Sequences of this cache met their end early: {known_B.tolist()} of {seen} columns are"
+        " real, and without a mask that says so new tokens get wrong positions. Pass an"
+        f" attention_mask of {seen} + {tokens.shape[1]} columns. Mark padding with 0, also what"
+        " generate() fed a sequence after its end."
+    )

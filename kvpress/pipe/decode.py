@@ -1,0 +1,138 @@
+"""The decode step of one layer: append, attend over the pages, observe, evict what is over.
+
+Where what a policy adds up and ranks by is declared, the whole step is one operator call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpress import ops
+from kvpress.formulas.sums import Observation
+from kvpress.host import lasting
+from kvpress.pipe.evict import evict
+from kvpress.pipe.stages.absorb import absorb_one
+from kvpress.pipe.stages.allocate import grow
+from kvpress.pipe.stages.observe import observe, some
+from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.tokens import Tokens
+from kvpress.store.base import KEY, MASS, POSITION, VALUE
+
+
+def run_decode(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
+    """Attention output `[b, N, 1, D]` of one new token per sequence; rows end at their quotas.
+
+    group: the sequences, None for all of them.
+    """
+    if not torch.is_grad_enabled():  # as usual; entering no_grad costs as much as a tensor
+        return _run(layer, group, tokens)
+    with torch.no_grad():
+        return _run(layer, group, tokens)
+
+
+def _run(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
+    if group is None:
+        layer.count_decoded(1)
+        over = 0
+        if _is_due(layer, 0):
+            if layer.grows:
+                grow(layer)
+            over = layer.excess + 1
+        observation = _fusable(layer, over)
+        if observation is not None:
+            return _run_fused(layer, tokens, over > 0, observation)
+        group = list(range(len(layer.seen_B)))
+        due = over > 0
+    else:
+        layer.count_decoded(1, group)
+        due = _is_due(layer, group[0])
+        if due and layer.grows:
+            grow(layer)
+    return _run_stages(layer, group, tokens, due)
+
+
+def _is_due(layer: Layer, sequence: int) -> bool:
+    """Whether this step of a sequence is one that may evict."""
+    interval = layer.limits.interval if layer.limits else 0
+    return interval == 1 or (interval > 1 and layer.decoded(sequence) % interval == 0)
+
+
+def _fusable(layer: Layer, over: int) -> Observation | None:
+    """What to observe, if one operator call can do the whole step; otherwise None."""
+    recipe = layer.recipe
+    if recipe.accumulates and not recipe.adds_attention:
+        return None
+    if recipe.formats and ops.backends()[layer.rows.device.type] != "cpu":
+        return None  # elsewhere a victim among old slots is found by the stages
+    if over > (0 if recipe.rank is None else 1):
+        return None
+    if (over > 0 or recipe.accumulates) and layer.rows.shares:
+        return None  # the operator would write to pages of other beams or forks
+    if not recipe.accumulates:
+        return _NOTHING
+    observation = recipe.stage("observe").observe(layer.step(0, 1))
+    return None if observation is None or observation.weight != 1.0 else observation
+
+
+def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observation) -> Tensor:
+    rows, recipe = layer.rows, layer.recipe
+    rows.reserve_one()
+    pools = (
+        *(rows.pool(name) for name in (KEY, VALUE, POSITION)),
+        rows.pool(MASS) if recipe.accumulates else None,
+    )
+    bounds = (*layer.bounds(), layer.limits.sink if layer.limits else 0)
+    rank, merges = recipe.rank or "position", evicts and recipe.merging is not None
+    old, layouts = rows.old()
+    with layer.timed("decode attention"):
+        out_BN1D = ops.decode_step(
+            *tokens[:3],
+            *pools,
+            *rows.operands(),
+            *bounds,
+            evicts and not merges,
+            rank,
+            observation.noise,
+            observation.tau,
+            observation.seed,
+            layer.kind.index,
+            tokens.scaling,
+            tokens.softcap,
+            old=old,
+            layouts=layouts,
+        )
+    if merges:
+        with layer.timed("merge"):
+            absorb_one(layer, pools, bounds, rank)
+    layer.count_step(evicts)
+    return out_BN1D
+
+
+@lasting
+def _run_stages(layer: Layer, group: list[int], tokens: Tokens, due: bool) -> Tensor:
+    """The step in its parts, for policies with code of their own and for parts of a batch."""
+    rows = layer.rows
+    with layer.timed("store"):
+        layer.append(tokens, group, layer.seen_B[group] - 1)
+    excess_bH = rows.counts_BH[group] - layer.quota_BH[group]
+    evicts = due and bool((excess_bH > 0).any())
+    looks = evicts or layer.recipe.accumulates
+    request = layer.recipe.stage("observe").observe(layer.step(group[0], 1)) if looks else None
+    with layer.timed("decode attention"):
+        out_bN1D, weights_bN1S = rows.attend(
+            tokens.query_bNPD,
+            some(layer, group),
+            tokens.scaling,
+            tokens.softcap,
+            request is not None,
+        )
+    if looks:
+        with layer.timed("observe"):
+            slots = observe(layer, group, weights_bN1S, request, layer.seen_B[group])
+    if evicts:
+        evict(layer, group, slots, excess_bH)
+    return out_bN1D
+
+
+_NOTHING = Observation()  # for steps that keep no mass: the operator then observes nothing

@@ -1,0 +1,120 @@
+"""Tokens that may still be taken back, as speculative decoding feeds them.
+
+They are stored and attended to at once. What they do to the rows (what the policy adds up, and
+evictions) happens when the next forward pass shows which of them stayed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvpress.formulas.attention import prompt_attention
+from kvpress.formulas.sums import Observation
+from kvpress.host import lasting
+from kvpress.pipe.evict import evict
+from kvpress.pipe.stages.allocate import grow
+from kvpress.pipe.stages.observe import observe
+from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.tokens import Tokens
+from kvpress.policy.slots import Slots
+from kvpress.store.base import KEY, POSITION, VALUE
+
+_BLOCK = 32  # queries that `decode_rows` takes at once
+
+
+def run_drafts(layer: Layer, tokens: Tokens) -> Tensor:
+    """Attention output `[B, N, P, D]` of drafted tokens of all sequences, which are then stored."""
+    layer.changes()
+    outputs, group = [], list(range(len(layer.seen_B)))
+    for start in range(0, tokens.key_bHPD.shape[2], _BLOCK):
+        block = tokens.part(start, start + _BLOCK)
+        new = block.key_bHPD.shape[2]
+        with layer.timed("store"):
+            layer.append(block, group, layer.seen_B)
+        layer.advance(new, layer.seen_B + new, padded=False)
+        with layer.timed("decode attention"):
+            outputs.append(_attend(layer, block))
+        layer.drafted += new
+    return torch.cat(outputs, dim=2)
+
+
+def _attend(layer: Layer, tokens: Tokens) -> Tensor:
+    rows = layer.rows
+    if layer.kind.window is not None:  # a row is short, and each token sees another part of it
+        columns = rows.dense_by_position(range(rows.sequences))
+        dtype = tokens.key_bHPD.dtype
+        key, value = columns[KEY].to(dtype), columns[VALUE].to(dtype)
+        rest = (columns[POSITION], tokens.scaling, tokens.softcap, layer.kind.window)
+        return prompt_attention(tokens.query_bNPD, key, value, *rest)
+    watched = _request(layer, 0) is not None
+    out_bNPD, weights_bNPS = rows.attend(
+        tokens.query_bNPD, None, tokens.scaling, tokens.softcap, watched
+    )
+    if weights_bNPS is not None:
+        layer.draft_weights.append(weights_bNPS)
+    return out_bNPD
+
+
+@lasting
+@torch.no_grad()
+def commit(layer: Layer) -> None:
+    """Makes the drafted tokens that were not taken back final: they count as decoded."""
+    tokens, weights = layer.drafted, _joined(layer.draft_weights)
+    if tokens == 0:
+        return
+    layer.changes()
+    layer.note_peak()
+    layer.drafted, layer.draft_weights = 0, []
+    everybody = list(range(len(layer.seen_B)))
+    groups = [everybody] if layer.in_step else [[b] for b in everybody]
+    for group in groups:
+        part = None if weights is None else weights[group]
+        _commit(layer, group, tokens, part)
+    layer.run.broken = None
+
+
+def _commit(layer: Layer, group: list[int], tokens: int, weights_bNPS: Tensor | None) -> None:
+    before, interval = layer.decoded(group[0]), layer.limits.interval if layer.limits else 0
+    due = interval > 0 and before // interval < (before + tokens) // interval
+    if due and layer.grows:
+        grow(layer)
+    excess_bH = layer.rows.counts_BH[group] - layer.quota_BH[group]
+    evicts = due and bool((excess_bH > 0).any())
+    with layer.timed("observe"):
+        for token in range(tokens):
+            layer.count_decoded(1, group)
+            if layer.recipe.accumulates or (evicts and token == tokens - 1):
+                slots = _observe(layer, group, weights_bNPS, token, tokens)
+    if evicts:
+        evict(layer, group, slots, excess_bH)
+
+
+def _observe(
+    layer: Layer, group: list[int], weights_bNPS: Tensor | None, token: int, tokens: int
+) -> Slots:
+    """The slots as one of the tokens leaves them."""
+    request, weights_bN1S = _request(layer, group[0]), None
+    if weights_bNPS is not None and request is not None:
+        weights_bN1S = weights_bNPS[:, :, token : token + 1]
+        held = int(layer.rows.counts_BH[group].max())
+        weights_bN1S = F.pad(weights_bN1S, (0, max(0, held - weights_bN1S.shape[-1])))
+    seen_b = layer.seen_B[group] - (tokens - 1 - token)
+    return observe(layer, group, weights_bN1S, request, seen_b)
+
+
+def _request(layer: Layer, sequence: int) -> Observation | None:
+    """What the policy wants to know of a decoded token, if it ever uses it."""
+    evicts = layer.limits is not None and layer.limits.interval > 0
+    if not evicts and not layer.recipe.accumulates:
+        return None
+    return layer.recipe.stage("observe").observe(layer.step(sequence, 1))
+
+
+def _joined(blocks: list[Tensor]) -> Tensor | None:
+    """The weights of all blocks `[B, N, P, S]`; a token has none at slots that came after it."""
+    if not blocks:
+        return None
+    slots = max(block.shape[-1] for block in blocks)
+    return torch.cat([F.pad(x, (0, slots - x.shape[-1])) for x in blocks], dim=2)

@@ -1,0 +1,179 @@
+"""The pipe of one layer: new tokens in, attention output out, rows at their quotas.
+
+A forward pass may mean different things to the sequences of a batch: a prompt chunk to one, a
+decode step to another, nothing but padding to a third. Each is treated as if it were alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpress.errors import CacheError
+from kvpress.host import lasting
+from kvpress.pipe.decode import run_decode
+from kvpress.pipe.drafts import commit, run_drafts
+from kvpress.pipe.layer_budgets import foresee, trim
+from kvpress.pipe.prompt import run_prompt, store_prompt
+from kvpress.pipe.stages.allocate import set_quotas
+from kvpress.pipe.stages.format import settle, watch
+from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.tokens import Tokens
+
+
+class Group(NamedTuple):
+    """Sequences that take the same path together, with the same number of new tokens."""
+
+    sequences: list[int]
+    decodes: bool
+
+
+def attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
+    """Attention output `[B, N, P, D]` of new tokens, which are then stored and compressed.
+
+    valid_BP: host bool, False for padding, whose output is zero; None means that all tokens are
+    real. One new token of a sequence that has seen others is a decode step, everything else is a
+    prompt. Raises BudgetError before anything changes.
+    """
+    if torch.is_inference_mode_enabled() and not _is_step(layer, tokens, valid_BP):
+        return _attend_outside(layer, tokens, valid_BP)
+    return _pass(layer, tokens, valid_BP)
+
+
+def _is_step(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> bool:
+    """Whether this is a decode step that makes next to nothing that lasts.
+
+    Leaving inference mode costs such a step a tenth; the few places where it makes something do so
+    themselves. Counts on another device, packing, merging and drafts make something in every step.
+    """
+    single = tokens.key_bHPD.shape[2] == 1 and valid_BP is None and layer.store is not None
+    if not single or layer.run.recording or layer.drafted or not layer.rows.on_host:
+        return False
+    return layer.recipe.merging is None and not layer.recipe.formats and layer.in_step
+
+
+def _pass(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
+    if layer.store is None:
+        layer.start(tokens.key_bHPD, tokens.value_bHPD)
+    drafted = layer.run.recording and layer.run.drafted(
+        tokens.key_bHPD.shape[2], first=layer.columns_seen == 0
+    )
+    if drafted and valid_BP is not None:
+        raise CacheError(
+            "Speculative decoding (activate_past_recording) of a batch with padding among the"
+            " new tokens is not supported. Draft as many tokens for every sequence."
+        )
+    if drafted and layer.recipe.shares and drafted < tokens.key_bHPD.shape[2]:
+        raise CacheError(
+            f"{layer.recipe} divides its budget among the layers once a prompt has passed all of"
+            " them, and this pass holds a prompt and drafted tokens. Read the prompt in a pass of"
+            " its own before speculative decoding starts, or use a policy with equal budgets."
+        )
+    with layer.rows.lock:
+        if layer.drafted:
+            commit(layer)
+            settle(layer)
+        out = _with_drafts(layer, tokens, drafted) if drafted else _attend(layer, tokens, valid_BP)
+        if not layer.drafted:
+            settle(layer)
+    layer.run.broken = None
+    return out
+
+
+_attend_outside = lasting(_pass)
+
+
+def _with_drafts(layer: Layer, tokens: Tokens, drafted: int) -> Tensor:
+    """The output of tokens of which the last ones may be taken back."""
+    new = tokens.key_bHPD.shape[2]
+    certain, drafts = tokens.part(0, new - drafted), tokens.part(new - drafted, new)
+    outputs = [_attend(layer, certain, None)] if new > drafted else []
+    return torch.cat([*outputs, run_drafts(layer, drafts)], dim=2)
+
+
+def _attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
+    columns = tokens.key_bHPD.shape[2]
+    if columns == 1 and valid_BP is None and layer.in_step:
+        layer.advance_one()
+        watch(layer, range(len(layer.seen_B)), tokens)
+        return run_decode(layer, None, tokens)
+    before_B = layer.seen_B
+    new_B = torch.full_like(before_B, columns) if valid_BP is None else valid_BP.sum(1)
+    groups = _groups(layer, new_B, columns, padded=valid_BP is not None)
+    prompts = [b for group in groups if not group.decodes for b in group.sequences]
+    if layer.recipe.shares:
+        foresee(layer, prompts, (before_B + new_B)[prompts])
+    set_quotas(layer, prompts, (before_B + new_B)[prompts])
+    layer.advance(columns, before_B + new_B, padded=valid_BP is not None)
+
+    outputs, survivors, chunks = [], [], []
+    for group in groups:
+        part = _take(tokens, group.sequences, valid_BP)
+        watch(layer, group.sequences, part)
+        if group.decodes:
+            outputs.append(run_decode(layer, group.sequences, part))
+            continue
+        before_b = before_B[group.sequences]
+        out, kept = run_prompt(layer, group.sequences, part, before_b)
+        outputs.append(out)
+        survivors.append(kept)
+        chunks.append((part, before_b))
+    store_prompt(layer, survivors, chunks)
+    if layer.recipe.shares:
+        trim(layer, prompts)
+    if valid_BP is None and len(groups) == 1:
+        return outputs[0]
+    return _scatter(tokens, groups, outputs, valid_BP)
+
+
+def _groups(layer: Layer, new_B: Tensor, columns: int, padded: bool) -> list[Group]:
+    """Who goes together: everybody where all are alike, otherwise each sequence alone.
+
+    Of one new column, with padding where sequences have met their end, the decode steps that are
+    alike go together.
+    """
+    decodes_B = (new_B == 1) & (layer.seen_B > 0)
+    state_BX = torch.cat(
+        [layer.seen_B[:, None], layer.rows.counts_BH], dim=1
+    )  # prompts that start alike are one batch
+    if bool(decodes_B.all()):
+        state_BX = layer.decoded_B[:, None]  # rows of any length decode together
+    if not padded and bool((state_BX == state_BX[:1]).all()):
+        return [Group(list(range(len(new_B))), bool(decodes_B.all()))]
+    together: dict[tuple[bool, int], list[int]] = {}
+    for b, decoded in enumerate(layer.decoded_B.tolist()):
+        if new_B[b] > 0:
+            decodes = bool(decodes_B[b])
+            key = (True, decoded) if decodes and columns == 1 else (decodes, -1 - b)
+            together.setdefault(key, []).append(b)
+    return [Group(group, decodes) for (decodes, _), group in together.items()]
+
+
+def _take(tokens: Tokens, group: list[int], valid_BP: Tensor | None) -> Tokens:
+    """The real tokens of some sequences: of all, of one, or one token of each."""
+    query, key, value = tokens.query_bNPD, tokens.key_bHPD, tokens.value_bHPD
+    if len(group) < len(key):
+        index_b = torch.tensor(group, dtype=torch.int64, device=key.device)
+        query, key, value = (x.index_select(0, index_b) for x in (query, key, value))
+    if valid_BP is not None and len(group) == 1:
+        real_P = valid_BP[group[0]].nonzero().flatten().to(key.device)
+        query, key, value = (x.index_select(2, real_P) for x in (query, key, value))
+    return Tokens(query, key, value, tokens.scaling, tokens.softcap)
+
+
+def _scatter(
+    tokens: Tokens, groups: list[Group], outputs: list[Tensor], valid_BP: Tensor | None
+) -> Tensor:
+    """The outputs of groups of a batch, at the columns of their tokens; zeros elsewhere."""
+    width = tokens.value_bHPD.shape[-1]
+    out_BNPD = tokens.query_bNPD.new_zeros(*tokens.query_bNPD.shape[:3], width)
+    for group, out in zip(groups, outputs, strict=True):
+        if len(group.sequences) > 1:  # one token of each
+            out_BNPD[group.sequences] = out
+            continue
+        (b,) = group.sequences
+        columns = slice(None) if valid_BP is None else valid_BP[b].to(out.device)
+        out_BNPD[b, :, columns] = out[0]
+    return out_BNPD

@@ -1,0 +1,206 @@
+"""The prompt phase of one layer: attend exactly, observe, score, select, and store what stays.
+
+Each layer is compressed as soon as it has attended, so that the peak is the compressed cache plus
+one full layer. A prompt chunk or chat turn on top of stored tokens takes the same path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvpress import host, ops
+from kvpress.formulas.attention import prompt_attention
+from kvpress.formulas.sums import Observation, over_group
+from kvpress.pipe.layer_budgets import plan
+from kvpress.pipe.stages.absorb import survive
+from kvpress.pipe.stages.observe import attend_and_sum, prompt_sums
+from kvpress.pipe.stages.select import select
+from kvpress.pipe.stages.sparsify import choose
+from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.tokens import Tokens
+from kvpress.policy.slots import Slots
+from kvpress.store import FormattedRows, Survivors
+from kvpress.store.base import KEY, MASS, POSITION, VALUE
+from kvpress.types import EMPTY
+
+_MOST_EVICTED = 256  # slots of a row that leave one by one; more are cheaper to copy
+
+
+def run_prompt(
+    layer: Layer, group: list[int], tokens: Tokens, before_b: Tensor
+) -> tuple[Tensor, Survivors]:
+    """Attention output `[b, N, P, D]` of a prompt chunk, and the slots that stay."""
+    layer.decoded_B[group] = 0
+    layer.prompted_at = layer.columns_seen
+    layer.cut = layer.cut - set(group)  # a new set: forks copy layers as they are
+    columns = _candidates(layer, group, tokens, before_b)
+    request = layer.recipe.stage("observe").observe(
+        layer.step(group[0], tokens.query_bNPD.shape[2])
+    )
+    with layer.timed("prefill attention"):
+        out_bNPD, sums_BNS = _attend(layer, tokens, columns, request)
+    with torch.no_grad():
+        return out_bNPD, _compress(layer, group, tokens, columns, request, sums_BNS)
+
+
+def _attend(
+    layer: Layer, tokens: Tokens, columns: dict[str, Tensor], request: Observation | None
+) -> tuple[Tensor, Tensor | None]:
+    """The attention output, and the sums that a policy asked for, where they come with it."""
+    query, scaling, softcap = tokens.query_bNPD, tokens.scaling, tokens.softcap
+    key, value, position = columns[KEY], columns[VALUE], columns[POSITION]
+    fresh = key is tokens.key_bHPD  # nothing was stored before
+    trains = torch.is_grad_enabled() and query.requires_grad
+    map_bNX = choose(layer, tokens, key, position, trains)
+    index = layer.kind.index
+    if request is not None and request.window is None and not trains:
+        if map_bNX is not None:
+            layer.run.notes["Attention sums of prompts are of the blocks computed."] = None
+        if fresh:
+            return attend_and_sum(
+                query, key, value, position, index, request, scaling, softcap, map_bNX
+            )
+        if map_bNX is not None:
+            out_bNPD, _ = ops.attend_blocks(query, key, value, map_bNX, scaling)
+            return out_bNPD, prompt_sums(
+                query, key, position, index, request, scaling, softcap, map_bNX
+            )
+    if map_bNX is not None:
+        return ops.attend_blocks(query, key, value, map_bNX, scaling)[0], None
+    seen = None if fresh else position
+    return prompt_attention(query, key, value, seen, scaling, softcap, layer.kind.window), None
+
+
+@torch.no_grad()
+def store_prompt(
+    layer: Layer, survivors: list[Survivors], chunks: list[tuple[Tokens, Tensor]]
+) -> None:
+    """Stores what stays: in new pages, or in place where little changed and pages are shared."""
+    if not survivors:
+        return
+    new = sum(x.nbytes for tokens, _ in chunks for x in (tokens.key_bHPD, tokens.value_bHPD))
+    layer.note_peak(new)
+    _store(layer, survivors, chunks)
+    layer.run.note_peak(new)  # layers before this one are compressed, those behind it are not yet
+
+
+def _store(layer: Layer, survivors: list[Survivors], chunks: list[tuple[Tokens, Tensor]]) -> None:
+    with layer.timed("store"):
+        evicted = any(kept.evicted for kept in survivors)
+        if evicted:
+            layer.evicted_at = layer.columns_seen
+        changed = evicted or layer.recipe.accumulates
+        if not bool(layer.rows.counts.any()) or (
+            changed and not _in_place(layer, survivors, chunks)
+        ):
+            layer.refill(survivors)
+            return
+        for kept, (tokens, before_b) in zip(survivors, chunks, strict=True):
+            layer.append(tokens, kept.sequences, before_b)
+            if changed:
+                layer.rows.retain(kept)
+        layer.rows_changed()
+
+
+def _in_place(
+    layer: Layer, survivors: list[Survivors], chunks: list[tuple[Tokens, Tensor]]
+) -> bool:
+    """Whether pages are shared and rows lose so few slots that they can stay so."""
+    if isinstance(layer.rows, FormattedRows):
+        return True  # old slots are never written again
+    if not layer.rows.shares or layer.recipe.merging is not None:  # then kept slots change too
+        return False
+    stored_BH = layer.rows.counts_BH
+    for kept, (tokens, _) in zip(survivors, chunks, strict=True):
+        lost_bH = stored_BH[list(kept.sequences)] + tokens.key_bHPD.shape[2] - kept.counts_BH
+        if int(lost_bH.max()) > _MOST_EVICTED:
+            return False
+    return True
+
+
+def _candidates(
+    layer: Layer, group: list[int], tokens: Tokens, before_b: Tensor
+) -> dict[str, Tensor]:
+    """What is stored of some sequences, in position order, followed by their new tokens: dense."""
+    batch, heads, new = tokens.key_bHPD.shape[:3]
+    device = tokens.key_bHPD.device
+    position_bP = host.arange(new) + before_b[:, None]
+    position_bHP = position_bP.to(device)[:, None].expand(batch, heads, new)
+    columns = {KEY: tokens.key_bHPD, VALUE: tokens.value_bHPD, POSITION: position_bHP}
+    if layer.recipe.accumulates:
+        columns[MASS] = torch.zeros(batch, heads, new, device=device, dtype=torch.float32)
+    if not bool((layer.rows.counts_BH[group] > 0).any()):
+        return columns
+    old = layer.rows.dense_by_position(group)
+    return {name: torch.cat([old[name].to(x.dtype), x], dim=2) for name, x in columns.items()}
+
+
+def _compress(
+    layer: Layer,
+    group: list[int],
+    tokens: Tokens,
+    columns: dict[str, Tensor],
+    request: Observation | None,
+    sums_BNS: Tensor | None,
+) -> Survivors:
+    """The slots of some sequences that stay, after observation and selection."""
+    with layer.timed("observe"):
+        slots = _observe(layer, group, tokens, columns, request, sums_BNS)
+        if slots.mass_BHS is not None:
+            columns[MASS] = slots.mass_BHS
+        if layer.recipe.shares:
+            plan(layer, group, slots)
+    with layer.timed("select"):
+        stored_BHS = slots.position_BHS != EMPTY
+        stored_BH = stored_BHS.sum(-1).cpu()
+        if bool((stored_BH <= layer.quota_BH[group]).all()):
+            kept_BHS, counts_BH = stored_BHS, stored_BH
+        else:
+            kept_BHS, counts_BH = select(layer, slots, group, stored_BH)
+            lost_b = (counts_BH < stored_BH).any(1).tolist()
+            layer.cut = layer.cut | {b for b, lost in zip(group, lost_b, strict=True) if lost}
+    if bool((counts_BH < stored_BHS.shape[-1]).any()):
+        columns = survive(layer, group, slots, kept_BHS, counts_BH)
+    return Survivors(tuple(group), columns, counts_BH, bool((counts_BH < stored_BH).any()))
+
+
+def _observe(
+    layer: Layer,
+    group: list[int],
+    tokens: Tokens,
+    columns: dict[str, Tensor],
+    request: Observation | None,
+    sums_BNS: Tensor | None,
+) -> Slots:
+    """The slots of some sequences with what the policy asked to observe and to accumulate.
+
+    sums_BNS: what was observed already, with the attention.
+    """
+    if request is not None and sums_BNS is None:
+        sums_BNS = prompt_sums(
+            tokens.query_bNPD,
+            columns[KEY],
+            columns[POSITION],
+            layer.kind.index,
+            request,
+            tokens.scaling,
+            tokens.softcap,
+        )
+    slots = Slots(
+        layer=layer.kind.index,
+        position_BHS=columns[POSITION],
+        seen_B=layer.seen_B[group].to(tokens.key_bHPD.device),
+        new_tokens=tokens.query_bNPD.shape[2],
+        fetch=columns.__getitem__,
+        attention_BHS=None if sums_BNS is None else over_group(sums_BNS, layer.kind.heads),
+        attention_BNS=sums_BNS,
+        mass_BHS=columns.get(MASS),
+        key_width=layer.key_width,
+    )
+    if layer.recipe.accumulates:
+        mass_BHS = layer.recipe.stage("accumulate").accumulate(slots).float()
+        slots = replace(slots, mass_BHS=mass_BHS)
+    return slots

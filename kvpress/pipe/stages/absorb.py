@@ -1,0 +1,129 @@
+"""What stays of a layer's rows: the kept slots, and of evicted ones what is merged into them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvpress import host, ops
+from kvpress.formulas import merging
+from kvpress.formulas.merging import Merging
+from kvpress.formulas.ranking import gather, kept_index
+from kvpress.pipe.state.layer import Layer
+from kvpress.policy.slots import Slots
+from kvpress.store.base import KEY, POSITION, VALUE
+from kvpress.types import EMPTY
+
+
+def survive(
+    layer: Layer,
+    group: Sequence[int],
+    slots: Slots,
+    kept_BHS: Tensor,
+    counts_BH: Tensor,
+    goes_on: bool = False,
+) -> dict[str, Tensor]:
+    """The columns of the slots that stay of some sequences, dense `[b, H, K, ...]`.
+
+    counts_BH: how many stay of each row, on the host. goes_on: whether this is a part of the
+    eviction before: then the threshold of merging stays where that one set it.
+    """
+    with layer.timed("select"):
+        index_BHK = kept_index(kept_BHS, counts_BH)
+        columns = {name: gather(slots.fetch(name), index_BHK) for name in layer.rewritten}
+    rule = layer.recipe.merging
+    evicted_BHS = (slots.position_BHS != EMPTY) & ~kept_BHS
+    if rule is not None and bool(evicted_BHS.any()):
+        with layer.timed("merge"):
+            part = rule._replace(memory=1.0, gain=0.0) if goes_on else rule
+            columns |= _absorb(layer, group, slots, columns, evicted_BHS, counts_BH, part)
+    return columns
+
+
+def absorb_one(
+    layer: Layer,
+    pools: tuple[Tensor | None, ...],
+    bounds: tuple[Tensor, Tensor, Tensor, int],
+    rank: str,
+) -> None:
+    """One eviction of rows above their quotas, merged, while decoding: one operator call.
+
+    pools: keys, values, positions and masses; they are changed in place. bounds: tokens seen,
+    quotas, protected last tokens and sinks.
+    """
+    rule, turns = layer.recipe.merging, layer.rotation
+    assert rule is not None, "only recipes that merge absorb"
+    turning: tuple[Tensor | None, bool, int] = (None, False, 0)
+    if rule.keys == "unrotated" and turns is not None:
+        frequency_F = turns.frequency_F.to(layer.rows.device)  # the model may have moved
+        turning = (frequency_F, turns.interleaved, turns.start)
+    ops.absorb_step(
+        *pools,
+        *layer.rows.operands(),
+        *bounds,
+        rank,
+        layer.threshold_B,
+        *turning,
+        layer.key_width,
+        rule.own,
+        *rule.motion,
+        rule.largest,
+        rule.normalised,
+        rule.together,
+        rule.keys != "values_only",
+        rule.sinks,
+        rule.counts,
+    )
+
+
+def _absorb(
+    layer: Layer,
+    group: Sequence[int],
+    slots: Slots,
+    columns: dict[str, Tensor],
+    evicted_BHS: Tensor,
+    counts_BH: Tensor,
+    rule: Merging,
+) -> dict[str, Tensor]:
+    """The kept keys and values with the evicted ones merged into them."""
+    losses_BH = evicted_BHS.sum(-1)
+    index_BHE = kept_index(evicted_BHS, losses_BH)
+    lost_BHE = torch.arange(index_BHE.shape[2], device=losses_BH.device) < losses_BH[..., None]
+    if rule.together:  # ranks are those of positions, and slots may stand in any order
+        position_BHE = slots.position_BHS.gather(2, index_BHE).masked_fill(~lost_BHE, 2**31 - 1)
+        index_BHE = index_BHE.gather(2, position_BHE.argsort(dim=-1, stable=True))
+    key_BHCD, position_BHC = columns[KEY], columns[POSITION]
+    stays_BHC = host.arange(key_BHCD.shape[2]) < counts_BH[..., None]
+    allowed_BHC = stays_BHC.to(position_BHC.device)
+    if not rule.sinks and layer.limits is not None:
+        allowed_BHC = allowed_BHC & (position_BHC >= layer.limits.sink)
+    evicted_BHED = gather(slots.fetch(KEY), index_BHE)
+    width = layer.key_width
+    similarity_BHE, target_BHE = ops.match_keys(
+        evicted_BHED[..., :width], key_BHCD[..., :width], allowed_BHC
+    )
+    real_BHE = lost_BHE & (target_BHE >= 0)
+    target_BHE = target_BHE.clamp_min(0)
+
+    threshold_b = layer.threshold_B[list(group)]
+    threshold_b = merging.next_threshold(rule, threshold_b, similarity_BHE, real_BHE)
+    layer.threshold_B[list(group)] = threshold_b
+    merged_BHE = merging.merged(rule, threshold_b, similarity_BHE, real_BHE)
+    shares = merging.shares(rule, similarity_BHE, target_BHE, merged_BHE, key_BHCD.shape[2])
+    value_BHCE = shares.add(columns[VALUE], gather(slots.fetch(VALUE), index_BHE))
+    own_BHCD, extra_BHCX = key_BHCD.tensor_split((width,), dim=-1)
+    if rule.keys != "values_only":
+        lost_BHED = evicted_BHED[..., :width]
+        if rule.keys == "unrotated" and layer.rotation is not None:
+            position_BHE = slots.position_BHS.gather(2, index_BHE)
+            by_BHE = position_BHC.gather(2, target_BHE) - position_BHE
+            lost_BHED = layer.rotation.turn(lost_BHED, by_BHE)
+        own_BHCD = shares.add(own_BHCD, lost_BHED)
+    if rule.counts:
+        counts = (key_BHCD[..., -1], evicted_BHED[..., -1], target_BHE, merged_BHE)
+        extra_BHCX = torch.cat(
+            [extra_BHCX[..., :-1], merging.add_counts(*counts)[..., None]], dim=-1
+        )
+    return {KEY: torch.cat([own_BHCD, extra_BHCX], dim=-1), VALUE: value_BHCE}

@@ -1,0 +1,120 @@
+"""What is recorded while attending: column sums of attention, and the masses that policies keep."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+
+from kvpress import ops
+from kvpress.formulas.sums import Observation, step_sums
+from kvpress.pipe.state.layer import Layer
+from kvpress.policy.slots import Slots
+from kvpress.store.base import MASS, POSITION
+
+
+def attend_and_sum(
+    query_BNPD: Tensor,
+    key_BHPD: Tensor,
+    value_BHPE: Tensor,
+    position_BHP: Tensor,
+    layer: int,
+    observation: Observation,
+    scaling: float,
+    softcap: float,
+    map_BNX: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention output of a whole prompt and its `prompt_sums` over all queries, in one pass."""
+    out_BNPE, sums_BNP = ops.attend_sums(
+        query_BNPD,
+        key_BHPD,
+        value_BHPE,
+        position_BHP,
+        scaling,
+        softcap,
+        observation.noise,
+        observation.tau,
+        observation.seed,
+        layer,
+        map_BNX,
+    )
+    return out_BNPE, sums_BNP if observation.weight == 1.0 else sums_BNP * observation.weight
+
+
+def prompt_sums(
+    query_BNPD: Tensor,
+    key_BHSD: Tensor,
+    position_BHS: Tensor,
+    layer: int,
+    observation: Observation,
+    scaling: float,
+    softcap: float,
+    map_BNX: Tensor | None = None,
+) -> Tensor:
+    """Attention of a prompt chunk summed over its queries: fp32 `[B, N, S]`.
+
+    The chunk's own tokens are the last P slots, in order. With a map: over its blocks.
+    """
+    sums_BNS = ops.attention_sums(
+        query_BNPD,
+        key_BHSD,
+        position_BHS,
+        scaling,
+        softcap,
+        query_BNPD.shape[2] if observation.window is None else observation.window,
+        observation.noise,
+        observation.tau,
+        observation.seed,
+        layer,
+        map_BNX,
+    )
+    return sums_BNS if observation.weight == 1.0 else sums_BNS * observation.weight
+
+
+def stored(layer: Layer, group: list[int], seen_b: Tensor) -> Slots:
+    """The slots of some sequences as they are stored, after `seen_b` tokens."""
+    rows, part = layer.rows, some(layer, group)
+    return Slots(
+        layer=layer.kind.index,
+        position_BHS=rows.dense(POSITION, part).long(),
+        seen_B=seen_b.to(rows.device),
+        new_tokens=1,
+        fetch=partial(rows.dense, sequences=part),
+        mass_BHS=rows.dense(MASS, part) if layer.recipe.accumulates else None,
+        key_width=layer.key_width,
+    )
+
+
+def observe(
+    layer: Layer,
+    group: list[int],
+    weights_bN1S: Tensor | None,
+    request: Observation | None,
+    seen_b: Tensor,
+) -> Slots:
+    """The slots with what the policy asked to observe; what it accumulates is written back.
+
+    weights_bN1S: of the token that is number `seen_b` of its sequence, where they were asked for.
+    """
+    rows, slots = layer.rows, stored(layer, group, seen_b)
+    if request is not None and weights_bN1S is not None:
+        held = slots.position_BHS.shape[-1]
+        sums_BHS = step_sums(
+            weights_bN1S[:, :, 0, :held],
+            slots.position_BHS,
+            slots.seen_B,
+            layer.kind.index,
+            request,
+        )
+        slots = replace(slots, attention_BHS=sums_BHS)
+    if layer.recipe.accumulates:
+        mass_BHS = layer.recipe.stage("accumulate").accumulate(slots).float()
+        rows.write(MASS, mass_BHS, some(layer, group))
+        slots = replace(slots, mass_BHS=mass_BHS)
+    return slots
+
+
+def some(layer: Layer, group: list[int]) -> list[int] | None:
+    """The group for the store, or None for everybody, which saves the store an index."""
+    return None if len(group) == len(layer.seen_B) else group

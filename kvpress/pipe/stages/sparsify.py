@@ -1,0 +1,118 @@
+"""Which blocks of a prompt's attention a layer computes, where its policy leaves some out."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kvpress import ops
+from kvpress.formulas.block_map import Blocks, computed_blocks, of_slots, to_map
+from kvpress.formulas.codes import Codes, quantise_keys, quantise_queries
+from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.tokens import Tokens
+from kvpress.policy.sparsity import Thresholds
+from kvpress.types import EMPTY
+
+
+def choose(
+    layer: Layer, tokens: Tokens, key_bHSD: Tensor, position_bHS: Tensor, trains: bool
+) -> Tensor | None:
+    """The bit map of the blocks to compute, uint8 `[b, N, X]`; None for all of them.
+
+    trains: whether gradients are recorded, which only exact attention has. The blocks are counted
+    for the report, which also says why attention was computed in full.
+    """
+    limits = layer.run.thresholds
+    if limits is None:
+        return None
+    why = "passes that record gradients" if trains else None
+    why = why or _why_in_full(layer, tokens, position_bHS, limits)
+    if why:
+        layer.run.notes[f"Attention was computed in full for {why}."] = None
+        return None
+    tau_N = limits.tau_LN[layer.kind.index]
+    map_bNX = block_map(tokens.query_bNPD, key_bHSD, tokens.scaling, tau_N, limits.local)
+    blocks = Blocks(tokens.query_bNPD.shape[2], key_bHSD.shape[2])
+    layer.count_blocks(computed_blocks(map_bNX), blocks.causal)
+    return map_bNX
+
+
+def _why_in_full(
+    layer: Layer, tokens: Tokens, position_bHS: Tensor, limits: Thresholds
+) -> str | None:
+    """For which prompts and layers no block can be left out, if this is one of them."""
+    if layer.kind.window is not None:
+        return "sliding-window layers"
+    if tokens.softcap:
+        return "layers with a cap on their logits"
+    if layer.kind.slopes is not None:
+        return "layers with ALiBi"
+    if limits.tau_LN.shape[1] != tokens.query_bNPD.shape[1]:
+        return "layers whose number of query heads is not the model's"
+    if tokens.query_bNPD.shape[2] < limits.least:
+        return f"prompts of fewer than {limits.least:,} new tokens"
+    if bool((position_bHS == EMPTY).any()):
+        return "prompts that go on from rows of different lengths"
+    return None
+
+
+def sparse_attention(
+    query_BNPD: Tensor,
+    key_BHSD: Tensor,
+    value_BHSE: Tensor,
+    scaling: float,
+    tau_N: Tensor,
+    local: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention `[B, N, P, E]` of the last P slots' queries, and the blocks computed `[B, N]`."""
+    map_BNX = block_map(query_BNPD, key_BHSD, scaling, tau_N, local)
+    out_BNPE, _ = ops.attend_blocks(query_BNPD, key_BHSD, value_BHSE, map_BNX, scaling)
+    return out_BNPE, computed_blocks(map_BNX)
+
+
+def block_map(
+    query_BNPD: Tensor, key_BHSD: Tensor, scaling: float, tau_N: Tensor, local: int
+) -> Tensor:
+    """The bit map of blocks to compute: uint8 `[B, N, X]`, see blocks.py."""
+    keys, own = quantise_keys(key_BHSD), quantise_queries(query_BNPD)
+    bound_BNP = thresholds(query_BNPD, key_BHSD, keys.mean, scaling, tau_N, local)
+    shift_BNS = lost_by_smoothing(own.mean, keys)
+    return ops.estimate_blocks(
+        own.code, own.scale, keys.code, keys.scale, shift_BNS, bound_BNP, local
+    )
+
+
+def thresholds(
+    query_BNPD: Tensor,
+    key_BHSD: Tensor,
+    mean_BH1D: Tensor,
+    scaling: float,
+    tau_N: Tensor,
+    local: int,
+) -> Tensor:
+    """The least q · k' that counts, of every query: fp32 `[B, N, P]`.
+
+    With l = Σ exp(σ q·k') over the first block and the local area, exact, and keys less their mean:
+    exp(σ q·k') / l > τ is q·k' > (ln τ + ln l) / σ.
+    """
+    batch, heads, queries, _ = query_BNPD.shape
+    blocks = Blocks(queries, key_BHSD.shape[2])
+    always_BNIJ = blocks.always(local, query_BNPD.device).expand(batch, heads, -1, -1)
+    always_BNX = to_map(always_BNIJ, blocks)
+    _, lse_BNP = ops.attend_blocks(query_BNPD, key_BHSD, key_BHSD[..., :0], always_BNX, scaling)
+    # This LSE is that of whole keys: that of smoothed ones lacks q · k̄.
+    moved_BNP = _products(query_BNPD.float(), mean_BH1D).view(batch, heads, queries)
+    tau_N1 = tau_N.to(lse_BNP.device)[:, None]
+    return ((lse_BNP + tau_N1.log()) / scaling - moved_BNP).contiguous()
+
+
+def lost_by_smoothing(mean_BN1D: Tensor, keys: Codes) -> Tensor:
+    """q̄ · k' in units of the scale of each key: what smoothing the queries took from logits."""
+    own_BHGS = _products(mean_BN1D, keys.smooth)
+    own_BHGS /= of_slots(keys.scale, own_BHGS.shape[-1])[:, :, None]
+    return own_BHGS.flatten(1, 2)
+
+
+def _products(query_BNPD: Tensor, key_BHSD: Tensor) -> Tensor:
+    """q · k of every query head and the keys of its group: fp32 `[B, H, G·P, S]`."""
+    batch, heads, _, width = key_BHSD.shape
+    return query_BNPD.reshape(batch, heads, -1, width) @ key_BHSD.mT

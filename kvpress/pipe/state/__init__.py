@@ -1,0 +1,1 @@
+"""What a layer of a cache holds, and what its layers share."""

@@ -1,0 +1,69 @@
+"""Channels that the engine adds to queries and keys, so that no kernel needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+
+import torch
+from torch import Tensor
+
+from kvpress import host
+from kvpress.errors import PolicyError
+from kvpress.pipe.state.tokens import Tokens
+from kvpress.types import MOST_WIDTH
+
+_BASE = 256
+
+CHANNELS = 2  # a position as 256·a + b: half precision holds integers up to 256 exactly
+
+
+def check_counts(dtypes: Set[torch.dtype], key_width: int) -> None:
+    """Raises PolicyError where a channel cannot hold the logarithm, or there is no room for it.
+
+    key_width: channels of keys with that one. Half precision would round away what is added to
+    slots that hold many tokens already.
+    """
+    if dtypes != {torch.float32} or key_width > MOST_WIDTH:
+        raise PolicyError(
+            f"Merged tokens are counted in a channel of keys: that needs float32, here are"
+            f" {', '.join(sorted(map(str, dtypes)))}, keys of at most {MOST_WIDTH - 1} channels,"
+            f" here are {key_width - 1}. Do not count them (count_bias=false)."
+        )
+
+
+def with_counts(tokens: Tokens) -> Tokens:
+    """The tokens with one more channel in queries and keys. Raises PolicyError with a softcap."""
+    if tokens.softcap:
+        raise PolicyError(
+            f"This model caps its logits at {tokens.softcap}, and with them the effect of counts."
+            " Do not count merged tokens on this model (count_bias=false)."
+        )
+    query_BNP1, key_BHP1 = tokens.query_bNPD[..., :1], tokens.key_bHPD[..., :1]
+    query_BNP1 = torch.full_like(query_BNP1, 1 / tokens.scaling)
+    return tokens._replace(
+        query_bNPD=torch.cat([tokens.query_bNPD, query_BNP1], dim=-1),
+        key_bHPD=torch.cat([tokens.key_bHPD, torch.zeros_like(key_BHP1)], dim=-1),
+    )
+
+
+def with_positions(
+    tokens: Tokens, slopes: Sequence[float], seen_B: Tensor, valid_BP: Tensor | None
+) -> Tokens:
+    """The tokens with `CHANNELS` more channels in queries and keys.
+
+    slopes: of every query head, on scaled scores. seen_B: real tokens before these, on the host.
+    """
+    query_BNPD, key_BHPD = tokens.query_bNPD, tokens.key_bHPD
+    batch, query_heads, new, _ = query_BNPD.shape
+    offset_BP = host.arange(new)[None] if valid_BP is None else valid_BP.cumsum(1) - 1
+    position_BP = (seen_B[:, None] + offset_BP).clamp_min(0)
+    parts_BPC = torch.stack([position_BP // _BASE, position_BP % _BASE], dim=-1)
+    parts_B1PC = parts_BPC[:, None].to(key_BHPD)
+    slope_N = host.tensor(slopes, dtype=torch.float64) / tokens.scaling
+    slope_NC = torch.stack([slope_N * _BASE, slope_N], dim=-1).to(query_BNPD)
+    query = slope_NC[None, :, None].expand(batch, query_heads, new, CHANNELS)
+    key = parts_B1PC.expand(batch, key_BHPD.shape[1], new, CHANNELS)
+    return tokens._replace(
+        query_bNPD=torch.cat([query_BNPD, query], dim=-1),
+        key_bHPD=torch.cat([key_BHPD, key], dim=-1),
+    )

@@ -1,0 +1,22 @@
+"""New tokens of a layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Tokens(NamedTuple):
+    """New tokens of some sequences of one layer, all real, and how they attend."""
+
+    query_bNPD: Tensor
+    key_bHPD: Tensor
+    value_bHPD: Tensor
+    scaling: float
+    softcap: float
+
+    def part(self, start: int, end: int) -> Tokens:
+        """The tokens from number `start` on and before `end`."""
+        query, key, value = (x[:, :, start:end] for x in self[:3])
+        return Tokens(query, key, value, self.scaling, self.softcap)

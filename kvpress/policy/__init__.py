@@ -1,0 +1,48 @@
+"""Policies: the contract by which a method replaces stages of the pipe.
+
+All that a policy file needs of the engine is here.
+"""
+
+from kvpress.errors import PolicyError
+from kvpress.formulas.merging import KeyMerge, Merging
+from kvpress.formulas.noise import NO_QUERY, uniform
+from kvpress.formulas.ranking import Rank, keep_top, protect, ranking
+from kvpress.formulas.rotation import Rotation
+from kvpress.formulas.sums import NoiseKind, Observation, over_group
+from kvpress.policy.base import STAGES, Policy
+from kvpress.policy.budget import Budget, share
+from kvpress.policy.formats import Channels, Packing, Window
+from kvpress.policy.options import option
+from kvpress.policy.recipe import Recipe
+from kvpress.policy.slots import Slots, Step
+from kvpress.policy.sparsity import Sparsity
+from kvpress.types import EMPTY
+
+__all__ = [
+    "EMPTY",
+    "NO_QUERY",
+    "STAGES",
+    "Budget",
+    "Channels",
+    "KeyMerge",
+    "Merging",
+    "NoiseKind",
+    "Observation",
+    "Packing",
+    "Policy",
+    "PolicyError",
+    "Rank",
+    "Recipe",
+    "Rotation",
+    "Slots",
+    "Sparsity",
+    "Step",
+    "Window",
+    "keep_top",
+    "option",
+    "over_group",
+    "protect",
+    "ranking",
+    "share",
+    "uniform",
+]

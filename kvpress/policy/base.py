@@ -1,0 +1,201 @@
+"""Policies: recipes that replace stages of the pipe, their options, and how they combine.
+
+A policy is one file with one frozen dataclass derived from `Policy`: fields made with `option()`
+are its hyper-parameters, methods that it overrides are the stages that it replaces. Policies are
+stateless and shared freely; what belongs to a sequence lives with its slots in the store.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from kvpress.errors import PolicyError
+from kvpress.formulas.merging import Merging
+from kvpress.formulas.ranking import Rank, keep_top, ranking
+from kvpress.formulas.sums import Observation
+from kvpress.policy.budget import Limits
+from kvpress.policy.formats import Channels, Packing, Window
+from kvpress.policy.layer_shares import Division
+from kvpress.policy.options import as_text, coerce, option_types
+from kvpress.policy.slots import Slots, Step
+from kvpress.policy.sparsity import Sparsity
+
+STAGES = (
+    "sparsify",
+    "allocate",
+    "share",
+    "observe",
+    "accumulate",
+    "score",
+    "select",
+    "absorb",
+    "prune",
+    "pack",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Base of all policies. A subclass overrides the methods of the stages that it replaces.
+
+    Common options, read by the engine where a policy declares them: `budget`, `sink`, `recent`
+    (tokens), `recent_ratio` (share of the budget), `interval` (decoded tokens between evictions; 0:
+    prompts only); for policies with `share`, the fields of `Division`.
+    """
+
+    # True: a mass stays with the slots; `accumulate` renews it with every chunk and decode step.
+    accumulates: ClassVar[bool] = False
+    # Value of the option `mode` -> options that are not given (none) and what they then are.
+    modes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def __post_init__(self) -> None:
+        hints = option_types(type(self))
+        for name, value in self.modes.get(getattr(self, "mode", ""), {}).items():
+            if str(getattr(self, name)).lower() == "none":
+                object.__setattr__(self, name, value)
+        for field in dataclasses.fields(self):
+            value = coerce(type(self), field, hints[field.name], getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        limits = self.limits
+        if limits is not None:
+            limits.check()
+            if limits.budget.unit == "bytes" and max(self.division[2:]) > 0:
+                raise PolicyError(
+                    f"budget={limits.budget}: layers that are never compressed grow beyond any"
+                    " bytes. Give a fraction or tokens, or full_first=0,full_last=0."
+                )
+
+    def sparsify(self) -> Sparsity | None:
+        """Which blocks of a prompt's attention are computed. Default: all of them."""
+        return None
+
+    def allocate(self, slots: int, layer: int, layers: int, heads: int) -> Sequence[int]:
+        """Slots that each KV head of a layer keeps, given the budget of one row.
+
+        Heads and layers may get more and others less: over the heads of all compressed layers the
+        sum is `slots` for each row at the most. Default: all the same.
+        """
+        return [slots] * heads
+
+    def demand(self, attention_BNS: Tensor, position_BHS: Tensor) -> Tensor:
+        """What the observed attention of a prompt says of a layer's need of slots: fp32 `[B]`.
+
+        For `share`, and only asked for where that is replaced.
+        """
+        raise NotImplementedError
+
+    def share(self, demand_BL: Tensor) -> Tensor:
+        """The weights by which compressed layers share the budget: `[B, L]`, fp64, above 0.
+
+        demand_BL: their demands; NaN where a layer was not reached yet, which then gets the least
+        weight that it can come to get. Default: all the same. See `Division` for the bounds.
+        """
+        return demand_BL.new_ones(demand_BL.shape)
+
+    def observe(self, step: Step) -> Observation | None:
+        """What must be recorded while attending. Default: nothing."""
+        return None
+
+    def accumulate(self, slots: Slots) -> Tensor:
+        """The new `mass_BHS` of every slot, kept with it from now on where `accumulates` is True.
+
+        Default: the observed attention is added.
+        """
+        return slots.kept_mass_BHS + slots.observed_BHS
+
+    @property
+    def rank(self) -> Rank | None:
+        """What is stored with a slot and ranks it, for policies that need no `score` of their own.
+
+        A decode step that adds attention and ranks by this is one operator call per layer.
+        """
+        return None
+
+    def score(self, slots: Slots) -> Tensor:
+        """How much each slot matters: fp32, any scale, `[B, H, S]`. Larger stays longer.
+
+        Default: by `rank`.
+        """
+        if self.rank is None:
+            raise NotImplementedError
+        return ranking(self.rank, slots.position_BHS, slots.mass_BHS, slots.seen_B)
+
+    def select(
+        self, slots: Slots, score_BHS: Tensor, protected_BHS: Tensor, keep_BH: Tensor
+    ) -> Tensor:
+        """True for the slots that stay, exactly `min(keep, stored)` of each row.
+
+        Default: the protected ones, then the largest scores.
+        """
+        return keep_top(score_BHS, slots.position_BHS, protected_BHS, keep_BH)
+
+    def absorb(self) -> Merging | None:
+        """The rule by which evicted slots are merged into kept ones. Default: they are dropped."""
+        return None
+
+    @property
+    def residual(self) -> int:
+        """Last tokens that stay as they came, for policies that replace `prune` or `pack`."""
+        return 0
+
+    @property
+    def watched(self) -> int:
+        """Last queries that `prune` wants to see. The engine keeps them until old slots exist."""
+        return 0
+
+    @property
+    def needs_rotation(self) -> bool:
+        """Whether `prune` must know how keys turn with their positions."""
+        return False
+
+    def prune(self, window: Window) -> Channels:
+        """The channels that old slots of some sequences keep, as many in every row.
+
+        Asked for once per sequence, when its first slots become old. Default: all of them.
+        """
+        return Channels()
+
+    def pack(self) -> Packing | None:
+        """The bits of old slots. Default: as they came."""
+        return None
+
+    @property
+    def name(self) -> str:
+        """The name by which the policy is loaded: that of its module."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def limits(self) -> Limits | None:
+        """The budget with its protected tokens; None for a policy without a budget."""
+        if not hasattr(self, "budget"):
+            return None
+        common = [field.name for field in dataclasses.fields(Limits)]
+        return Limits(**{name: getattr(self, name) for name in common if hasattr(self, name)})
+
+    @property
+    def division(self) -> Division:
+        """The bounds within which layers share the budget."""
+        given = {name: getattr(self, name) for name in Division._fields if hasattr(self, name)}
+        return Division(**given)
+
+    def replaces(self) -> set[str]:
+        """The stages that this policy replaces."""
+        stages = {s for s in STAGES if self.overrides(s)}
+        if self.rank is not None:
+            stages.add("score")
+        if self.accumulates:
+            stages.add("accumulate")
+        return stages
+
+    def overrides(self, stage: str) -> bool:
+        """Whether this policy brings code of its own for a stage."""
+        return getattr(type(self), stage) is not getattr(Policy, stage)
+
+    def __str__(self) -> str:
+        options = (f"{f.name}={as_text(getattr(self, f.name))}" for f in dataclasses.fields(self))
+        text = ",".join(options)
+        return f"{self.name}:{text}" if text else self.name

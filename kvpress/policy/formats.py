@@ -1,0 +1,119 @@
+"""What old slots keep of their keys and values: channels and bits, and what decides that.
+
+Formats are given to a sequence once, when its first slots become old: from then on the same
+channels are kept of every slot that leaves the recent tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpress.formulas.page_layout import PageLayout
+from kvpress.formulas.rotation import Rotation
+from kvpress.types import EMPTY
+
+_RAW_SLOTS, _SLOTS = 32, 64  # of a page of old slots: as they came, and quantised
+WIDE = 8  # bits of rows that the guard keeps from fewer
+
+
+class Packing(NamedTuple):
+    """Bits of old slots. 16: the dtype of the store, not quantised.
+
+    Keys in groups of tokens, one step per channel; values in groups of channels, one step per token
+    (KIVI, Liu et al., ICML 2024, arXiv 2402.02750). bound: rows whose attention output moves by
+    more than this share, on average over the last `window` queries, get 8 bits; None: never.
+    """
+
+    key_bits: int = 16
+    value_bits: int = 16
+    key_group: int = 64
+    value_group: int = 64
+    bound: float | None = None
+    window: int = 0
+
+
+class Channels(NamedTuple):
+    """The kept channels of keys and values: whole numbers, ascending; None: all of them."""
+
+    key_BHT: Tensor | None = None
+    value_BHU: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Window:
+    """The last queries of some sequences, and all slots that they hold, in order of positions.
+
+    W may be smaller than what the policy asked for: texts may be that short.
+    """
+
+    layer: int
+    query_BNWD: Tensor
+    key_BHSD: Tensor
+    value_BHSE: Tensor
+    position_BHS: Tensor  # int64; EMPTY where there is no token
+    seen_B: Tensor  # int64: real tokens so far; the last query is that of the last one
+    scaling: float
+    softcap: float
+    rotation: Rotation | None = None  # how keys turn, where the policy asked for that
+
+    @property
+    def held_BHS(self) -> Tensor:
+        """Whether a slot holds a token."""
+        return self.position_BHS != EMPTY
+
+    @cached_property
+    def attention_BHMS(self) -> Tensor:
+        """Softmax attention of the queries: fp32, M = G·W members of a KV head's query group."""
+        return self._attention(self.key_BHSD)
+
+    def errors(self, key_BHSD: Tensor, value_BHSE: Tensor) -> Tensor:
+        """How far these keys and values move the outputs of the queries: fp32 `[B, H]`.
+
+        The mean of |o' − o| / |o|.
+        """
+        exact_BHME = self.attention_BHMS @ self.value_BHSE.float()
+        moved_BHME = self._attention(key_BHSD) @ value_BHSE.float() - exact_BHME
+        length_BHM = exact_BHME.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+        error_BH: Tensor = (moved_BHME.norm(dim=-1) / length_BHM).mean(-1)
+        return error_BH
+
+    def _attention(self, key_BHSD: Tensor) -> Tensor:
+        batch, heads, _, width = key_BHSD.shape
+        queries = self.query_BNWD.shape[2]
+        query_BHMD = self.query_BNWD.float().reshape(batch, heads, -1, width)
+        logits = query_BHMD @ key_BHSD.float().mT * self.scaling
+        if self.softcap:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        own_W = torch.arange(queries, device=key_BHSD.device) - queries
+        own_BW = self.seen_B.to(key_BHSD.device)[:, None] + own_W
+        seen = self.position_BHS[:, :, None] <= own_BW[:, None, :, None]
+        hidden_BHWS = ~(seen & self.held_BHS[:, :, None])
+        groups = query_BHMD.shape[2] // queries
+        hidden_BHMS = hidden_BHWS.repeat(1, 1, groups, 1)  # M = g·W + w
+        return logits.masked_fill(hidden_BHMS, -torch.inf).softmax(-1)
+
+
+def layouts(
+    packing: Packing | None, widths: tuple[int, int], kept: tuple[int, int], item_bytes: int
+) -> list[PageLayout]:
+    """How old pages lie in memory; a second layout is that of rows which the guard keeps wide."""
+    rule, slots = packing or Packing(), page_slots(packing)
+    groups = min(rule.key_group, slots), rule.value_group
+    bits = [(rule.key_bits, rule.value_bits)]
+    if rule.bound is not None and min(bits[0]) < WIDE:
+        bits.append((max(WIDE, rule.key_bits), max(WIDE, rule.value_bits)))
+    return [PageLayout(slots, *widths, *kept, *pair, *groups, item_bytes) for pair in bits]
+
+
+def page_slots(packing: Packing | None) -> int:
+    """Slots of an old page: a whole group of keys."""
+    rule = packing or Packing()
+    if min(rule.key_bits, rule.value_bits) == 16:
+        return _RAW_SLOTS
+    return _SLOTS if rule.key_bits == 16 else math.lcm(_SLOTS, rule.key_group)

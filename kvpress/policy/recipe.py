@@ -1,0 +1,152 @@
+"""Recipes: policies combined, at most one for each stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from kvpress.errors import PolicyError
+from kvpress.formulas.merging import Merging
+from kvpress.formulas.ranking import Rank
+from kvpress.policy.base import Policy
+from kvpress.policy.budget import Limits
+from kvpress.policy.formats import Packing
+from kvpress.policy.sparsity import Sparsity
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Policies combined with `+`: at most one for each stage."""
+
+    policies: tuple[Policy, ...]
+
+    def __post_init__(self) -> None:
+        owners: dict[str, Policy] = {}
+        for policy in self.policies:
+            parts = policy.replaces() | ({"budget"} if policy.limits else set())
+            for part in sorted(parts):
+                if part in owners:
+                    raise PolicyError(
+                        f"{owners[part].name!r} and {policy.name!r} both replace the stage"
+                        f" {part!r}. Policies combined with '+' must replace different stages: drop"
+                        " one of the two."
+                    )
+                owners[part] = policy
+        ranked = self.stage("score").rank
+        if ranked in ("mass", "mass_per_age") and not self.accumulates:
+            raise PolicyError(
+                f"{self} ranks by {ranked!r} but keeps no mass. Set `accumulates = True`, or rank"
+                " by 'position'."
+            )
+        if "share" in owners and (ranked is None or self.stage("select").overrides("select")):
+            raise PolicyError(
+                f"{self} divides the budget among the layers once a prompt has passed all,"
+                " which needs a ranking by what is stored with the slots. Combine it with a policy"
+                " that has a `rank`."
+            )
+        if self.limits and "score" not in owners and "select" not in owners:
+            raise PolicyError(
+                f"{self} has a budget but neither scores nor selects. Combine it with a policy that"
+                " does."
+            )
+
+        if self.formats and ("absorb" in owners or "share" in owners):
+            raise PolicyError(
+                f"{self} merges into slots, or trims layers later, that it also packs: packed slots"
+                " are never written again. Combine prune and pack stages with policies that drop."
+            )
+        if self.formats and self.limits and self.limits.budget.unit == "bytes":
+            raise PolicyError(
+                f"{self}: a budget in bytes counts slots as they came, not packed ones. Give a"
+                " fraction or tokens."
+            )
+
+    def stage(self, name: str) -> Policy:
+        """The policy that answers this stage: the one that replaces it, or the default."""
+        return self._owners.get(name, _DEFAULT)
+
+    @functools.cached_property
+    def _owners(self) -> dict[str, Policy]:
+        """Stage -> policy, looked up several times per layer and decoded token."""
+        return {stage: policy for policy in self.policies for stage in policy.replaces()}
+
+    @property
+    def limits(self) -> Limits | None:
+        """The budget of the combination, if one of its policies has one."""
+        return next((p.limits for p in self.policies if p.limits), None)
+
+    @functools.cached_property
+    def accumulates(self) -> bool:
+        """Whether a per-slot mass is kept in the store."""
+        return any(p.accumulates for p in self.policies)
+
+    @functools.cached_property
+    def shares(self) -> bool:
+        """Whether layers get budgets of their own once a prompt has passed all of them."""
+        return self.stage("share").overrides("share")
+
+    @functools.cached_property
+    def merging(self) -> Merging | None:
+        """By which rule evicted slots are merged into kept ones, if they are."""
+        return self.stage("absorb").absorb()
+
+    @functools.cached_property
+    def sparsity(self) -> Sparsity | None:
+        """Which blocks of a prompt's attention are computed, where not all of them are."""
+        return self.stage("sparsify").sparsify()
+
+    @functools.cached_property
+    def formats(self) -> bool:
+        """Whether old slots keep fewer channels or bits."""
+        return self.stage("prune").overrides("prune") or self.packing is not None
+
+    @functools.cached_property
+    def packing(self) -> Packing | None:
+        """The bits of old slots, if they are quantised."""
+        return self.stage("pack").pack()
+
+    @property
+    def residual(self) -> int:
+        """Last tokens that stay as they came."""
+        return max(self.stage("prune").residual, self.stage("pack").residual)
+
+    @property
+    def watched(self) -> int:
+        """Last queries that decide how old slots are stored."""
+        guards = self.packing is not None and self.packing.bound is not None
+        own = self.packing.window if self.packing and guards else 0
+        return max(self.stage("prune").watched, own)
+
+    @property
+    def needs_rotation(self) -> bool:
+        """Whether some stage must know how keys turn with their positions."""
+        turns = self.merging is not None and self.merging.keys == "unrotated"
+        return turns or self.stage("prune").needs_rotation
+
+    @functools.cached_property
+    def adds_attention(self) -> bool:
+        """Whether the mass is the plain sum of the observed attention, which kernels can keep."""
+        return self.accumulates and not self.stage("accumulate").overrides("accumulate")
+
+    @functools.cached_property
+    def rank(self) -> Rank | None:
+        """What ranks the slots, where that and the usual selection are all there is to it."""
+        scorer, selector = self.stage("score"), self.stage("select")
+        if scorer.overrides("score") or selector.overrides("select"):
+            return None
+        return scorer.rank
+
+    def __str__(self) -> str:
+        return "+".join(str(p) for p in self.policies)
+
+
+_DEFAULT = Policy()
+
+
+class Newest(Policy):
+    """What a sliding-window layer keeps."""
+
+    @property
+    def rank(self) -> Rank:
+        """Later is better."""
+        return "position"

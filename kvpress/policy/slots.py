@@ -1,0 +1,63 @@
+"""What a policy is shown: where a layer is in its sequence, and the slots of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Step(NamedTuple):
+    """Where a layer is in its sequence when a policy is asked what it needs."""
+
+    layer: int
+    decoded: int  # tokens decoded since the last prompt; 0 while a prompt is processed
+    new_tokens: int  # tokens of this prompt chunk, or 1 while decoding
+    horizon: int  # tokens that the caller expects to decode
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What the stages see of one layer: rows of slots, dense and padded with empty slots.
+
+    Slots are in increasing position order after a prompt and in any order while decoding. Keys and
+    values are copied from the pages only when they are asked for.
+    """
+
+    layer: int
+    position_BHS: Tensor  # int64; EMPTY where there is no token
+    seen_B: Tensor  # int64: real tokens so far, the new ones included
+    new_tokens: int  # tokens of this prompt chunk, or 1 while decoding
+    fetch: Callable[[str], Tensor]  # a column of the store by name, dense
+    attention_BHS: Tensor | None = None  # fp32: what the policy asked to observe
+    mass_BHS: Tensor | None = None  # fp32: what the policy accumulated so far; 0 for new tokens
+    key_width: int | None = None  # channels of keys, where the store keeps more than the model's
+    attention_BNS: Tensor | None = None  # what was observed of a prompt, for every query head
+
+    @property
+    def key_BHSD(self) -> Tensor:
+        """The keys of all slots, rotated at their own positions."""
+        return self.fetch("key")[..., : self.key_width]
+
+    @property
+    def value_BHSD(self) -> Tensor:
+        """The values of all slots."""
+        return self.fetch("value")
+
+    @property
+    def observed_BHS(self) -> Tensor:
+        """The observed attention, where the policy asked for it."""
+        if self.attention_BHS is None:
+            raise LookupError("No attention was observed: override `observe` in the policy.")
+        return self.attention_BHS
+
+    @property
+    def kept_mass_BHS(self) -> Tensor:
+        """The accumulated mass, where the policy keeps one."""
+        if self.mass_BHS is None:
+            raise LookupError(
+                "No mass is kept with the slots: set `accumulates = True` in the policy."
+            )
+        return self.mass_BHS

@@ -1,0 +1,1 @@
+"""Where pages are: so far on the device of their layer."""
