@@ -10,4 +10,4 @@ from kvpress.bench.speed.commands import decode, memory, overhead, prefill, thro
 
 bench = typer.Typer(help="Measure the operators and the engine.", no_args_is_help=True)
 for command in (decode, prefill, throughput, memory, peers, sparse, ops, overhead):
-    bench.command()(command)
+    command.add_to(bench)

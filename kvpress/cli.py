@@ -32,11 +32,11 @@ app = typer.Typer(
 console, errors = Console(), Console(stderr=True)
 app.add_typer(bench, name="bench")
 app.add_typer(calibrate, name="calibrate")
-app.command()(run)
-app.command("eval")(evaluate)
-app.command()(report)
-app.command()(plot)
-app.command()(view)
+run.add_to(app)
+evaluate.add_to(app, "eval")
+report.add_to(app)
+plot.add_to(app)
+view.add_to(app)
 
 
 def _show_version(wanted: bool) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from kvpress.bench.common import options
-from kvpress.bench.common.models import Source
+from kvpress.bench.common.command import command
+from kvpress.bench.common.options import REFERENCE, ModelOptions, use_threads
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from kvpress.report.tables import Fitted
 
@@ -22,76 +24,91 @@ def _group() -> None:
     """Find what a policy needs to know of a model."""
 
 
-@calibrate.command()
-def sale(
-    model: options.Model = "demo",
-    text: Annotated[
-        Path | None, typer.Option(help="A text to read (default: Python's reference).")
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of a sample.", min=512)] = 8000,
-    samples: Annotated[int, typer.Option(help="Consecutive parts of the text.", min=1)] = 2,
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """What is searched for, and on what."""
+
+    text: Annotated[Path | None, typer.Option(help="A text to read.", show_default=REFERENCE)] = (
+        None
+    )
+    tokens: Annotated[int, typer.Option(help="Tokens of a sample.", min=512)] = 8000
+    samples: Annotated[int, typer.Option(help="Consecutive parts of the text.", min=1)] = 2
     error: Annotated[
         float, typer.Option(help="Bound of a head's error: Σ|o − o'| / Σ|o|.", min=1e-6)
-    ] = 0.05,
+    ] = 0.05
     absolute: Annotated[
         bool, typer.Option("--absolute", help="Bound Σ|o − o'| per token instead (the paper's).")
-    ] = False,
+    ] = False
     first: Annotated[
         float, typer.Option(help="The threshold to begin with (paper: 0.008).", min=1e-4)
-    ] = 0.064,
-    local: Annotated[int, typer.Option(help="Local area, in slots.", min=0)] = 128,
+    ] = 0.064
+    local: Annotated[int, typer.Option(help="Local area, in slots.", min=0)] = 128
+
+    def settings(self, text: dict[str, str]) -> dict[str, Any]:
+        """What tells searches apart. text: its name and hash."""
+        return {
+            "text": text,
+            "tokens": self.tokens,
+            "samples": self.samples,
+            "error": self.error,
+            "relative": not self.absolute,
+            "first": self.first,
+        }
+
+
+@command("kvpress calibrate sale --tokens 2000 --samples 1 --out demo.safetensors")
+def sale(
+    wanted: SearchOptions,
+    loading: ModelOptions,
     out: Annotated[
         Path, typer.Option(help="The file; an interrupted search goes on from it.")
     ] = Path("sale.safetensors"),
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    threads: options.Threads = None,
 ) -> None:
     """Find the thresholds of sparse prompt attention, and from which length on it pays.
 
     Every head gets the largest threshold of FIRST, FIRST / 2, … with which its output stays within
     the bound on all samples, or 0: dense. Use the file with `sale:calibration=FILE`.
     """
-    import torch
-    from kvpress.bench.calibrate import breakeven, search
+    from kvpress.bench.calibrate import breakeven
     from kvpress.bench.common.prompt import parts
     from kvpress.bench.common.text import default_text, read_text
 
     from kvpress.hf import calibration
 
-    given = Source(model, dtype, device, device_map, revision, trust_remote_code)
-    source = default_text() if text is None else read_text(text)
-    if threads:
-        torch.set_num_threads(threads)
-    with errors.status(f"Loading {model} …"):
-        loaded, tokenizer = given.load()
-    texts = parts(loaded, tokenizer, source.content, tokens, samples)
-    settings = {
-        "text": source.to_dict(),
-        "tokens": tokens,
-        "samples": samples,
-        "error": error,
-        "relative": not absolute,
-        "first": first,
-    }
-    found = begin(out, loaded, settings, local, first)
-    total = samples * len(found.tau_LN)
-    with Progress(console=errors) as progress:
-        task = progress.add_task("thresholds", total=total, completed=len(found.done))
-
-        def on_layer(known: Any) -> None:
-            calibration.write(out, loaded, known)
-            progress.update(task, completed=len(known.done))
-
-        bound = search.Bound(error, not absolute)
-        found = search.search(loaded, texts, found, bound, on_layer)
+    source = default_text() if wanted.text is None else read_text(wanted.text)
+    use_threads(loading.threads)
+    with errors.status(f"Loading {loading.model} …"):
+        loaded, tokenizer = loading.source.load()
+    texts = parts(loaded, tokenizer, source.content, wanted.tokens, wanted.samples)
+    settings = wanted.settings(source.to_dict())
+    found = begin(out, loaded, settings, wanted.local, wanted.first)
+    if found.least is not None and len(found.done) == wanted.samples * len(found.tau_LN):
+        console.print(heads_table(found.tau_LN))
+        console.print(f"Nothing was measured: {out} holds the whole search.")
+        return
+    found = _search(wanted, loaded, texts, found, out)
     with errors.status("Measuring from which length on it pays …"):
         least, gains = breakeven.break_even(loaded, texts[0], found)
     calibration.write(out, loaded, found._replace(least=least))
     show(found.tau_LN, gains, least, out)
+
+
+def _search(wanted: SearchOptions, model: Any, texts: list[Any], found: Any, out: Path) -> Any:
+    """Goes on with a search, and writes what is known after every layer."""
+    from kvpress.bench.calibrate import search
+
+    from kvpress.hf import calibration
+
+    total = wanted.samples * len(found.tau_LN)
+    with Progress(console=errors) as progress:
+        task = progress.add_task("thresholds", total=total, completed=len(found.done))
+
+        def on_layer(known: Any) -> None:
+            calibration.write(out, model, known)
+            progress.update(task, completed=len(known.done))
+
+        bound = search.Bound(wanted.error, not wanted.absolute)
+        return search.search(model, texts, found, bound, on_layer)
 
 
 def begin(out: Path, model: Any, settings: dict[str, Any], local: int, first: float) -> Any:
@@ -119,18 +136,28 @@ def begin(out: Path, model: Any, settings: dict[str, Any], local: int, first: fl
 
 def show(tau_LN: Any, gains: dict[int, float], least: int, out: Path) -> None:
     """Prints how many heads got which threshold, and the speed-up at every length."""
-    from rich.table import Table
-
-    heads = Table(title="Thresholds", title_justify="left")
-    heads.add_column("τ", justify="right")
-    heads.add_column("heads", justify="right")
-    for tau in sorted(set(tau_LN.flatten().tolist()), reverse=True):
-        heads.add_row(f"{tau:.6g}" if tau else "dense", str(int((tau_LN == tau).sum())))
-    console.print(Fitted(heads))
+    console.print(heads_table(tau_LN))
     speed = Table(title="Attention, exact / sparse", title_justify="left")
     speed.add_column("tokens", justify="right")
     speed.add_column("speed-up", justify="right")
     for length, gain in gains.items():
         speed.add_row(f"{length:,}", f"{gain:.2f}×")
     console.print(Fitted(speed))
-    console.print(f"Sparse from {least:,} new tokens on. Written to {out}.")
+    if least in gains:
+        paid = f"Sparse from {least:,} new tokens on."
+    else:
+        paid = "Sparse attention was not faster to the end at any length that was measured."
+    console.print(f"{paid} Written to {out}.")
+
+
+def heads_table(tau_LN: Any) -> Fitted:
+    """How many heads got which threshold."""
+    heads = Table(title="Thresholds", title_justify="left")
+    heads.add_column("τ", justify="right")
+    heads.add_column("heads", justify="right")
+    for tau in sorted(set(tau_LN.flatten().tolist()), reverse=True):
+        heads.add_row(f"{tau:.6g}" if tau else "dense", str(int((tau_LN == tau).sum())))
+    return Fitted(heads)
+
+
+sale.add_to(calibrate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -50,12 +51,20 @@ class Journal:
             append(self._path, row)
 
 
+def text_of(path: Path) -> str:
+    """The text of a file, of one that gzip made of it where there is only that. Raises OSError."""
+    packed = path if path.suffix == ".gz" else path.with_name(f"{path.name}.gz")
+    if packed is path or (packed.exists() and not path.exists()):
+        return gzip.decompress(packed.read_bytes()).decode()
+    return path.read_text(encoding="utf-8")
+
+
 def read(path: Path) -> list[Row]:
     """The lines of a file; a last one that a process died over is left out. Raises JournalError."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = text_of(path).split("\n")
         rows = [json.loads(line) for line in lines[:-1]]
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise JournalError(
             f"{path} does not hold JSON lines: {error}. Give another file."
         ) from error

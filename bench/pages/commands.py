@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from kvpress.bench.common.command import command
+from kvpress.bench.common.journal import text_of
 from kvpress.bench.common.output import write
 
 from kvpress.errors import KVPressError
@@ -20,10 +22,12 @@ class PageError(KVPressError, ValueError):
     """A file that cannot be made or is not of a kind that can be shown."""
 
 
+@command("kvpress report quality.jsonl --out quality.html")
 def report(
     results: File,
     out: Annotated[
-        Path | None, typer.Option(help="A .html page with plots, or .md; without it: Markdown.")
+        Path | None,
+        typer.Option(help="A .html page with plots, or .md.", show_default="Markdown, printed"),
     ] = None,
 ) -> None:
     """Make one page of an evaluation or of benchmarks: all tables, and the plots."""
@@ -39,6 +43,7 @@ def report(
     write(out, text.encode())
 
 
+@command("kvpress plot quality.jsonl --what needles --out needles.svg")
 def plot(
     results: File,
     out: Annotated[Path, typer.Option(help="A .png, .svg or .pdf.")] = Path("plot.png"),
@@ -60,9 +65,8 @@ def plot(
 def _is_of_benchmarks(path: Path) -> bool:
     """Whether the rows of a file are those of `kvpress bench`."""
     try:
-        with path.open(encoding="utf-8") as file:
-            return "bench" in json.loads(file.readline())
-    except (OSError, ValueError):
+        return "bench" in json.loads(text_of(path).partition("\n")[0])
+    except (OSError, EOFError, ValueError):
         return False  # the reader of evaluations says what is wrong
 
 

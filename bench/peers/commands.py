@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
-from kvpress.bench.common.models import Source
+from kvpress.bench.common.command import command
+from kvpress.bench.common.options import HubOptions
 from kvpress.bench.speed import options
 from kvpress.bench.speed.commands import make_setting
 from rich.console import Console
@@ -14,34 +15,31 @@ from rich.console import Console
 from kvpress.report.tables import Fitted
 
 console = Console()
-OURS = ("full", "snapkv:window=64", "knorm", "streaming_llm", "keyformer")
+OURS = ["full", "snapkv:window=64", "knorm", "streaming_llm", "keyformer"]
 CACHES = ("transformers", "transformers-fp8", "transformers-int4")
-PRESSES = (
+PRESSES = [
     "SnapKVPress",
     "KnormPress",
     "StreamingLLMPress",
     "AdaKVPress(SnapKVPress)",
     "ThinKPress",
-)
+]
+HALF, SHORT = ["0.5"], [1000]
 
 
+@command("kvpress bench peers --budget 0.2 --policy full --policy snapkv --press SnapKVPress")
 def peers(
-    model: options.Model = "demo",
-    policy: options.Policies = None,
+    loading: HubOptions,
+    policy: options.Policies = OURS,
     press: Annotated[
-        list[str] | None,
+        list[str],
         typer.Option(help="Of NVIDIA's kvpress: Class:option=value,… ; repeatable."),
-    ] = None,
-    budget: options.Budgets = None,
-    tokens: options.Lengths = None,
+    ] = PRESSES,
+    budget: options.Budgets = HALF,
+    tokens: options.Lengths = SHORT,
     samples: Annotated[int, typer.Option(help="Contexts per task, for quality.", min=1)] = 5,
     rounds: options.Rounds = 9,
     warmup: options.Warmup = 1,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    threads: options.Threads = None,
     out: options.Out = None,
 ) -> None:
     """Compare with transformers' caches and NVIDIA's kvpress: bytes, quality and time in one run.
@@ -55,15 +53,12 @@ def peers(
     from kvpress.bench.speed import grid, rows, run
     from kvpress.bench.speed.scores import QualityOptions
 
-    source = Source(model, dtype, device, None, revision, trust_remote_code)
-    setting = make_setting(source, None, threads, rounds, warmup)
+    setting = make_setting(loading, None, rounds, warmup)
     remote.environment()  # refuse before a long run, not in it
-    budgets = budget or ["0.5"]
     caches = (*CACHES, "transformers-offloaded") if setting.device == "cuda" else CACHES
-    ours = options.with_budgets(policy or OURS, budgets)
-    names = list(dict.fromkeys((*caches, *ours, *_presses(press or PRESSES, budgets))))
-    lengths = tokens or [1000]
-    cells = [*grid.cells("decode", lengths, [1]), *grid.cells("prefill", lengths, [1])]
+    ours = options.with_budgets(policy, budget)
+    names = list(dict.fromkeys((*caches, *ours, *_presses(press, budget))))
+    cells = [*grid.cells("decode", tokens, [1]), *grid.cells("prefill", tokens, [1])]
     candidates = CandidatesWithPeers(setting)
     try:
         made = run.run(

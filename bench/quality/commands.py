@@ -11,147 +11,108 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from kvpress.bench.common import options
+from kvpress.bench.common.command import command
 from kvpress.bench.common.models import Source
-from kvpress.bench.quality.options import metadata_of, refuse_idle, split_policies
+from kvpress.bench.common.options import AsJson, ModelOptions, use_threads
+from kvpress.bench.quality.options import (
+    HarnessOptions,
+    TaskOptions,
+    metadata_of,
+    refuse_idle,
+    split_policies,
+)
 from rich.console import Console
 
 from kvpress.report.tables import Fitted
 
 if TYPE_CHECKING:
     from kvpress.bench.quality.results import Cell, Results
-    from kvpress.bench.quality.standard import LmEvalOptions
 
 console, errors = Console(), Console(stderr=True)
+POLICIES = ["full"]
 
 
+@command("kvpress eval --quick --policy full --policy snapkv:budget=0.2 --out quality.jsonl")
 def evaluate(
     context: typer.Context,
-    suite: Annotated[
-        list[str] | None,
-        typer.Option(help="offline, a task, or a name in --files; repeat or join with commas."),
-    ] = None,
-    files: Annotated[
-        Path | None,
-        typer.Option(help="A folder of JSON files with prompts and answers, as MiniLongBench's."),
-    ] = None,
-    model: options.Model = "demo",
+    tasks: TaskOptions,
+    harness: HarnessOptions,
+    loading: ModelOptions,
     policy: Annotated[
-        list[str] | None,
+        list[str],
         typer.Option(help="name:key=value,… or transformers-int4, …; repeat or join with commas."),
-    ] = None,
-    protocol: Annotated[
-        str, typer.Option(help="Is the question known while compressing? hidden, visible, or both.")
-    ] = "both",
-    quick: Annotated[bool, typer.Option("--quick", help="Short contexts, few samples.")] = False,
-    length: Annotated[
-        list[int] | None,
-        typer.Option(help="Tokens of a context, with --files at most; repeatable.", min=128),
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Contexts per length.", min=1)] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(help="A text for the contexts (default: Python's language reference)."),
-    ] = None,
-    stepwise: Annotated[
-        bool, typer.Option("--stepwise", help="Feed answers token by token, as when decoding.")
-    ] = False,
-    lm_eval: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval instead, joined with commas.")
-    ] = None,
-    task_folder: Annotated[
-        Path | None, typer.Option(help="Where lm-eval finds tasks of your own.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Documents per task of lm-eval.", min=1)] = None,
-    metadata: Annotated[
-        str | None,
-        typer.Option(help="JSON for lm-eval's tasks: '{\"max_seq_lengths\": [4096]}' for ruler."),
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts of lm-eval through the model's chat template.")
-    ] = False,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Of lm-eval's answers, instead of the task's limit.", min=1)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    ] = POLICIES,
     out: Annotated[
-        Path | None, typer.Option(help="Results as JSON lines; an interrupted run goes on from it.")
+        Path | None,
+        typer.Option(
+            help="Results as JSON lines; an interrupted run goes on from it.", show_default="none"
+        ),
     ] = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    threads: options.Threads = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the cells as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure quality beside bytes: what a model still knows of a context that was compressed.
 
     Answers are scored by teacher forcing, which equals greedy decoding where all tokens are right.
     Intervals are 95 % bootstraps over contexts; `vs full` pairs each context with the full cache.
     """
-    import torch
     from kvpress.bench.common.candidates import refuse_unknown
-    from kvpress.bench.quality.run import FULL
-    from kvpress.bench.quality.standard import LmEvalOptions
 
     from kvpress.policy.loading import parse
 
     refuse_idle(context)
-    names = list(dict.fromkeys(split_policies(policy or [FULL])))
+    names = list(dict.fromkeys(split_policies(policy)))
     # lm-eval generates with policies alone. Wrong ones are refused before a model is loaded.
-    check = parse if lm_eval is not None else refuse_unknown
+    check = parse if harness.lm_eval is not None else refuse_unknown
     for name in names:
         check(name)
-    if threads:
-        torch.set_num_threads(threads)
-    source = Source(model, dtype, device, device_map, revision, trust_remote_code)
-    if lm_eval is not None:
-        how = LmEvalOptions(task_folder, limit, metadata_of(metadata), chat, max_new_tokens)
-        results = with_lm_eval(source, names, lm_eval.split(","), how, out)
+    use_threads(loading.threads)
+    if harness.lm_eval is not None:
+        results = with_lm_eval(loading.source, names, harness.lm_eval.split(","), harness, out)
     else:
-        plans_for = planned(files, suite or (), protocol, quick, length or (), samples)
-        results = with_our_tasks(source, names, plans_for, text, files, seed, stepwise, out)
+        results = with_our_tasks(loading.source, names, tasks, out)
     show(results, as_json)
 
 
 def with_our_tasks(
-    source: Source,
-    names: Sequence[str],
-    plans_for: Callable[[Any], list[Any]],
-    text: Path | None,
-    files: Path | None,
-    seed: int,
-    stepwise: bool,
-    out: Path | None,
+    source: Source, names: Sequence[str], tasks: TaskOptions, out: Path | None
 ) -> Results:
     """Runs our suites, or the tasks in files, with every policy."""
     from kvpress.bench.common.text import default_text, read_text
-    from kvpress.bench.quality import files as from_files
+    from kvpress.bench.quality import files
     from kvpress.bench.quality.fill import fill
     from kvpress.bench.quality.sample import Writer
     from kvpress.bench.quality.system import LocalSystem
 
-    taken = default_text() if text is None else read_text(text)
+    plans_for = planned(tasks)
+    taken = default_text() if tasks.text is None else read_text(tasks.text)
     loaded, tokenizer, results = begin(
         source,
         out,
-        text=taken.to_dict() if files is None else None,
-        files=None if files is None else from_files.identity(files),
-        seed=seed,
-        stepwise=stepwise,
+        text=taken.to_dict() if tasks.files is None else None,
+        files=None if tasks.files is None else files.identity(tasks.files),
+        seed=tasks.seed,
+        stepwise=tasks.stepwise,
     )
-    writer = Writer(tokenizer, taken.content)
-    fill(results, names, partial(LocalSystem, loaded), writer, plans_for(loaded), seed, stepwise)
+    writer, plans = Writer(tokenizer, taken.content), plans_for(loaded)
+    systems = partial(LocalSystem, loaded)
+    fill(results, names, systems, writer, plans, tasks.seed, tasks.stepwise)
     return results
 
 
 def with_lm_eval(
-    source: Source, names: Sequence[str], tasks: Sequence[str], how: LmEvalOptions, out: Path | None
+    source: Source,
+    names: Sequence[str],
+    tasks: Sequence[str],
+    given: HarnessOptions,
+    out: Path | None,
 ) -> Results:
     """Runs tasks of lm-eval with every policy, and says what each is as it comes."""
     from kvpress.bench.quality import standard, standard_table
 
+    metadata = metadata_of(given.metadata)
+    how = standard.LmEvalOptions(
+        given.task_folder, given.limit, metadata, given.chat, given.max_new_tokens
+    )
     standard.require()
     loaded, tokenizer, results = begin(source, out, lm_eval=how.settings)
 
@@ -175,24 +136,17 @@ def begin(source: Source, out: Path | None, **settings: Any) -> tuple[Any, Any, 
     return loaded, tokenizer, Results(head, environment(loaded.device), out)
 
 
-def planned(
-    folder: Path | None,
-    suites: Sequence[str],
-    protocol: str,
-    quick: bool,
-    lengths: Sequence[int],
-    samples: int | None,
-) -> Callable[[Any], list[Any]]:
+def planned(tasks: TaskOptions) -> Callable[[Any], list[Any]]:
     """What is to be run on a model. Raises what can be known before there is one."""
-    from kvpress.bench.quality import files
-    from kvpress.bench.quality import suites as ours
+    from kvpress.bench.quality import files, suites
 
-    names = [name for given in suites for name in given.split(",")]
-    protocols = ours.PROTOCOLS if protocol == "both" else (protocol,)
-    if folder is None:
-        plans = ours.plans(names or [ours.OFFLINE], protocols, quick, lengths, samples)
+    lengths, samples = tasks.length or (), tasks.samples
+    protocols = suites.PROTOCOLS if tasks.protocol == "both" else (tasks.protocol,)
+    if tasks.files is None:
+        names = tasks.names or [suites.OFFLINE]
+        plans = suites.plans(names, protocols, tasks.quick, lengths, samples)
         return lambda model: plans
-    entries = files.read(folder, names, protocols)
+    entries = files.read(tasks.files, tasks.names, protocols)
     return lambda model: files.plans(entries, lengths, samples, files.positions(model))
 
 

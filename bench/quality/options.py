@@ -1,12 +1,15 @@
-"""Options of `kvpress eval`: which go together, and how joined ones come apart."""
+"""Options of `kvpress eval`: which there are, which go together, how joined ones come apart."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from kvpress.bench.common.options import REFERENCE
 
 _OF_LM_EVAL = frozenset({"task_folder", "limit", "metadata", "chat", "max_new_tokens"})
 _OF_OUR_TASKS = frozenset(
@@ -16,6 +19,83 @@ _OF_OUR_TASKS = frozenset(
     }
 )
 _OF_MADE_CONTEXTS = frozenset({"quick", "text", "seed"})  # files have contexts of their own
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Which of our tasks are run, or those in files, and how."""
+
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="offline, a task, or a name in --files; repeat or join with commas.",
+            show_default="offline; of --files all",
+        ),
+    ] = None
+    files: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of JSON files with prompts and answers, as MiniLongBench's.",
+            show_default="none",
+        ),
+    ] = None
+    protocol: Annotated[
+        str, typer.Option(help="Is the question known while compressing? hidden, visible, or both.")
+    ] = "both"
+    quick: Annotated[bool, typer.Option("--quick", help="Short contexts, few samples.")] = False
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens of a context, with --files at most; repeatable.",
+            show_default="the suite's",
+            min=128,
+        ),
+    ] = None
+    samples: Annotated[
+        int | None, typer.Option(help="Contexts per length.", show_default="the suite's", min=1)
+    ] = None
+    text: Annotated[
+        Path | None, typer.Option(help="A text for the contexts.", show_default=REFERENCE)
+    ] = None
+    stepwise: Annotated[
+        bool, typer.Option("--stepwise", help="Feed answers token by token, as when decoding.")
+    ] = False
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The suites, tasks or files that were asked for."""
+        return [name for given in self.suite or () for name in given.split(",")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarnessOptions:
+    """Which tasks of lm-eval are run instead, and how."""
+
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-eval instead, joined with commas.", show_default="none"),
+    ] = None
+    task_folder: Annotated[
+        Path | None,
+        typer.Option(help="Where lm-eval finds tasks of your own.", show_default="none"),
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option(help="Documents per task of lm-eval.", show_default="all", min=1)
+    ] = None
+    metadata: Annotated[
+        str | None,
+        typer.Option(
+            help="JSON for lm-eval's tasks: '{\"max_seq_lengths\": [4096]}' for ruler.",
+            show_default="none",
+        ),
+    ] = None
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts of lm-eval through the model's chat template.")
+    ] = False
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Of lm-eval's answers.", show_default="the task's", min=1)
+    ] = None
 
 
 def refuse_idle(context: typer.Context) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from kvpress.bench.common import options
-from kvpress.bench.common.models import Source
+from kvpress.bench.common.command import command
+from kvpress.bench.common.options import AsJson, ModelOptions, PromptOptions, use_threads
 from rich.console import Console
 
 from kvpress.report.tables import Fitted
@@ -21,89 +22,102 @@ if TYPE_CHECKING:
     from kvpress.bench.run.job import Result
 
 console = Console()
-GIVEN = "--prompt"  # the name of a text that stands on the command line
+POLICIES = ["full"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions:
+    """How tokens are chosen, and what is shown of them."""
+
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 64
+    sample: Annotated[bool, typer.Option(help="Sample instead of greedy decoding.")] = False
+    temperature: Annotated[float, typer.Option(help="For --sample.", min=0.01)] = 1.0
+    seed: Annotated[int, typer.Option(help="For --sample.")] = 0
+    page_size: Annotated[int, typer.Option(help="Slots per page.")] = 16
+    stream: Annotated[bool, typer.Option(help="Show the text as it comes.")] = True
+    layers: Annotated[bool, typer.Option(help="Show the ledger layer by layer.")] = False
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """What `generate` takes."""
+        sampling = {"do_sample": True, "temperature": self.temperature}
+        return sampling if self.sample else {"do_sample": False}
+
+
+@command("kvpress run --policy full --policy keyformer:budget=0.5 --prompt-tokens 2000")
 def run(
-    model: options.Model = "demo",
+    asking: PromptOptions,
+    decoding: DecodingOptions,
+    loading: ModelOptions,
     policy: Annotated[
-        list[str] | None, typer.Option(help="name:key=value,… ; repeat to compare.")
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="A text file that is the prompt.")
-    ] = None,
+        list[str], typer.Option(help="name:key=value,… ; repeat to compare.")
+    ] = POLICIES,
     batch_file: Annotated[
-        Path | None, typer.Option(help="A text file with one prompt per line.")
+        Path | None,
+        typer.Option(help="A text file with one prompt per line.", show_default="none"),
     ] = None,
     prompt_tokens: Annotated[
         int, typer.Option(help="Length of the default prompt.", min=64)
     ] = 4000,
     question: Annotated[
-        str | None, typer.Option(help="Question at the end of the default prompt.")
+        str | None,
+        typer.Option(
+            help="Question at the end of the default prompt.", show_default="about assert"
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    chat: Annotated[bool, typer.Option(help="Wrap prompts in the model's chat template.")] = True,
-    sample: Annotated[bool, typer.Option(help="Sample instead of greedy decoding.")] = False,
-    temperature: Annotated[float, typer.Option(help="For --sample.", min=0.01)] = 1.0,
-    seed: Annotated[int, typer.Option(help="For --sample.")] = 0,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    threads: options.Threads = None,
-    page_size: Annotated[int, typer.Option(help="Slots per page.")] = 16,
-    stream: Annotated[bool, typer.Option(help="Show the text as it comes.")] = True,
-    layers: Annotated[bool, typer.Option(help="Show the ledger layer by layer.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print results as JSON and nothing else.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Generate with one or more policies and compare bytes, slots and speed.
 
     Without a prompt, about 4,000 tokens of Python's language reference are used, with a question at
     the end.
     """
-    import torch
     from kvpress.bench.common.candidates import warm_up
     from kvpress.bench.common.loading import quiet
-    from kvpress.bench.run import job as bench
 
     from kvpress.policy.loading import parse
 
-    recipes = policy or [bench.BASELINE]
-    for recipe in recipes:
+    for recipe in policy:
         parse(recipe)  # refuse a wrong policy before a model is loaded
-    text = _given(prompt, prompt_file, batch_file)
-    if threads:
-        torch.set_num_threads(threads)
-    source = Source(model, dtype, device, device_map, revision, trust_remote_code)
-    with quiet() if as_json else console.status(f"Loading {model} …"):
-        loaded, tokenizer = source.load()
-    named, prompts = _prompts(
-        text, batch_file is not None, tokenizer, chat, prompt_tokens, question
-    )
-    sampling = {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
+    text = asking.given(batch_file)
+    use_threads(loading.threads)
+    with quiet() if as_json else console.status(f"Loading {loading.model} …"):
+        loaded, tokenizer = loading.source.load()
+    by_line, chat = batch_file is not None, asking.chat
+    named, prompts = _prompts(text, by_line, tokenizer, chat, prompt_tokens, question)
     warm_up(loaded)
-    results = []
-    for recipe in recipes:
-        torch.manual_seed(seed)
-        with _Showing(recipe, stream, hidden=as_json) as shown:
-            result = bench.run(
-                loaded,
-                tokenizer,
-                prompts,
-                recipe,
-                max_new_tokens=max_new_tokens,
-                page_size=page_size,
-                on_text=shown.on_text,
-                **sampling,
-            )
-        results.append(replace(result, text=named.to_dict()))
-        if not as_json:
-            _finish(result, stream, layers)
-    _show(results, as_json)
+    job = partial(_one, loaded, tokenizer, prompts, decoding=decoding, hidden=as_json)
+    _show([replace(job(recipe), text=named.to_dict()) for recipe in policy], as_json)
+
+
+def _one(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    recipe: str,
+    *,
+    decoding: DecodingOptions,
+    hidden: bool,
+) -> Result:
+    """Runs one policy, and shows its text where nothing is hidden."""
+    import torch
+    from kvpress.bench.run import job
+
+    torch.manual_seed(decoding.seed)
+    with _Showing(recipe, decoding.stream, hidden) as shown:
+        result = job.run(
+            model,
+            tokenizer,
+            prompts,
+            recipe,
+            max_new_tokens=decoding.max_new_tokens,
+            page_size=decoding.page_size,
+            on_text=shown.on_text,
+            **decoding.generation,
+        )
+    if not hidden:
+        _finish(result, decoding.stream, decoding.layers)
+    return result
 
 
 def _show(results: Sequence[Result], as_json: bool) -> None:
@@ -116,18 +130,6 @@ def _show(results: Sequence[Result], as_json: bool) -> None:
     console.print(Fitted(table(results)))
     for note in dict.fromkeys(f"{r.policy}: {note}" for r in results for note in r.report.notes):
         console.print(f"Note: {note}", highlight=False, markup=False)
-
-
-def _given(prompt: str | None, prompt_file: Path | None, batch_file: Path | None) -> Text | None:
-    """The text of the prompts, None for the default one. Raises BadParameter or TextError."""
-    from kvpress.bench.common.text import Text, read_text
-
-    if sum(source is not None for source in (prompt, prompt_file, batch_file)) > 1:
-        raise typer.BadParameter("give only one of --prompt, --prompt-file and --batch-file")
-    if prompt is not None:
-        return Text(GIVEN, prompt)
-    path = prompt_file or batch_file
-    return None if path is None else read_text(path)
 
 
 def _prompts(

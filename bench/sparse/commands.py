@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from kvpress.bench.common import options
-from kvpress.bench.common.models import Source
+from kvpress.bench.common.command import command
+from kvpress.bench.common.options import ModelOptions, use_threads
 from rich.console import Console
 
 from kvpress.report.tables import Fitted
@@ -15,22 +15,20 @@ from kvpress.report.tables import Fitted
 console, errors = Console(), Console(stderr=True)
 
 
+@command("kvpress bench sparse --tokens 8000 --tokens 16000 --rounds 1")
 def sparse(
-    model: options.Model = "demo",
+    loading: ModelOptions,
     policy: Annotated[str, typer.Option(help="A policy that makes prompts sparse.")] = "sale",
     tokens: Annotated[
-        list[int] | None, typer.Option(help="Tokens of a prompt; repeatable.", min=128)
+        list[int] | None,
+        typer.Option(help="Of a prompt; repeatable.", show_default="those of --read", min=128),
     ] = None,
     read: Annotated[int, typer.Option(help="Tokens that the model reads itself.")] = 8000,
     layers: Annotated[int, typer.Option(help="How many layers, evenly spread.", min=1)] = 4,
     rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 3,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    threads: options.Threads = None,
-    out: Annotated[Path | None, typer.Option(help="A JSON file for the results.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A JSON file for the results.", show_default="none")
+    ] = None,
 ) -> None:
     """Time prompt attention of single layers beside PyTorch's, both in turn.
 
@@ -38,45 +36,55 @@ def sparse(
     `--read` tokens at a time; longer prompts are such parts one after the other, turned to the
     positions where they then stand; beyond the model's context as YaRN has it.
     """
-    import torch
     from kvpress.bench.calibrate.thresholds import thresholds_of
     from kvpress.bench.common.environment import environment
     from kvpress.bench.common.output import check_writable, write_json
-    from kvpress.bench.common.prompt import parts
     from kvpress.bench.common.text import default_text
-    from kvpress.bench.sparse import measure, report
-    from kvpress.bench.sparse.captured import Captured
+    from kvpress.bench.sparse import report
 
     check_writable("--out", out)
-    if threads:
-        torch.set_num_threads(threads)
-    source = Source(model, dtype, device, device_map, revision, trust_remote_code)
-    with errors.status(f"Loading {model} …"):
-        loaded, tokenizer = source.load()
-    limits = thresholds_of(loaded, policy)
-    count = len(limits.tau_LN)
-    chosen = sorted({round(i * (count - 1) / max(1, layers - 1)) for i in range(layers)})
-    lengths, text = tokens or [read], default_text()
+    use_threads(loading.threads)
+    with errors.status(f"Loading {loading.model} …"):
+        loaded, tokenizer = loading.source.load()
+    limits, text = thresholds_of(loaded, policy), default_text()
+    rows = _rows(loaded, tokenizer, limits, text.content, tokens or [read], read, layers, rounds)
+    console.print(Fitted(table(rows)))
+    if out is not None:
+        settings = {"model": loading.model, "policy": policy, "read": read, "rounds": rounds}
+        dtype = str(loaded.dtype).removeprefix("torch.")
+        settings |= {"dtype": dtype, **loading.source.load_options, "text": text.to_dict()}
+        write_json(out, report.to_record(rows, environment(loaded.device), settings))
+
+
+def _rows(
+    model: Any,
+    tokenizer: Any,
+    limits: Any,
+    text: str,
+    lengths: list[int],
+    read: int,
+    layers: int,
+    rounds: int,
+) -> list[Any]:
+    """The measurements of some layers, evenly spread, at every length."""
+    from kvpress.bench.common.prompt import parts
+    from kvpress.bench.sparse import measure
+    from kvpress.bench.sparse.captured import Captured
+
+    last = len(limits.tau_LN) - 1
+    chosen = sorted({round(i * last / max(1, layers - 1)) for i in range(layers)})
     with errors.status("Reading the text …"):
-        texts = parts(loaded, tokenizer, text.content, read, -(-max(lengths) // read))
-        captured = Captured(loaded, texts, set(chosen))
+        texts = parts(model, tokenizer, text, read, -(-max(lengths) // read))
+        captured = Captured(model, texts, set(chosen))
     rows = []
     for length in lengths:
         for layer in chosen:
             with errors.status(f"{length:,} tokens, layer {layer} …"):
                 given = captured.of_length(layer, length)
-                tau_N = limits.tau_LN[layer]
                 warm = layer != chosen[0]  # by the layer before
+                tau_N = limits.tau_LN[layer]
                 rows.append(measure.measure(layer, given, tau_N, limits.local, rounds, warm))
-    console.print(Fitted(table(rows)))
-    if out is not None:
-        facts = environment(loaded.device)
-        settings = {"model": model, "policy": policy, "read": read, "rounds": rounds}
-        settings |= {"dtype": str(loaded.dtype).removeprefix("torch."), **source.load_options}
-        settings["text"] = text.to_dict()
-        made = [row._asdict() for row in rows]
-        whole = {"bench": report.KIND, "environment": facts, "settings": settings, "rows": made}
-        write_json(out, whole)
+    return rows
 
 
 def table(rows: list[Any]) -> Any:

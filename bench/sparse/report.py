@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpress.bench.common.figures import figure_of
+from kvpress.bench.common.journal import text_of
 from kvpress.bench.common.report import Report, Sheet, machine, settings_of
 from kvpress.bench.sparse.measure import Row, Total, total
 
@@ -30,8 +31,8 @@ LEGEND = (
 def read(path: Path) -> dict[str, Any] | None:
     """The record in a file; None where it holds something else."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = json.loads(text_of(path))
+    except (OSError, EOFError, ValueError):
         return None
     return record if isinstance(record, dict) and record.get("bench") == KIND else None
 
@@ -47,6 +48,14 @@ def report(record: dict[str, Any]) -> Report:
     ]
     facts = [*settings_of(record["settings"]), *machine(record["environment"])]
     return Report("Sparse prompt attention", facts, [LEGEND], sheets, lambda: [figure(rows)])
+
+
+def to_record(
+    rows: list[Row], environment: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Plain values, ready for JSON."""
+    made = [row._asdict() for row in rows]
+    return {"bench": KIND, "environment": environment, "settings": settings, "rows": made}
 
 
 def rows_of(record: dict[str, Any]) -> list[Row]:

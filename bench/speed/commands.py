@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from kvpress.bench.common.models import DTYPES, Source
+from kvpress.bench.common.command import command
+from kvpress.bench.common.models import DTYPES
+from kvpress.bench.common.options import HubOptions, ModelOptions, chosen_device, use_threads
 from kvpress.bench.speed import options
 from rich.console import Console
 
@@ -18,123 +19,90 @@ if TYPE_CHECKING:
     from kvpress.bench.speed.setting import Setting
 
 console = Console()
-POLICIES = ("full", "keyformer:budget=0.5", "keyformer:budget=0.2")
-PREFILL_POLICIES = ("full", "keyformer:budget=0.5", "snapkv:budget=0.5,window=64")
+POLICIES = ["full", "keyformer:budget=0.5", "keyformer:budget=0.2"]
+PREFILL_POLICIES = ["full", "keyformer:budget=0.5", "snapkv:budget=0.5,window=64"]
+STEP_POLICIES = ["streaming_llm:budget=1,sink=0", "h2o:budget=1", "keyformer:budget=1"]
+LONG, MIDDLE, SHORT = [8000], [4000], [1000]
+ALONE, TOGETHER = [1], [4]
 
 
+@command("kvpress bench decode --tokens 2000 --policy full --policy snapkv:budget=0.2")
 def decode(
-    model: options.Model = "demo",
-    policy: options.Policies = None,
-    budget: options.Budgets = None,
-    tokens: options.Lengths = None,
-    batch: options.Batches = None,
+    grid: options.GridOptions,
+    loading: ModelOptions,
+    policy: options.Policies = POLICIES,
+    tokens: options.Lengths = LONG,
+    batch: options.Batches = ALONE,
     rounds: options.Rounds = 25,
     warmup: options.Warmup = 2,
-    dtype: options.Dtype = None,
-    cache_dtype: options.CacheDtype = None,
-    device: options.Device = None,
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    threads: options.Threads = None,
-    with_eval: options.WithEval = False,
-    out: options.Out = None,
 ) -> None:
     """Time decode steps after long prompts, beside transformers' DynamicCache with SDPA.
 
     Each round decodes one token with every candidate.
     """
-    source = Source(model, dtype, device, device_map, revision, trust_remote_code)
-    setting = make_setting(source, cache_dtype, threads, rounds, warmup)
-    _run("decode", setting, policy or POLICIES, budget, tokens or [8000], batch, with_eval, out)
+    setting = make_setting(loading, grid.cache_dtype, rounds, warmup)
+    _run("decode", setting, grid, policy, tokens, batch)
 
 
+@command("kvpress bench prefill --tokens 2000 --policy full --policy snapkv:budget=0.2")
 def prefill(
-    model: options.Model = "demo",
-    policy: options.Policies = None,
-    budget: options.Budgets = None,
-    tokens: options.Lengths = None,
-    batch: options.Batches = None,
+    grid: options.GridOptions,
+    loading: ModelOptions,
+    policy: options.Policies = PREFILL_POLICIES,
+    tokens: options.Lengths = LONG,
+    batch: options.Batches = ALONE,
     rounds: options.Rounds = 7,
     warmup: options.Warmup = 1,
-    dtype: options.Dtype = None,
-    cache_dtype: options.CacheDtype = None,
-    device: options.Device = None,
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    threads: options.Threads = None,
-    with_eval: options.WithEval = False,
-    out: options.Out = None,
 ) -> None:
     """Time the first token of long prompts, beside transformers' DynamicCache with SDPA.
 
     Each round reads the prompts once with every candidate, each time into an empty cache. The
     engine's ledger adds what attention, scoring, selection and storing took.
     """
-    source = Source(model, dtype, device, device_map, revision, trust_remote_code)
-    setting = make_setting(source, cache_dtype, threads, rounds, warmup)
-    names = policy or PREFILL_POLICIES
-    _run("prefill", setting, names, budget, tokens or [8000], batch, with_eval, out)
+    setting = make_setting(loading, grid.cache_dtype, rounds, warmup)
+    _run("prefill", setting, grid, policy, tokens, batch)
 
 
+@command("kvpress bench throughput --batch 8 --new-tokens 32")
 def throughput(
-    model: options.Model = "demo",
-    policy: options.Policies = None,
-    budget: options.Budgets = None,
-    tokens: options.Lengths = None,
-    batch: options.Batches = None,
+    grid: options.GridOptions,
+    loading: ModelOptions,
+    policy: options.Policies = POLICIES,
+    tokens: options.Lengths = SHORT,
+    batch: options.Batches = TOGETHER,
     new_tokens: Annotated[int, typer.Option(help="Generated per sequence.", min=2)] = 64,
     rounds: options.Rounds = 5,
     warmup: options.Warmup = 1,
-    dtype: options.Dtype = None,
-    cache_dtype: options.CacheDtype = None,
-    device: options.Device = None,
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    threads: options.Threads = None,
-    with_eval: options.WithEval = False,
-    out: options.Out = None,
 ) -> None:
     """Time whole generations of a batch of prompts, beside transformers' DynamicCache with SDPA."""
-    source = Source(model, dtype, device, device_map, revision, trust_remote_code)
-    setting = make_setting(source, cache_dtype, threads, rounds, warmup)
-    setting = replace(setting, new_tokens=new_tokens)
-    batches = batch or [4]
-    names = policy or POLICIES
-    _run("throughput", setting, names, budget, tokens or [1000], batches, with_eval, out)
+    setting = make_setting(loading, grid.cache_dtype, rounds, warmup)
+    _run("throughput", replace(setting, new_tokens=new_tokens), grid, policy, tokens, batch)
 
 
+@command("kvpress bench memory --tokens 8000 --cap 4GiB")
 def memory(
-    model: options.Model = "demo",
-    policy: options.Policies = None,
-    budget: options.Budgets = None,
-    tokens: options.Lengths = None,
-    batch: options.Batches = None,
+    grid: options.GridOptions,
+    loading: ModelOptions,
+    policy: options.Policies = POLICIES,
+    tokens: options.Lengths = MIDDLE,
+    batch: options.Batches = ALONE,
     cap: Annotated[
-        str | None, typer.Option(help="Bytes (8GiB): also the largest batch and context under it.")
+        str | None,
+        typer.Option(
+            help="Bytes (8GiB): also the largest batch and context under it.", show_default="none"
+        ),
     ] = None,
-    dtype: options.Dtype = None,
-    cache_dtype: options.CacheDtype = None,
-    device: options.Device = None,
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    threads: options.Threads = None,
-    with_eval: options.WithEval = False,
-    out: options.Out = None,
 ) -> None:
     """Measure peak and held bytes, each candidate in a process of its own."""
-    source = Source(model, dtype, device, device_map, revision, trust_remote_code)
-    setting = make_setting(source, cache_dtype, threads, rounds=1, warmup=0)
+    setting = make_setting(loading, grid.cache_dtype, rounds=1, warmup=0)
     setting = replace(setting, cap=None if cap is None else _bytes(cap))
-    _run("memory", setting, policy or POLICIES, budget, tokens or [4000], batch, with_eval, out)
+    _run("memory", setting, grid, policy, tokens, batch)
 
 
+@command("kvpress bench overhead --policy h2o:budget=1 --rounds 200")
 def overhead(
-    model: Annotated[str, typer.Option(help="demo, a Hugging Face id, or a path.")] = "demo",
-    policy: Annotated[list[str] | None, typer.Option(help="Repeatable.")] = None,
+    model: Annotated[str, typer.Option(help="'demo', a Hugging Face id, or a path.")] = "demo",
+    policy: options.Policies = STEP_POLICIES,
     rounds: Annotated[int, typer.Option(help="Timed steps of all layers.", min=1)] = 1000,
 ) -> None:
     """Time what the engine itself costs per layer and decode step, with a cache of one slot."""
@@ -143,30 +111,26 @@ def overhead(
     from rich.table import Table
 
     loaded, _ = models.load(model)
-    chosen = policy or ["streaming_llm:budget=1,sink=0", "h2o:budget=1", "keyformer:budget=1"]
     table = Table(title="Per layer and decode step", title_justify="left")
     for title in ("policy", "median µs", "quartiles µs", "low–high µs"):
         table.add_column(title, justify="left" if title == "policy" else "right")
-    for name, taken in costs.measure(loaded, chosen, rounds, warmup=20).items():
+    for name, taken in costs.measure(loaded, policy, rounds, warmup=20).items():
         ranges = taken.quartiles, (taken.low, taken.high)
         spreads = (f"{a * 1e6:.1f}–{b * 1e6:.1f}" for a, b in ranges)
         table.add_row(name, f"{taken.median * 1e6:.1f}", *spreads)
     console.print(Fitted(table))
 
 
-def make_setting(
-    source: Source, cache_dtype: str | None, threads: int | None, rounds: int, warmup: int
-) -> Setting:
+def make_setting(loading: HubOptions, cache_dtype: str | None, rounds: int, warmup: int) -> Setting:
     """Checks the names and sets the threads. Raises ModelError."""
     import torch
-    from kvpress.bench.common.options import chosen_device
     from kvpress.bench.speed.setting import Setting
 
     if cache_dtype is not None and cache_dtype not in DTYPES:
         allowed = ", ".join(DTYPES)
         raise typer.BadParameter(f"--cache-dtype {cache_dtype}: allowed: {allowed}.")
-    if threads:
-        torch.set_num_threads(threads)
+    use_threads(loading.threads)
+    source = loading.source
     device = chosen_device(source.device).type
     if source.device_map is None:
         source = replace(source, device=device)
@@ -196,20 +160,18 @@ def _bytes(text: str) -> int:
 def _run(
     name: str,
     setting: Setting,
+    given: options.GridOptions,
     policies: Sequence[str],
-    budgets: Sequence[str] | None,
     lengths: Sequence[int],
-    batches: Sequence[int] | None,
-    with_eval: bool,
-    out: Path | None,
+    batches: Sequence[int],
 ) -> None:
     """Fills the grid and prints its tables."""
     from kvpress.bench.common.candidates import BASELINE
     from kvpress.bench.speed import benches, grid, rows, run, scores
 
-    names = [BASELINE, *dict.fromkeys(options.with_budgets(policies, budgets or ()))]
-    cells = grid.cells(name, lengths, batches or [1])
-    made = run.run(setting, cells, names, scores.QualityOptions() if with_eval else None, out)
+    names = [BASELINE, *dict.fromkeys(options.with_budgets(policies, given.budget or ()))]
+    quality = scores.QualityOptions() if given.with_eval else None
+    made = run.run(setting, grid.cells(name, lengths, batches), names, quality, given.out)
     for sheet in benches.sheets_of(made):
         console.print(Fitted(rows.table(sheet)))
     console.print(benches.BENCHES[name].LEGEND)

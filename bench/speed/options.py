@@ -3,41 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from kvpress.bench.common.options import Device as Device
-from kvpress.bench.common.options import DeviceMap as DeviceMap
-from kvpress.bench.common.options import Dtype as Dtype
-from kvpress.bench.common.options import Model as Model
-from kvpress.bench.common.options import Revision as Revision
-from kvpress.bench.common.options import Threads as Threads
-from kvpress.bench.common.options import TrustRemoteCode as TrustRemoteCode
 
-Policies = Annotated[
-    list[str] | None, typer.Option("--policy", help="name:key=value,… ; repeatable.")
-]
+Policies = Annotated[list[str], typer.Option("--policy", help="name:key=value,… ; repeatable.")]
 Budgets = Annotated[
-    list[str] | None,
+    list[str],
     typer.Option("--budget", help="For policies that name none; repeat for each of several."),
 ]
-Lengths = Annotated[
-    list[int] | None, typer.Option("--tokens", help="Of a prompt; repeatable.", min=64)
-]
+Lengths = Annotated[list[int], typer.Option("--tokens", help="Of a prompt; repeatable.", min=64)]
 Batches = Annotated[
-    list[int] | None, typer.Option("--batch", help="Sequences together; repeatable.", min=1)
+    list[int], typer.Option("--batch", help="Sequences together; repeatable.", min=1)
 ]
 Rounds = Annotated[int, typer.Option(help="Timed rounds.", min=1)]
 Warmup = Annotated[int, typer.Option(help="Rounds that are not timed.", min=0)]
-CacheDtype = Annotated[str | None, typer.Option(help="Storage of keys and values.")]
-WithEval = Annotated[
-    bool, typer.Option("--with-eval", help="Also copies from compressed contexts: a score per row.")
-]
 Out = Annotated[
     Path | None,
-    typer.Option(help="JSON lines, to which rows are added; a run goes on from what is there."),
+    typer.Option(
+        help="JSON lines, to which rows are added; a run goes on from what is there.",
+        show_default="none",
+    ),
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridOptions:
+    """What all cells of a benchmark have in common, and where its rows go."""
+
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For policies that name none; repeat for each of several.", show_default="none"
+        ),
+    ] = None
+    cache_dtype: Annotated[
+        str | None, typer.Option(help="Storage of keys and values.", show_default="the model's")
+    ] = None
+    with_eval: Annotated[
+        bool,
+        typer.Option("--with-eval", help="Also copies from compressed contexts: a score per row."),
+    ] = False
+    out: Out = None
 
 
 def with_budgets(policies: Sequence[str], budgets: Sequence[str]) -> Iterator[str]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from kvpress.bench.common import options
-from kvpress.bench.common.models import Source
+from kvpress.bench.common.command import command
+from kvpress.bench.common.options import AsJson, ModelOptions, PromptOptions, use_threads
 from kvpress.bench.common.output import check_writable, write
 from rich.console import Console
 
 from kvpress.errors import KVPressError
+
+if TYPE_CHECKING:
+    from kvpress.bench.common.text import Text
 
 errors = Console(stderr=True)
 
@@ -22,33 +26,40 @@ class ViewError(KVPressError, ValueError):
     """A page that cannot be made as it was asked for."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PageOptions:
+    """What is made: a page, a picture of a layer, or plain data."""
+
+    out: Annotated[Path, typer.Option(help="A .html file for the page.")] = Path("view.html")
+    as_json: AsJson = False
+    map_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--map",
+            help="Instead: a .png of the blocks that a layer attends to.",
+            show_default="none",
+        ),
+    ] = None
+    layer: Annotated[int, typer.Option(help="The layer of --map.", min=0)] = 0
+
+    def check(self) -> None:
+        """Raises ViewError, BadParameter or PlotError for what cannot be written."""
+        if self.map_file is None:
+            _check_out(self.out)
+        else:
+            _check_map(self.map_file)
+
+
+@command("kvpress view --policy snapkv:budget=0.2 --out view.html")
 def view(
-    model: options.Model = "demo",
+    asking: PromptOptions,
+    made: PageOptions,
+    loading: ModelOptions,
     policy: Annotated[str, typer.Option(help="name:key=value,…")] = "snapkv:budget=0.2",
-    prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="A text file that is the prompt.")
-    ] = None,
     prompt_tokens: Annotated[
         int, typer.Option(help="Length of the default prompt.", min=64)
     ] = 1000,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
-    chat: Annotated[bool, typer.Option(help="Wrap prompts in the model's chat template.")] = True,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    threads: options.Threads = None,
-    out: Annotated[Path, typer.Option(help="A .html file for the page.")] = Path("view.html"),
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print what was kept as JSON and write no page.")
-    ] = False,
-    map_file: Annotated[
-        Path | None,
-        typer.Option("--map", help="Instead: a .png of the blocks that a layer attends to."),
-    ] = None,
-    layer: Annotated[int, typer.Option(help="The layer of --map.", min=0)] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of the answer.", min=1)] = 32,
 ) -> None:
     """Show which tokens each layer and KV head kept, in the text itself, as one HTML page.
 
@@ -56,33 +67,28 @@ def view(
     reference are used, with a question at the end. With --map: which blocks of the prompt's
     attention a sparse policy computes in one layer, per query head.
     """
-    import torch
     from kvpress.bench.view.kept import look
     from kvpress.bench.view.page import page
 
     from kvpress.policy.loading import parse
 
     parse(policy)  # refuse a wrong policy, file or prompt before a model is loaded
-    if map_file is None:
-        _check_out(out)
-    else:
-        _check_map(map_file)
-    text = _given(prompt, prompt_file)
-    if threads:
-        torch.set_num_threads(threads)
-    source = Source(model, dtype, device, device_map, revision, trust_remote_code)
-    with errors.status(f"Loading {model} …"):
-        loaded, tokenizer = source.load()
+    made.check()
+    text = asking.given()
+    use_threads(loading.threads)
+    with errors.status(f"Loading {loading.model} …"):
+        loaded, tokenizer = loading.source.load()
     with errors.status("Reading the prompt …"):
-        whole = _wrap(text, tokenizer, chat, prompt_tokens)
-        if map_file is not None:
-            _draw_map(loaded, tokenizer, whole, policy, layer, map_file)
+        whole = _wrap(text, tokenizer, asking.chat, prompt_tokens)
+        if made.map_file is not None:
+            _draw_map(loaded, tokenizer, whole, policy, made.layer, made.map_file)
             return
-        kept = look(loaded, tokenizer, whole, policy, name=model, max_new_tokens=max_new_tokens)
-    if as_json:
+        name = loading.model
+        kept = look(loaded, tokenizer, whole, policy, name=name, max_new_tokens=max_new_tokens)
+    if made.as_json:
         sys.stdout.write(json.dumps(kept.to_dict()) + "\n")
     else:
-        write(out, page(kept).encode())
+        write(made.out, page(kept).encode())
 
 
 def _check_out(out: Path) -> None:
@@ -113,22 +119,10 @@ def _draw_map(model: Any, tokenizer: Any, prompt: str, policy: str, layer: int, 
     maps.draw(maps.computed_of(model, ids_1T, policy, layer), blocks, title, path)
 
 
-def _given(prompt: str | None, prompt_file: Path | None) -> str | None:
-    """The text of the prompt, None for the default one. Raises BadParameter."""
-    if prompt is not None and prompt_file is not None:
-        raise typer.BadParameter("give only one of --prompt and --prompt-file")
-    if prompt_file is None:
-        return prompt
-    try:
-        return prompt_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"{prompt_file} cannot be read as UTF-8 text: {error}") from error
-
-
-def _wrap(text: str | None, tokenizer: Any, chat: bool, tokens: int) -> str:
+def _wrap(text: Text | None, tokenizer: Any, chat: bool, tokens: int) -> str:
     """The prompt as the model gets it."""
     from kvpress.bench.common.prompt import as_chat, reference_prompt
 
     if text is None:
         return reference_prompt(tokenizer, tokens)
-    return as_chat(tokenizer, text) if chat else text
+    return as_chat(tokenizer, text.content) if chat else text.content

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -188,3 +192,18 @@ def test_the_default_file_names_the_device_and_keeps_quick_runs_apart(
     )
     assert gpu._default_out("cpu", True) == folder / "gpu-cpu-quick.json"
     assert folder.is_dir()
+
+
+def test_the_kernels_of_every_operator_are_compiled_ahead_of_time() -> None:
+    """In a process of its own, since other tests import Triton to be interpreted."""
+    pytest.importorskip("triton")
+    code = (
+        "from kvpress.bench.gpu import launches; print({x.operator for x in launches.launches(80)})"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shared = {"attend_sums", "scatter_slots"}  # which launch the kernels of others
+    kernels = (Path(gpu.ROOT) / "csrc").glob("*/triton_kernel.py")
+    assert ast.literal_eval(done.stdout) == {path.parent.name for path in kernels} - shared

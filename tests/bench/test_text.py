@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from kvpress.bench.common import text
-from kvpress.bench.common.journal import JournalError
+from kvpress.bench.common.journal import JournalError, text_of
 from kvpress.bench.common.prompt import reference_prompt
 from kvpress.bench.quality.results import ResultsError, load
 from kvpress.bench.speed.report import report as speed_report
@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from kvpress.cli import app
 
-RESULTS = sorted((Path(__file__).parents[2] / "bench" / "results").glob("*.jsonl"))
+KEPT = Path(__file__).parents[2] / "bench" / "results"
+RESULTS = sorted([*KEPT.glob("*.jsonl"), *KEPT.glob("*.jsonl.gz")])
 DEFAULT = {
     "name": "python-reference-3.11.7",
     "sha256": "71f2ff5d99bdc1f9c48c5c2353ad138201c5ca1c377e0226857ef8fa89b8bcee",
@@ -130,8 +131,25 @@ def test_benchmarks_of_several_texts_are_not_set_side_by_side(
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_recorded_results_name_their_text(path: Path) -> None:
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in text_of(path).splitlines()]
     for line in lines:
         settings = line.get("settings")
         if settings is not None and not settings.get("files"):
             assert settings["text"] == DEFAULT
+
+
+def test_results_that_are_kept_are_small() -> None:
+    assert [path.name for path in KEPT.iterdir() if path.stat().st_size > 200_000] == []
+
+
+def test_what_was_compressed_is_still_read(tmp_path: Path) -> None:
+    """By its own name, and by the one that it had."""
+    packed = next(path for path in RESULTS if path.suffix == ".gz")
+    given, known = tmp_path / packed.stem, tmp_path / packed.name
+    known.write_bytes(packed.read_bytes())
+    assert list(load(given)) == list(load(known)) != []
+    shown = [CliRunner().invoke(app, ["report", str(path)]).output for path in (given, known)]
+    assert shown[0] == shown[1] and "vs full" in shown[0]
+    known.write_bytes(known.read_bytes()[:1000])
+    with pytest.raises(ResultsError, match="no results file"):
+        load(given)

@@ -1,0 +1,193 @@
+"""The launches of every GPU kernel, recorded without a GPU.
+
+The operators run on small CPU tensors with launching replaced by recording, so that what is found
+is what would be launched: the same argument types, constants and launch parameters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from kvpress.csrc import triton_common
+from triton.runtime.jit import JITFunction
+
+from kvpress import ops
+from kvpress.formulas.block_map import GROUPS, Blocks
+from kvpress.formulas.page_layout import PageLayout
+
+WIDTHS, DTYPES = (64, 128, 256), {"fp32": torch.float32, "bf16": torch.bfloat16}
+_NAMES = {
+    torch.bool: "i1",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as it would be launched."""
+
+    operator: str
+    kernel: Any
+    case: str
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+def launches(target: int) -> list[Launch]:
+    """The kernels of every operator with the launch parameters of an architecture."""
+    found: list[Launch] = []
+    with mock.patch.object(triton_common, "architecture", lambda index: target):
+        for width, (name, dtype) in itertools.product(WIDTHS, DTYPES.items()):
+            for operator, case, args in operands(width, dtype):
+                label = " ".join(filter(None, (f"{name} D={width}", case)))
+                with recorded(label, found):
+                    ops.implementation(operator, "triton_kernel")(*args)
+    unique = {_key(launch): launch for launch in reversed(found)}
+    return sorted(unique.values(), key=lambda launch: (launch.operator, launch.kernel.__name__))
+
+
+@contextlib.contextmanager
+def recorded(case: str, into: list[Launch]) -> Iterator[None]:
+    """Kernels are not launched inside, but listed."""
+
+    def record(kernel: Any, *args: Any, **options: Any) -> None:
+        numbers = {name: options.pop(name, 3) for name in ("num_warps", "num_stages")}
+        given = {n: v for n, v in options.items() if n in kernel.arg_names}
+        given.update(zip(kernel.arg_names, args, strict=False))
+        home = kernel.fn.__module__.split(".")[-2]  # operators share kernels
+        into.append(Launch(home, kernel, case, given, **numbers))
+
+    with mock.patch.object(JITFunction, "run", record):
+        yield
+
+
+def operands(width: int, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """(operator, what is special, arguments) for sequences of 2, KV heads of 2 and groups of 4."""
+    table, page = torch.zeros(4, 16, dtype=torch.int32), 16
+    key, value = torch.zeros(1, width, page, dtype=dtype), torch.zeros(1, page, width, dtype=dtype)
+    counts, batch = torch.full((4,), 16), torch.full((2,), 99)
+    query, token = (
+        torch.zeros(2, 8, 1, width, dtype=dtype),
+        torch.zeros(2, 2, 1, width, dtype=dtype),
+    )
+    pages = (key, value, table, counts)
+    yield "decode_rows", "", (query, *pages, 0.1, 0.0, True)
+    yield "decode_rows", "softcap Q=32", (query.expand(-1, -1, 32, -1), *pages, 0.1, 50.0, True)
+    yield from packed_operands(query, pages)
+    marks = (torch.zeros(1, page, dtype=torch.int32), torch.zeros(1, page))
+    rows = (*marks, table, counts, batch, counts.clone(), batch.clone(), 4)
+    for noise in triton_common.NOISES:
+        state = (key, value, *rows, True, "mass_per_age")
+        numbers = (noise, 1.0, 7, 3, 0.1, 0.0)
+        yield "decode_step", noise, (query, token, token, *state, *numbers)
+        prompt = torch.zeros(2, 8, 160, width, dtype=dtype)
+        position = torch.arange(160).repeat(2, 2, 1)
+        scales = (0.1, 0.0, 160, noise, 1.0, 7, 3)
+        yield "attention_sums", noise, (prompt, prompt[:, :2], position, *scales)
+    store = (key, value, *rows, "mass", torch.zeros(2))
+    for case, pairs, counted in (
+        ("", 0, False),
+        ("turned", width // 4, False),
+        ("counted", 0, True),
+    ):
+        turning = (torch.zeros(pairs) if pairs else None, False, 0, width - counted)
+        rule = (2.7, 0.3, 0.7, True, True, False, True, False, counted)
+        yield "absorb_step", case, (*store, *turning, *rule)
+    allowed = torch.ones(2, 2, 160, dtype=torch.bool)
+    yield from block_operands(prompt)
+    yield "match_keys", "", (prompt[:, 2:4], prompt[:, :2], allowed)
+    for pool, last in ((key, True), (value, False)):
+        dense = torch.zeros(16, width, dtype=dtype)
+        kind = "channel-major" if last else "slot-major"
+        yield "gather_slots", kind, (pool, torch.arange(16), last)
+        yield "scatter_slots", f"{kind} scatter", (pool, torch.arange(16), dense, last)
+
+
+def block_operands(prompt: torch.Tensor) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """The operators of block-sparse prompts."""
+    batch, heads, tokens, _ = prompt.shape
+    blocks, codes = Blocks(tokens, tokens), prompt.to(torch.int8)
+    numbers = torch.ones(batch, heads, tokens)
+    scales = torch.ones(batch, 2, blocks.columns, GROUPS)
+    yield (
+        "estimate_blocks",
+        "",
+        (codes, numbers, codes[:, :2].clone(), scales, numbers, numbers, 32),
+    )
+    bits = torch.zeros(batch, heads, blocks.offsets[-1], dtype=torch.uint8)
+    position = torch.arange(tokens).repeat(batch, 2, 1)
+    sums = (0.1, 0.0, tokens, "fresh", 1.0, 7, 3, bits)
+    yield "attention_sums", "fresh, mapped", (prompt, prompt[:, :2], position, *sums)
+    yield "attend_blocks", "", (prompt, prompt[:, :2], prompt[:, :2], bits, 0.1)
+    yield "attend_blocks", "LSE", (prompt, prompt[:, :2], prompt[:, :2, :, :0], bits, 0.1)
+
+
+def packed_operands(
+    query: torch.Tensor, pages: tuple[torch.Tensor, ...]
+) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """The operators on old slots: channels and 4 bits, and channels alone."""
+    key, _, table, counts = pages
+    width, none = query.shape[3], torch.empty(0)
+    dense = torch.zeros(1, 64, width, dtype=key.dtype)
+    held = torch.ones(2, 2, 64, dtype=torch.bool)
+    prompt = torch.zeros(2, 8, 64, width, dtype=key.dtype)
+    yield "channel_scores", "", (prompt, prompt[:, :2], held)
+    for bits in (4, 16):
+        kept = width * 5 // 8
+        sizes = (64, width, width, kept, width, bits, bits, 64, 64, key.element_size())
+        layout, case = PageLayout(*sizes), f"{bits} bits"
+        channels = [torch.arange(n, dtype=torch.int16)[None] for n in (kept, width)]
+        yield "pack", case, (dense, dense, *channels, list(layout))
+        packed = torch.zeros(1, layout.page_bytes, dtype=torch.uint8)
+        yield "unpack", case, (packed, *channels, list(layout), key)
+        own = [x.expand(4, -1).contiguous() for x in channels]
+        holes = torch.zeros(1, 64, dtype=torch.int32)
+        old = [packed, *own, table[:, :1].contiguous(), counts * 4, holes, none, none.long()]
+        yield "decode_rows", case, (query, *pages, 0.1, 0.0, True, old, list(layout))
+
+
+def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """Signature, constants and attributes of a launch, as Triton derives them from arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for index, (name, parameter) in enumerate(
+        zip(launch.kernel.arg_names, launch.kernel.params, strict=True)
+    ):
+        given = launch.arguments[name]
+        kind = "constexpr" if parameter.is_constexpr else _kind(given, parameter)
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[name] = given
+            continue
+        number = given.data_ptr() if isinstance(given, torch.Tensor) else given
+        special = isinstance(number, int) and not parameter.do_not_specialize
+        if special and number % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _kind(given: Any, parameter: Any) -> str:
+    if isinstance(given, torch.Tensor):
+        return "*" + _NAMES[given.dtype]
+    if isinstance(given, float):
+        return "fp32"
+    if given == 1 and not parameter.do_not_specialize:
+        return "constexpr"
+    return "i32" if -(2**31) <= given < 2**31 else "i64"
+
+
+def _key(launch: Launch) -> str:
+    return repr((launch.kernel.__name__, specialise(launch), launch.num_warps, launch.num_stages))
