@@ -13,7 +13,8 @@
 namespace kvpress::KERNEL_ISA {
 
 constexpr Kernels with(decltype(Kernels::estimate_blocks) estimate) {
-  return {decode_rows, decode_step, absorb_step, attention_sums, estimate, attend_blocks, match_keys, copy_slots, pack_pages, channel_scores};
+  return {decode_rows,   decode_step, absorb_step, attention_sums, estimate,
+          attend_blocks, match_keys,  copy_slots,  pack_pages,     channel_scores};
 }
 
 extern const Kernels kernels;

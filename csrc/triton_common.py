@@ -72,8 +72,15 @@ def noise_stream(seed: int, layer: int) -> int:
 
 
 @triton.jit
+def address_of(table, s_S, count, PAGE: tl.constexpr):
+    """Where slots of a row lie, page · PAGE + offset; in page 0 beyond its count."""
+    page_S = tl.load(table + s_S // PAGE, mask=s_S < count, other=0).to(tl.int64)
+    return page_S * PAGE + s_S % PAGE
+
+
+@triton.jit
 def mix(word):
-    """The finaliser of kvpress/noise.py on uint32."""
+    """The finaliser of kvpress/formulas/noise.py on uint32."""
     word = (word ^ (word >> 16)) * 0x85EBCA6B
     word = (word ^ (word >> 13)) * 0xC2B2AE35
     return word ^ (word >> 16)
@@ -88,7 +95,7 @@ def noise_row(stream, head, query):
 
 @triton.jit
 def uniform(row, key):
-    """Uniform fp32 numbers of keys at these positions, bit for bit those of kvpress/noise.py."""
+    """Uniform fp32 numbers of keys at these positions, bit for bit those of formulas/noise.py."""
     word = mix(row + key.to(tl.uint32) * ODD)
     # Through int32: 23 bits fit, and the conversion from uint32 is slower.
     return ((word >> 9).to(tl.int32).to(tl.float32) + 0.5) * (1.0 / 8388608.0)

@@ -15,7 +15,8 @@ constexpr int64_t kLogitStride = kTogether + kTile;  // no power of two: it woul
 class BlockAttention {
  public:
   BlockAttention(const AttendBlocks& a, int64_t b, int64_t h, const Threads& threads)
-      : a_(a), map_(a.map), b_(b), h_(h), threads_(threads), row_(a.key, a.value, b, h, a.map.slots, a.width, a.value_width) {}
+      : a_(a), map_(a.map), b_(b), h_(h), threads_(threads),
+        row_(a.key, a.value, b, h, a.map.slots, a.width, a.value_width) {}
 
   void run() {
     const int64_t rows = map_.rows();
@@ -44,12 +45,13 @@ class BlockAttention {
     std::fill_n(some.largest, some.count, -INFINITY);
     std::fill_n(some.total, some.count, 0.0f);
     std::fill_n(some.out, some.count * row_.panels * kPanel, 0.0f);
-    pack_queries(some.count, a_.width, some.packed + BlockMap::kQueries * a_.width, some.packed, [&](int64_t i, float* to) {
-      read_floats(a_.query.data, a_.query.type,
-                  b_ * a_.query.batch_stride + (head - b_ * a_.heads * a_.group) * a_.query.head_stride +
-                      (some.first + i) * a_.query.token_stride,
-                  a_.width, float(a_.scaling), to);
-    });
+    pack_queries(some.count, a_.width, some.packed + BlockMap::kQueries * a_.width, some.packed,
+                 [&](int64_t i, float* to) {
+                   read_floats(a_.query.data, a_.query.type,
+                               b_ * a_.query.batch_stride + (head - b_ * a_.heads * a_.group) * a_.query.head_stride +
+                                   (some.first + i) * a_.query.token_stride,
+                               a_.width, float(a_.scaling), to);
+                 });
     const uint8_t* bits = map_.bytes + head * offset_[map_.rows()] + offset_[row];
     int64_t block[kTogetherBlocks], blocks = 0;
     for (int64_t j = 0, end = map_.end(row); j < end; j++) {
@@ -67,7 +69,8 @@ class BlockAttention {
       for (int64_t s = 0; s < BlockMap::kSlots; s += kTile)
         in_parts(some.count, [&](int64_t m, auto M) {
           Ahead nothing;
-          const int64_t tile = std::min((block[k] * BlockMap::kSlots + s) / kTile, row_.tiles - 1);  // hidden where beyond
+          const int64_t tile =
+              std::min((block[k] * BlockMap::kSlots + s) / kTile, row_.tiles - 1);  // hidden where beyond
           logits_of_tile<M()>(some.packed + m * a_.width, row_.tile(tile), kTile, a_.width,
                               some.x + m * kLogitStride + k * BlockMap::kSlots + s, kLogitStride, nothing);
         });

@@ -6,23 +6,12 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from kvpress.csrc.attend_blocks.reference import check
-from kvpress.csrc.triton_common import (
-    FUSED,
-    by_architecture,
-    device_of,
-    dot,
-    grow,
-    weighted,
-    wide,
-)
+from kvpress.csrc.attend_blocks.triton_device import attend_kernel
+from kvpress.csrc.triton_common import FUSED, by_architecture, device_of, wide
 from torch import Tensor
 
-from kvpress.formulas.block_map import QUERIES, SLOTS, Blocks
-
-SIZES = ["queries", "slots", "bytes_of_head"]
-ROWS = tl.constexpr(QUERIES)
+from kvpress.formulas.block_map import SLOTS, Blocks
 
 
 class Launch(NamedTuple):
@@ -43,69 +32,6 @@ LAUNCH = {
         (256, 4): Launch(16, 4),
     },
 }
-
-
-@triton.jit(do_not_specialize=SIZES)
-def attend_kernel(
-    query, key, value, computed, offset, end, out, lse,
-    query_batch, query_head, query_token, key_batch, key_head, key_token,
-    value_batch, value_head, value_token, queries, slots, bytes_of_head, heads, group, scaling,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr, WIDE_VALUE: tl.constexpr,
-):  # fmt: skip
-    """Attends some queries of a block to the blocks of their row of the map."""
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest first
-    row = first // ROWS
-    flat = tl.program_id(1).to(tl.int64)
-    batch = flat // heads
-    head = flat % heads
-    m = first + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_E)
-    s = tl.arange(0, BLOCK_S)
-    real = m < queries
-    query_MD = tl.load(
-        query + batch * query_batch + head * query_head + m[:, None] * query_token + d[None, :],
-        mask=real[:, None] & (d[None, :] < WIDTH),
-        other=0.0,
-    )
-    key += batch * key_batch + head // group * key_head
-    value += batch * value_batch + head // group * value_head
-    top_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total_M = tl.zeros([BLOCK_M], tl.float32)
-    out_ME = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    begin = flat * bytes_of_head + tl.load(offset + row)
-    for j in range(tl.load(end + row)):
-        byte = tl.load(computed + begin + j // 8).to(tl.int32)
-        if (byte >> (j % 8)) & 1 > 0:
-            slot = j * BLOCK_S + s
-            inside = slot < slots
-            key_DS = tl.load(
-                key + slot[None, :] * key_token + d[:, None],
-                mask=inside[None, :] & (d[:, None] < WIDTH),
-                other=0.0,
-            )
-            product_MS = dot(query_MD, key_DS, tl.zeros([BLOCK_M, BLOCK_S], tl.float32), WIDE)
-            visible = slot[None, :] <= (slots - queries + m)[:, None]
-            logits_MS = tl.where(visible, product_MS * scaling, float("-inf"))
-            weight_MS, shrink_M, top_M, total_M = grow(logits_MS, top_M, total_M)
-            if VALUE_WIDTH > 0:
-                value_SE = tl.load(
-                    value + slot[:, None] * value_token + e[None, :],
-                    mask=inside[:, None] & (e[None, :] < VALUE_WIDTH),
-                    other=0.0,
-                )
-                out_ME = weighted(weight_MS, value_SE, out_ME * shrink_M[:, None], WIDE_VALUE)
-    own = flat * queries + m
-    # Of an empty sum the logarithm would be -inf too, with a warning where this is interpreted.
-    tl.store(lse + own, top_M + tl.log(tl.where(total_M == 0.0, 1.0, total_M)), mask=real)
-    if VALUE_WIDTH > 0:
-        out_ME = out_ME / tl.where(total_M == 0.0, 1.0, total_M)[:, None]
-        tl.store(
-            out + own[:, None] * VALUE_WIDTH + e[None, :],
-            out_ME.to(out.dtype.element_ty),
-            mask=real[:, None] & (e[None, :] < VALUE_WIDTH),
-        )
 
 
 def attend_blocks(

@@ -20,7 +20,8 @@ constexpr int64_t kMostTasks = 64;  // of a row, about: each has partial sums of
 class RowSums {
  public:
   RowSums(const AttentionSums& a, int64_t b, int64_t h, const Threads& threads)
-      : a_(a), b_(b), h_(h), threads_(threads), row_(a.key, a.value, b, h, a.slots, a.width, a.out ? a.value_width : 0) {
+      : a_(a), b_(b), h_(h), threads_(threads),
+        row_(a.key, a.value, b, h, a.slots, a.width, a.out ? a.value_width : 0) {
     tiles_ = row_.tiles;
     panels_ = row_.panels;
     padded_ = (tiles_ * kTile + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
@@ -58,8 +59,8 @@ class RowSums {
     float* reference;     // [count, blocks]
     float* out;           // [panels, count, kPanel], relative to `logit`; or null
     int64_t blocks;
-    float largest[kQueryBlock];  // logit so far, with noise and temperature
-    float total[kQueryBlock];    // of the exponentials relative to it
+    float largest[kQueryBlock];                  // logit so far, with noise and temperature
+    float total[kQueryBlock];                    // of the exponentials relative to it
     float logit[kQueryBlock], sum[kQueryBlock];  // the same without noise and temperature, where there is `out`
   };
 
@@ -86,9 +87,10 @@ class RowSums {
         some.bits = a_.map.bytes + head * offset_[a_.map.rows()] + offset_[row];
       }
       pack_queries(some.count, a_.width, query + kQueryBlock * a_.width, query, [&](int64_t i, float* to) {
-        read_floats(a_.query.data, a_.query.type,
-                    b_ * a_.query.batch_stride + (h_ * a_.group + g) * a_.query.head_stride + (q + i) * a_.query.token_stride,
-                    a_.width, float(a_.logits.scaling), to);
+        read_floats(
+            a_.query.data, a_.query.type,
+            b_ * a_.query.batch_stride + (h_ * a_.group + g) * a_.query.head_stride + (q + i) * a_.query.token_stride,
+            a_.width, float(a_.logits.scaling), to);
       });
       sum_block(some, sums);
     }
@@ -110,7 +112,8 @@ class RowSums {
       }
       for (int64_t s = 0; s < slots; s += kTile) {  // a tile serves all queries before the next one
         if (!attended(some, k, s)) {
-          for (int64_t i = 0; i < some.count; i++) std::fill_n(some.weights + i * padded_ + first + s, kTile, -INFINITY);
+          for (int64_t i = 0; i < some.count; i++)
+            std::fill_n(some.weights + i * padded_ + first + s, kTile, -INFINITY);
           continue;
         }
         in_parts(some.count, [&](int64_t m, auto M) {
@@ -153,7 +156,8 @@ class RowSums {
 
   // The attention output over one block. Where noise only divides, its exponentials serve the sums too.
   void attend(Queries& some, int64_t first, int64_t slots) {
-    float* p = divides() || plain() ? some.weights + first : scratch<float, struct Exponentials>(kQueryBlock * kKeyBlock);
+    float* p =
+        divides() || plain() ? some.weights + first : scratch<float, struct Exponentials>(kQueryBlock * kKeyBlock);
     const int64_t stride = divides() || plain() ? padded_ : kKeyBlock;
     for (int64_t i = 0; i < some.count; i++) {
       const float* x = some.weights + i * padded_ + first;
@@ -197,7 +201,8 @@ class RowSums {
     alignas(64) float noise[kKeyBlock];
     if (o.noise != Noise::kNone) {
       const int64_t query = o.noise == Noise::kFresh ? position_[a_.slots - a_.queries + some.q + i] : -1;
-      draw_exponential(noise_row(o.seed, o.layer, h_ * a_.group + some.g, query), position_ + k * kKeyBlock, slots, noise);
+      draw_exponential(noise_row(o.seed, o.layer, h_ * a_.group + some.g, query), position_ + k * kKeyBlock, slots,
+                       noise);
     }
     float& reference = some.reference[i * some.blocks + k];
     const bool attended = some.out && (plain() || divides());  // then they are exponentials already
@@ -270,7 +275,7 @@ class RowSums {
   int64_t tiles_, padded_, panels_;
   int32_t* position_;
   const int64_t* offset_;  // of the rows of the map
-  bool gaps_ = false;  // whether some slots are empty
+  bool gaps_ = false;      // whether some slots are empty
 };
 
 inline void attention_sums(const AttentionSums& a, const Threads& threads) {

@@ -39,8 +39,9 @@ def decode_rows(
 
     LSE (natural logarithm) and weights are fp32. The Q queries belong to the last Q slots of each
     row, in order, and are causal among themselves. A query without a slot to attend to gets zeros
-    and an LSE of -inf. old, layouts: parts of old slots (`kvpress/layout.py`), which stand before
-    the others, also in the weights. Raises OperatorError.
+    and an LSE of -inf. old, layouts: parts of old slots (see
+    `kvpress/formulas/page_layout.py`), which stand before the others, also in the weights. Raises
+    OperatorError.
     """
     check(query_BNQD, key_PDS, value_PSE, table_RW, counts_R, scaling, softcap)
     batch, query_heads, queries, width = query_BNQD.shape

@@ -51,7 +51,7 @@ class Step {
  public:
   // kept: without memory where no mass is kept; totals: [R, M, blocks], the sums of noisy exponentials
   Step(const DecodeStep& a, const Regions& regions, const BlockWeights& kept, float* totals)
-      : a_(a), regions_(regions), slots_{a.attend.pages, a.position, a.mass}, kept_(kept), totals_(totals),
+      : a_(a), regions_(regions), slots_{a.attend.pages, a.columns}, kept_(kept), totals_(totals),
         plain_(a.observation.noise == Noise::kNone && a.observation.tau == 1.0) {}
 
   // The new token goes behind the others of its row. Its page is read right after, by the same thread.
@@ -63,13 +63,13 @@ class Step {
     E* channel = slots_.key(place);
     for (int64_t d = 0; d < pages().key_width; d++) copy_one(a_.key, key + d, channel + d * pages().page_slots);
     for (int64_t d = 0; d < pages().value_width; d++) copy_one(a_.value, value + d, slots_.value(place) + d);
-    a_.position[place.address] = int32_t(a_.seen[b] - 1);
-    if (a_.mass) a_.mass[place.address] = 0;
+    a_.columns.position[place.address] = int32_t(a_.bounds.seen[b] - 1);
+    if (a_.columns.mass) a_.columns.mass[place.address] = 0;
   }
 
   // Noisy attention has a softmax of its own.
   void on_logits(int64_t r, int64_t m0, int queries, int64_t begin, int64_t slots, const float* x, Ahead& ahead) {
-    if (!a_.mass || plain_) return;
+    if (!a_.columns.mass || plain_) return;
     float top[kQueries];
     add_noise(r, m0, queries, begin, slots, x, top, ahead);
     for (int m = 0; m < queries; m++) {
@@ -87,34 +87,35 @@ class Step {
   }
 
   void on_weights(int64_t r, int64_t m, int64_t begin, int64_t slots, const float* x, float relative_to) {
-    if (a_.mass && plain_) kept_.keep(r, m, begin, slots, x, relative_to);
+    if (a_.columns.mass && plain_) kept_.keep(r, m, begin, slots, x, relative_to);
   }
 
   void after_row(int64_t r, const Regions& regions, const float* lse) {
     const int64_t count = a_.counts[r] = regions.counts[r];
     int64_t held = count;
     for (int p = 0; p < a_.attend.parts; p++) held += old(p).counts[r] - (old(p).dropped ? old(p).dropped[r] : 0);
-    const bool evicts = a_.evict && held > a_.quota[r];
-    if (!a_.mass && !evicts) return;
-    for (int64_t m = 0; m < kept_.m && a_.mass; m++) kept_.normalise(r, m, regions, plain_ ? lse[m] : noisy_lse(r, m, regions));
-    Victim victim(a_.rank, a_.seen[r / heads()], a_.sink, a_.recent[r / heads()]);
+    const bool evicts = a_.evict && held > a_.bounds.quota[r];
+    if (!a_.columns.mass && !evicts) return;
+    for (int64_t m = 0; m < kept_.m && a_.columns.mass; m++)
+      kept_.normalise(r, m, regions, plain_ ? lse[m] : noisy_lse(r, m, regions));
+    Victim victim(a_.rank, a_.bounds.seen[r / heads()], a_.bounds.sink, a_.bounds.recent[r / heads()]);
     alignas(64) int32_t position[kTile];
     alignas(64) float mass[kTile] = {};
     for (int p = 0; p < a_.attend.parts; p++) {
       each_old_tile(old(p), r, [&](int64_t s, int64_t address) {
-        if (a_.mass) observe(r, regions.begin[p] + s, old(p).mass + address);
+        if (a_.columns.mass) observe(r, regions.begin[p] + s, old(p).mass + address);
         for (int i = 0; i < kTile && evicts; i += kWidth)
           victim.consider(regions.begin[p] + s + i, INT32_MAX, load(old(p).position + address + i),
-                          a_.mass ? load(old(p).mass + address + i) : Vec{});
+                          a_.columns.mass ? load(old(p).mass + address + i) : Vec{});
       });
     }
     const int64_t begin = regions.begin[a_.attend.parts];
     slots_.each_tile(r, count, [&](int64_t s, int64_t slots, const Place& place) {
-      slots_.read_tile(r, s, slots, place, a_.position, position);
-      if (a_.mass) {
-        slots_.read_tile(r, s, slots, place, a_.mass, mass);
+      slots_.read_tile(r, s, slots, place, a_.columns.position, position);
+      if (a_.columns.mass) {
+        slots_.read_tile(r, s, slots, place, a_.columns.mass, mass);
         observe(r, begin + s, mass);
-        slots_.write_tile(r, s, slots, place, mass, a_.mass);
+        slots_.write_tile(r, s, slots, place, mass, a_.columns.mass);
       }
       for (int i = 0; i < kTile && evicts; i += kWidth)
         victim.consider(begin + s + i, begin + count, load(position + i), load(mass + i));
@@ -160,12 +161,13 @@ class Step {
                  Ahead& ahead) const {
     const Observation& o = a_.observation;
     const bool noisy = o.noise != Noise::kNone;
-    const int64_t of_query = o.noise == Noise::kFresh ? a_.seen[r / heads()] - 1 : -1;
+    const int64_t of_query = o.noise == Noise::kFresh ? a_.bounds.seen[r / heads()] - 1 : -1;
     const float coldness = float(1.0 / o.tau);
     const int64_t padded = (slots + kTile - 1) / kTile * kTile;
     alignas(64) int32_t position[kBlock];
     alignas(64) float noise[kBlock];
-    for (int64_t s = 0; s < slots && noisy; s += kTile) read_positions(r, begin + s, std::min<int64_t>(kTile, slots - s), position + s);
+    for (int64_t s = 0; s < slots && noisy; s += kTile)
+      read_positions(r, begin + s, std::min<int64_t>(kTile, slots - s), position + s);
     for (int m = 0; m < queries; m++) {
       const uint32_t row = noise_row(o.seed, o.layer, r % heads() * a_.attend.group + m0 + m, of_query);
       float* y = kept_.row(r, m0 + m) + begin;
@@ -191,7 +193,7 @@ class Step {
     if (p < a_.attend.parts) {
       std::copy_n(old(p).position + address(old(p), r, slot), kTile, to);
     } else {
-      slots_.read_tile(r, slot, slots, slots_.find(r, slot), a_.position, to);
+      slots_.read_tile(r, slot, slots, slots_.find(r, slot), a_.columns.position, to);
     }
   }
 
@@ -199,7 +201,8 @@ class Step {
     const float *top = kept_.references(r, m), *total = totals_ + (r * kept_.m + m) * kept_.blocks;
     float largest = -INFINITY, all = 0;
     each_block(r, regions, [&](int64_t k) { largest = std::max(largest, top[k]); });
-    each_block(r, regions, [&](int64_t k) { all += top[k] == -INFINITY ? 0.0f : total[k] * std::exp(top[k] - largest); });
+    each_block(r, regions,
+               [&](int64_t k) { all += top[k] == -INFINITY ? 0.0f : total[k] * std::exp(top[k] - largest); });
     return largest + std::log(all);
   }
 
@@ -236,7 +239,7 @@ void step_of(const DecodeStep& a, const Threads& threads) {
   const int64_t blocks = (regions.begin[a.attend.parts] + most + kBlock - 1) / kBlock, stride = blocks * kBlock;
   BlockWeights kept{nullptr, nullptr, group, stride, blocks};
   float* totals = nullptr;
-  if (a.mass) {
+  if (a.columns.mass) {
     kept.weights = scratch<float, struct StepWeights>(rows * group * stride);
     kept.reference = scratch<float, struct StepReferences>(2 * rows * group * blocks);
     totals = kept.reference + rows * group * blocks;

@@ -116,8 +116,7 @@ class RowEstimate {
 
 template <class Products>
 inline void estimate_blocks(const EstimateBlocks& a, const Threads& threads) {
-  for (int64_t r = 0; r < a.batch * a.heads; r++)
-    RowEstimate<Products>(a, r / a.heads, r % a.heads, threads).run();
+  for (int64_t r = 0; r < a.batch * a.heads; r++) RowEstimate<Products>(a, r / a.heads, r % a.heads, threads).run();
 }
 
 }  // namespace kvpress::KERNEL_ISA

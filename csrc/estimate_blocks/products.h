@@ -16,8 +16,8 @@ constexpr float kEndless = 1 << 30;                  // a bound that no estimate
 // The queries of a block.
 struct EstimateQueries {
   int64_t count, parts;  // parts: of the channels, that are multiplied together
-  int32_t* code;         // the codes of so many channels, repeated to 4 bytes: in parts as in_parts makes them [parts, M]
-                         // each, or where Products::kWhole [64, parts]
+  int32_t* code;  // the codes of so many channels, repeated to 4 bytes: in parts as in_parts makes them [parts, M]
+                  // each, or where Products::kWhole [64, parts]
   int32_t start[BlockMap::kQueries];  // what undoes the bias of the keys
   float inverse[BlockMap::kQueries], bound[BlockMap::kQueries], cap[BlockMap::kQueries];
 };
@@ -46,11 +46,11 @@ struct PairProducts {
     const int32_t* code = some.code + m0 * some.parts;
 #if defined(__AVX2__)
     __m256i sums[M][2];
-    KVPRESS_UNROLL for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = _mm256_set1_epi16(int16_t(some.start[m0 + m]));
+    KVPRESS_UNROLLED (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = _mm256_set1_epi16(int16_t(some.start[m0 + m]));
     for (int64_t p = 0; p < some.parts; p++, tile += 2 * kCodeTile, code += M) {
       const __m256i first = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile));
       const __m256i second = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile + keys.tile_bytes));
-      KVPRESS_UNROLL for (int m = 0; m < M; m++) {
+      KVPRESS_UNROLLED (int m = 0; m < M; m++) {
         const __m256i query = _mm256_set1_epi32(code[m]);
         sums[m][0] = _mm256_add_epi16(sums[m][0], _mm256_maddubs_epi16(first, query));
         asm volatile("" : "+x"(sums[m][0]));  // one after the other: products that wait push sums out of registers
@@ -62,7 +62,7 @@ struct PairProducts {
     __m256 under = _mm256_setzero_ps();  // also where a bound is NaN
     const __m256 low = _mm256_set1_ps(kLow);
     const __m256 steps = _mm256_loadu_ps(keys.step), high = _mm256_set1_ps(kHigh);
-    KVPRESS_UNROLL for (int m = 0; m < M; m++) {
+    KVPRESS_UNROLLED (int m = 0; m < M; m++) {
       const __m256 inverse = _mm256_set1_ps(some.inverse[m0 + m]);
       const auto whole = [&](int64_t at) {  // a NaN becomes the largest number
         return _mm256_cvtps_epi32(_mm256_min_ps(_mm256_mul_ps(_mm256_loadu_ps(keys.shift + at), inverse), high));
@@ -107,7 +107,8 @@ template <bool kExact>
 class Above {
  public:
   Above(const EstimateQueries& some, const EstimateKeys& keys)
-      : steps_(_mm512_loadu_ps(keys.step)), first_(_mm512_loadu_ps(keys.shift)), second_(_mm512_loadu_ps(keys.shift + kCodeTile)) {
+      : steps_(_mm512_loadu_ps(keys.step)), first_(_mm512_loadu_ps(keys.shift)),
+        second_(_mm512_loadu_ps(keys.shift + kCodeTile)) {
     lowest_ = _mm512_set1_ps(kExact ? kLow : kLow + kMostCode * kMostCode * 4 * float(some.parts) + 4);
   }
 
@@ -129,11 +130,13 @@ class Above {
 
   static __mmask16 below(__mmask16 before, __m512i sums, __m512 shift, __m512 inverse, __m512 bound) {
     if constexpr (kExact) {
-      const __m512 moved = _mm512_min_ps(_mm512_mul_ps(shift, inverse), _mm512_set1_ps(kHigh));  // a NaN becomes the largest
+      const __m512 moved =
+          _mm512_min_ps(_mm512_mul_ps(shift, inverse), _mm512_set1_ps(kHigh));  // a NaN becomes the largest
       const __m512i estimate = _mm512_add_epi32(sums, _mm512_cvtps_epi32(_mm512_max_ps(moved, _mm512_set1_ps(kLow))));
       return _mm512_mask_cmple_epi32_mask(before, estimate, _mm512_cvtps_epi32(bound));
     } else {
-      return _mm512_mask_cmp_ps_mask(before, _mm512_fmadd_ps(shift, inverse, _mm512_cvtepi32_ps(sums)), bound, _CMP_LE_OQ);
+      return _mm512_mask_cmp_ps_mask(before, _mm512_fmadd_ps(shift, inverse, _mm512_cvtepi32_ps(sums)), bound,
+                                     _CMP_LE_OQ);
     }
   }
 
@@ -161,10 +164,10 @@ struct QuadProducts {
     const uint8_t* tile = keys.codes;
     const int32_t* code = some.code + m0 * some.parts;
     __m512i sums[M][2];
-    KVPRESS_UNROLL for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = _mm512_set1_epi32(some.start[m0 + m]);
+    KVPRESS_UNROLLED (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = _mm512_set1_epi32(some.start[m0 + m]);
     for (int64_t p = 0; p < some.parts; p++, tile += 4 * kCodeTile, code += M) {
       const __m512i first = _mm512_load_si512(tile), second = _mm512_load_si512(tile + keys.tile_bytes);
-      KVPRESS_UNROLL for (int m = 0; m < M; m++) {
+      KVPRESS_UNROLLED (int m = 0; m < M; m++) {
         const __m512i query = _mm512_set1_epi32(code[m]);
         sums[m][0] = _mm512_dpbusd_epi32(sums[m][0], first, query);
         sums[m][1] = _mm512_dpbusd_epi32(sums[m][1], second, query);
@@ -172,7 +175,7 @@ struct QuadProducts {
       }
     }
     Above<kExact> above(some, keys);
-    KVPRESS_UNROLL for (int m = 0; m < M; m++) above.look(some, m0 + m, sums[m][0], sums[m][1]);
+    KVPRESS_UNROLLED (int m = 0; m < M; m++) above.look(some, m0 + m, sums[m][0], sums[m][1]);
     return above.any();
   }
 };

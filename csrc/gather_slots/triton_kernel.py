@@ -6,9 +6,9 @@ import math
 
 import torch
 import triton
-import triton.language as tl
 from kvpress.csrc.gather_slots import fake
 from kvpress.csrc.gather_slots.reference import places
+from kvpress.csrc.gather_slots.triton_device import copy_kernel
 from kvpress.csrc.triton_common import FUSED, device_of
 from torch import Tensor
 
@@ -56,34 +56,3 @@ def copy(
             num_warps=4,
             **FUSED,
         )
-
-
-@triton.jit(do_not_specialize=["count"])
-def copy_kernel(
-    pool,
-    page,
-    slot,
-    slots,
-    count,
-    WIDTH: tl.constexpr,
-    PAGE: tl.constexpr,
-    SLOT_LAST: tl.constexpr,
-    INTO_POOL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-):
-    """A block of slots and numbers of them."""
-    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_X = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
-    page_N = tl.load(page + n_N, mask=n_N < count, other=0)
-    slot_N = tl.load(slot + n_N, mask=n_N < count, other=0)
-    if SLOT_LAST:
-        pool_NX = pool + (page_N * (WIDTH * PAGE) + slot_N)[:, None] + x_X[None, :] * PAGE
-    else:
-        pool_NX = pool + ((page_N * PAGE + slot_N) * WIDTH)[:, None] + x_X[None, :]
-    slots_NX = slots + n_N.to(tl.int64)[:, None] * WIDTH + x_X[None, :]
-    mask_NX = (n_N < count)[:, None] & (x_X < WIDTH)[None, :]
-    if INTO_POOL:
-        tl.store(pool_NX, tl.load(slots_NX, mask=mask_NX), mask=mask_NX)
-    else:
-        tl.store(slots_NX, tl.load(pool_NX, mask=mask_NX), mask=mask_NX)

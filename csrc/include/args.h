@@ -38,7 +38,19 @@ struct Pages {
   int64_t table_width;
 };
 
-// How a page of old slots lies in memory: see kvpress/layout.py.
+// What is kept of every slot beside its key and value.
+struct Columns {
+  int32_t* position;  // [P, S]
+  float* mass;        // [P, S] or null
+};
+
+// What says how many slots a row may hold, how old they are and which ones stay.
+struct Bounds {
+  const int64_t *seen, *quota, *recent;  // [B], [R], [B]
+  int64_t sink;
+};
+
+// How a page of old slots lies in memory: see kvpress/formulas/page_layout.py.
 struct Layout {
   int64_t slots, key_width, value_width, key_kept, value_kept, key_bits, value_bits, key_group, value_group, item_bytes;
   int64_t value_groups, key_scales, value_codes, value_scales, page_bytes;  // follow from the others
@@ -48,7 +60,8 @@ struct Layout {
         key_bits(sizes[5]), value_bits(sizes[6]), key_group(sizes[7]), value_group(sizes[8]), item_bytes(sizes[9]) {
     value_groups = (value_kept + value_group - 1) / value_group;
     const int64_t keys = key_bits == 16 ? key_kept * slots * item_bytes : bytes((key_kept + 1) / 2, slots, key_bits);
-    const int64_t values = value_bits == 16 ? slots * value_kept * item_bytes : bytes(slots / 2, value_kept, value_bits);
+    const int64_t values =
+        value_bits == 16 ? slots * value_kept * item_bytes : bytes(slots / 2, value_kept, value_bits);
     key_scales = up(keys, 16);
     value_codes = up(key_scales + (key_bits < 16 ? 4 * key_kept * (slots / key_group) : 0), 16);
     value_scales = up(value_codes + values, 16);
@@ -58,7 +71,9 @@ struct Layout {
 
   static int64_t up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
   // Of pairs of lines, 8 lines to a vector of 16 codes.
-  static int64_t bytes(int64_t pairs, int64_t lines, int64_t bits) { return up(pairs * up(lines, 8) / 8, 16 / bits) * 2 * bits; }
+  static int64_t bytes(int64_t pairs, int64_t lines, int64_t bits) {
+    return up(pairs * up(lines, 8) / 8, 16 / bits) * 2 * bits;
+  }
 };
 
 // Old slots of all rows, in one format.
@@ -105,34 +120,41 @@ struct Observation {
 struct DecodeStep {
   DecodeRows attend;  // counts are those before the new token
   Heads key, value;   // of the new token: [B, H, 1, D], [B, H, 1, D']
-  int32_t* position;  // [P, S]
-  float* mass;        // [P, S] or null
-  int64_t* counts;
-  const int64_t *seen, *quota, *recent;  // [B], [R], [B]
-  int64_t sink;
+  Columns columns;
+  int64_t* counts;  // [R]
+  Bounds bounds;
   bool evict;
   Rank rank;
   Observation observation;
 };
 
-struct AbsorbStep {
-  Pages pages;
-  int32_t* position;  // [P, S]
-  float* mass;        // [P, S] or null
-  int64_t* counts;    // [R]
-  const int64_t *seen, *quota, *recent;  // [B], [R], [B]
-  int64_t batch, heads, sink;
-  Rank rank;
-  float* threshold;        // [B]
-  const float* frequency;  // [pairs]
+// Pairs of channels that positions turn, from `start` on; as many as there are frequencies.
+struct Rotation {
+  const float* frequency;
   int64_t pairs, start;
   bool interleaved;
-  int64_t width;  // channels of keys that are compared and merged
-  double own, memory, gain;
-  bool largest, normalised, together, keys, sinks, counted;
 };
 
-// The bit map of blocks of a prompt: see kvpress/blocks.py.
+// The rule of merging: see kvpress/formulas/merging.py. counts: whether the last channel of keys is the log of a number.
+struct Merging {
+  double own, memory, gain;
+  bool largest, normalised, together, keys, sinks, counts;
+};
+
+struct AbsorbStep {
+  Pages pages;
+  Columns columns;
+  int64_t* counts;  // [R]
+  Bounds bounds;
+  int64_t batch, heads;
+  Rank rank;
+  float* threshold;  // [B]
+  Rotation rotation;
+  int64_t width;  // channels of keys that are compared and merged
+  Merging merging;
+};
+
+// The bit map of blocks of a prompt: see kvpress/formulas/block_map.py.
 struct BlockMap {
   static constexpr int64_t kQueries = 64, kSlots = 32, kSegment = 4, kGroups = 4;
   int64_t queries, slots;
@@ -169,7 +191,7 @@ struct AttentionSums {
   float* sums;  // [B, N, S]
   Heads value;  // [B, H, S, D'], where there is `out`
   int64_t value_width;
-  void* out;  // [B, N, P, D'], contiguous, of the query's type; or null
+  void* out;     // [B, N, P, D'], contiguous, of the query's type; or null
   BlockMap map;  // the blocks that are attended to; all of them where it has no bytes
 };
 

@@ -14,7 +14,7 @@
 namespace kvpress::KERNEL_ISA {
 
 // Codes stand in units of 16 words. Vector v of 16 codes is the field v mod (16 / bits) of unit v / (16 / bits).
-constexpr int kVector = 16;      // codes: 8 lines (slots of keys, channels of values), each of a pair
+constexpr int kVector = 16;  // codes: 8 lines (slots of keys, channels of values), each of a pair
 constexpr int kUnitBytes = 32;
 constexpr int64_t kLines = kVector / 2;
 constexpr int64_t kMostFactors = 256;
@@ -51,7 +51,7 @@ inline void fold(const float* q, int64_t q_stride, const Float16* step, const Fl
   alignas(64) float factor[M][kMostFactors];
   Vec total[M] = {}, largest[M] = {};
   const auto add = [&](int64_t c, Vec s, Vec z, auto inside) __attribute__((always_inline)) {
-    KVPRESS_UNROLL for (int m = 0; m < M; m++) {
+    KVPRESS_UNROLLED (int m = 0; m < M; m++) {
       const Vec query = inside(load(q + m * q_stride + c)), x = query * s;
       store(factor[m] + c, x);
       largest[m] = max(magnitude(x), largest[m]);
@@ -93,15 +93,15 @@ inline void multiply_codes(const uint8_t* codes, int64_t first, int64_t stride, 
   constexpr uint64_t kFields = 16 / Bits;
   static_assert(Whole || V == 1);
   __m256i sums[M][V];
-  KVPRESS_UNROLL for (int m = 0; m < M; m++)
-    KVPRESS_UNROLL for (int v = 0; v < V; v++) sums[m][v] = _mm256_setzero_si256();
+  KVPRESS_UNROLLED (int m = 0; m < M; m++)
+    KVPRESS_UNROLLED (int v = 0; v < V; v++) sums[m][v] = _mm256_setzero_si256();
   const __m256i mask = _mm256_set1_epi16((1 << Bits) - 1);
   const auto add_pair = [&](const uint8_t* at, __m128i shift, const int16_t* factors) __attribute__((always_inline)) {
     __m256i code[V];
-    KVPRESS_UNROLL for (int v = 0; v < V; v++) code[v] = load_codes<V, Bits, Whole, First>(at, v, shift, mask);
-    KVPRESS_UNROLL for (int m = 0; m < M; m++) {
+    KVPRESS_UNROLLED (int v = 0; v < V; v++) code[v] = load_codes<V, Bits, Whole, First>(at, v, shift, mask);
+    KVPRESS_UNROLLED (int m = 0; m < M; m++) {
       const __m256i factor = _mm256_broadcastd_epi32(_mm_loadu_si32(factors + m * whole_stride));
-      KVPRESS_UNROLL for (int v = 0; v < V; v++) {
+      KVPRESS_UNROLLED (int v = 0; v < V; v++) {
         sums[m][v] = _mm256_add_epi32(sums[m][v], _mm256_madd_epi16(code[v], factor));
         asm volatile("" : "+x"(sums[m][v]));  // one after the other: products that wait push sums out of registers
       }
@@ -117,10 +117,11 @@ inline void multiply_codes(const uint8_t* codes, int64_t first, int64_t stride, 
     }
   } else {
     for (int64_t p = 0; p < pairs; p++, first += stride, whole += 2)
-      add_pair(codes + uint64_t(first) / kFields * kUnitBytes, _mm_cvtsi32_si128(int(uint64_t(first) % kFields) * Bits), whole);
+      add_pair(codes + uint64_t(first) / kFields * kUnitBytes, _mm_cvtsi32_si128(int(uint64_t(first) % kFields) * Bits),
+               whole);
   }
-  KVPRESS_UNROLL for (int m = 0; m < M; m++)
-    KVPRESS_UNROLL for (int v = 0; v < V; v++) kept(m, v, _mm256_cvtepi32_ps(sums[m][v]));
+  KVPRESS_UNROLLED (int m = 0; m < M; m++)
+    KVPRESS_UNROLLED (int v = 0; v < V; v++) kept(m, v, _mm256_cvtepi32_ps(sums[m][v]));
 }
 #else
 template <int M, int V, int Bits, bool Whole, int First, class Kept>
@@ -137,7 +138,8 @@ inline void multiply_codes(const uint8_t* codes, int64_t first, int64_t stride, 
       for (int m = 0; m < M; m++) {
         const int32_t low = whole[m * whole_stride + 2 * p], high = whole[m * whole_stride + 2 * p + 1];
         for (int i = 0; i < int(kLines); i++)
-          sums[m][v][i] += low * (word[2 * i] >> shift & ((1 << Bits) - 1)) + high * (word[2 * i + 1] >> shift & ((1 << Bits) - 1));
+          sums[m][v][i] +=
+              low * (word[2 * i] >> shift & ((1 << Bits) - 1)) + high * (word[2 * i + 1] >> shift & ((1 << Bits) - 1));
       }
     }
   }
@@ -157,7 +159,8 @@ __attribute__((noinline)) void add_products(const uint8_t* codes, int64_t first,
                                             const int16_t* whole, int64_t whole_stride, const float* unit, float* out,
                                             int64_t out_stride, Ahead& ahead) {
   multiply_codes<M, V, Bits, Whole, First>(
-      codes, first, stride, pairs, whole, whole_stride, ahead, [&](int m, int v, auto lines) __attribute__((always_inline)) {
+      codes, first, stride, pairs, whole, whole_stride, ahead,
+      [&](int m, int v, auto lines) __attribute__((always_inline)) {
         float* to = out + m * out_stride + v * kLines;
 #if defined(__AVX2__)
         _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), _mm256_mul_ps(_mm256_set1_ps(unit[m]), lines)));
@@ -194,7 +197,8 @@ inline void add_all_products(const uint8_t* codes, int64_t first, int64_t vector
       }
     }
   }
-  for (; v < vectors; v++) call(integral_constant<int, 1>{}, integral_constant<bool, false>{}, integral_constant<int, 0>{}, v);
+  for (; v < vectors; v++)
+    call(integral_constant<int, 1>{}, integral_constant<bool, false>{}, integral_constant<int, 0>{}, v);
 }
 
 // Logits of `slots` neighbouring slots of a page (a multiple of kTile) from `offset` on. q is [M, q_stride].
@@ -203,7 +207,8 @@ __attribute__((noinline)) void page_logits(const Layout& l, const uint8_t* page,
                                            int64_t offset, int64_t slots, float* x, int64_t x_stride, Ahead& ahead) {
   alignas(64) int16_t whole[M][kMostFactors];
   for (int64_t i = 0; i < slots;) {
-    const int64_t group = (offset + i) / l.key_group, take = std::min(slots - i, (group + 1) * l.key_group - offset - i);
+    const int64_t group = (offset + i) / l.key_group,
+                  take = std::min(slots - i, (group + 1) * l.key_group - offset - i);
     const auto* step = reinterpret_cast<const Float16*>(page + l.key_scales) + group * 2 * l.key_kept;
     float bias[M], unit[M];
     fold<M>(q, q_stride, step, step + l.key_kept, l.key_kept, whole[0], kMostFactors, unit, bias);
@@ -230,8 +235,9 @@ __attribute__((noinline)) void add_page_values(const Layout& l, const uint8_t* p
       float* to = out + m * out_stride;
       for (int64_t u = first; u < end; u++) to[u] += bias[m];
     }
-    add_all_products<M, Bits>(page + l.value_codes, offset / 2 * stride + first / kLines, (end - first + kLines - 1) / kLines,
-                              stride, slots / 2, whole[0], kMostFactors, unit, out + first, out_stride, ahead);
+    add_all_products<M, Bits>(page + l.value_codes, offset / 2 * stride + first / kLines,
+                              (end - first + kLines - 1) / kLines, stride, slots / 2, whole[0], kMostFactors, unit,
+                              out + first, out_stride, ahead);
   }
 }
 

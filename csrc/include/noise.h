@@ -1,4 +1,4 @@
-// The counter-based noise of kvpress/noise.py, bit for bit in its uniform numbers.
+// The counter-based noise of kvpress/formulas/noise.py, bit for bit in its uniform numbers.
 #pragma once
 
 #include "simd.h"

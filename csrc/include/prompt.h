@@ -15,9 +15,10 @@ constexpr int64_t kPanel = 2 * kWidth;  // channels of values that lie side by s
 // neighbouring memory. One at a time: the memory is kept between calls.
 class PackedRow {
  public:
-  PackedRow(const Heads& key, const Heads& value, int64_t b, int64_t h, int64_t slots, int64_t width, int64_t value_width)
-      : tiles((slots + kTile - 1) / kTile), panels((value_width + kPanel - 1) / kPanel), keys_(key), values_(value), b_(b),
-        h_(h), slots_(slots), width_(width), value_width_(value_width) {
+  PackedRow(const Heads& key, const Heads& value, int64_t b, int64_t h, int64_t slots, int64_t width,
+            int64_t value_width)
+      : tiles((slots + kTile - 1) / kTile), panels((value_width + kPanel - 1) / kPanel), keys_(key), values_(value),
+        b_(b), h_(h), slots_(slots), width_(width), value_width_(value_width) {
     key_ = scratch<float, struct Keys>(tiles * kTile * width);
     value_ = scratch<float, struct Values>(tiles * kTile * panels * kPanel);
   }
@@ -48,8 +49,8 @@ class PackedRow {
   }
 
   void read_slot(const Heads& heads, int64_t s, int64_t width, float* to) const {
-    read_floats(heads.data, heads.type, b_ * heads.batch_stride + h_ * heads.head_stride + s * heads.token_stride, width,
-                1.0f, to);
+    read_floats(heads.data, heads.type, b_ * heads.batch_stride + h_ * heads.head_stride + s * heads.token_stride,
+                width, 1.0f, to);
   }
 
   Heads keys_, values_;

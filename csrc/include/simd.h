@@ -84,9 +84,11 @@ inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
 // By hand: compilers convert whole vectors of 16-bit integers in halves.
 inline Vec load(const BFloat16* p) {
 #if defined(__AVX512F__)
-  return bits_as<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+  return bits_as<Vec>(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
 #elif defined(__AVX2__)
-  return bits_as<Vec>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+  return bits_as<Vec>(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
 #elif defined(__ARM_NEON)
   return bits_as<Vec>(vshll_n_u16(vld1_u16(&p->bits), 16));
 #else

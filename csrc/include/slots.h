@@ -15,8 +15,7 @@ struct Place {
 template <class E>
 struct RowSlots {
   const Pages& pages;
-  int32_t* position;  // [P, S]
-  float* mass;        // [P, S] or null
+  Columns columns;
 
   Place find(int64_t r, int64_t slot) const {
     const int64_t page = pages.table[r * pages.table_width + slot / pages.page_slots];
@@ -69,8 +68,8 @@ struct RowSlots {
     const Place to = find(r, slot), from = find(r, count - 1);
     for (int64_t d = 0; d < pages.key_width; d++) key(to)[d * pages.page_slots] = key(from)[d * pages.page_slots];
     std::copy_n(value(from), pages.value_width, value(to));
-    position[to.address] = position[from.address];
-    if (mass) mass[to.address] = mass[from.address];
+    columns.position[to.address] = columns.position[from.address];
+    if (columns.mass) columns.mass[to.address] = columns.mass[from.address];
     return true;
   }
 };

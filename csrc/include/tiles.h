@@ -15,7 +15,7 @@ constexpr int kQueries = kRegisters == 32 ? 8 : 6;  // queries of one call
 constexpr int kLine = 64;                           // bytes of a cache line
 
 // Loops over registers: what is not unrolled early ends in memory.
-#define KVPRESS_UNROLL _Pragma("GCC unroll 16")
+#define KVPRESS_UNROLLED(...) _Pragma("GCC unroll 16") for (__VA_ARGS__)
 
 constexpr int power_of_two_below(int n) { return n >= 4 ? 4 : n >= 2 ? 2 : 1; }
 
@@ -72,30 +72,30 @@ inline void load_tile(const E* p, Vec* row) {
 template <int M, class E>
 __attribute__((noinline)) void logits_of_tile(const float* q, const E* tile, int64_t channel_stride, int64_t width,
                                               float* x, int64_t x_stride, Ahead& ahead) {
-  constexpr int kParts = power_of_two_below(kSums / (M * kVectors));          // sums that do not wait for each other
+  constexpr int kParts = power_of_two_below(kSums / (M * kVectors));         // sums that do not wait for each other
   constexpr int kRows = std::max<int>(1, kLine / (kTile * int(sizeof(E))));  // channels in a cache line
   constexpr int kStep = std::max(kParts, Ahead::kLines * kRows);
   Vec sums[kParts][M][kVectors] = {};
   const auto add = [&](int64_t d, int part) __attribute__((always_inline)) {
     Vec key[kVectors];
     load_tile(tile + d * channel_stride, key);
-    KVPRESS_UNROLL for (int m = 0; m < M; m++) {
+    KVPRESS_UNROLLED (int m = 0; m < M; m++) {
       const Vec query = splat(q[d * M + m]);
-      KVPRESS_UNROLL for (int v = 0; v < kVectors; v++) sums[part][m][v] += query * key[v];
+      KVPRESS_UNROLLED (int v = 0; v < kVectors; v++) sums[part][m][v] += query * key[v];
     }
   };
   int64_t d = 0;
   for (; d + kStep <= width; d += kStep) {
     ahead.fetch();
     for (int64_t end = d + kStep, i = d; i < end; i += kParts)
-      KVPRESS_UNROLL for (int part = 0; part < kParts; part++) add(i + part, part);
+      KVPRESS_UNROLLED (int part = 0; part < kParts; part++) add(i + part, part);
   }
   for (; d < width; d++) add(d, 0);
-  KVPRESS_UNROLL for (int m = 0; m < M; m++) {
-    KVPRESS_UNROLL for (int part = 1; part < kParts; part++)
-      KVPRESS_UNROLL for (int v = 0; v < kVectors; v++) sums[0][m][v] += sums[part][m][v];
+  KVPRESS_UNROLLED (int m = 0; m < M; m++) {
+    KVPRESS_UNROLLED (int part = 1; part < kParts; part++)
+      KVPRESS_UNROLLED (int v = 0; v < kVectors; v++) sums[0][m][v] += sums[part][m][v];
     if constexpr (kVectors == 2) in_order(tile, sums[0][m]);
-    KVPRESS_UNROLL for (int v = 0; v < kVectors; v++) store(x + m * x_stride + v * kWidth, sums[0][m][v]);
+    KVPRESS_UNROLLED (int v = 0; v < kVectors; v++) store(x + m * x_stride + v * kWidth, sums[0][m][v]);
   }
 }
 
@@ -104,30 +104,31 @@ __attribute__((noinline)) void logits_of_tile(const float* q, const E* tile, int
 template <int M, int N, class E>
 __attribute__((noinline)) void add_values(const float* w, int64_t w_stride, const E* const* tile, int64_t slots,
                                           int64_t offset, int64_t width, float* out, int64_t out_stride, Ahead& ahead) {
-  constexpr int kSlots = std::max<int>(1, Ahead::kLines * kLine / (2 * N * kWidth * int(sizeof(E))));  // of kLines lines
+  constexpr int kSlots =
+      std::max<int>(1, Ahead::kLines * kLine / (2 * N * kWidth * int(sizeof(E))));  // of kLines lines
   Vec sums[M][2 * N];
-  KVPRESS_UNROLL for (int m = 0; m < M; m++)
-    KVPRESS_UNROLL for (int n = 0; n < 2 * N; n++) sums[m][n] = load(out + m * out_stride + n * kWidth);
+  KVPRESS_UNROLLED (int m = 0; m < M; m++)
+    KVPRESS_UNROLLED (int n = 0; n < 2 * N; n++) sums[m][n] = load(out + m * out_stride + n * kWidth);
   for (int64_t first = 0; first < slots; first += kTile) {
     const E* value = tile[first / kTile] + offset;
     const int64_t last = std::min(first + kTile, slots);
     for (int64_t s = first; s < last;) {
       ahead.fetch();
       for (const int64_t end = std::min(s + kSlots, last); s < end; s++, value += width) {
-        KVPRESS_UNROLL for (int n = 0; n < N; n++) {
+        KVPRESS_UNROLLED (int n = 0; n < N; n++) {
           asm volatile("" ::: "memory");  // weights are loaded again: kept in registers, they push a sum out
           Vec channel[2];
           load_pair(value + n * 2 * kWidth, channel);
-          KVPRESS_UNROLL for (int m = 0; m < M; m++) {
+          KVPRESS_UNROLLED (int m = 0; m < M; m++) {
             const Vec weight = splat(w[m * w_stride + s]);
-            KVPRESS_UNROLL for (int i = 0; i < 2; i++) sums[m][2 * n + i] += weight * channel[i];
+            KVPRESS_UNROLLED (int i = 0; i < 2; i++) sums[m][2 * n + i] += weight * channel[i];
           }
         }
       }
     }
   }
-  KVPRESS_UNROLL for (int m = 0; m < M; m++)
-    KVPRESS_UNROLL for (int n = 0; n < 2 * N; n++) store(out + m * out_stride + n * kWidth, sums[m][n]);
+  KVPRESS_UNROLLED (int m = 0; m < M; m++)
+    KVPRESS_UNROLLED (int n = 0; n < 2 * N; n++) store(out + m * out_stride + n * kWidth, sums[m][n]);
 }
 
 // The same for any width; channels beyond the last whole pair of vectors one by one.

@@ -74,13 +74,13 @@ class RowMatch {
     }
     Vec squares[kVectors] = {}, factor[kVectors];
     for (int64_t d = 0; d < a_.width; d++)
-      KVPRESS_UNROLL for (int v = 0; v < kVectors; v++) {
+      KVPRESS_UNROLLED (int v = 0; v < kVectors; v++) {
         const Vec x = load(tile + d * kTile + v * kWidth);
         squares[v] += x * x;
       }
     for (int i = 0; i < kTile; i++) factor[i / kWidth][i % kWidth] = inverse_norm(squares[i / kWidth][i % kWidth]);
     for (int64_t d = 0; d < a_.width; d++)
-      KVPRESS_UNROLL for (int v = 0; v < kVectors; v++) {
+      KVPRESS_UNROLLED (int v = 0; v < kVectors; v++) {
         float* x = tile + d * kTile + v * kWidth;
         store(x, load(x) * factor[v]);
       }

@@ -3,9 +3,9 @@
 
 #include <cmath>
 
+#include "../decode_rows/cpu.h"
 #include "../include/codes.h"
 #include "../include/tasks.h"
-#include "../decode_rows/cpu.h"
 
 namespace kvpress::KERNEL_ISA {
 
@@ -23,7 +23,8 @@ inline Float16 half_towards(float x, int sign) {
 
 // Codes of `count` numbers, `stride` apart: code i goes to bits i·step … of `to`, by `put`.
 template <class Put>
-inline void quantise(const float* x, int64_t stride, int64_t count, int64_t bits, Float16* step, Float16* zero, const Put& put) {
+inline void quantise(const float* x, int64_t stride, int64_t count, int64_t bits, Float16* step, Float16* zero,
+                     const Put& put) {
   float low = x[0], high = x[0];
   for (int64_t i = 1; i < count; i++) {
     low = std::min(low, x[i * stride]);
@@ -69,13 +70,14 @@ class PagePacking {
     for (int64_t c = 0; c < l_.key_kept; c++) {
       const float* from = keys + channel[c];
       if (l_.key_bits == 16) {
-        for (int64_t s = 0; s < l_.slots; s++) write_floats(from + s * l_.key_width, 1, page, a_.type, c * l_.slots + s);
+        for (int64_t s = 0; s < l_.slots; s++)
+          write_floats(from + s * l_.key_width, 1, page, a_.type, c * l_.slots + s);
         continue;
       }
       for (int64_t g = 0; g < l_.slots / l_.key_group; g++) {
         Float16* step = scale + g * 2 * l_.key_kept + c;
-        quantise(from + g * l_.key_group * l_.key_width, l_.key_width, l_.key_group, l_.key_bits, step, step + l_.key_kept,
-                 [&](int64_t i, uint8_t code) {
+        quantise(from + g * l_.key_group * l_.key_width, l_.key_width, l_.key_group, l_.key_bits, step,
+                 step + l_.key_kept, [&](int64_t i, uint8_t code) {
                    const int64_t s = g * l_.key_group + i;
                    set_code(page, c / 2 * (l_.slots / kLines) + s / kLines, s % kLines * 2 + c % 2, l_.key_bits, code);
                  });
@@ -115,12 +117,14 @@ class PagePacking {
     for (int64_t c = 0; c < l_.key_kept; c++) {
       float* to = row + channel[c];
       if (l_.key_bits == 16) {
-        for (int64_t s = 0; s < l_.slots; s++) read_floats(page, a_.type, c * l_.slots + s, 1, 1.0f, to + s * l_.key_width);
+        for (int64_t s = 0; s < l_.slots; s++)
+          read_floats(page, a_.type, c * l_.slots + s, 1, 1.0f, to + s * l_.key_width);
         continue;
       }
       for (int64_t s = 0; s < l_.slots; s++) {
         const Float16* step = scale + s / l_.key_group * 2 * l_.key_kept + c;
-        const float code = one_code(page, c / 2 * (l_.slots / kLines) + s / kLines, s % kLines * 2 + c % 2, l_.key_bits);
+        const float code =
+            one_code(page, c / 2 * (l_.slots / kLines) + s / kLines, s % kLines * 2 + c % 2, l_.key_bits);
         to[s * l_.key_width] = code * to_float(*step) + to_float(step[l_.key_kept]);
       }
     }

@@ -22,7 +22,7 @@ from kvpress.pipe.stages.sparsify import choose
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.slots import Slots
-from kvpress.store import FormattedRows, Survivors
+from kvpress.store import Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
 from kvpress.types import EMPTY
 
@@ -109,8 +109,8 @@ def _in_place(
     layer: Layer, survivors: list[Survivors], chunks: list[tuple[Tokens, Tensor]]
 ) -> bool:
     """Whether pages are shared and rows lose so few slots that they can stay so."""
-    if isinstance(layer.rows, FormattedRows):
-        return True  # old slots are never written again
+    if not layer.rows.refills:
+        return True
     if not layer.rows.shares or layer.recipe.merging is not None:  # then kept slots change too
         return False
     stored_BH = layer.rows.counts_BH

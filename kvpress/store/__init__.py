@@ -3,8 +3,7 @@
 from kvpress.store.base import Column, Survivors
 from kvpress.store.formatted import FormattedRows
 from kvpress.store.packed import PackedRows
-from kvpress.store.rows import PagedRows
+from kvpress.store.paged import PagedRows
+from kvpress.store.rows import Aging, Rows
 
-Store = PagedRows | FormattedRows
-
-__all__ = ["Column", "FormattedRows", "PackedRows", "PagedRows", "Store", "Survivors"]
+__all__ = ["Aging", "Column", "FormattedRows", "PackedRows", "PagedRows", "Rows", "Survivors"]

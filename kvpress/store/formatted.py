@@ -16,22 +16,31 @@ from torch import Tensor
 from kvpress import host, ops
 from kvpress.errors import CacheError
 from kvpress.formulas.page_layout import PageLayout, span
-from kvpress.store.base import KEY, POSITION, VALUE, Column, Survivors
+from kvpress.store.base import KEY, POSITION, VALUE, Survivors
 from kvpress.store.packed import PackedRows
 from kvpress.store.packing import pack
-from kvpress.store.rows import PagedRows, by_position
+from kvpress.store.paged import PagedRows
+from kvpress.store.rows import Aging, Layouts, Rows, by_position
 from kvpress.store.saved import expect
 
 
-class FormattedRows:
-    """The slots of one layer, `sequences × heads` rows. Answers what `PagedRows` does.
+class FormattedRows(Rows):
+    """The slots of one layer, `sequences × heads` rows.
 
     Args: recent: the store of recent slots. page: slots of an old page. residual: last slots that
     stay as they came. ordered: nothing is ever dropped.
     """
 
+    refills = False  # old slots are never written again
+
     def __init__(self, recent: PagedRows, page: int, residual: int, ordered: bool) -> None:
         self.recent, self.page, self.residual, self.ordered = recent, page, residual, ordered
+        self.sequences, self.heads, self.page_slots = (
+            recent.sequences,
+            recent.heads,
+            recent.page_slots,
+        )
+        self.device, self.on_host, self.columns = recent.device, recent.on_host, recent.columns
         self.parts: list[PackedRows] = []
         nothing = torch.empty(0, 0, dtype=torch.int16, device=recent.device)
         self.key_channels_RT = self.value_channels_RU = nothing  # until that is decided
@@ -42,37 +51,7 @@ class FormattedRows:
     # What both parts have
 
     @property
-    def sequences(self) -> int:
-        """Sequences."""
-        return self.recent.sequences
-
-    @property
-    def heads(self) -> int:
-        """KV heads."""
-        return self.recent.heads
-
-    @property
-    def device(self) -> torch.device:
-        """Where the slots are."""
-        return self.recent.device
-
-    @property
-    def on_host(self) -> bool:
-        """Whether that is the CPU."""
-        return self.recent.on_host
-
-    @property
-    def page_slots(self) -> int:
-        """Slots of a page of recent slots."""
-        return self.recent.page_slots
-
-    @property
-    def columns(self) -> dict[str, Column]:
-        """The fields of a slot."""
-        return self.recent.columns
-
-    @property
-    def counts(self) -> Tensor:
+    def counts(self) -> Tensor:  # type: ignore[override]
         """Slots of every row that hold a token: int64 `[R]`, on the host."""
         return sum((part.held for part in self.parts), self.recent.counts)
 
@@ -80,6 +59,37 @@ class FormattedRows:
     def counts_BH(self) -> Tensor:
         """The same as `[B, H]`."""
         return self.counts.view(self.sequences, self.heads)
+
+    @property
+    def aging(self) -> Aging:  # type: ignore[override]
+        """How slots become old."""
+        return self
+
+    @property
+    def kept(self) -> tuple[int, int] | None:
+        """How many channels of keys and values old slots keep; None: nothing was decided."""
+        return self.parts[0].layout[3:5] if self.parts else None
+
+    @property
+    def kept_channels(self) -> list[int]:
+        """Channels of keys in every format, then those of values."""
+        layouts = [part.layout for part in self.parts]
+        return [x.key_kept for x in layouts] + [x.value_kept for x in layouts]
+
+    @property
+    def wide_rows(self) -> int:
+        """Rows whose old slots a guard keeps at more bits."""
+        return int(self.wide_R.sum())
+
+    @property
+    def rewritten(self) -> list[str]:
+        """The columns of slots that are written anew where others are dropped."""
+        if not bool(self.counts.any()):
+            return list(self.columns)
+        return [n for n, column in self.columns.items() if n == POSITION or column.volatile]
+
+    def limit(self, pages: int) -> None:
+        """Nothing: recent slots are few, and old ones come in whole pages."""
 
     @property
     def _stores(self) -> list[PagedRows]:
@@ -334,7 +344,7 @@ class FormattedRows:
     def select_sequences(self, index: Sequence[int]) -> FormattedRows:
         """A store whose sequence i holds what sequence `index[i]` holds, in the same pages."""
         chosen, rows = copy.copy(self), self.row_index(index)
-        chosen.recent = self.recent.select_sequences(index)
+        chosen.recent, chosen.sequences = self.recent.select_sequences(index), len(index)
         chosen.parts = [part.select_sequences(index) for part in self.parts]
         chosen.wide_R, chosen.decided_B = self.wide_R[rows], self.decided_B[list(index)]
         if self.parts:
@@ -407,15 +417,17 @@ class FormattedRows:
             state |= {f"{name}.{key}": tensor for key, tensor in store.state().items()}
         return state
 
-    def load(self, state: Mapping[str, Tensor], layouts: Sequence[PageLayout]) -> None:
+    def load(self, state: Mapping[str, Tensor], layouts: Layouts) -> None:
         """Takes over what `state` gave. Raises CacheError if it cannot."""
         own = {name: x for name, x in state.items() if "." not in name}
-        self._check_books(own, layouts)
+        kept = [_width(own.get(f"{name}_channels")) for name in ("key", "value")]
+        ours = layouts((kept[0], kept[1]))
+        self._check_books(own, ours)
         channels = (own["key_channels"], own["value_channels"])
         if len(channels[0]):
             key_BHT, value_BHU = (self._by_sequence(x).to(self.device) for x in channels)
             wide_BH = self._by_sequence(own["wide"])
-            self.decide(range(self.sequences), layouts, key_BHT, value_BHU, wide_BH)
+            self.decide(range(self.sequences), ours, key_BHT, value_BHU, wide_BH)
         self.decided_B = own["decided"].clone()
         odd = {name.split(".")[0] for name in state.keys() - own.keys()} - self._named.keys()
         if odd:
@@ -462,3 +474,8 @@ class FormattedRows:
     @property
     def _named(self) -> dict[str, PagedRows]:
         return {"recent": self.recent, **{f"old{i}": part for i, part in enumerate(self.parts)}}
+
+
+def _width(channels: Tensor | None) -> int:
+    """How many channels rows keep; 0: that is not decided."""
+    return channels.shape[1] if channels is not None and channels.dim() == 2 else 0

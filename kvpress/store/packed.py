@@ -12,7 +12,8 @@ from kvpress.errors import CacheError
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.store.base import KEY, MASS, PAGE, POSITION, VALUE, Column
 from kvpress.store.packing import pack
-from kvpress.store.rows import PagedRows
+from kvpress.store.paged import PagedRows
+from kvpress.store.rows import Layouts
 from kvpress.types import EMPTY
 
 _MOST_HOLES = 8  # an eighth of the old slots of a row, or a page of them, may be holes
@@ -249,7 +250,7 @@ class PackedRows(PagedRows):
         """Everything that the rows hold: tensors on the host."""
         return {**super().state(), "dropped": self.dropped.clone()}
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor], layouts: Layouts | None = None) -> None:
         """Takes over what `state` gave. Raises CacheError if that cannot be."""
         super().load(state)
         self.dropped = state["dropped"].clone()

@@ -29,7 +29,8 @@ from kvpress.formulas.block_map import (
     of_slots,
     to_map,
 )
-from kvpress.policy import sparsity
+from kvpress.formulas.codes import _codes, quantise_keys, quantise_queries
+from kvpress.pipe.stages import sparsify
 
 SHAPES = {  # B, N, H, P, S, D
     "P1-S1": (1, 2, 1, 1, 1, 64),
@@ -47,7 +48,7 @@ CASES = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def a_map(query: torch.Tensor, key: torch.Tensor, tau: float, local: int = 128) -> torch.Tensor:
     """Which blocks are computed, bool `[B, N, I, J]`."""
     tau_N = torch.full((query.shape[1],), tau)
-    bits = sparsity.block_map(query, key, query.shape[-1] ** -0.5, tau_N, local)
+    bits = sparsify.block_map(query, key, query.shape[-1] ** -0.5, tau_N, local)
     return from_map(bits, Blocks(query.shape[2], key.shape[2]))
 
 
@@ -90,14 +91,14 @@ def test_a_map_is_one_bit_per_block(sizes: tuple[int, int]) -> None:
 def test_the_worked_example_quantises() -> None:
     query = torch.tensor([0.7, -1.4, 0.35, 2.1])
     keys = torch.tensor([[1.05, -0.6, 0.2, 0.94], [-0.48, 0.32, 1.4, -1.0]])
-    code = sparsity._codes(query, query.abs().max() / 7)
+    code = _codes(query, query.abs().max() / 7)
     assert code.tolist() == [2, -5, 1, 7]
-    codes = sparsity._codes(keys, keys.abs().max() / 7)
+    codes = _codes(keys, keys.abs().max() / 7)
     assert codes.tolist() == [[5, -3, 1, 5], [-2, 2, 7, -5]]
     dots = codes.int() @ code.int()
     assert dots.tolist() == [61, -42]
     torch.testing.assert_close(0.5 * 0.3 * 0.2 * dots.float(), torch.tensor([1.83, -1.26]))
-    assert sparsity._codes(torch.tensor([2.5, 3.5, -2.5]), torch.tensor(1.0)).tolist() == [2, 4, -2]
+    assert _codes(torch.tensor([2.5, 3.5, -2.5]), torch.tensor(1.0)).tolist() == [2, 4, -2]
 
 
 @pytest.mark.parametrize("kind", ["operator", "reference"])
@@ -228,7 +229,7 @@ def test_attention_of_half_precision(dtype: torch.dtype) -> None:
 def test_tau_0_is_dense(shape: tuple[int, ...]) -> None:  # S1
     query, key, value = operands(*shape)
     blocks, scaling = Blocks(*shape[3:5]), shape[5] ** -0.5
-    out, computed = sparsity.sparse_attention(
+    out, computed = sparsify.sparse_attention(
         query, key, value, scaling, torch.zeros(shape[1]), local=128
     )
     assert computed.tolist() == [[blocks.causal] * shape[1]] * shape[0]
@@ -265,7 +266,7 @@ def test_with_exact_logits_no_dropped_block_holds_a_large_probability() -> None:
     query, key, _ = operands(1, 2, 1, 700, 700, 32)
     scaling, tau, blocks = 32**-0.5, 0.3, Blocks(700, 700)
     mean = key.float().mean(2, keepdim=True)
-    bound = sparsity.thresholds(query, key, mean, scaling, torch.full((2,), tau), 128)
+    bound = sparsify.thresholds(query, key, mean, scaling, torch.full((2,), tau), 128)
     smooth = query @ (key - mean).mT  # [1, 2, P, S]
     logits = smooth * scaling
     logits.masked_fill_(torch.ones(700, 700).triu(1).bool(), -torch.inf)
@@ -285,7 +286,7 @@ def test_with_exact_logits_no_dropped_block_holds_a_large_probability() -> None:
 
 def test_codes_are_near_and_sums_are_exact() -> None:  # S6
     query, key, _ = operands(1, 2, 2, 77, 130, 64)
-    keys, own = sparsity.quantise_keys(key), sparsity.quantise_queries(query)
+    keys, own = quantise_keys(key), quantise_queries(query)
     for codes, scale in (
         (own, own.scale[..., None]),
         (keys, of_slots(keys.scale, 130)[..., None]),
@@ -300,8 +301,8 @@ def test_codes_are_near_and_sums_are_exact() -> None:  # S6
 
 def test_what_smoothing_takes_is_given_back() -> None:  # S7
     query, key, _ = operands(1, 4, 2, 200, 300, 64)
-    keys, own = sparsity.quantise_keys(key), sparsity.quantise_queries(query)
-    shift = sparsity.lost_by_smoothing(own.mean, keys)
+    keys, own = quantise_keys(key), quantise_queries(query)
+    shift = sparsify.lost_by_smoothing(own.mean, keys)
     step = own.scale[..., None] * of_slots(keys.scale, 300).repeat_interleave(2, 1)[:, :, None]
     given = step * (shift[:, :, None] / own.scale[..., None]).round()
     lost = own.mean @ keys.smooth.repeat_interleave(2, 1).mT
@@ -313,16 +314,16 @@ def test_groups_equal_repeated_keys() -> None:  # S9
     tau = torch.full((6,), 0.01)
     repeated = [x.repeat_interleave(3, 1) for x in (key, value)]
     given = estimate_operands(query, key, 0.01)
-    keys = sparsity.quantise_keys(repeated[0])
+    keys = quantise_keys(repeated[0])
     bits = ops.estimate_blocks(*given)
     assert torch.equal(bits, ops.estimate_blocks(*given[:2], keys.code, keys.scale, *given[4:]))
-    out = sparsity.sparse_attention(query, key, value, 0.125, tau, 128)[0]
-    assert torch.equal(out, sparsity.sparse_attention(query, *repeated, 0.125, tau, 128)[0])
+    out = sparsify.sparse_attention(query, key, value, 0.125, tau, 128)[0]
+    assert torch.equal(out, sparsify.sparse_attention(query, *repeated, 0.125, tau, 128)[0])
 
 
 def test_zeros_and_equal_keys_make_no_nan() -> None:
     query, key = torch.zeros(1, 1, 200, 64), torch.ones(1, 1, 200, 64)
-    out, _ = sparsity.sparse_attention(query, key, key, 0.125, torch.full((1,), 0.01), 128)
+    out, _ = sparsify.sparse_attention(query, key, key, 0.125, torch.full((1,), 0.01), 128)
     torch.testing.assert_close(out, torch.ones_like(out))
 
 
@@ -361,10 +362,10 @@ def test_a_map_of_another_prompt_is_refused(run: Callable[..., Any]) -> None:
 @pytest.mark.skipif(ops.backends()["cpu"] != "cpu", reason="no C++ compiler here")
 def test_memory_grows_with_the_prompt_not_its_square() -> None:
     code = (
-        "import resource, torch; from kvpress import sparse; torch.manual_seed(0)\n"
+        "import resource, torch; from kvpress.pipe.stages import sparsify; torch.manual_seed(0)\n"
         "def run(n):\n"
         "    x = torch.randn(1, 1, n, 32)\n"
-        "    sparsity.sparse_attention(x, x, x, 0.2, torch.full((1,), 0.5), 128)\n"
+        "    sparsify.sparse_attention(x, x, x, 0.2, torch.full((1,), 0.5), 128)\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "run(1024); before = run(2048); print(run(32768) - before)\n"
     )

@@ -391,7 +391,7 @@ def test_whatever_happened_to_a_cache_it_is_loaded_again(
 KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
-from kvpress import sealed
+from kvpress.store import sealed
 path, draw, partial = Path(sys.argv[1]), random.Random(0), 0
 facts, tensors = sealed.read(path)
 for _ in range(100):

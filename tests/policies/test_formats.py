@@ -217,7 +217,7 @@ def test_attention_equals_attention_over_the_unpacked_slots(recipe: str) -> None
     _, cache = run(model, recipe, ids, 90)
     for state in cache.states:
         rows = state.store
-        assert isinstance(rows, FormattedRows) and rows.parts
+        assert rows.aging is not None and rows.parts
         query = torch.randn(2, 4, 1, state.key_width)
         position = rows.dense(POSITION).long()
         out, weights = rows.attend(query, None, 0.3, 0.0, True)

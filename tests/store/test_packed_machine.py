@@ -243,7 +243,7 @@ class Packed(RuleBasedStateMachine):
         twin = self.pick(data)
         state = {name: tensor.clone() for name, tensor in twin.store.state().items()}
         loaded = new_store(twin.store.sequences, twin.store.heads, *self.make)
-        loaded.load(state, [self.layout])
+        loaded.load(state, lambda kept: [self.layout])
         twin.store = loaded
 
     @invariant()

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from kvpress.policy import sparsity
+from kvpress.formulas.codes import quantise_keys, quantise_queries
+from kvpress.pipe.stages import sparsify
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -22,9 +23,9 @@ def operands(
 
 
 def estimate_operands(query: torch.Tensor, key: torch.Tensor, tau: float) -> tuple[Any, ...]:
-    keys, own = sparsity.quantise_keys(key), sparsity.quantise_queries(query)
+    keys, own = quantise_keys(key), quantise_queries(query)
     scaling = query.shape[-1] ** -0.5
     tau_N = torch.full((query.shape[1],), tau)
-    bound = sparsity.thresholds(query, key, keys.mean, scaling, tau_N, 128)
-    shift = sparsity.lost_by_smoothing(own.mean, keys)
+    bound = sparsify.thresholds(query, key, keys.mean, scaling, tau_N, 128)
+    shift = sparsify.lost_by_smoothing(own.mean, keys)
     return own.code, own.scale, keys.code, keys.scale, shift, bound, 128

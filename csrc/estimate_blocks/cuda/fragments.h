@@ -26,7 +26,9 @@ KVPRESS_ANYWHERE int sum_row(int lane, int i) { return lane / 4 + i / 2 * 8; }
 KVPRESS_ANYWHERE int sum_key(int lane, int i) { return lane % 4 * 2 + i % 2; }
 
 // Packed codes of one row: `words` words of 8 channels. Beyond the width codes are 0.
-KVPRESS_ANYWHERE int64_t words(int64_t width) { return (width + kChannels - 1) / kChannels * (kChannels / kChannelsPerWord); }
+KVPRESS_ANYWHERE int64_t words(int64_t width) {
+  return (width + kChannels - 1) / kChannels * (kChannels / kChannelsPerWord);
+}
 
 KVPRESS_ANYWHERE uint32_t word_of(const uint32_t* packed, int64_t row, int64_t words_of_row, int channel) {
   return packed[row * words_of_row + channel / kChannelsPerWord];
@@ -37,6 +39,8 @@ KVPRESS_ANYWHERE int code_of(uint32_t word, int c) { return int(int32_t(word << 
 
 // The codes at even (`high` false) or odd places of a word, as bytes of 16 · code: where there are no 4-bit products, those
 // of bytes come to 256 times as much, exactly.
-KVPRESS_ANYWHERE uint32_t bytes_of(uint32_t word, bool high) { return high ? word & 0xF0F0F0F0u : word << 4 & 0xF0F0F0F0u; }
+KVPRESS_ANYWHERE uint32_t bytes_of(uint32_t word, bool high) {
+  return high ? word & 0xF0F0F0F0u : word << 4 & 0xF0F0F0F0u;
+}
 
 }  // namespace kvpress::fragments

@@ -76,7 +76,9 @@ __global__ void __launch_bounds__(32 * kWarps) estimate(const Operands a) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int64_t m = int64_t(row) * kQueries + warp * kRows + query_row(lane, i);
-      query[step][i] = m < a.queries ? word_of(a.query, head * a.queries + m, kWords, step * kChannels + query_channel(lane, i)) : 0u;
+      query[step][i] = m < a.queries
+                           ? word_of(a.query, head * a.queries + m, kWords, step * kChannels + query_channel(lane, i))
+                           : 0u;
     }
   __shared__ int hit;
   const int end = a.end[row], local = a.first_local[row];
@@ -102,7 +104,8 @@ __global__ void __launch_bounds__(32 * kWarps) estimate(const Operands a) {
         for (int step = 0; step < Steps; step++) {
           uint32_t key[2];
           for (int i = 0; i < 2; i++)
-            key[i] = word_of(a.key, kv_head * a.slots + first + key_of(lane), kWords, step * kChannels + key_channel(lane, i));
+            key[i] = word_of(a.key, kv_head * a.slots + first + key_of(lane), kWords,
+                             step * kChannels + key_channel(lane, i));
           multiply(sums, query[step], key);
         }
 #pragma unroll
@@ -127,13 +130,28 @@ __global__ void __launch_bounds__(32 * kWarps) estimate(const Operands a) {
 }  // namespace
 
 // 0, or the CUDA error of the launch. heads: of queries, over the batch.
-extern "C" int kvpress_estimate_blocks(const void* query, const void* key, const float* query_scale, const float* key_scale,
-                                       const float* shift, const float* threshold, const int32_t* offset,
-                                       const int32_t* end, const int32_t* first_local, uint8_t* map, int64_t queries,
-                                       int64_t slots, int64_t columns, int64_t bytes, int64_t rows, int64_t heads,
-                                       int64_t group, int64_t width, float cap, void* stream) {
-  const Operands a{static_cast<const uint32_t*>(query), static_cast<const uint32_t*>(key), query_scale, key_scale, shift,
-                   threshold, offset, end, first_local, map, queries, slots, columns, bytes, int(group), cap};
+extern "C" int kvpress_estimate_blocks(const void* query, const void* key, const float* query_scale,
+                                       const float* key_scale, const float* shift, const float* threshold,
+                                       const int32_t* offset, const int32_t* end, const int32_t* first_local,
+                                       uint8_t* map, int64_t queries, int64_t slots, int64_t columns, int64_t bytes,
+                                       int64_t rows, int64_t heads, int64_t group, int64_t width, float cap,
+                                       void* stream) {
+  const Operands a{static_cast<const uint32_t*>(query),
+                   static_cast<const uint32_t*>(key),
+                   query_scale,
+                   key_scale,
+                   shift,
+                   threshold,
+                   offset,
+                   end,
+                   first_local,
+                   map,
+                   queries,
+                   slots,
+                   columns,
+                   bytes,
+                   int(group),
+                   cap};
   dim3 grid(unsigned(rows), unsigned(heads), 1);
   const auto on = static_cast<cudaStream_t>(stream);
   switch ((width + kChannels - 1) / kChannels) {

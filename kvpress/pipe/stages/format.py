@@ -14,7 +14,7 @@ from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.stores import layouts
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.formats import Window
-from kvpress.store import FormattedRows
+from kvpress.store import Aging
 from kvpress.store.base import KEY, POSITION, VALUE
 from kvpress.store.packing import pack
 
@@ -25,16 +25,16 @@ def watch(layer: Layer, group: Sequence[int], tokens: Tokens) -> None:
     Those of which enough others will follow before any slot becomes old are not: short texts hold
     none. Drafted tokens are not watched, so that nobody can tell how many will follow.
     """
-    rows = layer.store
-    if not isinstance(rows, FormattedRows) or layer.recipe.watched == 0:
+    aging = layer.rows.aging
+    if aging is None or layer.recipe.watched == 0:
         return
     most = layer.recipe.watched
     layer.logits = (tokens.scaling, tokens.softcap)
     new = tokens.query_bNPD.shape[2]
     for i, b in enumerate(group):
-        if rows.decided_B[b]:
+        if aging.decided_B[b]:
             continue
-        follow = 0 if layer.run.recording else max(0, rows.before_old(b) - new)
+        follow = 0 if layer.run.recording else max(0, aging.before_old(b) - new)
         if follow >= most:
             layer.watched.pop(b, None)
             continue
@@ -46,28 +46,28 @@ def watch(layer: Layer, group: Sequence[int], tokens: Tokens) -> None:
 
 def settle(layer: Layer) -> None:
     """Packs what has become old. How a sequence is packed is decided the first time."""
-    rows = layer.store
-    if not isinstance(rows, FormattedRows):
+    aging = layer.rows.aging
+    if aging is None:
         return
-    due = rows.due()
+    due = aging.due()
     if due:
-        _pack(layer, rows, due)
+        _pack(layer, aging, due)
 
 
 @torch.no_grad()
-def _pack(layer: Layer, rows: FormattedRows, due: Sequence[int]) -> None:
+def _pack(layer: Layer, aging: Aging, due: Sequence[int]) -> None:
     with layer.timed("format"):
         ready = []
         for b in due:
             # Tokens that were taken back may have been all that was watched: then the next decides.
-            if not rows.decided_B[b] and (not layer.recipe.watched or _watched(layer, b)):
-                _decide(layer, rows, b)
-            if rows.decided_B[b]:
+            if not aging.decided_B[b] and (not layer.recipe.watched or _watched(layer, b)):
+                _decide(layer, aging, b)
+            if aging.decided_B[b]:
                 ready.append(b)
         if ready:
-            before = rows.recent.nbytes
-            rows.pack_old(ready)
-            layer.note_peak(before - rows.recent.nbytes)  # for a moment both forms are there
+            before = aging.recent.nbytes
+            aging.pack_old(ready)
+            layer.note_peak(before - aging.recent.nbytes)  # for a moment both forms are there
 
 
 def _watched(layer: Layer, b: int) -> int:
@@ -76,32 +76,32 @@ def _watched(layer: Layer, b: int) -> int:
     return 0 if query_NWD is None else query_NWD.shape[1]
 
 
-def _decide(layer: Layer, rows: FormattedRows, b: int) -> None:
+def _decide(layer: Layer, aging: Aging, b: int) -> None:
     """Chooses the channels of a sequence, and the rows that the guard keeps wide."""
-    window = _window(layer, rows, b)
+    window = _window(layer, aging, b)
     chosen = layer.recipe.stage("prune").prune(window)
-    heads, device = layer.kind.heads, rows.device
+    heads, device = layer.kind.heads, layer.rows.device
     key, value = (
         _checked(layer, channels, heads, width, device)
         for channels, width in zip(chosen, (layer.key_width, layer.value_width), strict=True)
     )
     kept = (key.shape[2], value.shape[2])
     ours = layouts(layer, kept)
-    if rows.parts and rows.parts[0].layout[3:5] != kept:
+    if aging.kept not in (None, kept):
         raise PolicyError(
             f"{layer.recipe} keeps {kept} channels of keys and values in layer {layer.kind.index},"
-            f" but kept {rows.parts[0].layout[3:5]} before. It must keep as many in every sequence."
+            f" but kept {aging.kept} before. It must keep as many in every sequence."
         )
     wide_BH = host.zeros(1, heads, dtype=torch.bool)
     if len(ours) > 1:
         wide_BH = _guard(layer, window, ours[0], key, value)
-    rows.decide([b], ours, key, value, wide_BH)
+    aging.decide([b], ours, key, value, wide_BH)
     layer.watched.pop(b, None)
     _explain(layer, ours[0])
 
 
-def _window(layer: Layer, rows: FormattedRows, b: int) -> Window:
-    columns = rows.recent.dense_by_position([b])
+def _window(layer: Layer, aging: Aging, b: int) -> Window:
+    columns = aging.recent.dense_by_position([b])
     key_BHSD = columns[KEY]
     none = key_BHSD.new_zeros(layer.kind.heads, 0, key_BHSD.shape[3])
     scaling, softcap = layer.logits

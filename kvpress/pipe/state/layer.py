@@ -22,7 +22,7 @@ from kvpress.policy.formats import page_slots
 from kvpress.policy.recipe import Newest, Recipe
 from kvpress.policy.slots import Step
 from kvpress.report.figures import LayerReport
-from kvpress.store import Column, FormattedRows, PagedRows, Store, Survivors
+from kvpress.store import Column, FormattedRows, PagedRows, Rows, Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
 from kvpress.types import EMPTY, LayerKind
 
@@ -32,7 +32,7 @@ class Layer:
 
     def __init__(self, kind: LayerKind, run: Run) -> None:
         self.kind, self.run = kind, run
-        self.store: Store | None = None  # made with the first tokens
+        self.store: Rows | None = None  # made with the first tokens
         self.reset()
         if kind.window is None:
             self.recipe, self.limits = run.recipe, run.recipe.limits
@@ -297,10 +297,11 @@ class Layer:
     @property
     def wide_rows(self) -> int:
         """Rows whose old slots a guard keeps at more bits."""
-        return int(self.store.wide_R.sum()) if isinstance(self.store, FormattedRows) else 0
+        aging = None if self.store is None else self.store.aging
+        return 0 if aging is None else aging.wide_rows
 
     @property
-    def rows(self) -> Store:
+    def rows(self) -> Rows:
         """The store, which exists once tokens were fed."""
         assert self.store is not None, "start() makes the store"
         return self.store
@@ -347,7 +348,7 @@ class Layer:
         self._in_step = self._excess = None
         self.quota_R = host.full((batch * heads,), UNLIMITED)
 
-    def new_store(self, rows: PagedRows) -> Store:
+    def new_store(self, rows: PagedRows) -> Rows:
         """The store of this layer, from an empty one for slots as they come."""
         if not self.recipe.formats:
             return rows
@@ -357,19 +358,15 @@ class Layer:
     @property
     def rewritten(self) -> list[str]:
         """The columns of slots that are written anew where others are dropped."""
-        if isinstance(self.store, FormattedRows) and bool(self.store.counts.any()):
-            return [
-                n for n, column in self.rows.columns.items() if n == POSITION or column.volatile
-            ]
-        return list(self.rows.columns)
+        return self.rows.rewritten
 
     def keep(self, survivors: Survivors) -> None:
         """Leaves of some sequences only what survived; merged slots are written anew."""
-        if isinstance(self.rows, FormattedRows):
+        if self.rows.refills:
+            self.refill([survivors])
+        else:
             self.rows.retain(survivors)
             self.rows_changed()
-        else:
-            self.refill([survivors])
 
     def columns(self, key_width: int, value_width: int) -> dict[str, Column]:
         """What the store keeps of a slot."""
@@ -506,9 +503,9 @@ class Layer:
         self._limit_pages()
 
     def _limit_pages(self) -> None:
-        """Tells the pool how many pages rows at their quotas can ever need."""
-        if not isinstance(self.store, PagedRows):
-            return  # recent slots are few, and old ones come in whole pages
+        """Tells the store how many pages rows at their quotas can ever need."""
+        if self.store is None:
+            return
         if self.limits is not None and self.limits.interval and not self.grows:
             most_BH = self.quota_BH.clamp_max(2**40) + self.headroom
-            self.store.most_pages = int((-(-most_BH // self.store.page_slots)).sum())
+            self.store.limit(int((-(-most_BH // self.store.page_slots)).sum()))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpress.errors import CacheError, CacheFileError, KVPressError
+from kvpress.formulas.page_layout import PageLayout
 from kvpress.host import lasting
 from kvpress.ops.shapes import FLOATS
 from kvpress.pipe.state.context import Run
@@ -18,7 +19,7 @@ from kvpress.pipe.state.ids import PADDING, SeenIds
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.stores import geometry, layouts
 from kvpress.policy.budget import UNLIMITED
-from kvpress.store import FormattedRows, PagedRows, Store
+from kvpress.store import PagedRows, Rows
 from kvpress.store.base import KEY, POSITION, VALUE
 from kvpress.store.saved import ANY, expect
 from kvpress.store.sealed import Contents
@@ -201,7 +202,7 @@ def _set_counters(layer: Layer, counters: Mapping[str, Tensor]) -> None:
         raise CacheError(f"Layers cannot get {portion_B.tolist()} of a budget.")
 
 
-def _store(layer: Layer, tensors: Mapping[str, Tensor], device: torch.device) -> Store:
+def _store(layer: Layer, tensors: Mapping[str, Tensor], device: torch.device) -> Rows:
     """The store that gave these tensors."""
     prefix = "recent.page." if layer.recipe.formats else "page."
     key, value = (tensors.get(f"{prefix}{name}") for name in (KEY, VALUE))
@@ -216,21 +217,16 @@ def _store(layer: Layer, tensors: Mapping[str, Tensor], device: torch.device) ->
             f"Keys of layer {layer.kind.index} have {layer.key_width} channels, not"
             f" {layer.kind.width}."
         )
-    if isinstance(store, PagedRows):
-        store.load(tensors)
-    else:
-        kept = _kept(tensors.get("key_channels")), _kept(tensors.get("value_channels"))
-        ours = layouts(layer, kept)
-        if any(kept):
-            for layout in ours:
-                layout.check("load")
-        store.load(tensors, ours)
+    store.load(tensors, lambda kept: _checked_layouts(layer, kept))
     return store
 
 
-def _kept(channels: Tensor | None) -> int:
-    """How many channels rows keep; 0: that is not decided."""
-    return channels.shape[1] if channels is not None and channels.dim() == 2 else 0
+def _checked_layouts(layer: Layer, kept: tuple[int, int]) -> list[PageLayout]:
+    """The layouts of old pages that keep so many channels; 0: that is not decided."""
+    ours = layouts(layer, kept)
+    for layout in ours if any(kept) else ():
+        layout.check("load")
+    return ours
 
 
 def _check_slots(layer: Layer) -> None:
@@ -296,7 +292,7 @@ def _check_quotas(layer: Layer) -> None:
 def _set_watched(layer: Layer, watched: Mapping[str, Tensor]) -> None:
     """Takes the last queries of sequences of which no slot is old yet, in memory of their own."""
     rows, most = layer.rows, layer.recipe.watched
-    decided = rows.decided_B.tolist() if isinstance(rows, FormattedRows) and most else []
+    decided = rows.aging.decided_B.tolist() if rows.aging is not None and most else []
     allowed = {f"{WATCHED}{b}": b for b, known in enumerate(decided) if not known}
     sizes = (layer.kind.queries or ANY, ANY, layer.key_width)
     expect(watched, dict.fromkeys(watched.keys() & allowed.keys(), (layer.token_dtype, sizes)))
@@ -334,10 +330,9 @@ def layer_numbers(state: Layer) -> dict[str, Any] | None:
     return {**numbers, "token_dtype": str(state.token_dtype).removeprefix("torch.")}
 
 
-def kept_channels(store: Store) -> list[int]:
+def kept_channels(store: Rows) -> list[int]:
     """How many channels of keys and values old slots keep; none: there are no such slots."""
-    parts = store.parts if isinstance(store, FormattedRows) else []
-    return [part.layout.key_kept for part in parts] + [part.layout.value_kept for part in parts]
+    return [] if store.aging is None else store.aging.kept_channels
 
 
 def layer_tensors(state: Layer) -> dict[str, Tensor]:

@@ -1,0 +1,53 @@
+// The weight of every slot, from the exponentials of its block and the LSE of its row.
+#pragma once
+
+#include "regions.h"
+
+namespace kvpress::KERNEL_ISA {
+
+// Exponentials of all slots, each block relative to a logit of its own, until the row's LSE is known.
+struct BlockWeights {
+  float* weights;    // [R, M, stride]
+  float* reference;  // [R, M, blocks]: the logit, later the factor that makes exponentials weights
+  int64_t m, stride, blocks;
+
+  float* row(int64_t r, int64_t query) const { return weights + (r * m + query) * stride; }
+  float* references(int64_t r, int64_t query) const { return reference + (r * m + query) * blocks; }
+
+  void keep(int64_t r, int64_t query, int64_t begin, int64_t slots, const float* x, float relative_to) const {
+    std::copy_n(x, slots, row(r, query) + begin);
+    references(r, query)[begin / kBlock] = relative_to;
+  }
+
+  // References become factors: exp(reference − lse).
+  void normalise(int64_t r, int64_t query, const Regions& regions, float lse) const {
+    for (int p = 0; p <= regions.a.parts; p++) {
+      float* factor = references(r, query) + regions.begin[p] / kBlock;
+      for (int64_t k = 0; k * kBlock < regions.count(r, p); k++)
+        factor[k] = lse == -INFINITY ? 0.0f : std::exp(factor[k] - lse);
+    }
+  }
+};
+
+// The weights that decode_rows returns; slots beyond a row's count weigh nothing.
+struct Weights {
+  BlockWeights kept;  // without memory where no weights are wanted
+  void before_last_chunk(int64_t) {}
+  void on_logits(int64_t, int64_t, int, int64_t, int64_t, const float*, Ahead&) {}
+  void on_weights(int64_t r, int64_t m, int64_t begin, int64_t slots, const float* x, float relative_to) {
+    if (kept.weights) kept.keep(r, m, begin, slots, x, relative_to);
+  }
+  void after_row(int64_t r, const Regions& regions, const float* lse) {
+    for (int64_t m = 0; m < kept.m && kept.weights; m++) {
+      kept.normalise(r, m, regions, lse[m]);
+      for (int p = 0; p <= regions.a.parts; p++) {
+        const int64_t begin = regions.begin[p], end = begin + regions.count(r, p);
+        float* weights = kept.row(r, m);
+        for (int64_t s = begin; s < end; s++) weights[s] *= kept.references(r, m)[s / kBlock];
+        std::fill(weights + end, weights + (p < regions.a.parts ? regions.begin[p + 1] : kept.stride), 0.0f);
+      }
+    }
+  }
+};
+
+}  // namespace kvpress::KERNEL_ISA
