@@ -56,7 +56,7 @@ def _options(
 
 @app.command()
 def policies(
-    markdown: Annotated[bool, typer.Option(help="The table of the README.")] = False,
+    markdown: Annotated[bool, typer.Option(help="Print as a table in Markdown.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """List the installed policies with their options."""

@@ -122,10 +122,12 @@ def test_the_wheel_holds_every_source(wheel: Path) -> None:
 def test_the_sdist_holds_all_that_the_tests_need(sdist: Path) -> None:
     wanted = {
         path.relative_to(ROOT)
-        for folder in ("bench", "csrc", "kvpress", "policies", "scripts", "tests", ".ci")
+        for folder in ("bench", "csrc", "docs", "kvpress", "policies", "scripts", "tests", ".ci")
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
-    } | {Path(name) for name in ("README.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml")}
+    }
+    alone = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml")
+    wanted |= {Path(name) for name in alone}
     held = {path.relative_to(sdist) for path in sdist.rglob("*") if path.is_file()}
     assert not wanted - held
     assert os.access(sdist / "scripts" / "test", os.X_OK)

@@ -12,11 +12,11 @@ import helpers
 import pytest
 import torch
 import transformers
+from kvpress.bench.docs.marks import fill
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
 import kvpress
 from kvpress.errors import KVPressError, UnsupportedModelError
-from kvpress.policy.catalogue import replace_block
 
 PAGE = 16
 
@@ -161,9 +161,9 @@ def test_options_that_nobody_honours_are_refused(option: str) -> None:
         model(ids, **{option: torch.zeros(6)})
 
 
-def test_the_table_in_the_readme_is_what_the_engine_says() -> None:
-    readme = Path(__file__).parents[2] / "README.md"
-    assert replace_block(readme, "models", families.markdown(), check=True), "run scripts/lint"
+def test_the_table_of_models_is_what_the_engine_says() -> None:
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    assert fill(page, {"models": families.markdown}, check=True), "run scripts/lint"
 
 
 # ---- models that are spread, offloaded or quantised

@@ -1,7 +1,7 @@
 """Tiny random models: of every family that is tested, and of families that are refused.
 
-As a command it writes the README's table of models, or checks it:
-`python tests/tools/families.py README.md [--check]`.
+As a command it writes the table of models, or checks it:
+`python tests/tools/families.py docs/models.md [--check]`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import transformers
+from kvpress.bench.docs.marks import fill
 
 from kvpress.errors import UnsupportedModelError
 from kvpress.hf.support import check_model
-from kvpress.policy.catalogue import replace_block
 
 VOCAB = 97
 
@@ -209,7 +209,7 @@ def tiny(family: str = "llama", query_heads: int = 6, kv_heads: int = 2, **field
 
 
 def described(family: str) -> tuple[str, str]:
-    """How the README's table names a family, and what happens to it."""
+    """How the table names a family, and what happens to it."""
     name = (FAMILIES | REFUSED)[family][1]
     for tail in ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel"):
         name = name.removesuffix(tail)
@@ -227,7 +227,7 @@ def described(family: str) -> tuple[str, str]:
 
 
 def markdown() -> str:
-    """The table for the README: one row for everything that may happen, in the order above."""
+    """The table of docs/models.md: one row for everything that may happen, in the order above."""
     rows = defaultdict(list)
     for family in FAMILIES | REFUSED:
         name, fate = described(family)
@@ -239,6 +239,6 @@ def markdown() -> str:
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    readme, flag = Path(sys.argv[1]), "--check" in sys.argv[2:]
-    if not replace_block(readme, "models", markdown(), flag) and flag:
-        sys.exit(f"The table of models in {readme} is out of date. Run scripts/lint.")
+    page, flag = Path(sys.argv[1]), "--check" in sys.argv[2:]
+    if not fill(page, {"models": markdown}, flag) and flag:
+        sys.exit(f"The table of models in {page} is out of date. Run scripts/lint.")
