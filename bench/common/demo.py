@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -55,8 +54,9 @@ def _convert(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    unfinished = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")  # of the usual mode, by umask
     try:
+        unfinished.mkdir()
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(**where)
             # The GGUF reader drops this tokenizer's splitting of digits.

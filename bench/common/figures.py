@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
+import io
+from collections.abc import Sequence
 from typing import Any
 
 from kvpress.errors import KVPressError
@@ -39,3 +42,31 @@ def figure_of(panels: int) -> tuple[Any, list[Any]]:
     for axis in axes[panels:]:
         axis.set_visible(False)
     return figure, axes
+
+
+def add_legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """The one legend of a figure, above its panels."""
+    columns = 2 * max(1, round(figure.get_figwidth() / _PANEL[0]))
+    place = {"loc": "outside upper left", "ncols": columns}
+    figure.legend(handles, labels, fontsize=8, frameon=False, **place)
+
+
+def picture(figure: Any, kind: str) -> bytes:
+    """A figure as png, svg or pdf: the same bytes for the same figure, without a date."""
+    import matplotlib
+
+    dates: dict[str, dict[str, None]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    made = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "kvpress"}):
+        figure.savefig(made, format=kind, metadata=dates.get(kind))
+    return made.getvalue()
+
+
+def inline_svg(figure: Any, label: str) -> str:
+    """A figure inside a page: no ground, and what was black in the page's own colour."""
+    figure.patch.set_alpha(0)
+    for axis in figure.axes:
+        axis.patch.set_alpha(0)
+    whole = picture(figure, "svg").decode()
+    text = whole[whole.index("<svg") :].replace("#000000", "currentColor")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)

@@ -16,6 +16,7 @@ from kvpress.bench.common.loading import ModelError as ModelError
 from kvpress.bench.common.loading import quiet
 
 DEMO = "demo"
+DEMO_NAME = "SmolLM2-135M-Instruct"
 AUTO = "auto"
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -133,6 +134,11 @@ class Source:
             raise ModelError(
                 f"The model {self.name!r} cannot be loaded: {error}{advice}"
             ) from error
+
+
+def known_as(name: str) -> str:
+    """The name of a model as others know it."""
+    return f"{DEMO_NAME} ({DEMO})" if name == DEMO else name
 
 
 def load(name: str, dtype: str | None = None, device: str | None = None) -> tuple[Any, Any]:

@@ -1,19 +1,12 @@
-"""Measurements as one Markdown text, or as one HTML page with its plots inside."""
+"""What a report says, and measurements as one Markdown text."""
 
 from __future__ import annotations
 
-import html
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem; font-variant-numeric: tabular-nums }
-th, td { border-bottom: 1px solid #ddd; padding: .2rem .8rem; text-align: right }
-th:first-child, td:first-child { text-align: left } svg { max-width: 100%; height: auto }
-"""
+from kvpress.bench.common.models import known_as
 
 
 @dataclass(frozen=True)
@@ -52,29 +45,15 @@ def markdown(report: Report) -> str:
     return "\n".join(parts)
 
 
-def page(report: Report) -> str:
-    """A page that needs no other file and no network. Raises PlotError without matplotlib."""
-    title = html.escape(report.title)
-    body = [
-        f"<h1>{title}</h1>",
-        "<ul>",
-        *(f"<li>{html.escape(fact)}</li>" for fact in report.facts),
-        "</ul>",
-        *(f"<p>{html.escape(legend)}</p>" for legend in report.legends),
-        *(_svg(figure) for figure in report.figures()),
-        *(_section(sheet) for sheet in report.sheets),
-    ]
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-    return "\n".join([f"<!doctype html><html lang='en'><head>{head}</head><body>", *body])
-
-
 def settings_of(settings: Mapping[str, Any]) -> list[str]:
     """With what something was run, line by line; what was not given is left out."""
-    return [f"{k}: {_plain(v)}" for k, v in settings.items() if v not in (None, False)]
+    return [f"{k}: {_plain(k, v)}" for k, v in settings.items() if v not in (None, False)]
 
 
-def _plain(value: Any) -> str:
-    """A value for people: a text by its name and the beginning of its hash."""
+def _plain(name: str, value: Any) -> str:
+    """A value for people: the model by its full name, a text by name and beginning of its hash."""
+    if name == "model":
+        return known_as(str(value))
     if isinstance(value, dict) and "sha256" in value:
         return f"{value['name']} (sha256 {value['sha256'][:12]}…)"
     return str(value)
@@ -91,22 +70,5 @@ def machine(environment: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _section(sheet: Sheet) -> str:
-    rows = [_cells("th", sheet.head), *(_cells("td", line) for line in sheet.lines)]
-    notes = "".join(f"<p>{html.escape(note)}</p>" for note in sheet.notes)
-    return f"<h2>{html.escape(sheet.title)}</h2><table>{''.join(rows)}</table>{notes}"
-
-
-def _cells(tag: str, texts: Sequence[str]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{html.escape(text)}</{tag}>' for text in texts)}</tr>"
-
-
 def _row(texts: Sequence[str]) -> str:
     return f"| {' | '.join(texts)} |"
-
-
-def _svg(figure: Any) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg")
-    whole = text.getvalue()
-    return whole[whole.index("<svg") :]

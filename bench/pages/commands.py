@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from pathlib import Path
@@ -31,15 +30,16 @@ def report(
     ] = None,
 ) -> None:
     """Make one page of an evaluation or of benchmarks: all tables, and the plots."""
-    from kvpress.bench.common import report as pages
+    from kvpress.bench.common.page import page
+    from kvpress.bench.common.report import markdown
 
     if out is not None and out.suffix not in (".html", ".md"):
         raise PageError(f"--out {out}: the name must end in .html or .md.")
     made = _report(results)
     if out is None:
-        sys.stdout.write(pages.markdown(made))
+        sys.stdout.write(markdown(made))
         return
-    text = pages.page(made) if out.suffix == ".html" else pages.markdown(made)
+    text = page(made) if out.suffix == ".html" else markdown(made)
     write(out, text.encode())
 
 
@@ -52,14 +52,14 @@ def plot(
     ] = "quality",
 ) -> None:
     """Draw an evaluation, or tokens per second and peak bytes over lengths and batches."""
+    from kvpress.bench.common.figures import picture
+
     if out.suffix not in (".png", ".svg", ".pdf"):
         raise PageError(f"--out {out}: the name must end in .png, .svg or .pdf.")
     if what not in ("quality", "needles"):
         raise PageError(f"--what {what} is unknown; allowed: quality, needles.")
     figure = _figure(results, what)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=out.suffix[1:])
-    write(out, picture.getvalue())
+    write(out, picture(figure, out.suffix[1:]))
 
 
 def _is_of_benchmarks(path: Path) -> bool:

@@ -8,12 +8,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kvpress.bench.common.figures import figure_of
+from kvpress.bench.common.figures import add_legend, figure_of
 from kvpress.bench.quality.results import Cell
 from kvpress.bench.quality.run import BLIND, FULL
 from kvpress.bench.quality.table import Block, Line
 
 _MARKS = "os^Dv<>P*X"
+LEVELS = {FULL: "--", BLIND: ":"}  # what has no bytes of its own to stand over
 
 
 def family(policy: str) -> str:
@@ -34,12 +35,14 @@ def quality(blocks: Sequence[Block]) -> Any:
     marks = {name: (f"C{i % 10}", _MARKS[i % len(_MARKS)]) for i, name in enumerate(names)}
     for axis, block in zip(axes, blocks, strict=False):
         _quality_panel(axis, block, marks)
-    handles = [
-        axes[0].plot([], [], color=colour, marker=mark, label=name)[0]
+    handles = {
+        name: axes[0].plot([], [], color=colour, marker=mark)[0]
         for name, (colour, mark) in marks.items()
-    ]
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
+    }
+    for name, style in LEVELS.items():
+        if any(line.policy == name and line.score for b in blocks for line in b.lines):
+            handles[name] = axes[0].plot([], [], color="black", linestyle=style)[0]
+    add_legend(figure, list(handles.values()), list(handles))
     return figure
 
 
@@ -49,9 +52,7 @@ def _quality_panel(axis: Any, block: Block, marks: dict[str, tuple[str, str]]) -
         if line.score is None:
             continue
         if line.policy in (FULL, BLIND):
-            axis.axhline(
-                100 * line.score.mean, color="black", linestyle="--" if line.policy == FULL else ":"
-            )
+            axis.axhline(100 * line.score.mean, color="black", linestyle=LEVELS[line.policy])
         elif line.kept is not None:
             by_family[family(line.policy)].append(line)
     for name, lines in by_family.items():

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvpress.bench.common.figures import figure_of
+from kvpress.bench.common.figures import add_legend, figure_of
 from kvpress.bench.common.journal import text_of
 from kvpress.bench.common.report import Report, Sheet, machine, settings_of
 from kvpress.bench.sparse.measure import Row, Total, total
@@ -98,7 +98,7 @@ def figure(rows: list[Row]) -> Any:
         axis.set_xlabel("layer", fontsize=8)
         axis.set_ylim(0)
         axis.spines[["top", "right"]].set_visible(False)
-    made.legend(loc="outside lower center", ncols=3, fontsize=8)
+    add_legend(made, *axes[0].get_legend_handles_labels())
     return made
 
 

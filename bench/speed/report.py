@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kvpress.bench.common.figures import PlotError, figure_of
+from kvpress.bench.common.figures import PlotError, add_legend, figure_of
 from kvpress.bench.common.journal import Row
 from kvpress.bench.common.report import Report, machine, settings_of
 from kvpress.bench.speed import benches
@@ -47,7 +47,7 @@ def plot(rows: Sequence[Row]) -> Any | None:
     for axis, (along, line) in zip(axes, panels, strict=False):
         _draw(axis, along, [(cell, cells[cell]) for cell in line], style)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    add_legend(figure, handles, labels)
     return figure
 
 

@@ -9,39 +9,40 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvpress.bench.common.models import known_as
+from kvpress.bench.common.page import BASE, shell
 from kvpress.bench.view.kept import Kept
 
 from kvpress.report.tables import size, span
 
 _MARKS = {"\n": "↵", "\t": "⇥"}  # of other control characters Unicode has pictures
 _PICTURES = 0x2400
+_HERE = Path(__file__).parent
 
 
 def page(kept: Kept) -> str:
     """The page: the text with every token coloured, the map of layers and positions, the bars."""
     title = f"Tokens that {kept.report.policy} kept"
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{html.escape(title)}</title>",
-            f"<style>{_asset('page.css')}</style></head><body>",
-            *_header(kept),
-            *_controls(),
-            *_texts(kept),
-            "<h2>Layers and positions</h2>",
-            '<p class="hint">The colour is the share of the heads of a layer. Click to choose a'
-            " layer and to find a token in the text.</p>",
-            '<div id="map"><canvas role="img" aria-label="Kept tokens: layers by positions">'
-            '</canvas><div id="cursor" hidden></div></div>',
-            *_bars(kept),
-            '<div id="tip" hidden></div>',
-            f'<script type="application/json" id="data">{_data(kept)}</script>',
-            f"<script>{_asset('page.js')}</script>",
-            "</body></html>",
-        ]
+    return shell(title, (BASE, _HERE / "page.css"), _body(kept))
+
+
+def _body(kept: Kept) -> Iterable[str]:
+    yield from _header(kept)
+    yield from _controls()
+    yield from _texts(kept)
+    yield "<h2>Layers and positions</h2>"
+    yield (
+        '<p class="hint">The colour is the share of the heads of a layer. Click to choose a layer'
+        " and to find a token in the text.</p>"
     )
+    yield (
+        '<div id="map"><canvas role="img" aria-label="Kept tokens: layers by positions">'
+        '</canvas><div id="cursor" hidden></div></div>'
+    )
+    yield from _bars(kept)
+    yield '<div id="tip" hidden></div>'
+    yield f'<script type="application/json" id="data">{_data(kept)}</script>'
+    yield f"<script>{(_HERE / 'page.js').read_text(encoding='utf-8')}</script>"
 
 
 def _header(kept: Kept) -> Iterable[str]:
@@ -56,7 +57,7 @@ def _header(kept: Kept) -> Iterable[str]:
     }
     yield f"<h1>Tokens that <code>{html.escape(report.policy)}</code> kept</h1>"
     yield (
-        f'<p class="hint">Model <b>{html.escape(kept.model)}</b>, a prompt of'
+        f'<p class="hint">Model <b>{html.escape(known_as(kept.model))}</b>, a prompt of'
         f" {kept.prompt_tokens:,} tokens and {answer:,} decoded greedily. A row is one KV head of"
         f" one layer. {html.escape(report.attention)}</p>"
     )
@@ -151,7 +152,3 @@ def _bits(positions: Sequence[int], tokens: int) -> str:
 
 def _total(kept: Kept) -> int:
     return sum(sum(slots) for slots in kept.slots_kept)
-
-
-def _asset(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")

@@ -48,7 +48,7 @@ def write(path: str | Path, model: Any, found: Calibration) -> None:
         "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
         **{name: getattr(found, name) for name in ("local", "least", "settings", "done")},
     }
-    sealed.write(path, {"tau_LN": found.tau_LN}, facts)
+    sealed.write(path, {"tau_LN": found.tau_LN}, facts, private=False)
 
 
 def read(path: str | Path, model: Any) -> Calibration:

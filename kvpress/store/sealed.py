@@ -10,10 +10,11 @@ import json
 import math
 import os
 import re
+import secrets
 import stat
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -54,19 +55,25 @@ class Contents(NamedTuple):
     tensors: dict[str, Tensor]  # on the host
 
 
-def write(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def write(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    private: bool = True,
+) -> None:
     """Writes a file under a temporary name, seals it, and only then gives it its name.
 
     `~` is the user's home, links are followed. A process that dies meanwhile leaves what was there
     before, and perhaps a file `.NAME.????????.partial` beside it, which the next one removes that
-    writes NAME. Raises CacheFileError, and nothing has changed then.
+    writes NAME. A private file is for this user alone; another gets the usual mode, by umask.
+    Raises CacheFileError, and nothing has changed then.
     """
     try:
         real = Path(os.path.realpath(_path(path)))
         if real.exists():
             _check_regular(real.stat().st_mode)
         _remove_left(real)
-        file, name = _partial(real)
+        file, name = _partial(real, 0o600 if private else 0o666)
         try:
             with file:
                 _write(file, tensors, facts)
@@ -123,11 +130,12 @@ def _remove_left(real: Path) -> None:
             left.unlink()
 
 
-def _partial(real: Path) -> tuple[IO[bytes], str]:
+def _partial(real: Path, mode: int) -> tuple[IO[bytes], str]:
     """A new file beside another one, locked, and its name."""
     while True:
-        handle, name = tempfile.mkstemp(".partial", f".{real.name}.", real.parent)
-        file = os.fdopen(handle, "w+b")
+        name = str(real.with_name(f".{real.name}.{secrets.token_hex(4)}.partial"))
+        # Made anew or not at all: what somebody put there is neither opened nor followed.
+        file = open(name, "x+b", opener=partial(os.open, mode=mode))  # noqa: SIM115 - it is returned
         try:
             _lock(file)
         except BlockingIOError:  # another process took it for one that was left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,25 @@ def test_the_real_model_answers(demo: tuple[Any, Any]) -> None:
     with torch.inference_mode():
         best = int(model(ids).logits[0, -1].argmax())
     assert tokenizer.decode([best]).strip() == "Paris"
+
+
+def test_a_converted_model_is_for_others_too(monkeypatch: Any, tmp_path: Path) -> None:
+    """Its folder gets the usual mode, by umask."""
+    modes: list[int] = []
+
+    def note(**_: Any) -> None:
+        modes.extend(path.stat().st_mode & 0o777 for path in (tmp_path / "models").iterdir())
+        raise OSError("enough")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", note)
+    (tmp_path / "models").mkdir()
+    before = os.umask(0o022)
+    try:
+        with pytest.raises(OSError, match="enough"):
+            demo_model._convert(tmp_path / "x.gguf", tmp_path / "models" / "x")
+    finally:
+        os.umask(before)
+    assert modes == [0o755] and not list((tmp_path / "models").iterdir())
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch: Any, tmp_path: Path) -> None:

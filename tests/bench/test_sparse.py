@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kvpress.bench.calibrate import commands
 from kvpress.bench.common import models
 from kvpress.bench.sparse import measure
 from kvpress.bench.sparse.captured import Captured, CaptureError
@@ -104,6 +106,23 @@ def test_the_command(tiny_model: Path, tmp_path: Path) -> None:
     assert refused.exit_code != 0 and "computes all" in str(refused.exception)
 
 
+def umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
+def test_a_length_that_never_paid_is_not_called_the_one_from_which_it_pays(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tau_LN = torch.zeros(1, 2)
+    commands.show(tau_LN, {512: 0.9, 1024: 1.5, 2048: 0.8}, 4096, Path("x.safetensors"))
+    said = capsys.readouterr().out
+    assert "not faster" in said and "4,096" not in said
+    commands.show(tau_LN, {512: 0.9, 1024: 1.5, 2048: 1.8}, 1024, Path("x.safetensors"))
+    assert "Sparse from 1,024 new tokens on." in capsys.readouterr().out
+
+
 def test_calibrating(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "made.safetensors"
     words = ["calibrate", "sale", "--model", str(tiny_model), "--tokens", "512"]
@@ -114,6 +133,10 @@ def test_calibrating(tiny_model: Path, tmp_path: Path) -> None:
     model = models.load(str(tiny_model), device="cpu")[0]
     found = calibration.read(out, model)
     assert len(found.done) == len(found.tau_LN) and found.least in (512, 1024)
+    assert out.stat().st_mode & 0o777 == 0o666 & ~umask()  # for others too
+    second = CliRunner().invoke(app, words)
+    assert second.exit_code == 0 and "Nothing was measured" in second.output.replace("\n", " ")
+    assert calibration.read(out, model).least == found.least
     again = CliRunner().invoke(app, [*words, "--error", "0.5"])
     assert again.exit_code != 0 and "holds a search with" in str(again.exception)
     short = tmp_path / "short.txt"

@@ -234,3 +234,16 @@ def test_a_file_that_is_being_written_is_not_taken_for_one_that_was_left(
     sealed.write(file, tensors(), FACTS)
     assert sealed.read(file).tensors.keys() == tensors().keys()
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_a_file_is_private_unless_it_is_for_others(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        sealed.write(tmp_path / "private", tensors(), FACTS)
+        sealed.write(tmp_path / "shared", tensors(), FACTS, private=False)
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("private", "shared")]
+    assert modes == [0o600, 0o666 & ~umask]
