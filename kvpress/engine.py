@@ -12,18 +12,17 @@ import torch
 
 from kvpress import ops
 from kvpress.errors import AttachError, CacheError, PolicyError
-from kvpress.formulas.rotation import Rotation
 from kvpress.hf import cache_file, calibration
 from kvpress.hf.attach import Attachment
 from kvpress.hf.cache import EngineCache
 from kvpress.hf.calls import Newest
 from kvpress.hf.identity import Identity
 from kvpress.hf.rotation_probe import rotations
-from kvpress.hf.spec import Lease
+from kvpress.hf.spec import CacheSpec, Lease
 from kvpress.hf.support import check_model
 from kvpress.hf.unwrap import unwrap
 from kvpress.ops.shapes import FLOATS
-from kvpress.pipe.layer_budgets import check_portions
+from kvpress.pipe.layer_budgets import check_division
 from kvpress.policy.base import Policy
 from kvpress.policy.loading import parse, refuse_options
 from kvpress.policy.recipe import Recipe
@@ -92,24 +91,19 @@ class Engine:
                 f"cache_dtype={cache_dtype} is not supported. Allowed: torch.float32,"
                 " torch.bfloat16, torch.float16, or None for the model's own."
             )
-        self.model, self.recipe, self._page_slots = model, recipe, page_size
-        self._cache_dtype = cache_dtype
-        self.newest = Newest()
-        self.lease = Lease(weights=Identity(model))
-        self.fingerprint = check_model(model)
-        check_portions(recipe, sum(kind.window is None for kind in self.fingerprint.kinds))
-        if recipe.formats and any(kind.slopes for kind in self.fingerprint.kinds):
+        self.model, self.recipe, self.newest = model, recipe, Newest()
+        lease, shape = Lease(weights=Identity(model)), check_model(model)
+        check_division(recipe, sum(kind.window is None for kind in shape.kinds))
+        if recipe.formats and any(kind.slopes for kind in shape.kinds):
             raise PolicyError(
                 f"{recipe}: keys of this model carry ALiBi positions in channels, which"
                 " must not be pruned or quantised. Use a policy that keeps keys as they are."
             )
-        turns = recipe.needs_rotation
-        self._rotations: list[Rotation | None] = rotations(model) if turns else []
-        self._thresholds = calibration.thresholds(recipe.sparsity, model, self.fingerprint)
+        turns = tuple(rotations(model)) if recipe.needs_rotation else ()
+        sparse = calibration.thresholds(recipe.sparsity, model, shape)
+        self.spec = CacheSpec(shape, recipe, page_size, lease, cache_dtype, turns, sparse)
         compresses = recipe.limits is not None or recipe.formats or recipe.sparsity is not None
-        self._attachment: Attachment | None = Attachment(
-            model, self.fingerprint, self, bool(compresses)
-        )
+        self._attachment: Attachment | None = Attachment(model, self.spec, self, compresses)
         _ENGINES[model] = ref(self)
 
     def __enter__(self) -> Engine:
@@ -136,7 +130,7 @@ class Engine:
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
-            self.lease.active = False
+            self.spec.lease.active = False
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
@@ -153,16 +147,7 @@ class Engine:
 
     def make(self, max_new_tokens: int | None = None) -> EngineCache:
         """An empty cache that `engine.cache` does not show."""
-        return EngineCache(
-            self.fingerprint,
-            self.recipe,
-            self._page_slots,
-            max_new_tokens,
-            self.lease,
-            self._cache_dtype,
-            self._rotations,
-            self._thresholds,
-        )
+        return EngineCache(self.spec, max_new_tokens)
 
     def load_cache(self, path: str | Path) -> EngineCache:
         """The cache that `cache.save(path)` wrote, to go on exactly where it was.

@@ -68,7 +68,9 @@ class LocalSystem:
         cache = self._candidate.new_cache()
         if calls and self._attends_in_full:
             _replay(calls, cache)
-            cache.note_ids({"input_ids": self._ids(tokens)})  # as a forward pass does
+            cache.ids.note(
+                cache.columns_seen, {"input_ids": self._ids(tokens)}
+            )  # as a forward pass does
         elif tokens:
             self._forward(tokens, cache, 1)
         return cache

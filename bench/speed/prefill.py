@@ -55,7 +55,7 @@ class _Prefill:
         self._bytes = storage_bytes(self._cache)
         # A ledger starts at zero with its cache, so that what it says is this round's.
         if timed and hasattr(self._cache, "meter"):
-            self._stages.append(self._cache.meter.seconds())
+            self._stages.append(self._cache.ledger.meter.seconds())
         # An engine remembers its newest cache. Without this empty one it would free the used one
         # inside the next round, which is timed.
         self._cache = self._candidate.new_cache()

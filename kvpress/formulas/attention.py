@@ -40,20 +40,8 @@ def prompt_attention(
             *key_BHSD.shape[:2], slots
         )
     step = max(1, BLOCK_ELEMENTS // max(1, query_BNPD.shape[0] * query_BNPD.shape[1] * slots))
-    blocks = [
-        _block(
-            query_BNPD[:, :, i : i + step],
-            i,
-            new,
-            key_BHSD,
-            value_BHSD,
-            position_BHS,
-            scaling,
-            softcap,
-            window,
-        )
-        for i in range(0, new, step)
-    ]
+    rest = (new, key_BHSD, value_BHSD, position_BHS, scaling, softcap, window)
+    blocks = [_block(query_BNPD[:, :, i : i + step], i, *rest) for i in range(0, new, step)]
     return torch.cat(blocks, dim=2)
 
 
@@ -73,26 +61,12 @@ def _block(
     heads, slots = position_BHS.shape[1:]
     first = slots - new + start
     seen = first + queries
-    key, value, position_BHs = (
-        key_BHSD[:, :, :seen],
-        value_BHSD[:, :, :seen],
-        position_BHS[..., :seen],
-    )
-    own_p = torch.arange(first, seen, device=position_BHS.device)
-    visible = torch.arange(seen, device=own_p.device) <= own_p[:, None]
-    visible_BHps = visible & (position_BHs != EMPTY)[:, :, None]
-    if window is not None:
-        visible_BHps = visible_BHps & (
-            position_BHs[:, :, None] > position_BHs[..., first:, None] - window
-        )
-
+    key, value = key_BHSD[:, :, :seen], value_BHSD[:, :, :seen]
+    visible_BHps = _visible(position_BHS[..., :seen], first, window)
     group = query_heads // heads
-    query_BHMD = query_BNpD.reshape(
-        batch, heads, group * queries, width
-    )  # M = G·p: rows are read once
-    visible_BHMs = (
-        visible_BHps[:, :, None].expand(-1, -1, group, -1, -1).reshape(batch, heads, -1, seen)
-    )
+    query_BHMD = query_BNpD.reshape(batch, heads, -1, width)  # M = G·p: rows are read once
+    visible_BHGps = visible_BHps[:, :, None].expand(-1, -1, group, -1, -1)
+    visible_BHMs = visible_BHGps.reshape(batch, heads, -1, seen)
     if softcap:
         logits = torch.tanh(torch.matmul(query_BHMD * scaling, key.mT).float() / softcap) * softcap
         weights = logits.masked_fill(~visible_BHMs, -torch.inf).softmax(-1)
@@ -102,3 +76,12 @@ def _block(
             query_BHMD, key, value, attn_mask=visible_BHMs, scale=scaling
         )
     return out.reshape(batch, query_heads, queries, -1)
+
+
+def _visible(position_BHs: Tensor, first: int, window: int | None) -> Tensor:
+    """Which slots each query sees, those from slot `first` on: bool `[B, H, p, s]`."""
+    slot_s = torch.arange(position_BHs.shape[2], device=position_BHs.device)
+    visible_BHps = (slot_s <= slot_s[first:, None]) & (position_BHs != EMPTY)[:, :, None]
+    if window is None:
+        return visible_BHps
+    return visible_BHps & (position_BHs[:, :, None] > position_BHs[..., first:, None] - window)

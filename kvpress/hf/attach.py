@@ -8,7 +8,7 @@ model as it was.
 from __future__ import annotations
 
 import inspect
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -30,14 +30,13 @@ from kvpress.hf.masks import (
     refuse_packing,
     with_mask,
 )
-from kvpress.hf.spec import Lease
-from kvpress.hf.support import INLINE, NAME, Fingerprint, refuse_options
+from kvpress.hf.spec import CacheSpec
+from kvpress.hf.support import INLINE, NAME, refuse_options
 
 
 class CacheMaker(Protocol):
     """What an attachment asks of its engine."""
 
-    lease: Lease
     newest: Newest
 
     def make(self) -> EngineCache:
@@ -49,13 +48,13 @@ class Attachment:
     """What was changed on a model, and how to undo it."""
 
     def __init__(
-        self, model: PreTrainedModel, shape: Fingerprint, maker: CacheMaker, compresses: bool
+        self, model: PreTrainedModel, spec: CacheSpec, maker: CacheMaker, compresses: bool
     ) -> None:
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, new_token_mask)
         AttentionMaskInterface.register(INLINE, inline_token_mask)
-        self.fingerprint, self._model, self._maker = shape, model, maker
-        self._inline = shape.kinds[0].inline
+        self._spec, self._model, self._maker = spec, model, maker
+        self._inline = spec.fingerprint.kinds[0].inline
         self._name = INLINE if self._inline else NAME
         self._before = model.config._attn_implementation
         self._passing: EngineCache | None = None  # of a pass without a cache
@@ -123,17 +122,17 @@ class Attachment:
             cache = self._passing = self._made()  # without one nothing could attend
         given[self._cache_names[id(module)]] = cache = self._cache_for(cache)
         if module is self._model:
-            cache.begin()
+            begin(cache)
             call = self._calls.of(cache)
             if call is not None:
                 call.mask(given)
             drafts = call is not None and call.drafts
-            cache.announce(given.get("logits_to_keep") if drafts else None)
+            cache.context.recording.announce(given.get("logits_to_keep") if drafts else None)
         else:  # perhaps a part of the same pass
             cache.check_whole()
         check_mask(cache, given)
         if module is self._model and not getattr(config, "output_router_logits", False):
-            cache.spread = dedup.merge(given, cache, self._cache_names[id(module)], config)
+            cache.repeats = dedup.merge(given, cache, self._cache_names[id(module)], config)
         return (), given
 
     def _check(self, given: dict[str, Any]) -> None:
@@ -155,12 +154,13 @@ class Attachment:
     def _cache_for(self, cache: Any) -> EngineCache:
         """The engine cache to use for what the caller passed; see `become` for an empty one."""
         if isinstance(cache, EngineCache):
-            stranger = cache.lease.active and cache.lease is not self._maker.lease
-            if cache.fingerprint != self.fingerprint or stranger:
+            stranger = cache.spec.lease.active and cache.spec.lease is not self._spec.lease
+            if cache.fingerprint != self._spec.fingerprint or stranger:
+                by = " by another engine" if stranger else ""
                 raise CacheError(
-                    f"This cache was made for {cache.fingerprint}{' by another engine' * stranger},"
-                    f" but the model is {self.fingerprint}. Make a cache with engine.new_cache() of"
-                    " the engine attached to this model."
+                    f"This cache was made for {cache.fingerprint}{by}, but the model is"
+                    f" {self._spec.fingerprint}. Make a cache with engine.new_cache() of the engine"
+                    " attached to this model."
                 )
             return cache
         if cache is not None and (
@@ -183,7 +183,7 @@ class Attachment:
         """An empty cache, in the place of a caller's own where there is one."""
         cache = self._maker.make()
         if place is not None:
-            cache = cache.become(place)
+            cache = become(cache, place)
         if not self._calls.any:  # passes inside a generate(), guidance for one, replace nothing
             self._maker.newest.passed(cache)
         return cache
@@ -196,12 +196,37 @@ class Attachment:
         if not isinstance(cache, EngineCache):
             return None
         cache.check_attended()
-        cache.note_ids(kwargs)
+        cache.ids.note(cache.columns_seen, kwargs)
         if module is self._model:
-            kinds, cache.spread = cache.spread, None
-            if kinds is not None:
-                dedup.spread(output, cache, kinds)
+            repeats, cache.repeats = cache.repeats, None
+            if repeats is not None:
+                dedup.repeat_outputs(output, cache, repeats)
         return _without(cache, output) if cache is self._passing else None
+
+
+def begin(cache: EngineCache) -> None:
+    """Undoes what a forward pass that raised before its first layer left behind.
+
+    Raises CacheError if it got further than that.
+    """
+    if cache.latest is not None:
+        cache.latest.waiting = None
+    repeats, cache.repeats = cache.repeats, None
+    if repeats is not None:
+        cache.select(repeats.tolist())
+    cache.check_whole()
+
+
+def become(cache: EngineCache, empty: Cache) -> EngineCache:
+    """The cache as the caller's own object, which was empty; its copies then are copies of it.
+
+    transformers fills the caches of a caller in place. So an empty one turns into an engine cache
+    where it stands: whoever holds it holds what was read.
+    """
+    empty.__class__ = type(cache)
+    vars(empty).clear()
+    vars(empty).update(vars(cache))
+    return cast(EngineCache, empty)
 
 
 def _without(cache: EngineCache, output: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from kvpress.hf.cache_layer import tagged_layer
 from kvpress.hf.compat import uncompiled
 from kvpress.hf.masks import refuse_mask
 from kvpress.hf.support import refuse_options
-from kvpress.types import EMPTY
+from kvpress.types import EMPTY, LayerKind
 
 # Arguments that would change the result, and that nobody here looks at.
 _REFUSED = frozenset(
@@ -64,12 +64,9 @@ def attention(
         refuse_mask(attention_mask)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = tagged_layer(key)
-    if layer is not None and layer.state.kind.window != sliding_window:
-        raise UnsupportedModelError(
-            f"Layer {layer.state.kind.index} attends with sliding_window={sliding_window}, but its"
-            f" config says {layer.state.kind.window}. The layer kinds of this model cannot be read."
-        )
     if layer is not None:
+        if layer.state.kind.window != sliding_window:
+            _refuse_window(layer.state.kind, sliding_window)
         out = layer.attend(query, key, value, attention_mask, scale, softcap or 0.0)
     elif key.shape[2] == query.shape[2]:
         out = _dense(query, key, value, attention_mask, scale, softcap or 0.0, sliding_window)
@@ -80,6 +77,13 @@ def attention(
             " or none at all, and do not change the keys after the cache returned them."
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse_window(kind: LayerKind, window: int | None) -> NoReturn:
+    raise UnsupportedModelError(
+        f"Layer {kind.index} attends with sliding_window={window}, but its config says"
+        f" {kind.window}. The layer kinds of this model cannot be read."
+    )
 
 
 _attention_uncompiled = uncompiled(attention)

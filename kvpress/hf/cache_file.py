@@ -13,11 +13,13 @@ import torch
 
 from kvpress.env import __version__
 from kvpress.errors import CacheFileError
+from kvpress.hf.spec import CacheSpec
 from kvpress.host import lasting
 from kvpress.pipe.drafts import commit
+from kvpress.pipe.state.context import Context
 from kvpress.pipe.state.ids import SeenIds
 from kvpress.pipe.state.layer import Layer
-from kvpress.pipe.state.snapshot import IDS, layer_numbers, layer_tensors
+from kvpress.pipe.state.snapshot import IDS, Restored, layer_numbers, layer_tensors, restore
 from kvpress.store import sealed
 
 FORMAT = 4  # of the file; another one is refused
@@ -39,6 +41,32 @@ def save(path: str | Path, layers: Sequence[Layer], ids: SeenIds, facts: Mapping
     tensors[IDS] = ids.all()
     numbers = [layer_numbers(layer) for layer in layers]
     sealed.write(path, tensors, {**_VERSIONS, **facts, "layers": numbers})
+
+
+def settings(context: Context, horizon: int | None, ended: bool) -> dict[str, Any]:
+    """What a saved cache needs besides its layers, as plain values.
+
+    horizon: new tokens that were announced. ended: whether sequences that met their end early were
+    fed padding.
+    """
+    dtype = context.cache_dtype
+    return {
+        "horizon": horizon,
+        "page_slots": context.page_slots,
+        "cache_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "notes": list(context.ledger.notes),
+        "ended": ended,
+    }
+
+
+def load(
+    path: str | Path, spec: CacheSpec, context: Context, devices: Mapping[int, torch.device]
+) -> Restored:
+    """What a file holds of a cache of this kind. context: of a new one; it stays as it is.
+
+    Raises CacheFileError.
+    """
+    return restore(path, read(path, spec.facts()), spec.fingerprint.kinds, context, devices)
 
 
 @lasting

@@ -13,8 +13,9 @@ from kvpress.errors import CacheError
 from kvpress.hf.inline import Keys
 from kvpress.ops.shapes import FLOATS
 from kvpress.pipe.forward import attend
-from kvpress.pipe.state.channels import with_counts, with_positions
-from kvpress.pipe.state.context import Run
+from kvpress.pipe.state.channels import counts_tokens, with_counts, with_positions
+from kvpress.pipe.state.context import Context
+from kvpress.pipe.state.crop import crop, is_croppable
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.types import LayerKind
@@ -32,9 +33,9 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, kind: LayerKind, run: Run) -> None:
+    def __init__(self, kind: LayerKind, context: Context) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.state = Layer(kind, run)
+        self.state = Layer(kind, context)
         self.is_sliding = kind.window is not None
         self.waiting: Tensor | None = None  # the values that wait for the attention function
         self._accepted: tuple[Any, ...] | None = None  # shapes of the last decode step
@@ -91,8 +92,8 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         valid_BP = None if valid_BP is None else valid_BP.cpu()
         tokens, slopes = Tokens(query, key, value, scaling, softcap), self.state.kind.slopes
         if slopes is not None:
-            tokens = with_positions(tokens, slopes, self.state.seen_before(len(key)), valid_BP)
-        if self.state.counts_tokens:
+            tokens = with_positions(tokens, slopes, self._seen_before(len(key)), valid_BP)
+        if counts_tokens(self.state.recipe):
             tokens = with_counts(tokens)
         return attend(self.state, tokens, valid_BP)
 
@@ -113,21 +114,21 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether `crop` can take tokens back exactly."""
-        return self.state.is_croppable
+        return is_croppable(self.state)
 
     @property
     def record_past(self) -> bool:
         """Whether the tokens of a forward pass may be taken back until the next one."""
-        return self.state.run.recording
+        return self.state.context.recording.on
 
     @record_past.setter
     def record_past(self, value: bool) -> None:
-        self.state.run.recording = value
+        self.state.context.recording.on = value
 
     @property
     def batch_size(self) -> int:
         """Sequences held; -1 before the first tokens."""
-        return len(self.state.seen_B) or -1
+        return len(self.state.sequences) or -1
 
     def reset(self) -> None:
         """Forgets every token."""
@@ -144,7 +145,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 f"crop({tokens_to_remove}): give the number of tokens to remove as a negative"
                 " integer, as transformers 5 does."
             )
-        self.state.crop(-int(tokens_to_remove))  # transformers 5.16 counts in tensors
+        crop(self.state, -int(tokens_to_remove))  # transformers 5.16 counts in tensors
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes what sequence `beam_idx[i]` was."""
@@ -152,19 +153,24 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence `repeats` times."""
-        self.select([b for b in range(len(self.state.seen_B)) for _ in range(repeats)])
+        self.select([b for b in range(len(self.state.sequences)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the sequences at `indices` (integers, or one boolean per sequence)."""
         if self.state.store is None:
             return
-        chosen = host.arange(len(self.state.seen_B))[torch.as_tensor(indices, device="cpu")]
+        chosen = host.arange(len(self.state.sequences))[torch.as_tensor(indices, device="cpu")]
         self.select(chosen.tolist())
 
     def select(self, index: list[int]) -> None:
         """Sequence i becomes what sequence `index[i]` was."""
         self.state.select_sequences(index)
         self._accepted = None
+
+    def _seen_before(self, batch: int) -> Tensor:
+        """Real tokens that each of `batch` sequences has seen: int64, on the host."""
+        known = self.state.store is not None
+        return self.state.sequences.seen_B if known else host.zeros(batch)
 
     def offload(self) -> None:
         """Refused: tiers are the store's own business."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvpress import host
 from kvpress.hf.cache import EngineCache
+from kvpress.pipe.state.layer import Layer
 
 _PER_SEQUENCE = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 _HARMLESS = frozenset(
@@ -47,7 +48,7 @@ def merge(given: dict[str, Any], cache: EngineCache, cache_name: str, config: An
     if "position_ids" in inputs and inputs["position_ids"].dim() != 2:
         return None  # a plane for each axis, not a row for each sequence
     kinds = [x.reshape(batch, -1).double().cpu() for x in inputs.values() if len(x) == batch]
-    kinds.append(cache.kinds_of_sequences(batch)[:, None].double())
+    kinds.append(_alike(cache, batch)[:, None].double())
     _, number_B = torch.unique(torch.cat(kinds, dim=1), dim=0, return_inverse=True)
     kept, kind_B = _in_order(number_B.tolist())
     if len(kept) == batch:
@@ -59,6 +60,21 @@ def merge(given: dict[str, Any], cache: EngineCache, cache_name: str, config: An
     return kind_B
 
 
+def _alike(cache: EngineCache, batch: int) -> Tensor:
+    """A number for each of `batch` sequences, the same for those that hold the same pages."""
+    held = [_contents(state) for state in cache.states if state.store is not None]
+    numbers: dict[Any, int] = {}
+    keys = zip(*held, strict=True)
+    alike = [numbers.setdefault(key, len(numbers)) for key in keys] if held else [0] * batch
+    return host.tensor(alike)
+
+
+def _contents(layer: Layer) -> list[tuple[int, ...]]:
+    """For each sequence of a layer, what tells whether it holds the same as another one."""
+    pages, seen_B = layer.rows.pages_of_sequences(), layer.sequences.seen_B
+    return [(seen, *held) for seen, held in zip(seen_B.tolist(), pages, strict=True)]
+
+
 def _in_order(kinds: list[int]) -> tuple[list[int], Tensor]:
     """The first sequence of each kind, in the order of the batch, and their places for all."""
     kept = sorted({kind: b for b, kind in reversed(list(enumerate(kinds)))}.values())
@@ -66,7 +82,7 @@ def _in_order(kinds: list[int]) -> tuple[list[int], Tensor]:
     return kept, host.tensor([place[kind] for kind in kinds])
 
 
-def spread(output: Any, cache: EngineCache, kind_B: Tensor) -> None:
+def repeat_outputs(output: Any, cache: EngineCache, kind_B: Tensor) -> None:
     """Repeats the output of a forward pass and the sequences of its cache."""
     kept = int(kind_B.max()) + 1
     for name, value in output.items():

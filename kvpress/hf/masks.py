@@ -107,7 +107,7 @@ def check_mask(cache: EngineCache, given: dict[str, Any]) -> None:
     would make every step wait.
     """
     mask, tokens = given.get("attention_mask"), given.get("input_ids")
-    seen, known_B = cache.columns_seen, cache.states[0].seen_B
+    seen, known_B = cache.columns_seen, cache.states[0].sequences.seen_B
     tokens = given.get("inputs_embeds") if tokens is None else tokens
     if tokens is None or not seen or len(known_B) != len(tokens):
         return

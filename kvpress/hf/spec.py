@@ -6,6 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from kvpress.formulas.rotation import Rotation
+from kvpress.hf.support import Fingerprint
+from kvpress.pipe.state.context import Context, Ledger
+from kvpress.policy.recipe import Recipe
+from kvpress.policy.sparsity import Thresholds
+
+DEFAULT_HORIZON = 256  # new tokens assumed by schedules when nobody said how many will be generated
+
 
 @dataclass
 class Lease:
@@ -19,3 +29,59 @@ class Lease:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
         return self
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """What all caches of an engine have in common.
+
+    page_slots: slots per page. cache_dtype: of stored keys and values; None: the model's.
+    rotations: of the keys of every layer, where a policy needs them. thresholds: of blocks of
+    prompt attention, where it is sparse.
+    """
+
+    fingerprint: Fingerprint
+    recipe: Recipe
+    page_slots: int
+    lease: Lease
+    cache_dtype: torch.dtype | None = None
+    rotations: tuple[Rotation | None, ...] = ()
+    thresholds: Thresholds | None = None
+
+    @property
+    def compressed(self) -> int:
+        """Layers that have the policy's budget."""
+        return sum(kind.window is None for kind in self.fingerprint.kinds)
+
+    def context(self, horizon: int | None) -> Context:
+        """What the layers of a new cache share. horizon: tokens to come; None: not known."""
+        return Context(
+            self.recipe,
+            self.compressed,
+            self.page_slots,
+            horizon or DEFAULT_HORIZON,
+            Ledger(notes=self.notes()),
+            self.cache_dtype,
+            self.rotations,
+            self.thresholds,
+        )
+
+    def notes(self) -> dict[str, None]:
+        """What the report of every cache says."""
+        kinds = self.fingerprint.kinds
+        sliding = len(kinds) - self.compressed
+        if not self.recipe.limits or not sliding:
+            return {}
+        window = max(kind.window or 0 for kind in kinds)
+        return {
+            f"{sliding} of {len(kinds)} layers are sliding-window layers: they keep their window"
+            f" ({window} tokens) and are not compressed by the policy.": None
+        }
+
+    def facts(self) -> dict[str, str]:
+        """What a file and its reader must agree on."""
+        return {
+            "model": str(self.fingerprint),
+            "weights": self.lease.weights(),
+            "policy": str(self.recipe),
+        }

@@ -38,11 +38,11 @@ def _run(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
         if _is_due(layer, 0):
             if layer.grows:
                 grow(layer)
-            over = layer.excess + 1
+            over = layer.excess.most(layer.rows.counts, layer.sequences.quota_R) + 1
         observation = _fusable(layer, over)
         if observation is not None:
             return _run_fused(layer, tokens, over > 0, observation)
-        group = list(range(len(layer.seen_B)))
+        group = list(range(len(layer.sequences)))
         due = over > 0
     else:
         layer.count_decoded(1, group)
@@ -55,7 +55,7 @@ def _run(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
 def _is_due(layer: Layer, sequence: int) -> bool:
     """Whether this step of a sequence is one that may evict."""
     interval = layer.limits.interval if layer.limits else 0
-    return interval == 1 or (interval > 1 and layer.decoded(sequence) % interval == 0)
+    return interval == 1 or (interval > 1 and layer.sequences.decoded.of(sequence) % interval == 0)
 
 
 def _fusable(layer: Layer, over: int) -> Observation | None:
@@ -114,8 +114,8 @@ def _run_stages(layer: Layer, group: list[int], tokens: Tokens, due: bool) -> Te
     """The step in its parts, for policies with code of their own and for parts of a batch."""
     rows = layer.rows
     with layer.timed("store"):
-        layer.append(tokens, group, layer.seen_B[group] - 1)
-    excess_bH = rows.counts_BH[group] - layer.quota_BH[group]
+        layer.append(tokens, group, layer.sequences.seen_B[group] - 1)
+    excess_bH = rows.counts_BH[group] - layer.sequences.quota_BH[group]
     evicts = due and bool((excess_bH > 0).any())
     looks = evicts or layer.recipe.accumulates
     request = layer.recipe.stage("observe").observe(layer.step(group[0], 1)) if looks else None
@@ -129,7 +129,7 @@ def _run_stages(layer: Layer, group: list[int], tokens: Tokens, due: bool) -> Te
         )
     if looks:
         with layer.timed("observe"):
-            slots = observe(layer, group, weights_bN1S, request, layer.seen_B[group])
+            slots = observe(layer, group, weights_bN1S, request, layer.sequences.seen_B[group])
     if evicts:
         evict(layer, group, slots, excess_bH)
     return out_bN1D

@@ -26,17 +26,17 @@ _BLOCK = 32  # queries that `decode_rows` takes at once
 
 def run_drafts(layer: Layer, tokens: Tokens) -> Tensor:
     """Attention output `[B, N, P, D]` of drafted tokens of all sequences, which are then stored."""
-    layer.changes()
-    outputs, group = [], list(range(len(layer.seen_B)))
+    layer.mark_dirty()
+    outputs, group = [], list(range(len(layer.sequences)))
     for start in range(0, tokens.key_bHPD.shape[2], _BLOCK):
         block = tokens.part(start, start + _BLOCK)
         new = block.key_bHPD.shape[2]
         with layer.timed("store"):
-            layer.append(block, group, layer.seen_B)
-        layer.advance(new, layer.seen_B + new, padded=False)
+            layer.append(block, group, layer.sequences.seen_B)
+        layer.advance(new, layer.sequences.seen_B + new, padded=False)
         with layer.timed("decode attention"):
             outputs.append(_attend(layer, block))
-        layer.drafted += new
+        layer.sequences.drafts.tokens += new
     return torch.cat(outputs, dim=2)
 
 
@@ -53,7 +53,7 @@ def _attend(layer: Layer, tokens: Tokens) -> Tensor:
         tokens.query_bNPD, None, tokens.scaling, tokens.softcap, watched
     )
     if weights_bNPS is not None:
-        layer.draft_weights.append(weights_bNPS)
+        layer.sequences.drafts.blocks.append(weights_bNPS)
     return out_bNPD
 
 
@@ -61,26 +61,28 @@ def _attend(layer: Layer, tokens: Tokens) -> Tensor:
 @torch.no_grad()
 def commit(layer: Layer) -> None:
     """Makes the drafted tokens that were not taken back final: they count as decoded."""
-    tokens, weights = layer.drafted, _joined(layer.draft_weights)
-    if tokens == 0:
+    if layer.sequences.drafts.tokens == 0:
         return
-    layer.changes()
+    layer.mark_dirty()
     layer.note_peak()
-    layer.drafted, layer.draft_weights = 0, []
-    everybody = list(range(len(layer.seen_B)))
+    tokens, weights = layer.sequences.drafts.finish()
+    everybody = list(range(len(layer.sequences)))
     groups = [everybody] if layer.in_step else [[b] for b in everybody]
     for group in groups:
         part = None if weights is None else weights[group]
         _commit(layer, group, tokens, part)
-    layer.run.broken = None
+    layer.context.dirty = None
 
 
 def _commit(layer: Layer, group: list[int], tokens: int, weights_bNPS: Tensor | None) -> None:
-    before, interval = layer.decoded(group[0]), layer.limits.interval if layer.limits else 0
+    before, interval = (
+        layer.sequences.decoded.of(group[0]),
+        layer.limits.interval if layer.limits else 0,
+    )
     due = interval > 0 and before // interval < (before + tokens) // interval
     if due and layer.grows:
         grow(layer)
-    excess_bH = layer.rows.counts_BH[group] - layer.quota_BH[group]
+    excess_bH = layer.rows.counts_BH[group] - layer.sequences.quota_BH[group]
     evicts = due and bool((excess_bH > 0).any())
     with layer.timed("observe"):
         for token in range(tokens):
@@ -100,7 +102,7 @@ def _observe(
         weights_bN1S = weights_bNPS[:, :, token : token + 1]
         held = int(layer.rows.counts_BH[group].max())
         weights_bN1S = F.pad(weights_bN1S, (0, max(0, held - weights_bN1S.shape[-1])))
-    seen_b = layer.seen_B[group] - (tokens - 1 - token)
+    seen_b = layer.sequences.seen_B[group] - (tokens - 1 - token)
     return observe(layer, group, weights_bN1S, request, seen_b)
 
 
@@ -110,11 +112,3 @@ def _request(layer: Layer, sequence: int) -> Observation | None:
     if not evicts and not layer.recipe.accumulates:
         return None
     return layer.recipe.stage("observe").observe(layer.step(sequence, 1))
-
-
-def _joined(blocks: list[Tensor]) -> Tensor | None:
-    """The weights of all blocks `[B, N, P, S]`; a token has none at slots that came after it."""
-    if not blocks:
-        return None
-    slots = max(block.shape[-1] for block in blocks)
-    return torch.cat([F.pad(x, (0, slots - x.shape[-1])) for x in blocks], dim=2)

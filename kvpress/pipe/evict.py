@@ -32,7 +32,7 @@ def evict(
             row_N = layer.rows.row_index(group)[over_r]
             victim_N = victim_bH.flatten()[over_r.to(victim_bH.device)]
             layer.rows.evict_one(row_N, victim_N, some(layer, group))
-            layer.rows_changed()
+            layer.excess.forget()
             return
         kept_BHS, counts_bH = select(layer, slots, group, layer.rows.counts_BH[group])
     columns = survive(layer, group, slots, kept_BHS, counts_bH, goes_on)

@@ -18,7 +18,7 @@ from kvpress.pipe.drafts import commit, run_drafts
 from kvpress.pipe.layer_budgets import foresee, trim
 from kvpress.pipe.prompt import run_prompt, store_prompt
 from kvpress.pipe.stages.allocate import set_quotas
-from kvpress.pipe.stages.format import settle, watch
+from kvpress.pipe.stages.format import pack_due, watch
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.tokens import Tokens
 
@@ -49,7 +49,8 @@ def _is_step(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> bool:
     themselves. Counts on another device, packing, merging and drafts make something in every step.
     """
     single = tokens.key_bHPD.shape[2] == 1 and valid_BP is None and layer.store is not None
-    if not single or layer.run.recording or layer.drafted or not layer.rows.on_host:
+    drafts = layer.context.recording.on or layer.sequences.drafts.tokens
+    if not single or drafts or not layer.rows.on_host:
         return False
     return layer.recipe.merging is None and not layer.recipe.formats and layer.in_step
 
@@ -57,7 +58,7 @@ def _is_step(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> bool:
 def _pass(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     if layer.store is None:
         layer.start(tokens.key_bHPD, tokens.value_bHPD)
-    drafted = layer.run.recording and layer.run.drafted(
+    drafted = layer.context.recording.drafted(
         tokens.key_bHPD.shape[2], first=layer.columns_seen == 0
     )
     if drafted and valid_BP is not None:
@@ -72,13 +73,13 @@ def _pass(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
             " its own before speculative decoding starts, or use a policy with equal budgets."
         )
     with layer.rows.lock:
-        if layer.drafted:
+        if layer.sequences.drafts.tokens:
             commit(layer)
-            settle(layer)
+            pack_due(layer)
         out = _with_drafts(layer, tokens, drafted) if drafted else _attend(layer, tokens, valid_BP)
-        if not layer.drafted:
-            settle(layer)
-    layer.run.broken = None
+        if not layer.sequences.drafts.tokens:
+            pack_due(layer)
+    layer.context.dirty = None
     return out
 
 
@@ -97,9 +98,9 @@ def _attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     columns = tokens.key_bHPD.shape[2]
     if columns == 1 and valid_BP is None and layer.in_step:
         layer.advance_one()
-        watch(layer, range(len(layer.seen_B)), tokens)
+        watch(layer, range(len(layer.sequences)), tokens)
         return run_decode(layer, None, tokens)
-    before_B = layer.seen_B
+    before_B = layer.sequences.seen_B
     new_B = torch.full_like(before_B, columns) if valid_BP is None else valid_BP.sum(1)
     groups = _groups(layer, new_B, columns, padded=valid_BP is not None)
     prompts = [b for group in groups if not group.decodes for b in group.sequences]
@@ -134,16 +135,16 @@ def _groups(layer: Layer, new_B: Tensor, columns: int, padded: bool) -> list[Gro
     Of one new column, with padding where sequences have met their end, the decode steps that are
     alike go together.
     """
-    decodes_B = (new_B == 1) & (layer.seen_B > 0)
+    decodes_B = (new_B == 1) & (layer.sequences.seen_B > 0)
     state_BX = torch.cat(
-        [layer.seen_B[:, None], layer.rows.counts_BH], dim=1
+        [layer.sequences.seen_B[:, None], layer.rows.counts_BH], dim=1
     )  # prompts that start alike are one batch
     if bool(decodes_B.all()):
-        state_BX = layer.decoded_B[:, None]  # rows of any length decode together
+        state_BX = layer.sequences.decoded.tokens_B[:, None]  # rows of any length decode together
     if not padded and bool((state_BX == state_BX[:1]).all()):
         return [Group(list(range(len(new_B))), bool(decodes_B.all()))]
     together: dict[tuple[bool, int], list[int]] = {}
-    for b, decoded in enumerate(layer.decoded_B.tolist()):
+    for b, decoded in enumerate(layer.sequences.decoded.tokens_B.tolist()):
         if new_B[b] > 0:
             decodes = bool(decodes_B[b])
             key = (True, decoded) if decodes and columns == 1 else (decodes, -1 - b)

@@ -16,14 +16,14 @@ from kvpress.pipe.evict import evict
 from kvpress.pipe.stages.allocate import compressed, set_quotas
 from kvpress.pipe.stages.observe import stored
 from kvpress.pipe.state.layer import Layer
-from kvpress.pipe.state.stores import geometry
+from kvpress.pipe.state.measures import geometry
 from kvpress.policy.recipe import Recipe
 from kvpress.policy.slots import Slots
 
 _BUDGETS = "Layer budgets:"
 
 
-def check_portions(recipe: Recipe, layers: int) -> None:
+def check_division(recipe: Recipe, layers: int) -> None:
     """Raises PolicyError where a policy cannot divide its budget among so many layers."""
     if recipe.shares and recipe.limits is not None and recipe.limits.budget.relative:
         nothing_known = host.full((1, layers), torch.nan, dtype=torch.float64)
@@ -47,14 +47,16 @@ def plan(layer: Layer, group: Sequence[int], slots: Slots) -> None:
     assert slots.attention_BNS is not None, "a policy with demands observes"
     policy = layer.recipe.stage("share")
     new_b = policy.demand(slots.attention_BNS, slots.position_BHS).double().cpu()
-    rows, seen_b = list(group), layer.seen_B[list(group)].double()
-    old_b = layer.demand_B[rows]  # of the chunks before: each counts by its tokens
+    rows, seen_b = list(group), layer.sequences.seen_B[list(group)].double()
+    old_b = layer.sequences.demand_B[rows]  # of the chunks before: each counts by its tokens
     part_b = slots.new_tokens / seen_b
-    layer.demand_B[rows] = torch.where(old_b.isnan(), new_b, old_b * (1 - part_b) + new_b * part_b)
+    layer.sequences.demand_B[rows] = torch.where(
+        old_b.isnan(), new_b, old_b * (1 - part_b) + new_b * part_b
+    )
     layers = compressed(layer)
     place = layers.index(layer)
     portion_bL = _divide(layers, group, known=place + 1)
-    set_quotas(layer, group, layer.seen_B[rows], portion_bL[:, place].tolist())
+    set_quotas(layer, group, layer.sequences.seen_B[rows], portion_bL[:, place].tolist())
 
 
 def trim(layer: Layer, group: Sequence[int]) -> None:
@@ -64,13 +66,13 @@ def trim(layer: Layer, group: Sequence[int]) -> None:
         return
     portion_bL, lasting_bL = _divide(layers, group, known=len(layers)), _lasting(layers, group)
     for place, other in enumerate(layers):
-        other.changes()
+        other.mark_dirty()
         with other.rows.lock:
-            seen_b = other.seen_B[list(group)]
-            other.portion_B[list(group)] = lasting_bL[:, place]
+            seen_b = other.sequences.seen_B[list(group)]
+            other.sequences.portion_B[list(group)] = lasting_bL[:, place]
             set_quotas(other, group, seen_b, portion_bL[:, place].tolist())
             for goes_on in (True, False):
-                part = [b for b in group if (b in other.cut) == goes_on]
+                part = [b for b in group if (b in other.evicted_in_prompt) == goes_on]
                 _evict(other, part, goes_on)
     _explain(layers, group)
 
@@ -79,7 +81,9 @@ def _divide(layers: list[Layer], group: Sequence[int], known: int) -> Tensor:
     """The portions of all layers, `[b, L]`, by the demands of the first `known` ones."""
     last = layers[known - 1]
     return _portions(
-        last.recipe, _demands(layers, group, known), *_kept(last, last.seen_B[list(group)])
+        last.recipe,
+        _demands(layers, group, known),
+        *_kept(last, last.sequences.seen_B[list(group)]),
     )
 
 
@@ -99,7 +103,7 @@ def _demands(layers: list[Layer], group: Sequence[int], known: int) -> Tensor:
     """The demands of the first `known` layers: `[b, L]`, NaN for the others."""
     demand_bL = host.full((len(group), len(layers)), torch.nan, dtype=torch.float64)
     for i, other in enumerate(layers[:known]):
-        demand_bL[:, i] = other.demand_B[list(group)]
+        demand_bL[:, i] = other.sequences.demand_B[list(group)]
     return demand_bL
 
 
@@ -122,9 +126,9 @@ def _kept(layer: Layer, seen_b: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _evict(layer: Layer, group: list[int], goes_on: bool) -> None:
     """goes_on: whether the prompt evicted already; the trim then belongs to that eviction."""
-    excess_bH = layer.rows.counts_BH[group] - layer.quota_BH[group]
+    excess_bH = layer.rows.counts_BH[group] - layer.sequences.quota_BH[group]
     if bool((excess_bH > 0).any()):
-        slots = stored(layer, group, layer.seen_B[group])
+        slots = stored(layer, group, layer.sequences.seen_B[group])
         evict(layer, group, slots, excess_bH, goes_on)
 
 
@@ -132,12 +136,11 @@ def _explain(layers: list[Layer], group: Sequence[int]) -> None:
     """A line for the report: what layers keep of the first of the prompts."""
     first, limits = group[0], layers[-1].limits
     assert limits is not None, "only layers with a budget are trimmed"
-    seen = int(layers[-1].seen_B[first])
+    seen = int(layers[-1].sequences.seen_B[first])
     kept = [int(layer.rows.counts_BH[first].sum()) / layer.kind.heads for layer in layers]
-    mean, notes = sum(kept) / len(kept), layers[-1].run.notes
-    for line in [line for line in notes if line.startswith(_BUDGETS)]:
-        del notes[line]  # of the chunk or turn before
-    notes[
+    mean, ledger = sum(kept) / len(kept), layers[-1].context.ledger
+    ledger.withdraw(_BUDGETS)  # of the chunk or turn before
+    ledger.note(
         f"{_BUDGETS} of a prompt of {seen} tokens layers keep {min(kept):.0f} to {max(kept):.0f},"
         f" {mean / max(seen, 1):.1%} on average (budget {limits.budget})."
-    ] = None
+    )

@@ -33,9 +33,11 @@ def run_prompt(
     layer: Layer, group: list[int], tokens: Tokens, before_b: Tensor
 ) -> tuple[Tensor, Survivors]:
     """Attention output `[b, N, P, D]` of a prompt chunk, and the slots that stay."""
-    layer.decoded_B[group] = 0
+    layer.sequences.decoded.tokens_B[group] = 0
     layer.prompted_at = layer.columns_seen
-    layer.cut = layer.cut - set(group)  # a new set: forks copy layers as they are
+    layer.evicted_in_prompt = layer.evicted_in_prompt - set(
+        group
+    )  # a new set: forks copy layers as they are
     columns = _candidates(layer, group, tokens, before_b)
     request = layer.recipe.stage("observe").observe(
         layer.step(group[0], tokens.query_bNPD.shape[2])
@@ -58,7 +60,7 @@ def _attend(
     index = layer.kind.index
     if request is not None and request.window is None and not trains:
         if map_bNX is not None:
-            layer.run.notes["Attention sums of prompts are of the blocks computed."] = None
+            layer.context.ledger.note("Attention sums of prompts are of the blocks computed.")
         if fresh:
             return attend_and_sum(
                 query, key, value, position, index, request, scaling, softcap, map_bNX
@@ -84,7 +86,9 @@ def store_prompt(
     new = sum(x.nbytes for tokens, _ in chunks for x in (tokens.key_bHPD, tokens.value_bHPD))
     layer.note_peak(new)
     _store(layer, survivors, chunks)
-    layer.run.note_peak(new)  # layers before this one are compressed, those behind it are not yet
+    layer.context.note_peak(
+        new
+    )  # layers before this one are compressed, those behind it are not yet
 
 
 def _store(layer: Layer, survivors: list[Survivors], chunks: list[tuple[Tokens, Tensor]]) -> None:
@@ -102,7 +106,7 @@ def _store(layer: Layer, survivors: list[Survivors], chunks: list[tuple[Tokens, 
             layer.append(tokens, kept.sequences, before_b)
             if changed:
                 layer.rows.retain(kept)
-        layer.rows_changed()
+        layer.excess.forget()
 
 
 def _in_place(
@@ -156,12 +160,13 @@ def _compress(
     with layer.timed("select"):
         stored_BHS = slots.position_BHS != EMPTY
         stored_BH = stored_BHS.sum(-1).cpu()
-        if bool((stored_BH <= layer.quota_BH[group]).all()):
+        if bool((stored_BH <= layer.sequences.quota_BH[group]).all()):
             kept_BHS, counts_BH = stored_BHS, stored_BH
         else:
             kept_BHS, counts_BH = select(layer, slots, group, stored_BH)
             lost_b = (counts_BH < stored_BH).any(1).tolist()
-            layer.cut = layer.cut | {b for b, lost in zip(group, lost_b, strict=True) if lost}
+            lost = {b for b, some in zip(group, lost_b, strict=True) if some}
+            layer.evicted_in_prompt = layer.evicted_in_prompt | lost
     if bool((counts_BH < stored_BHS.shape[-1]).any()):
         columns = survive(layer, group, slots, kept_BHS, counts_BH)
     return Survivors(tuple(group), columns, counts_BH, bool((counts_BH < stored_BH).any()))
@@ -192,7 +197,7 @@ def _observe(
     slots = Slots(
         layer=layer.kind.index,
         position_BHS=columns[POSITION],
-        seen_B=layer.seen_B[group].to(tokens.key_bHPD.device),
+        seen_B=layer.sequences.seen_B[group].to(tokens.key_bHPD.device),
         new_tokens=tokens.query_bNPD.shape[2],
         fetch=columns.__getitem__,
         attention_BHS=None if sums_BNS is None else over_group(sums_BNS, layer.kind.heads),

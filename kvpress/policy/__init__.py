@@ -9,13 +9,14 @@ from kvpress.formulas.noise import NO_QUERY, uniform
 from kvpress.formulas.ranking import Rank, keep_top, protect, ranking
 from kvpress.formulas.rotation import Rotation
 from kvpress.formulas.sums import NoiseKind, Observation, over_group
-from kvpress.policy.base import STAGES, Policy
+from kvpress.policy.base import Policy
 from kvpress.policy.budget import Budget, share
 from kvpress.policy.formats import Channels, Packing, Window
 from kvpress.policy.options import option
 from kvpress.policy.recipe import Recipe
 from kvpress.policy.slots import Slots, Step
 from kvpress.policy.sparsity import Sparsity
+from kvpress.policy.stages import STAGES
 from kvpress.types import EMPTY
 
 __all__ = [

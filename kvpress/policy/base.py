@@ -23,19 +23,7 @@ from kvpress.policy.layer_shares import Division
 from kvpress.policy.options import as_text, coerce, option_types
 from kvpress.policy.slots import Slots, Step
 from kvpress.policy.sparsity import Sparsity
-
-STAGES = (
-    "sparsify",
-    "allocate",
-    "share",
-    "observe",
-    "accumulate",
-    "score",
-    "select",
-    "absorb",
-    "prune",
-    "pack",
-)
+from kvpress.policy.stages import STAGES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,7 +172,7 @@ class Policy:
 
     def replaces(self) -> set[str]:
         """The stages that this policy replaces."""
-        stages = {s for s in STAGES if self.overrides(s)}
+        stages = {stage.name for stage in STAGES if self.overrides(stage.name)}
         if self.rank is not None:
             stages.add("score")
         if self.accumulates:

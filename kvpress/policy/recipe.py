@@ -12,6 +12,7 @@ from kvpress.policy.base import Policy
 from kvpress.policy.budget import Limits
 from kvpress.policy.formats import Packing
 from kvpress.policy.sparsity import Sparsity
+from kvpress.policy.stages import STAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,17 +22,10 @@ class Recipe:
     policies: tuple[Policy, ...]
 
     def __post_init__(self) -> None:
-        owners: dict[str, Policy] = {}
-        for policy in self.policies:
-            parts = policy.replaces() | ({"budget"} if policy.limits else set())
-            for part in sorted(parts):
-                if part in owners:
-                    raise PolicyError(
-                        f"{owners[part].name!r} and {policy.name!r} both replace the stage"
-                        f" {part!r}. Policies combined with '+' must replace different stages: drop"
-                        " one of the two."
-                    )
-                owners[part] = policy
+        owners = self._check_owners()
+        for stage in STAGES:
+            if stage.name in owners and not owners.keys().isdisjoint(stage.not_beside):
+                raise PolicyError(f"{self} {stage.why}.")
         ranked = self.stage("score").rank
         if ranked in ("mass", "mass_per_age") and not self.accumulates:
             raise PolicyError(
@@ -49,17 +43,26 @@ class Recipe:
                 f"{self} has a budget but neither scores nor selects. Combine it with a policy that"
                 " does."
             )
-
-        if self.formats and ("absorb" in owners or "share" in owners):
-            raise PolicyError(
-                f"{self} merges into slots, or trims layers later, that it also packs: packed slots"
-                " are never written again. Combine prune and pack stages with policies that drop."
-            )
         if self.formats and self.limits and self.limits.budget.unit == "bytes":
             raise PolicyError(
                 f"{self}: a budget in bytes counts slots as they came, not packed ones. Give a"
                 " fraction or tokens."
             )
+
+    def _check_owners(self) -> dict[str, Policy]:
+        """Who replaces which stage. Raises PolicyError where two replace the same one."""
+        owners: dict[str, Policy] = {}
+        for policy in self.policies:
+            parts = policy.replaces() | ({"budget"} if policy.limits else set())
+            for part in sorted(parts):
+                if part in owners:
+                    raise PolicyError(
+                        f"{owners[part].name!r} and {policy.name!r} both replace the stage"
+                        f" {part!r}. Policies combined with '+' must replace different stages: drop"
+                        " one of the two."
+                    )
+                owners[part] = policy
+        return owners
 
     def stage(self, name: str) -> Policy:
         """The policy that answers this stage: the one that replaces it, or the default."""

@@ -37,10 +37,19 @@ def test_bytes_held_are_those_of_all_tensors_that_the_cache_keeps_alive(
                 t
                 for state in cache.states
                 for t in (
-                    *(state.seen_B, state.quota_R, state.recent_B, state.decoded_B),
-                    *(state.demand_B, state.portion_B, state.threshold_B),
+                    *(
+                        state.sequences.seen_B,
+                        state.sequences.quota_R,
+                        state.sequences.recent_B,
+                        state.sequences.decoded.tokens_B,
+                    ),
+                    *(
+                        state.sequences.demand_B,
+                        state.sequences.portion_B,
+                        state.sequences.threshold_B,
+                    ),
                 )
-            ] + list(cache.states[0].run.newest or ())
+            ] + list(cache.states[0].context.newest or ())
             books = {t.data_ptr(): t.untyped_storage().nbytes() for t in counters}
             assert report.bytes_ids == 4 * 2 * cache.columns_seen
             held = report.bytes_held + report.bytes_ids + sum(books.values())

@@ -87,7 +87,7 @@ def test_prompts_that_differ_in_padding_only_are_not_equal() -> None:
     with kvpress.attach(model, "full") as engine, torch.no_grad():
         cache = engine.new_cache()
         model(ids, attention_mask=mask, past_key_values=cache)
-        assert cache.states[0].seen_B.tolist() == [20, 15]
+        assert cache.states[0].sequences.seen_B.tolist() == [20, 15]
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, "h2o:budget=0.3", "tova:budget=0.4"])

@@ -143,7 +143,7 @@ def test_horizon_is_taken_from_the_call_or_said_to_be_unknown() -> None:
         for generate in (engine.generate, model.generate):
             for args, kwargs in ways:
                 generate(*args, **kwargs)
-                assert engine.cache.states[0].run.horizon == 5
+                assert engine.cache.states[0].context.horizon == 5
                 assert not any("horizon" in note for note in engine.report().notes)
         model(ids)
         assert any("horizon of 256" in note for note in engine.report(engine.new_cache()).notes)

@@ -162,7 +162,7 @@ def test_a_decode_step_may_skip_some_sequences() -> None:
         model(token, attention_mask=mask, past_key_values=cache)
         model(ids[1:], past_key_values=alone)
         model(token[1:], past_key_values=alone)
-        assert cache.states[0].seen_B.tolist() == [20, 21]
+        assert cache.states[0].sequences.seen_B.tolist() == [20, 21]
         assert helpers.positions(cache, 1) == helpers.positions(alone)
         untouched = engine.new_cache()
         model(ids[:1], past_key_values=untouched)

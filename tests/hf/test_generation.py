@@ -95,7 +95,9 @@ def test_a_prompt_of_which_many_logits_are_kept_is_a_prompt(policy: str) -> None
         assert helpers.positions(one) == helpers.positions(other)
         nexts = [model(ids[:, :1], past_key_values=cache).logits for cache in (one, other)]
         assert torch.equal(*nexts)
-        assert not one.states[0].run.recording and not other.states[0].drafted
+        assert (
+            not one.states[0].context.recording.on and not other.states[0].sequences.drafts.tokens
+        )
 
 
 @pytest.mark.parametrize("policy", ["h2o:budget=0.5", "streaming_llm:budget=0.5"])
@@ -105,7 +107,7 @@ def test_model_generate_drafts_as_engine_generate_does(policy: str) -> None:
     with kvpress.attach(model, policy) as engine:
         expected = engine.generate(ids, **arguments)
         assert torch.equal(model.generate(ids, **arguments), expected)
-        assert not engine.cache.states[0].run.recording
+        assert not engine.cache.states[0].context.recording.on
 
 
 # ---- the cache that a call hands over

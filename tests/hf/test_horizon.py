@@ -56,5 +56,5 @@ def test_a_schedule_ends_with_the_last_token_of_the_call(call: str) -> None:
     args, kwargs = CALLS[call]
     with kvpress.attach(helpers.tiny(), "keyformer:budget=0.5") as engine:
         out = engine.generate(*args, **kwargs, do_sample=False)
-        assert engine.cache.states[0].run.horizon == out.shape[1] - IDS.shape[1]
+        assert engine.cache.states[0].context.horizon == out.shape[1] - IDS.shape[1]
         assert not any("horizon" in note for note in engine.report().notes)

@@ -58,7 +58,7 @@ def test_policies_see_the_keys_of_the_model_and_nothing_else(family: str) -> Non
     model(ids, past_key_values=own, use_cache=True)
     with kvpress.attach(model, "knorm:budget=10") as engine:
         model(ids)
-        kept, kinds = helpers.positions(engine.cache), engine.fingerprint.kinds
+        kept, kinds = helpers.positions(engine.cache), engine.spec.fingerprint.kinds
     for layer, kind, rows in zip(own.layers, kinds, kept, strict=True):
         keys = layer.keys[0, :: layer.keys.shape[1] // kind.heads]
         best = keys.norm(dim=-1).topk(10, largest=False).indices

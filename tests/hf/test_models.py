@@ -88,8 +88,8 @@ def test_layers_with_heads_of_their_own_are_read_from_their_configs() -> None:
     if "gemma4" not in families.FAMILIES:
         pytest.skip("this transformers has no Gemma 4")
     with kvpress.attach(families.tiny("gemma4"), "full") as engine:
-        assert [kind.heads for kind in engine.fingerprint.kinds] == [2, 2, 1]
-        assert [kind.window for kind in engine.fingerprint.kinds] == [9, 9, None]
+        assert [kind.heads for kind in engine.spec.fingerprint.kinds] == [2, 2, 1]
+        assert [kind.window for kind in engine.spec.fingerprint.kinds] == [9, 9, None]
 
 
 # ---- families that are refused

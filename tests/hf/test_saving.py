@@ -150,13 +150,13 @@ def test_last_queries_are_in_memory_of_their_own(tmp_path: Path) -> None:
     file = tmp_path / "cache"
     with kvpress.attach(helpers.tiny(), "think:keep=0.5") as engine, torch.no_grad():
         engine.model(helpers.prompt(1, 50))
-        expected = [state.watched[0].clone() for state in engine.cache.states]
+        expected = [state.sequences.watched[0].clone() for state in engine.cache.states]
         engine.cache.save(file)
         loaded = engine.load_cache(file)
         with open(file, "r+b") as opened:
             opened.write(b"\0" * file.stat().st_size)
             opened.truncate(0)
-        given = [state.watched[0] for state in loaded.states]
+        given = [state.sequences.watched[0] for state in loaded.states]
         assert all(map(torch.equal, given, expected))
         assert all(query.untyped_storage().nbytes() == query.nbytes for query in given)
 

@@ -124,9 +124,9 @@ def test_layers_that_are_alike_share_the_quotas_of_a_step() -> None:
         cache = engine.new_cache()
         for seen in feed(model, cache, ids, [10, *[1] * 12]):
             if seen > 10:
-                assert len({id(state.quota_R) for state in cache.states}) == 1
-                assert len({id(state.recent_B) for state in cache.states}) == 1
-    assert cache.states[0].recent_B.tolist() == [5, 5]
+                assert len({id(state.sequences.quota_R) for state in cache.states}) == 1
+                assert len({id(state.sequences.recent_B) for state in cache.states}) == 1
+    assert cache.states[0].sequences.recent_B.tolist() == [5, 5]
 
 
 @pytest.mark.parametrize("policy", ["h2o:budget=0.3", "d2o:budget=0.3,sink=1", "tova:budget=0.3"])
@@ -166,7 +166,7 @@ def test_drafted_tokens_count_when_they_stay(policy: str) -> None:
         cache.stop_past_recording()
         seen = 22 + 3 + 4 + 0 + 5
         (*_, count) = simulated([20, *[1] * (seen - 20)], limits)
-        assert cache.states[0].seen_B.tolist() == [seen] * 2
+        assert cache.states[0].sequences.seen_B.tolist() == [seen] * 2
         assert all(s.rows.counts_BH.tolist() == [[count] * 2] * 2 for s in cache.states)
         if policy.startswith("streaming"):
             last = [*range(2), *range(seen - count + 2, seen)]

@@ -82,7 +82,9 @@ def test_rejected_tokens_leave_no_trace(recipe: str, family: str) -> None:
     for b in range(2):
         assert helpers.positions(caches[0], b) == helpers.positions(caches[1], b)
     for a, b in zip(*(cache.states for cache in caches), strict=True):
-        assert a.decoded_B.tolist() == b.decoded_B.tolist() == [4, 4]
+        assert (
+            a.sequences.decoded.tokens_B.tolist() == b.sequences.decoded.tokens_B.tolist() == [4, 4]
+        )
         if a.recipe.accumulates:
             masses = [s.store.dense_by_position([0, 1])["mass"] for s in (a, b)]
             torch.testing.assert_close(*masses, rtol=1e-4, atol=1e-5)
@@ -109,9 +111,9 @@ def test_cropped_drafts_uncount_no_decoded_token(recipe: str, certain: int) -> N
             cache.crop(-2 - certain)
         cache.stop_past_recording()
         kept = 0 if certain else 2
-        assert cache.states[0].decoded_B.tolist() == [3 + kept - certain] * 2
+        assert cache.states[0].sequences.decoded.tokens_B.tolist() == [3 + kept - certain] * 2
         model(step, past_key_values=cache)
-        assert cache.states[0].decoded_B.tolist() == [4 + kept - certain] * 2
+        assert cache.states[0].sequences.decoded.tokens_B.tolist() == [4 + kept - certain] * 2
 
 
 @pytest.mark.parametrize("recipe", ["h2o:budget=1.0", "keyformer:budget=1.0"])
@@ -142,7 +144,7 @@ def test_what_drafted_tokens_attended_to_is_in_the_ledger() -> None:
         before = cache.report().bytes_held
         model(helpers.prompt(1, 4), past_key_values=cache)
         state = cache.states[0]
-        weights = sum(w.nbytes for w in state.draft_weights)
+        weights = sum(w.nbytes for w in state.sequences.drafts.blocks)
         assert weights >= 6 * 4 * 24 * 4  # query heads, tokens, slots, bytes
         assert cache.report().layers[0].bytes_held == state.store.nbytes + weights
         assert cache.report().bytes_held >= before + 3 * weights
@@ -173,7 +175,7 @@ def test_a_prompt_after_speculative_decoding_is_a_prompt(recipe: str) -> None:
             kept = int(0.2 * cache.get_seq_length())
             assert {n for s in cache.states for n in s.store.counts.tolist()} == {kept}
             cache.reset()
-            assert not cache.states[0].run.recording
+            assert not cache.states[0].context.recording.on
 
 
 def test_budgets_hold_at_the_end_of_speculative_decoding() -> None:

@@ -17,6 +17,7 @@ from kvpress import ops
 from kvpress.errors import BudgetError, CacheError, PolicyError
 from kvpress.formulas import merging
 from kvpress.formulas.merging import Merging
+from kvpress.hf.attach import begin
 from kvpress.pipe.state.channels import with_counts
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.budget import Geometry
@@ -332,7 +333,7 @@ def test_lengths_positions_and_protection(mode: str) -> None:
     _, cache, report = run(f"d2o:budget=0.3,mode={mode}", ids)
     share = 0.25 if mode == "paper" else 0.5
     for layer, state in enumerate(cache.states):
-        quota = state.quota_BH
+        quota = state.sequences.quota_BH
         assert state.store.counts_BH.tolist() == quota.tolist()
         for sequence in range(2):
             for head in range(2):
@@ -340,7 +341,7 @@ def test_lengths_positions_and_protection(mode: str) -> None:
                 recent = int(share * int(quota[sequence, head]))
                 assert set(range(4)) <= set(kept)
                 assert kept[-recent:] == list(range(112 - recent, 112))
-    whole = sum(s.quota_BH.double().mean(1) for s in cache.states) / 3
+    whole = sum(s.sequences.quota_BH.double().mean(1) for s in cache.states) / 3
     assert ((whole > 112 * 0.3 - 1) & (whole <= 112 * 0.3)).all()
     assert any("Layer budgets" in note for note in report.notes)
 
@@ -463,7 +464,7 @@ def test_the_peak_of_a_prompt_is_below_the_full_cache() -> None:
     )
     layer = report.bytes_full / 8
     assert report.bytes_held < report.bytes_peak < 0.2 * math.e * report.bytes_full + layer
-    quota = [float(s.quota_BH.double().mean()) for s in cache.states]
+    quota = [float(s.sequences.quota_BH.double().mean()) for s in cache.states]
     assert sum(quota) / 8 == pytest.approx(80, abs=1)
 
 
@@ -506,7 +507,7 @@ def test_nothing_leaks_into_the_next_text() -> None:
         after = engine.generate(second, max_new_tokens=12, do_sample=False)
         thresholds = [s.threshold_B.clone() for s in engine.cache.states]
         engine.cache.reset()
-        assert engine.cache.states[0].threshold_B.numel() == 0
+        assert engine.cache.states[0].sequences.threshold_B.numel() == 0
     alone, cache, _ = run("d2o:budget=0.3", second)
     assert torch.equal(after, alone)
     assert all(torch.equal(a, s.threshold_B) for a, s in zip(thresholds, cache.states, strict=True))
@@ -527,7 +528,7 @@ def test_scores_are_fp32_in_half_precision_models() -> None:
         engine.generate(helpers.prompt(1, 60), max_new_tokens=4, do_sample=False)
         state = engine.cache.states[0]
     assert state.store.dense("mass").dtype == torch.float32
-    assert state.threshold_B.dtype == torch.float32
+    assert state.sequences.threshold_B.dtype == torch.float32
     assert bool(state.store.dense("mass").isfinite().all())
 
 
@@ -563,7 +564,7 @@ def test_a_prompt_without_a_division_is_refused_before_anything_changes() -> Non
         with pytest.raises(PolicyError, match="on average"):
             model(helpers.prompt(1, 90), past_key_values=cache)  # 150 slots, but 3 layers keep 270
         assert cache.columns_seen == 0
-        cache.begin()
+        begin(cache)
         model(helpers.prompt(1, 40), past_key_values=cache)
         kept = [int(s.store.counts_BH[0, 0]) for s in cache.states]
     assert kept[0] == kept[1] == kept[4] == 40 and 146 <= sum(kept) <= 150
@@ -608,10 +609,12 @@ def test_a_refused_turn_changes_nothing() -> None:
     with kvpress.attach(helpers.tiny(num_hidden_layers=5), spec) as engine, torch.no_grad():
         cache = engine.new_cache()
         engine.model(helpers.prompt(1, 90), past_key_values=cache)
-        before = [s.quota_R.clone() for s in cache.states]
+        before = [s.sequences.quota_R.clone() for s in cache.states]
         with pytest.raises(PolicyError, match="on average"):
             engine.model(helpers.prompt(1, 50), past_key_values=cache)
-        assert all(torch.equal(a, s.quota_R) for a, s in zip(before, cache.states, strict=True))
+        assert all(
+            torch.equal(a, s.sequences.quota_R) for a, s in zip(before, cache.states, strict=True)
+        )
 
 
 def test_the_threshold_moves_with_every_turn_in_every_layer() -> None:

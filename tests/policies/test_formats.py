@@ -449,7 +449,7 @@ def test_taken_back_tokens_leave_something_to_choose_channels_by(recipe: str) ->
         cache = engine.new_cache()
         model(ids, past_key_values=cache)
         cache.crop(-50)
-        assert all(x.shape[1] == 0 for x in cache.states[0].watched.values())
+        assert all(x.shape[1] == 0 for x in cache.states[0].sequences.watched.values())
         model(ids, past_key_values=cache)
         model(helpers.prompt(1, 20, seed=3), past_key_values=cache)
     assert cache.states[0].store.parts and cache.check_integrity()
@@ -481,12 +481,12 @@ def test_queries_that_later_ones_replace_are_not_held(
             most = max(engine.recipe.watched, 8)
             model(ids[:, :prompt], past_key_values=cache)
             for token in range(prompt, 150):
-                held = [state.watched.get(0) for state in cache.states]
+                held = [state.sequences.watched.get(0) for state in cache.states]
                 assert all(x is None or x.shape[1] <= most for x in held)
                 few = token < 40 - 8 and FormattedRows.before_old is honest
                 assert not few or all(x is None for x in held)
                 model(ids[:, token : token + 1], past_key_values=cache)
-            assert all(state.watched == {} for state in cache.states)
+            assert all(state.sequences.watched == {} for state in cache.states)
         return list(windows)
 
     honest = FormattedRows.before_old
@@ -502,11 +502,11 @@ def test_rejected_drafts_leave_what_is_watched() -> None:
     with kvpress.attach(model, PRUNED) as engine, torch.no_grad():
         cache = engine.new_cache()
         model(ids, past_key_values=cache)
-        before = cache.states[0].watched[0].clone()
+        before = cache.states[0].sequences.watched[0].clone()
         cache.activate_past_recording()
         model(ids[:, :5], past_key_values=cache)
         cache.crop(-5)
-    assert torch.equal(cache.states[0].watched[0], before)
+    assert torch.equal(cache.states[0].sequences.watched[0], before)
 
 
 def test_numbers_beyond_the_range_of_steps_are_refused() -> None:

@@ -19,6 +19,7 @@ from kvpress.errors import PolicyError
 from kvpress.formulas.block_map import Blocks
 from kvpress.hf import calibration
 from kvpress.hf.calibration import Calibration
+from kvpress.pipe.state.ledger import density as density_of
 from kvpress.policy import Policy, option
 from kvpress.policy.budget import Budget
 
@@ -46,7 +47,7 @@ def test_threshold_0_is_dense_and_decoding_is_untouched() -> None:  # S1, S13
             cache = engine.new_cache()
             tokens.append(helpers.greedy(model, ids, mask, 8, cache))
     assert torch.equal(*tokens)
-    assert density(cache) == 1.0 and cache.states[0].density == [1.0] * 6
+    assert density(cache) == 1.0 and density_of(cache.states[0]) == [1.0] * 6
 
 
 def test_blocks_are_left_out_and_counted() -> None:
@@ -85,7 +86,9 @@ def test_chunks_attend_to_longer_keys() -> None:
     wanted = Blocks(350, 350).causal + Blocks(350, 700).causal
     computed_N, blocks = cache.states[0].blocks
     assert blocks == wanted and len(computed_N) == 6
-    assert int(computed_N.sum()) / (6 * wanted) == pytest.approx(sum(cache.states[0].density) / 6)
+    assert int(computed_N.sum()) / (6 * wanted) == pytest.approx(
+        sum(density_of(cache.states[0])) / 6
+    )
 
 
 @pytest.mark.parametrize(

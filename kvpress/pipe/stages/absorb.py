@@ -32,7 +32,7 @@ def survive(
     """
     with layer.timed("select"):
         index_BHK = kept_index(kept_BHS, counts_BH)
-        columns = {name: gather(slots.fetch(name), index_BHK) for name in layer.rewritten}
+        columns = {name: gather(slots.fetch(name), index_BHK) for name in layer.rows.rewritten}
     rule = layer.recipe.merging
     evicted_BHS = (slots.position_BHS != EMPTY) & ~kept_BHS
     if rule is not None and bool(evicted_BHS.any()):
@@ -64,7 +64,7 @@ def absorb_one(
         *layer.rows.operands(),
         *bounds,
         rank,
-        layer.threshold_B,
+        layer.sequences.threshold_B,
         *turning,
         layer.key_width,
         rule.own,
@@ -88,42 +88,53 @@ def _absorb(
     rule: Merging,
 ) -> dict[str, Tensor]:
     """The kept keys and values with the evicted ones merged into them."""
-    losses_BH = evicted_BHS.sum(-1)
-    index_BHE = kept_index(evicted_BHS, losses_BH)
-    lost_BHE = torch.arange(index_BHE.shape[2], device=losses_BH.device) < losses_BH[..., None]
-    if rule.together:  # ranks are those of positions, and slots may stand in any order
-        position_BHE = slots.position_BHS.gather(2, index_BHE).masked_fill(~lost_BHE, 2**31 - 1)
-        index_BHE = index_BHE.gather(2, position_BHE.argsort(dim=-1, stable=True))
-    key_BHCD, position_BHC = columns[KEY], columns[POSITION]
-    stays_BHC = host.arange(key_BHCD.shape[2]) < counts_BH[..., None]
-    allowed_BHC = stays_BHC.to(position_BHC.device)
-    if not rule.sinks and layer.limits is not None:
-        allowed_BHC = allowed_BHC & (position_BHC >= layer.limits.sink)
-    evicted_BHED = gather(slots.fetch(KEY), index_BHE)
-    width = layer.key_width
+    index_BHE, lost_BHE = _evicted(slots, evicted_BHS, rule)
+    key_BHCD, evicted_BHED = columns[KEY], gather(slots.fetch(KEY), index_BHE)
+    width, own = layer.key_width, list(group)
     similarity_BHE, target_BHE = ops.match_keys(
-        evicted_BHED[..., :width], key_BHCD[..., :width], allowed_BHC
+        evicted_BHED[..., :width],
+        key_BHCD[..., :width],
+        _allowed(layer, columns[POSITION], counts_BH, rule),
     )
     real_BHE = lost_BHE & (target_BHE >= 0)
     target_BHE = target_BHE.clamp_min(0)
-
-    threshold_b = layer.threshold_B[list(group)]
+    threshold_b = layer.sequences.threshold_B[own]
     threshold_b = merging.next_threshold(rule, threshold_b, similarity_BHE, real_BHE)
-    layer.threshold_B[list(group)] = threshold_b
+    layer.sequences.threshold_B[own] = threshold_b
     merged_BHE = merging.merged(rule, threshold_b, similarity_BHE, real_BHE)
+
     shares = merging.shares(rule, similarity_BHE, target_BHE, merged_BHE, key_BHCD.shape[2])
     value_BHCE = shares.add(columns[VALUE], gather(slots.fetch(VALUE), index_BHE))
     own_BHCD, extra_BHCX = key_BHCD.tensor_split((width,), dim=-1)
     if rule.keys != "values_only":
         lost_BHED = evicted_BHED[..., :width]
         if rule.keys == "unrotated" and layer.rotation is not None:
-            position_BHE = slots.position_BHS.gather(2, index_BHE)
-            by_BHE = position_BHC.gather(2, target_BHE) - position_BHE
+            to_BHE = columns[POSITION].gather(2, target_BHE)
+            by_BHE = to_BHE - slots.position_BHS.gather(2, index_BHE)
             lost_BHED = layer.rotation.turn(lost_BHED, by_BHE)
         own_BHCD = shares.add(own_BHCD, lost_BHED)
     if rule.counts:
         counts = (key_BHCD[..., -1], evicted_BHED[..., -1], target_BHE, merged_BHE)
-        extra_BHCX = torch.cat(
-            [extra_BHCX[..., :-1], merging.add_counts(*counts)[..., None]], dim=-1
-        )
+        bias_BHC1 = merging.add_counts(*counts)[..., None]
+        extra_BHCX = torch.cat([extra_BHCX[..., :-1], bias_BHC1], dim=-1)
     return {KEY: torch.cat([own_BHCD, extra_BHCX], dim=-1), VALUE: value_BHCE}
+
+
+def _evicted(slots: Slots, evicted_BHS: Tensor, rule: Merging) -> tuple[Tensor, Tensor]:
+    """The indices of the evicted slots `[B, H, E]`, and which of these are there."""
+    losses_BH = evicted_BHS.sum(-1)
+    index_BHE = kept_index(evicted_BHS, losses_BH)
+    lost_BHE = torch.arange(index_BHE.shape[2], device=losses_BH.device) < losses_BH[..., None]
+    if rule.together:  # ranks are those of positions, and slots may stand in any order
+        position_BHE = slots.position_BHS.gather(2, index_BHE).masked_fill(~lost_BHE, 2**31 - 1)
+        index_BHE = index_BHE.gather(2, position_BHE.argsort(dim=-1, stable=True))
+    return index_BHE, lost_BHE
+
+
+def _allowed(layer: Layer, position_BHC: Tensor, counts_BH: Tensor, rule: Merging) -> Tensor:
+    """The kept slots that others may be merged into: bool `[B, H, C]`."""
+    stays_BHC = host.arange(position_BHC.shape[2]) < counts_BH[..., None]
+    allowed_BHC = stays_BHC.to(position_BHC.device)
+    if rule.sinks or layer.limits is None:
+        return allowed_BHC
+    return allowed_BHC & (position_BHC >= layer.limits.sink)

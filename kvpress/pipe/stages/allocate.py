@@ -10,9 +10,9 @@ from torch import Tensor
 from kvpress import host
 from kvpress.errors import PolicyError
 from kvpress.host import lasting
-from kvpress.pipe.state.context import Growth
+from kvpress.pipe.state.growth import Growth
 from kvpress.pipe.state.layer import Layer
-from kvpress.pipe.state.stores import geometry
+from kvpress.pipe.state.measures import geometry
 from kvpress.policy.budget import UNLIMITED, Quota, share
 
 _FIXED = "While decoding, rows stay at"
@@ -32,13 +32,13 @@ def set_quotas(
     sizes = zip(seen_b.tolist(), portions, strict=True)
     quotas = [layer.limits.quota(seen, shape, portion) for seen, portion in sizes]
     slots = [_allocate(layer, quota) for quota in quotas]
-    layer.quota_R, layer.recent_B = layer.quota_R.clone(), layer.recent_B.clone()  # may be shared
-    layer.recent_B[rows] = host.tensor([quota.recent for quota in quotas])
-    layer.quota_BH[rows] = host.tensor(slots)
-    layer.growth = None
-    layer.rows_changed()
-    for line in [line for line in layer.run.notes if line.startswith(_FIXED)]:
-        del layer.run.notes[line]  # of the chunk or turn before
+    own = layer.sequences
+    own.quota_R, own.recent_B = own.quota_R.clone(), own.recent_B.clone()  # may be shared
+    own.recent_B[rows] = host.tensor([quota.recent for quota in quotas])
+    own.quota_BH[rows] = host.tensor(slots)
+    layer.excess.growth = None
+    layer.excess.forget()
+    layer.context.ledger.withdraw(_FIXED)  # of the chunk or turn before
     if portion_b is not None:
         return  # layers with budgets of their own are explained together
     for seen, quota in zip(seen_b.tolist(), quotas, strict=True):
@@ -47,31 +47,31 @@ def set_quotas(
 
 def grow(layer: Layer) -> None:
     """Brings quotas that grow up to the tokens seen, before what is decoded is evicted."""
-    growth = layer.growth or _growth(layer)
-    if growth.seen_B is not layer.seen_B:
+    growth = layer.excess.growth or _growth(layer)
+    if growth.seen_B is not layer.sequences.seen_B:
         _advance(growth, layer)
-    if growth.version != layer.grown:
-        layer.take_quotas(growth)
+    if growth.version != layer.excess.grown:
+        layer.excess.quotas_grew(growth)
+        layer.sequences.quota_R, layer.sequences.recent_B = growth.quota_R, growth.recent_B
 
 
 def _growth(layer: Layer) -> Growth:
     """The growth that this layer shares with those whose quotas are the same."""
-    known, portions = layer.run.growths, tuple(layer.portion_B.tolist())
+    known, portions = layer.context.growths, tuple(layer.sequences.portion_B.tolist())
     own = layer.kind.index if layer.recipe.stage("allocate").overrides("allocate") else None
-    if len(known) > 2 * layer.run.layers:
+    if len(known) > 2 * layer.context.compressed:
         known.clear()  # of prompts and orders of sequences that are gone
     key = (layer.kind.heads, own, portions)
     if key not in known:
         known[key] = Growth(portions, geometry(layer))
-    layer.growth = known[key]
-    layer.grown = -1
-    return layer.growth
+    layer.excess.growth, layer.excess.grown = known[key], -1
+    return known[key]
 
 
 @lasting
 def _advance(growth: Growth, layer: Layer) -> None:
     """Makes the quotas after the tokens that the layer has seen."""
-    newest, before_B, seen_B = layer.run.newest, growth.seen_B, layer.seen_B
+    newest, before_B, seen_B = layer.context.newest, growth.seen_B, layer.sequences.seen_B
     growth.seen_B = seen_B
     if newest is not None and newest[0] is before_B and newest[1] is seen_B:  # one token more
         growth.lasts -= 1
@@ -122,7 +122,7 @@ def _allocate(layer: Layer, quota: Quota) -> list[int]:
 
 def _asked(layer: Layer, quota: Quota) -> list[int]:
     heads, least = layer.kind.heads, max(1, quota.sink + quota.recent)
-    policy, place = layer.recipe.stage("allocate"), (layer.kind.index, layer.run.layers)
+    policy, place = layer.recipe.stage("allocate"), (layer.kind.index, layer.context.compressed)
     slots = [min(int(n), UNLIMITED) for n in policy.allocate(quota.slots, *place, heads)]
     if len(slots) != heads or min(slots) < min(least, quota.slots):
         raise PolicyError(
@@ -146,26 +146,25 @@ def _check_sum(layers: Sequence[Layer], quota: Quota) -> None:
 
 def compressed(layer: Layer) -> list[Layer]:
     """The layers of a cache that have the policy's budget."""
-    return [other for other in layer.run.members if other.kind.window is None]
+    return [other for other in layer.context.layers if other.kind.window is None]
 
 
 def _explain(layer: Layer, seen: int, quota: Quota) -> None:
     """Notes for the report where a budget keeps other counts than its fraction promises."""
     if layer.kind.window is not None or layer.limits is None:
         return
-    budget, notes = layer.limits.budget, layer.run.notes
+    budget, ledger = layer.limits.budget, layer.context.ledger
     if quota.floored:
-        line = (
+        ledger.note(
             f"The budget {budget} of {seen} tokens is below the protected tokens (sink"
             f" {quota.sink}, recent {quota.recent}): {min(seen, quota.slots)} tokens were kept"
             " instead."
         )
-        notes[line] = None
     elif seen <= quota.slots:
-        notes[f"A prompt of {seen} tokens is within its budget {budget}: nothing was evicted."] = (
-            None
+        ledger.note(
+            f"A prompt of {seen} tokens is within its budget {budget}: nothing was evicted."
         )
     elif budget.relative and share(budget.amount, seen) < quota.slots:
-        notes[f"The budget {budget} of {seen} tokens is less than one: 1 was kept instead."] = None
+        ledger.note(f"The budget {budget} of {seen} tokens is less than one: 1 was kept instead.")
     if budget.unit == "prompt" and layer.limits.interval:
-        notes[f"{_FIXED} {quota.slots} slots: {budget} of a prompt of {seen} tokens."] = None
+        ledger.note(f"{_FIXED} {quota.slots} slots: {budget} of a prompt of {seen} tokens.")

@@ -11,7 +11,7 @@ from kvpress import host, ops
 from kvpress.errors import PolicyError
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.pipe.state.layer import Layer
-from kvpress.pipe.state.stores import layouts
+from kvpress.pipe.state.measures import layouts
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.formats import Window
 from kvpress.store import Aging
@@ -34,17 +34,17 @@ def watch(layer: Layer, group: Sequence[int], tokens: Tokens) -> None:
     for i, b in enumerate(group):
         if aging.decided_B[b]:
             continue
-        follow = 0 if layer.run.recording else max(0, aging.before_old(b) - new)
+        follow = 0 if layer.context.recording.on else max(0, aging.before_old(b) - new)
         if follow >= most:
-            layer.watched.pop(b, None)
+            layer.sequences.watched.pop(b, None)
             continue
         query_NPD = tokens.query_bNPD[i].detach()
-        before = layer.watched.get(b)
+        before = layer.sequences.watched.get(b)
         joined = query_NPD if before is None else torch.cat([before, query_NPD], dim=1)
-        layer.watched[b] = joined[:, follow - most :].clone()
+        layer.sequences.watched[b] = joined[:, follow - most :].clone()
 
 
-def settle(layer: Layer) -> None:
+def pack_due(layer: Layer) -> None:
     """Packs what has become old. How a sequence is packed is decided the first time."""
     aging = layer.rows.aging
     if aging is None:
@@ -72,7 +72,7 @@ def _pack(layer: Layer, aging: Aging, due: Sequence[int]) -> None:
 
 def _watched(layer: Layer, b: int) -> int:
     """Queries of a sequence that are kept."""
-    query_NWD = layer.watched.get(b)
+    query_NWD = layer.sequences.watched.get(b)
     return 0 if query_NWD is None else query_NWD.shape[1]
 
 
@@ -96,7 +96,7 @@ def _decide(layer: Layer, aging: Aging, b: int) -> None:
     if len(ours) > 1:
         wide_BH = _guard(layer, window, ours[0], key, value)
     aging.decide([b], ours, key, value, wide_BH)
-    layer.watched.pop(b, None)
+    layer.sequences.watched.pop(b, None)
     _explain(layer, ours[0])
 
 
@@ -107,11 +107,11 @@ def _window(layer: Layer, aging: Aging, b: int) -> Window:
     scaling, softcap = layer.logits
     return Window(
         layer=layer.kind.index,
-        query_BNWD=layer.watched.get(b, none)[None],
+        query_BNWD=layer.sequences.watched.get(b, none)[None],
         key_BHSD=key_BHSD,
         value_BHSE=columns[VALUE],
         position_BHS=columns[POSITION].long(),
-        seen_B=layer.seen_B[[b]],
+        seen_B=layer.sequences.seen_B[[b]],
         scaling=scaling,
         softcap=softcap,
         rotation=layer.rotation,
@@ -175,4 +175,4 @@ def _explain(layer: Layer, layout: PageLayout) -> None:
     for name, (kept, width, bits) in zip(("keys", "values"), sizes, strict=True):
         stored = "as they came" if bits == 16 else f"in {bits} bits"
         parts.append(f"{name} {kept} of {width} channels {stored}")
-    layer.run.notes[f"Old slots: {', '.join(parts)}."] = None
+    layer.context.ledger.note(f"Old slots: {', '.join(parts)}.")

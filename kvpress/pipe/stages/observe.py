@@ -117,4 +117,4 @@ def observe(
 
 def some(layer: Layer, group: list[int]) -> list[int] | None:
     """The group for the store, or None for everybody, which saves the store an index."""
-    return None if len(group) == len(layer.seen_B) else group
+    return None if len(group) == len(layer.sequences) else group

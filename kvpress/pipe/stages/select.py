@@ -17,7 +17,7 @@ from kvpress.types import EMPTY
 def protected(layer: Layer, slots: Slots, group: Sequence[int]) -> Tensor:
     """True for the slots of some sequences that no policy may drop."""
     assert layer.limits is not None, "only layers with a budget select"
-    recent_b = layer.recent_B[list(group)].to(slots.position_BHS.device)
+    recent_b = layer.sequences.recent_B[list(group)].to(slots.position_BHS.device)
     return protect(slots.position_BHS, slots.seen_B, layer.limits.sink, recent_b)
 
 
@@ -43,7 +43,7 @@ def select(
     if bool(score_BHS.isnan().any()):
         _check_numbers(layer, slots, group, score_BHS)
         score_BHS = score_BHS.masked_fill(score_BHS.isnan(), -torch.inf)
-    quota_BH = layer.quota_BH[list(group)]
+    quota_BH = layer.sequences.quota_BH[list(group)]
     keep_BH = quota_BH.to(slots.position_BHS.device)
     policy = layer.recipe.stage("select")
     kept_BHS = policy.select(slots, score_BHS, protected(layer, slots, group), keep_BH)
@@ -77,9 +77,10 @@ def _check_numbers(layer: Layer, slots: Slots, group: Sequence[int], score_BHS: 
                 f"{layer.recipe} gave NaN scores for sequence {b} in {where}, from keys, values and"
                 " attention that are finite; scores must be numbers."
             )
-        if heads and not any(note.startswith(f"Sequence {b} is ") for note in layer.run.notes):
-            layer.run.notes[
+        known = any(note.startswith(f"Sequence {b} is ") for note in layer.context.ledger.notes)
+        if heads and not known:
+            layer.context.ledger.note(
                 f"Sequence {b} is not finite in {where}: the model computed NaN or infinite keys,"
                 " values or attention. Tokens without a score were evicted first; the other"
                 " sequences are not touched."
-            ] = None
+            )

@@ -8,6 +8,7 @@ from kvpress import ops
 from kvpress.formulas.block_map import Blocks, computed_blocks, of_slots, to_map
 from kvpress.formulas.codes import Codes, quantise_keys, quantise_queries
 from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.ledger import count_blocks
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.sparsity import Thresholds
 from kvpress.types import EMPTY
@@ -21,18 +22,18 @@ def choose(
     trains: whether gradients are recorded, which only exact attention has. The blocks are counted
     for the report, which also says why attention was computed in full.
     """
-    limits = layer.run.thresholds
+    limits = layer.context.thresholds
     if limits is None:
         return None
     why = "passes that record gradients" if trains else None
     why = why or _why_in_full(layer, tokens, position_bHS, limits)
     if why:
-        layer.run.notes[f"Attention was computed in full for {why}."] = None
+        layer.context.ledger.note(f"Attention was computed in full for {why}.")
         return None
     tau_N = limits.tau_LN[layer.kind.index]
     map_bNX = block_map(tokens.query_bNPD, key_bHSD, tokens.scaling, tau_N, limits.local)
     blocks = Blocks(tokens.query_bNPD.shape[2], key_bHSD.shape[2])
-    layer.count_blocks(computed_blocks(map_bNX), blocks.causal)
+    count_blocks(layer, computed_blocks(map_bNX), blocks.causal)
     return map_bNX
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from kvpress import host
 from kvpress.errors import PolicyError
 from kvpress.pipe.state.tokens import Tokens
-from kvpress.types import MOST_WIDTH
+from kvpress.policy.recipe import Recipe
+from kvpress.types import MOST_WIDTH, LayerKind
 
 _BASE = 256
 
@@ -67,3 +68,13 @@ def with_positions(
         query_bNPD=torch.cat([query_BNPD, query], dim=-1),
         key_bHPD=torch.cat([key_BHPD, key], dim=-1),
     )
+
+
+def extra(kind: LayerKind, recipe: Recipe) -> int:
+    """How many channels stand in stored keys behind the model's."""
+    return (CHANNELS if kind.slopes else 0) + counts_tokens(recipe)
+
+
+def counts_tokens(recipe: Recipe) -> bool:
+    """Whether the last channel of a key is the logarithm of its number of tokens."""
+    return recipe.merging is not None and recipe.merging.counts

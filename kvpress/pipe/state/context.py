@@ -1,75 +1,67 @@
-"""What the layers of one cache share, and what is handed to them."""
+"""What the layers of one cache share."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvpress import host
 from kvpress.formulas.rotation import Rotation
 from kvpress.host import lasting
+from kvpress.pipe.state.drafting import Recording
+from kvpress.pipe.state.growth import Growth
 from kvpress.pipe.state.meter import Meter
-from kvpress.policy.budget import Geometry, Quota
 from kvpress.policy.recipe import Recipe
 from kvpress.policy.sparsity import Thresholds
 
 
 @dataclass
-class Growth:
-    """Quotas that grow while decoding. Layers whose quotas are alike share one.
+class Ledger:
+    """What is written down of a cache: seconds, lines for the report, the most bytes held."""
 
-    The first of them makes the quotas of a step, the others find them; see `quotas.py`.
-    """
+    meter: Meter = field(default_factory=Meter)
+    notes: dict[str, None] = field(default_factory=dict)  # an ordered set of lines
+    bytes_peak: int = 0  # the most that was held so far; see `Report`
+    noted_at: int = -1  # logical length at which a layer last gave something back
 
-    portion_b: tuple[float, ...]  # of the budget, in each sequence
-    shape: Geometry  # of the layer that needed it first
-    seen_B: Tensor | None = None  # tokens seen in the step that the quotas are of
-    lasts: int = 0  # steps from there until a quota can be another
-    version: int = 0  # how often they changed
-    span_b: list[range] = field(default_factory=list)  # tokens seen for which each quota holds
-    quotas: list[Quota] = field(default_factory=list)  # of each sequence
-    slots: list[list[int]] = field(default_factory=list)  # of its KV heads
-    quota_R: Tensor = field(default_factory=lambda: host.zeros(0))
-    recent_B: Tensor = field(default_factory=lambda: host.zeros(0))
-    least: int = 0  # slots by which every row came to keep more in the last change
-    most: int = 0  # slots by which a row did at the most
+    def note(self, line: str) -> None:
+        """Adds a line to the report, once."""
+        self.notes[line] = None
+
+    def withdraw(self, start: str) -> None:
+        """Takes back the lines that start so, of a chunk or turn before."""
+        for line in [line for line in self.notes if line.startswith(start)]:
+            del self.notes[line]
 
 
 @dataclass
-class Run:
+class Context:
     """What the layers of one cache share."""
 
     recipe: Recipe
-    layers: int  # compressed layers
+    compressed: int  # layers that have the policy's budget
     page_slots: int
-    horizon: int
-    meter: Meter
-    notes: dict[str, None]  # an ordered set of lines for the report
+    horizon: int  # tokens that the caller expects to decode
+    ledger: Ledger
     cache_dtype: torch.dtype | None = None  # of stored keys and values; None: the model's
-    newest: tuple[Tensor, Tensor] | None = None  # tokens seen before the last step, and after it
-    recording: bool = False  # whether drafted tokens may be taken back until the next forward pass
-    announced: int | None = None  # drafted tokens of this pass, where that is known
-    members: list[Any] = field(default_factory=list)  # the layers that share this
     rotations: tuple[Rotation | None, ...] = ()  # of the keys of every layer, where needed
     thresholds: Thresholds | None = None  # of blocks of prompt attention, where it is sparse
-    bytes_peak: int = 0  # the most that was held so far; see `Report`
-    noted_at: int = -1  # logical length at which a layer last gave something back
+    layers: list[Any] = field(default_factory=list)  # those that share this
+    recording: Recording = field(default_factory=Recording)
+    newest: tuple[Tensor, Tensor] | None = None  # tokens seen before the last step, and after it
     growths: dict[Hashable, Growth] = field(default_factory=dict)  # by what makes quotas alike
-    broken: int | None = None  # the layer in which a pass is under way, or failed
+    dirty: int | None = None  # the layer in which a pass is under way, or failed
 
-    def drafted(self, tokens: int, first: bool) -> int:
-        """How many of the tokens of this forward pass may be taken back; by default all or none."""
-        default = 0 if first else tokens
-        return default if self.announced is None else min(self.announced, tokens)
-
-    def note_peak(self, more: int = 0) -> None:
-        """Notes what all layers hold now, and `more` bytes, if that is the most so far."""
-        held = sum(layer.bytes_held for layer in self.members) + more
-        self.bytes_peak = max(self.bytes_peak, held)
+    def begin(self, notes: Mapping[str, None]) -> None:
+        """Forgets every pass, and what was said about tokens to come. notes: what still holds."""
+        self.ledger.notes.clear()
+        self.ledger.notes.update(notes)
+        self.ledger.bytes_peak = 0
+        self.recording = Recording()
+        self.newest = self.dirty = None
 
     def one_more(self, seen_B: Tensor) -> Tensor:
         """`seen_B + 1`, one tensor for all layers, since they see the same tokens."""
@@ -79,6 +71,21 @@ class Run:
                 return after_B
         self.newest = (seen_B, _next(seen_B))
         return self.newest[1]
+
+    def note_peak(self, more: int = 0) -> None:
+        """Notes what all layers hold now, and `more` bytes, if that is the most so far."""
+        held = sum(layer.bytes_held for layer in self.layers) + more
+        self.ledger.bytes_peak = max(self.ledger.bytes_peak, held)
+
+    def note_peak_at(self, columns: int, more: int = 0) -> None:
+        """To be called before a layer that has seen so many columns gives memory back.
+
+        All layers do so in the same pass: the first of them notes what all hold then, and `more`
+        bytes. Between two such passes a cache only grows, so that other tokens cost nothing.
+        """
+        if self.ledger.noted_at != columns:
+            self.ledger.noted_at = columns
+            self.note_peak(more)
 
 
 @lasting

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,19 @@ class SeenIds:
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(part.untyped_storage().nbytes() for part in self._parts)
+
+    def note(self, columns_seen: int, given: Mapping[str, Any]) -> None:
+        """Keeps the ids of a forward pass that is done, by its arguments, once.
+
+        columns_seen: after it. The model inside another knows them first, where it is called.
+        """
+        if self.columns == columns_seen:
+            return
+        tokens, mask = given.get("input_ids"), given.get("attention_mask")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        plain = isinstance(mask, Tensor) and mask.dim() == 2
+        if tokens is not None:
+            self.append(tokens, mask if plain else None)
 
     def append(self, tokens: Tensor, mask: Tensor | None) -> None:
         """Adds the columns of a forward pass.

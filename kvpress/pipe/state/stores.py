@@ -1,28 +1,70 @@
-"""The store of a layer: what it is made of, and what budgets and formats must know of it."""
+"""The store of a layer: what it is made of, and how much room its rows get."""
 
 from __future__ import annotations
 
-from kvpress.formulas.page_layout import PageLayout
-from kvpress.pipe.state.layer import Layer
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpress.pipe.state import channels
 from kvpress.policy import formats
-from kvpress.policy.budget import Geometry
-from kvpress.store.base import KEY
+from kvpress.policy.budget import Limits
+from kvpress.policy.recipe import Recipe
+from kvpress.store import Column, FormattedRows, PagedRows, Rows
+from kvpress.store.base import KEY, MASS, VALUE
 
 
-def geometry(layer: Layer) -> Geometry:
-    """What a budget in bytes must know of a layer."""
-    return Geometry(
-        layers=layer.run.layers,
-        heads=layer.kind.heads,
-        page_slots=layer.rows.page_slots,
-        page_bytes=layer.rows.page_bytes(),
-        row_bytes=layer.rows.row_bytes(),
-        headroom=layer.headroom,
-    )
+@dataclass(frozen=True)
+class Stores:
+    """How a layer makes its store."""
 
+    recipe: Recipe
+    limits: Limits | None
+    page_slots: int
+    cache_dtype: torch.dtype | None  # of keys and values; None: as they come
 
-def layouts(layer: Layer, kept: tuple[int, int]) -> list[PageLayout]:
-    """The layouts of old pages that keep so many channels of keys and values."""
-    widths = (layer.key_width, layer.value_width)
-    item_bytes = layer.rows.columns[KEY].dtype.itemsize
-    return formats.layouts(layer.recipe.packing, widths, kept, item_bytes)
+    def new(self, key_BHPD: Tensor, value_BHPD: Tensor) -> Rows:
+        """An empty store for tokens like these. Raises PolicyError where it cannot count them."""
+        batch, heads, _, key_width = key_BHPD.shape
+        columns = self.columns(key_BHPD.dtype, key_width, value_BHPD.shape[-1])
+        if channels.counts_tokens(self.recipe):
+            channels.check_counts({key_BHPD.dtype, columns[KEY].dtype}, key_width)
+        return self.empty(columns, batch, heads, key_BHPD.device)
+
+    def empty(
+        self, columns: dict[str, Column], batch: int, heads: int, device: torch.device
+    ) -> Rows:
+        """An empty store of these columns."""
+        rows = PagedRows(batch, heads, columns, self.page_slots, device)
+        recipe = self.recipe
+        if not recipe.formats:
+            return rows
+        ordered = self.limits is None and not recipe.accumulates
+        return FormattedRows(rows, formats.page_slots(recipe.packing), recipe.residual, ordered)
+
+    def columns(self, dtype: torch.dtype, key_width: int, value_width: int) -> dict[str, Column]:
+        """What the store keeps of a slot. dtype: of the tokens."""
+        columns = {
+            KEY: Column((key_width,), self.cache_dtype or dtype, slot_last=True),
+            VALUE: Column((value_width,), self.cache_dtype or dtype),
+        }
+        if self.recipe.accumulates:
+            columns[MASS] = Column((), torch.float32, volatile=True)
+        return columns
+
+    @property
+    def headroom(self) -> int:
+        """Slots by which rows may exceed their quota between two evictions."""
+        return self.limits.interval if self.limits else 0
+
+    @property
+    def room(self) -> int:
+        """Free slots that a refilled row gets at once; more pages come when they are needed."""
+        return min(self.headroom, self.page_slots)
+
+    def limit(self, rows: Rows, quota_BH: Tensor) -> None:
+        """Tells rows how many pages they can ever need, where quotas do not grow."""
+        if self.limits is not None and self.limits.interval and not self.limits.grows:
+            most_BH = quota_BH.clamp_max(2**40) + self.headroom
+            rows.limit(int((-(-most_BH // rows.page_slots)).sum()))

@@ -1,0 +1,194 @@
+"""What belongs to each sequence of a layer, and follows it through beams, forks and files."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kvpress import host
+from kvpress.pipe.state.drafting import Drafts
+from kvpress.policy.budget import UNLIMITED
+
+
+class Kept(Protocol):
+    """A field of `Sequences` that is no tensor."""
+
+    def select(self, index: Sequence[int]) -> Any:
+        """Another one, whose sequence i is what sequence `index[i]` is."""
+
+    def clone(self) -> Any:
+        """Another one that goes on by itself."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a file must hold, by names that nothing else has; on the host."""
+
+
+class Decoded:
+    """How many tokens every sequence decoded since its last prompt.
+
+    While all are in step that is a number: a decode step makes as few tensors as it can.
+    """
+
+    def __init__(self, tokens_B: Tensor | None = None) -> None:
+        self._tokens_B = host.zeros(0) if tokens_B is None else tokens_B
+        self._alike: int | None = None  # the same for every sequence, where it is
+
+    @property
+    def tokens_B(self) -> Tensor:
+        """int64, on the host; to be written to as well."""
+        if self._alike is not None:
+            self._tokens_B, self._alike = host.full((len(self),), self._alike), None
+        return self._tokens_B
+
+    def of(self, sequence: int) -> int:
+        """Those of one sequence."""
+        return int(self._tokens_B[sequence]) if self._alike is None else self._alike
+
+    def add_to_all(self, tokens: int) -> None:
+        """Counts tokens of sequences that have all decoded as many so far."""
+        self._alike = self.of(0) + tokens
+
+    def take_back(self, tokens: int) -> None:
+        """Counts tokens no more."""
+        self._tokens_B = (self.tokens_B - tokens).clamp_min(0)
+
+    def __len__(self) -> int:
+        return len(self._tokens_B)
+
+    def select(self, index: Sequence[int]) -> Decoded:
+        """Sequence i becomes what sequence `index[i]` was."""
+        return Decoded(self.tokens_B[list(index)])
+
+    def clone(self) -> Decoded:
+        """Another one that goes on by itself."""
+        return Decoded(self.tokens_B.clone())
+
+    def state(self) -> dict[str, Tensor]:
+        """`decoded_B`."""
+        return {"decoded_B": self.tokens_B.clone()}
+
+
+class Watched(dict[int, Tensor]):
+    """The last queries `[N, W, D]` of those sequences of which no slot is old yet."""
+
+    PREFIX = "watched."  # before the number of a sequence, in files
+
+    def select(self, index: Sequence[int]) -> Watched:
+        """Sequence i becomes what sequence `index[i]` was."""
+        return Watched({i: self[b] for i, b in enumerate(index) if b in self})
+
+    def clone(self) -> Watched:
+        """Another one that goes on by itself: its tensors are replaced, never written to."""
+        return Watched(self)
+
+    def state(self) -> dict[str, Tensor]:
+        """A tensor for each sequence."""
+        return {f"{self.PREFIX}{b}": query.cpu().contiguous() for b, query in self.items()}
+
+    def take_back(self, tokens: int) -> None:
+        """Forgets the last queries of every sequence."""
+        for b, query_NWD in self.items():
+            self[b] = query_NWD[:, : max(0, query_NWD.shape[1] - tokens)]
+
+
+class Counter(NamedTuple):
+    """How a tensor of `Sequences` begins, and what files hold of it."""
+
+    start: float
+    dtype: torch.dtype
+
+
+def counter(start: float = 0, dtype: torch.dtype = torch.int64) -> Any:
+    """A field with a number for each sequence, or row where its name ends with `_R`."""
+    return field(
+        default_factory=lambda: host.zeros(0, dtype=dtype),
+        metadata={"counter": Counter(start, dtype)},
+    )
+
+
+@dataclass
+class Sequences:
+    """A field added here is selected, cloned, saved and loaded with the others.
+
+    Counters are on the host, but those that are made with a device. Where a field is not a counter,
+    it answers `Kept`.
+    """
+
+    heads: int  # KV heads, rows of a sequence
+    seen_B: Tensor = counter()  # real tokens
+    recent_B: Tensor = counter()  # protected last tokens
+    demand_B: Tensor = counter(math.nan, torch.float64)  # of slots; NaN: not known yet
+    portion_B: Tensor = counter(1.0, torch.float64)  # of the budget, while decoding
+    threshold_B: Tensor = counter(math.nan, torch.float32)  # of merging; NaN: none evicted yet
+    quota_R: Tensor = counter(UNLIMITED)  # slots that every row may keep
+    decoded: Decoded = field(default_factory=Decoded)
+    watched: Watched = field(default_factory=Watched)
+    drafts: Drafts = field(default_factory=Drafts)
+
+    @classmethod
+    def counters(cls) -> dict[str, Counter]:
+        """The counters by name."""
+        found = {f.name: f.metadata.get("counter") for f in fields(cls)}
+        return {name: counter for name, counter in found.items() if counter is not None}
+
+    def begin(self, batch: int, threshold: float, device: torch.device) -> None:
+        """Gives every counter its first value, for so many sequences.
+
+        threshold: of merging, which is kept on the device of the layer.
+        """
+        for name, of in self.counters().items():
+            length = batch * self.heads if name.endswith("_R") else batch
+            setattr(self, name, torch.full((length,), of.start, dtype=of.dtype, device="cpu"))
+        self.threshold_B = torch.full((batch,), threshold, dtype=torch.float32, device=device)
+        self.decoded = Decoded(host.zeros(batch))
+
+    def __len__(self) -> int:
+        return len(self.seen_B)
+
+    @property
+    def quota_BH(self) -> Tensor:
+        """Slots that every row may keep, a view to be written to as well."""
+        return self.quota_R.view(-1, self.heads)
+
+    def select(self, index: Sequence[int]) -> Sequences:
+        """Others, whose sequence i is what sequence `index[i]` is here."""
+        chosen = list(index)
+        rows = [b * self.heads + head for b in chosen for head in range(self.heads)]
+        made = copy.copy(self)
+        for name, value in self._fields():
+            if isinstance(value, Tensor):
+                new: Any = value[rows if name.endswith("_R") else chosen]
+            else:
+                new = value.select(chosen)
+            setattr(made, name, new)
+        return made
+
+    def clone(self) -> Sequences:
+        """Others that hold the same and go on by themselves."""
+        made = copy.copy(self)
+        for name, value in self._fields():
+            setattr(made, name, value.clone())
+        return made
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything, as tensors on the host by name."""
+        state: dict[str, Tensor] = {}
+        for name, value in self._fields():
+            own = {name: value.cpu().clone()} if isinstance(value, Tensor) else value.state()
+            state.update(own)
+        return state
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave of the counters and of decoded tokens."""
+        for name in self.counters():
+            setattr(self, name, state[name].clone())
+        self.decoded = Decoded(state["decoded_B"].clone())
+
+    def _fields(self) -> Iterator[tuple[str, Any]]:
+        yield from ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "heads")

@@ -1,0 +1,31 @@
+"""The stages that a policy can replace, and what each of them cannot stand beside."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Stage(NamedTuple):
+    """A method of `Policy`. beside: stages that must not be replaced with it, and why."""
+
+    name: str
+    not_beside: tuple[str, ...] = ()
+    why: str = ""
+
+
+_PACKED = (
+    "merges into slots, or trims layers later, that it also packs: packed slots are never written"
+    " again. Combine prune and pack stages with policies that drop"
+)
+STAGES = (
+    Stage("sparsify"),
+    Stage("allocate"),
+    Stage("share"),
+    Stage("observe"),
+    Stage("accumulate"),
+    Stage("score"),
+    Stage("select"),
+    Stage("absorb"),
+    Stage("prune", ("absorb", "share"), _PACKED),
+    Stage("pack", ("absorb", "share"), _PACKED),
+)
