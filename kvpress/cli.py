@@ -10,18 +10,20 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from kvpress import __version__, env
 from kvpress.bench.calibrate.commands import calibrate
 from kvpress.bench.commands import bench
+from kvpress.bench.common.command import command
+from kvpress.bench.common.options import AsJson
 from kvpress.bench.pages.commands import plot, report
 from kvpress.bench.quality.commands import evaluate
 from kvpress.bench.run.commands import run
 from kvpress.bench.view.commands import view
 from kvpress.errors import KVPressError
 from kvpress.ops import versions
-from kvpress.report.tables import Fitted
+from kvpress.report.tables import Fitted, new_table
 
 app = typer.Typer(
     help="A KV-cache compression engine for Hugging Face models that really frees the bytes.",
@@ -54,10 +56,10 @@ def _options(
 ) -> None: ...
 
 
-@app.command()
+@command("kvpress policies --json")
 def policies(
     markdown: Annotated[bool, typer.Option(help="Print as a table in Markdown.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the installed policies with their options."""
     from kvpress.policy import catalogue
@@ -69,16 +71,16 @@ def policies(
     if markdown:
         sys.stdout.write(catalogue.markdown() + "\n")
         return
-    table = Table("policy", "what it does", "options", show_lines=True)
+    table = new_table(("policy", "what it does", "options"))
     for entry in entries:
         options = "\n".join(
             f"{n}={default}  {text}" for n, (default, text) in entry.options.items()
         )
-        table.add_row(entry.name, entry.summary, options)
+        table.add_row(Text(entry.name), Text(entry.summary), Text(options), end_section=True)
     console.print(Fitted(table))
 
 
-@app.command()
+@command("kvpress build")
 def build() -> None:
     """Compile the CPU operators now, for images and for measurements that must not wait."""
     from kvpress.ops import build_cpu
@@ -88,18 +90,18 @@ def build() -> None:
     )
 
 
-@app.command()
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+@command("kvpress info")
+def info(as_json: AsJson = False) -> None:
     """Show versions, devices, operators with their backends, and why a backend is not there."""
     facts = _facts()
     if as_json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
         return
     for title, values in facts.items():
-        table = Table(title, "", show_header=True, title_justify="left")
+        table = new_table((title, ""))
         for key, value in values.items():
-            table.add_row(key, str(value))
-        console.print(Fitted(table))
+            table.add_row(Text(key), Text(str(value)))
+        console.print(Fitted(table), "")
 
 
 def _facts() -> dict[str, dict[str, Any]]:
@@ -141,6 +143,10 @@ def _version(name: str) -> str:
     oldest, newest = versions.PROVEN[name]
     doubt = "not proven; " if versions.unproven(name) else ""
     return f"{version} ({doubt}the tests prove {oldest} to {newest})"
+
+
+for made in (policies, build, info):
+    made.add_to(app)
 
 
 def main() -> None:

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 from kvpress.bench.common.command import command
 from kvpress.bench.common.options import REFERENCE, ModelOptions, use_threads
+from kvpress.bench.common.output import say_if_nothing_was_measured
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from kvpress.report.tables import Fitted
+from kvpress.report.tables import Fitted, new_table
 
 console, errors = Console(), Console(stderr=True)
 calibrate = typer.Typer(help="Find what a policy needs to know of a model.", no_args_is_help=True)
@@ -84,7 +84,7 @@ def sale(
     found = begin(out, loaded, settings, wanted.local, wanted.first)
     if found.least is not None and len(found.done) == wanted.samples * len(found.tau_LN):
         console.print(heads_table(found.tau_LN))
-        console.print(f"Nothing was measured: {out} holds the whole search.")
+        say_if_nothing_was_measured(out, measured=0)
         return
     found = _search(wanted, loaded, texts, found, out)
     with errors.status("Measuring from which length on it pays …"):
@@ -137,9 +137,7 @@ def begin(out: Path, model: Any, settings: dict[str, Any], local: int, first: fl
 def show(tau_LN: Any, gains: dict[int, float], least: int, out: Path) -> None:
     """Prints how many heads got which threshold, and the speed-up at every length."""
     console.print(heads_table(tau_LN))
-    speed = Table(title="Attention, exact / sparse", title_justify="left")
-    speed.add_column("tokens", justify="right")
-    speed.add_column("speed-up", justify="right")
+    speed = new_table((), ("tokens", "speed-up"), "Attention, exact / sparse")
     for length, gain in gains.items():
         speed.add_row(f"{length:,}", f"{gain:.2f}×")
     console.print(Fitted(speed))
@@ -152,9 +150,7 @@ def show(tau_LN: Any, gains: dict[int, float], least: int, out: Path) -> None:
 
 def heads_table(tau_LN: Any) -> Fitted:
     """How many heads got which threshold."""
-    heads = Table(title="Thresholds", title_justify="left")
-    heads.add_column("τ", justify="right")
-    heads.add_column("heads", justify="right")
+    heads = new_table((), ("τ", "heads"), "Thresholds")
     for tau in sorted(set(tau_LN.flatten().tolist()), reverse=True):
         heads.add_row(f"{tau:.6g}" if tau else "dense", str(int((tau_LN == tau).sum())))
     return Fitted(heads)

@@ -26,6 +26,7 @@ class Journal:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._rows: list[Row] = []
+        self.added = 0  # rows since it was opened
         if path is not None and path.exists():
             self._rows = read(path)
             drop_broken_line(path)
@@ -47,6 +48,7 @@ class Journal:
     def add(self, row: Row) -> None:
         """Keeps a row."""
         self._rows.append(row)
+        self.added += 1
         if self._path is not None:
             append(self._path, row)
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from kvpress.errors import KVPressError
 
-console = Console()
+console, errors = Console(), Console(stderr=True)
 
 
 class OutputError(KVPressError, ValueError):
@@ -45,3 +45,10 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written: {error}. Give another file.") from error
+
+
+def say_if_nothing_was_measured(path: Path | None, measured: int) -> None:
+    """On stderr, so that what a program reads stays as it is."""
+    if path is not None and not measured:
+        said = f"Nothing was measured: {path} holds all of it already."
+        errors.print(said, markup=False, highlight=False, soft_wrap=True)

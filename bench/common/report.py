@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvpress.bench.common.models import known_as
+from rich.text import Text
+
+from kvpress.report.tables import Fitted, new_table
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table in plain texts."""
+    """A table in plain texts. labels: how many of its columns say what a line is about."""
 
     title: str
     head: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+    labels: int = 1
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,15 @@ def markdown(report: Report) -> str:
         parts += [_row(line) for line in sheet.lines]
         parts += ["", *(f"{note}  " for note in sheet.notes), ""]
     return "\n".join(parts)
+
+
+def table(sheet: Sheet) -> Fitted:
+    """The sheet for a terminal."""
+    labels, numbers = sheet.head[: sheet.labels], sheet.head[sheet.labels :]
+    made = new_table(labels, numbers, sheet.title, sheet.notes)
+    for line in sheet.lines:
+        made.add_row(*map(Text, line))
+    return Fitted(made)
 
 
 def settings_of(settings: Mapping[str, Any]) -> list[str]:

@@ -17,13 +17,13 @@ from kvpress.bench.gpu.launches import Launch, launches, specialise
 from kvpress.csrc import triton_common
 from kvpress.csrc.estimate_blocks import cuda_kernel
 from rich.console import Console
-from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from kvpress.errors import BackendError
 from kvpress.ops import build_cuda
+from kvpress.report.tables import Fitted, new_table
 
 TARGETS = (80, 90, 100)
 CUDA_TARGETS = (80, 86, 89, 90)  # of the sources for nvcc
@@ -110,15 +110,14 @@ def versions() -> dict[str, str]:
 
 def show(results: list[Compiled], console: Console) -> None:
     """A table of all results, spills in red."""
-    table = Table("kernel", "target", "specialisation")
-    for head in ("warps", "stages", "registers", "spills", "shared", "occupancy"):
-        table.add_column(head, justify="right")
+    heads = ("warps", "stages", "registers", "spills", "shared", "occupancy")
+    table = new_table(("kernel", "target", "specialisation"), heads)
     for r in results:
         spills = f"[red]{r.spill_bytes}[/red]" if r.spill_bytes else "0"
         numbers = (str(r.num_warps), str(r.num_stages), str(r.registers), spills)
         shared = f"{r.shared_bytes / 1024:.1f} KiB"
         table.add_row(r.kernel, r.target, r.specialisation, *numbers, shared, f"{r.occupancy:.0%}")
-    console.print(table)
+    console.print(Fitted(table))
 
 
 def compile_cuda() -> list[dict[str, Any]]:

@@ -22,25 +22,26 @@ import torch
 import typer
 from kvpress.bench.common import models
 from kvpress.bench.common.candidates import BASELINE
+from kvpress.bench.common.command import command
 from kvpress.bench.common.environment import environment
 from kvpress.bench.common.journal import Journal, Row
 from kvpress.bench.common.options import chosen_device
 from kvpress.bench.common.output import check_writable, write_json
 from kvpress.bench.common.prompt import prompts
+from kvpress.bench.common.report import table
 from kvpress.bench.common.text import default_text
 from kvpress.bench.operators import cases as operators
 from kvpress.bench.operators import record
 from kvpress.bench.operators.measure import time_cases
 from kvpress.bench.speed import benches, grid
 from kvpress.bench.speed.commands import POLICIES, PREFILL_POLICIES
-from kvpress.bench.speed.rows import Cell, table
+from kvpress.bench.speed.rows import Cell
 from kvpress.bench.speed.setting import Setting
 from rich.console import Console
 
 import kvpress
 from kvpress import ops
 from kvpress.errors import KVPressError
-from kvpress.report.tables import Fitted
 
 ROOT = Path(kvpress.__file__).parents[1]
 TESTS = ROOT / "tests" / "csrc"
@@ -73,29 +74,35 @@ class Plan:
         return {**vars(self), **plain, "text": default_text().to_dict()}
 
 
-@app.command()
+@command("scripts/gpu --device cpu --quick")
 def gpu(
-    device: Annotated[str | None, typer.Option(help="cuda or cpu (default: cuda)")] = None,
-    model: Annotated[str, typer.Option(help="demo, a Hugging Face id, or a path.")] = "demo",
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.", show_default="cuda")] = None,
+    model: Annotated[str, typer.Option(help="'demo', a Hugging Face id, or a path.")] = "demo",
     dtype: Annotated[
-        str | None, typer.Option(help="Of the model (default: bfloat16, on the CPU float32).")
+        str | None,
+        typer.Option(help="Of the model.", show_default="bfloat16, on the CPU float32"),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Of the prompt (default: 8000, quick 256).", min=64)
+        int | None, typer.Option(help="Of the prompt.", show_default="8000, quick 256", min=64)
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(help="Of decoding; repeatable (default: 1, 8, quick 1).")
+        list[int] | None,
+        typer.Option(help="Of decoding; repeatable.", show_default="1, 8, quick 1"),
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(help="Timed rounds (default: 9, quick 2).", min=1)
+        int | None, typer.Option(help="Timed rounds.", show_default="9, quick 2", min=1)
     ] = None,
     warmup: Annotated[
-        int | None, typer.Option(help="Rounds that are not timed (default: 2, quick 1).", min=0)
+        int | None,
+        typer.Option(help="Rounds that are not timed.", show_default="2, quick 1", min=0),
     ] = None,
     quick: Annotated[bool, typer.Option(help="Everything tiny: does it run?")] = False,
-    tests: Annotated[Path, typer.Option(help="The tests that run first.")] = TESTS,
+    tests: Annotated[
+        Path, typer.Option(help="The tests that run first.", show_default="tests/csrc")
+    ] = TESTS,
     out: Annotated[
-        Path | None, typer.Option(help="A JSON file (default: bench/results/gpu-DEVICE.json).")
+        Path | None,
+        typer.Option(help="A JSON file.", show_default="bench/results/gpu-DEVICE.json"),
     ] = None,
 ) -> None:
     """Test the Triton kernels on a GPU, then time operators, decode steps and first tokens.
@@ -229,7 +236,7 @@ def measurements(
     ):
         rows = _speed(plan, facts, model, ids, grid.cells(bench, [plan.tokens], batches), policies)
         for sheet in benches.sheets_of(rows):
-            console.print(Fitted(table(sheet)))
+            console.print(table(sheet))
         yield bench, rows
 
 
@@ -252,6 +259,9 @@ def _speed(
     )
     measure = partial(benches.timed, setting, benches.LocalCandidates(), model, ids)
     return grid.fill(Journal(None), cells, (BASELINE, *policies), measure, setting, facts)
+
+
+gpu.add_to(app)
 
 
 def main() -> None:

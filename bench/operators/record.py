@@ -7,11 +7,10 @@ from typing import Any
 
 from kvpress.bench.common.timing import Samples
 from kvpress.bench.operators.registry import PROBE, Outcome
-from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from kvpress.report.tables import Fitted
+from kvpress.report.tables import Fitted, new_table
 
 FORMAT = 1
 _UNITS = {"bytes": "B/s", "flops": "FLOP/s"}
@@ -65,12 +64,9 @@ def table(outcomes: Sequence[Outcome], facts: dict[str, Any]) -> Group:
 
 
 def _case_table(outcome: Outcome) -> Table:
-    made = Table(title=outcome.case.title, title_justify="left", box=box.SIMPLE_HEAD)
-    made.add_column("candidate", no_wrap=True, min_width=14)
-    for title in ("median ms", "low–high", "rate", "share", "vs SDPA"):
-        made.add_column(title, justify="right", no_wrap=True)
-    if outcome.refused is not None:
-        made.caption = f"[red]refused: {_plain(outcome.refused)}[/]"
+    notes = () if outcome.refused is None else (f"refused: {outcome.refused}",)
+    numbers = ("median ms", "low–high", "rate", "share", "vs SDPA")
+    made = new_table(["candidate"], numbers, outcome.case.title, notes)
     for name, samples in outcome.samples.items():
         made.add_row(name, *_cells(outcome, name, samples))
     return made

@@ -12,8 +12,6 @@ from kvpress.bench.speed import options
 from kvpress.bench.speed.commands import make_setting
 from rich.console import Console
 
-from kvpress.report.tables import Fitted
-
 console = Console()
 OURS = ["full", "snapkv:window=64", "knorm", "streaming_llm", "keyformer"]
 CACHES = ("transformers", "transformers-fp8", "transformers-int4")
@@ -48,9 +46,10 @@ def peers(
     from the storages that a cache keeps alive, by one function; answers are scored from the
     logits, by one function too. `scripts/peers` installs the others.
     """
+    from kvpress.bench.common import report
     from kvpress.bench.peers import remote, table
     from kvpress.bench.peers.candidates import CandidatesWithPeers
-    from kvpress.bench.speed import grid, rows, run
+    from kvpress.bench.speed import grid, run
     from kvpress.bench.speed.scores import QualityOptions
 
     setting = make_setting(loading, None, rounds, warmup)
@@ -67,7 +66,7 @@ def peers(
     finally:
         candidates.close()
     for sheet in table.sheets(made):
-        console.print(Fitted(rows.table(sheet)))
+        console.print(report.table(sheet))
     console.print(table.LEGEND)
 
 

@@ -14,6 +14,7 @@ import typer
 from kvpress.bench.common.command import command
 from kvpress.bench.common.models import Source
 from kvpress.bench.common.options import AsJson, ModelOptions, use_threads
+from kvpress.bench.common.output import say_if_nothing_was_measured
 from kvpress.bench.quality.options import (
     HarnessOptions,
     TaskOptions,
@@ -22,8 +23,6 @@ from kvpress.bench.quality.options import (
     split_policies,
 )
 from rich.console import Console
-
-from kvpress.report.tables import Fitted
 
 if TYPE_CHECKING:
     from kvpress.bench.quality.results import Cell, Results
@@ -71,6 +70,7 @@ def evaluate(
     else:
         results = with_our_tasks(loading.source, names, tasks, out)
     show(results, as_json)
+    say_if_nothing_was_measured(out, results.added)
 
 
 def with_our_tasks(
@@ -152,16 +152,17 @@ def planned(tasks: TaskOptions) -> Callable[[Any], list[Any]]:
 
 def show(results: Results, as_json: bool) -> None:
     """Prints the tables, or the cells."""
+    from kvpress.bench.common import report
     from kvpress.bench.quality import standard_table, table
 
     if as_json:
         sys.stdout.write(json.dumps([asdict(cell) for cell in results], indent=2) + "\n")
         return
-    ours, other = list(table.tables(results)), standard_table.sheet(results)
+    ours, other = list(table.sheets(results)), standard_table.sheet(results)
     for made in ours:
-        console.print(Fitted(made))
+        console.print(report.table(made))
     if ours:
         console.print(table.LEGEND)
     if other is not None:
-        console.print(Fitted(standard_table.table(other)))
+        console.print(report.table(other))
         console.print(standard_table.LEGEND)

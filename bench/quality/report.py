@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvpress.bench.common.report import Report, Sheet, machine, settings_of
+from kvpress.bench.common.report import Report, machine, settings_of
 from kvpress.bench.quality import plots, standard_table
 from kvpress.bench.quality.results import Results
-from kvpress.bench.quality.table import HEAD, LEGEND, Block, blocks, cells_of, notes_of
+from kvpress.bench.quality.table import LEGEND, blocks, sheets
 
 
 def report(results: Results) -> Report:
@@ -19,12 +19,7 @@ def report(results: Results) -> Report:
         return [figure for figure in drawn if figure is not None]
 
     facts = [*settings_of(results.settings), *machine(results.environment)]
-    sheets, legends = [_sheet(block) for block in made], [LEGEND] if made else []
+    tables, legends = list(sheets(results)), [LEGEND] if made else []
     if (other := standard_table.sheet(results)) is not None:
-        sheets, legends = [*sheets, other], [*legends, standard_table.LEGEND]
-    return Report("Quality and bytes", facts, legends, sheets, figures)
-
-
-def _sheet(block: Block) -> Sheet:
-    lines = tuple(cells_of(line) for line in block.lines)
-    return Sheet(plots.title(block), HEAD, lines, tuple(notes_of(block)))
+        tables, legends = [*tables, other], [*legends, standard_table.LEGEND]
+    return Report("Quality and bytes", facts, legends, tables, figures)

@@ -63,6 +63,7 @@ class Results:
     ) -> None:
         self.settings, self.environment, self._path = settings, environment, path
         self._cells: dict[tuple[Any, ...], Cell] = {}
+        self.added = 0  # cells since it was opened
         if path is None:
             return
         if path.exists() and path.stat().st_size:
@@ -96,6 +97,7 @@ class Results:
     def add(self, cell: Cell) -> None:
         """Keeps a finished cell."""
         self._cells[cell.key] = cell
+        self.added += 1
         if self._path is not None:
             append(self._path, asdict(cell))
 

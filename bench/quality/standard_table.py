@@ -8,8 +8,6 @@ from kvpress.bench.common.report import Sheet
 from kvpress.bench.quality.results import Cell
 from kvpress.bench.quality.run import FULL
 from kvpress.bench.quality.tasks import LM_EVAL
-from rich import box
-from rich.table import Table
 
 HEAD = ("task", "metric", "policy", "kept", "value", "± error", "documents", "longest")
 LEGEND = (
@@ -31,19 +29,9 @@ def sheet(cells: Iterable[Cell]) -> Sheet | None:
             grouped.setdefault(line[:2], []).append(line)
     ordered = tuple(line for same in grouped.values() for line in same)
     title = "lm-eval, question visible while compressing"
-    return Sheet(title, HEAD, ordered, tuple(note for cell in chosen for note in _notes(cell)))
-
-
-def table(made: Sheet) -> Table:
-    """The sheet for a terminal."""
-    shown = Table(title=made.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.show_edge = False
-    for name in made.head:
-        shown.add_column(name, justify="left" if name in HEAD[:3] else "right")
-    for line in made.lines:
-        shown.add_row(*line)
-    shown.caption, shown.caption_justify = "\n".join(made.notes) or None, "left"
-    return shown
+    return Sheet(
+        title, HEAD, ordered, tuple(note for cell in chosen for note in _notes(cell)), labels=3
+    )
 
 
 def lines(cell: Cell) -> list[tuple[str, ...]]:

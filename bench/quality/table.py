@@ -7,12 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from kvpress.bench.common.report import Sheet
 from kvpress.bench.quality.results import Cell
 from kvpress.bench.quality.run import BLIND, FULL
 from kvpress.bench.quality.stats import Estimate, estimate
 from kvpress.bench.quality.tasks import LM_EVAL, Metric
-from rich import box
-from rich.table import Table
 
 HEAD = ("policy", "kept", "score %", "vs full", "NLL", "KL", "agree")
 LEGEND = (
@@ -102,26 +101,15 @@ def _mean(cell: Cell, name: str) -> float:
     return statistics.fmean(answer[name] for answer in cell.scores)
 
 
-def tables(cells: Iterable[Cell]) -> Iterator[Table]:
-    """The tables for a terminal."""
+def sheets(cells: Iterable[Cell]) -> Iterator[Sheet]:
+    """The tables in texts."""
     for block in blocks(cells):
-        yield _table(block)
-
-
-def _table(block: Block) -> Table:
-    samples = max((line.score.samples for line in block.lines if line.score), default=0)
-    title = f"{block.task}, {block.tokens} tokens, {samples} samples"
-    if block.asks:
-        title += f", question {block.protocol} while compressing"
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    made.pad_edge, made.show_edge = False, False
-    made.add_column(HEAD[0], overflow="fold")
-    for name in HEAD[1:]:
-        made.add_column(name, justify="right", no_wrap=True)
-    for line in block.lines:
-        made.add_row(*cells_of(line))
-    made.caption, made.caption_justify = "\n".join(notes_of(block)) or None, "left"
-    return made
+        samples = max((line.score.samples for line in block.lines if line.score), default=0)
+        title = f"{block.task}, {block.tokens} tokens, {samples} samples"
+        if block.asks:
+            title += f", question {block.protocol} while compressing"
+        lines = tuple(cells_of(line) for line in block.lines)
+        yield Sheet(title, HEAD, lines, tuple(notes_of(block)))
 
 
 def notes_of(block: Block) -> list[str]:

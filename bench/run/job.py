@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from kvpress.bench.common.prompt import PromptError, check_positions
 from rich.table import Table
+from rich.text import Text
 
 import kvpress
 from kvpress.report import Report
-from kvpress.report.tables import size, span
+from kvpress.report.tables import new_table, size, span
 
 BASELINE = "full"  # the policy that everything is compared with
 
@@ -120,20 +121,16 @@ def table(results: Sequence[Result]) -> Table:
     """One line per policy: tokens seen, slots kept, bytes, time to first token, speed."""
     sparse = [f"{r.policy} ({r.report.density:.0%} of it)" for r in results if r.report.density < 1]
     exact = "Prompt attention is exact; only what is stored is compressed."
-    made = Table(
-        title=f"Prompt attention is exact but for {', '.join(sparse)}." if sparse else exact,
-        title_justify="left",
-        padding=(0, 0, 0, 1),
+    title = f"Prompt attention is exact but for {', '.join(sparse)}." if sparse else exact
+    made = new_table(
+        ["policy"], ("seen", "kept", "full", "held", "share", "TTFT s", "tok/s"), title
     )
-    made.add_column("policy", overflow="fold", min_width=14)
-    for title in ("seen", "kept", "full", "held", "share", "TTFT s", "tok/s"):
-        made.add_column(title, justify="right", no_wrap=True)
     for result in results:
         report = result.report
         rows = [slots for layer in report.slots_kept for heads in layer for slots in heads]
         speed = result.tokens_per_second
         made.add_row(
-            result.policy,
+            Text(result.policy),
             span(report.tokens_seen),
             span(rows),
             size(report.bytes_full),

@@ -10,7 +10,7 @@ from kvpress.bench.common.command import command
 from kvpress.bench.common.options import ModelOptions, use_threads
 from rich.console import Console
 
-from kvpress.report.tables import Fitted
+from kvpress.report.tables import Fitted, new_table
 
 console, errors = Console(), Console(stderr=True)
 
@@ -48,7 +48,7 @@ def sparse(
         loaded, tokenizer = loading.source.load()
     limits, text = thresholds_of(loaded, policy), default_text()
     rows = _rows(loaded, tokenizer, limits, text.content, tokens or [read], read, layers, rounds)
-    console.print(Fitted(table(rows)))
+    console.print(table(rows))
     if out is not None:
         settings = {"model": loading.model, "policy": policy, "read": read, "rounds": rounds}
         dtype = str(loaded.dtype).removeprefix("torch.")
@@ -87,15 +87,11 @@ def _rows(
     return rows
 
 
-def table(rows: list[Any]) -> Any:
+def table(rows: list[Any]) -> Fitted:
     """All layers of a length in a line: times, shares of the exact one, density and error."""
     from kvpress.bench.sparse import report
-    from rich.table import Table
 
-    shown = Table(title="Prompt attention, exact and sparse", title_justify="left")
-    for title in report.HEAD:
-        shown.add_column(title, justify="right")
+    shown = new_table((), report.HEAD, "Prompt attention, exact and sparse", [report.LEGEND])
     for one in report.totals(rows):
         shown.add_row(*report.cells_of(one))
-    shown.caption = report.LEGEND
-    return shown
+    return Fitted(shown)

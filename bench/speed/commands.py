@@ -13,7 +13,7 @@ from kvpress.bench.common.options import HubOptions, ModelOptions, chosen_device
 from kvpress.bench.speed import options
 from rich.console import Console
 
-from kvpress.report.tables import Fitted
+from kvpress.report.tables import Fitted, new_table
 
 if TYPE_CHECKING:
     from kvpress.bench.speed.setting import Setting
@@ -108,12 +108,10 @@ def overhead(
     """Time what the engine itself costs per layer and decode step, with a cache of one slot."""
     from kvpress.bench.common import models
     from kvpress.bench.speed import overhead as costs
-    from rich.table import Table
 
     loaded, _ = models.load(model)
-    table = Table(title="Per layer and decode step", title_justify="left")
-    for title in ("policy", "median µs", "quartiles µs", "low–high µs"):
-        table.add_column(title, justify="left" if title == "policy" else "right")
+    numbers = ("median µs", "quartiles µs", "low–high µs")
+    table = new_table(["policy"], numbers, "Per layer and decode step")
     for name, taken in costs.measure(loaded, policy, rounds, warmup=20).items():
         ranges = taken.quartiles, (taken.low, taken.high)
         spreads = (f"{a * 1e6:.1f}–{b * 1e6:.1f}" for a, b in ranges)
@@ -166,12 +164,13 @@ def _run(
     batches: Sequence[int],
 ) -> None:
     """Fills the grid and prints its tables."""
+    from kvpress.bench.common import report
     from kvpress.bench.common.candidates import BASELINE
-    from kvpress.bench.speed import benches, grid, rows, run, scores
+    from kvpress.bench.speed import benches, grid, run, scores
 
     names = [BASELINE, *dict.fromkeys(options.with_budgets(policies, given.budget or ()))]
     quality = scores.QualityOptions() if given.with_eval else None
     made = run.run(setting, grid.cells(name, lengths, batches), names, quality, given.out)
     for sheet in benches.sheets_of(made):
-        console.print(Fitted(rows.table(sheet)))
+        console.print(report.table(sheet))
     console.print(benches.BENCHES[name].LEGEND)

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 from kvpress.bench.common.journal import JournalError, Row
 from kvpress.bench.common.report import Sheet
-from rich import box
-from rich.table import Table
 
 
 class Cell(NamedTuple):
@@ -101,19 +99,6 @@ def _score(task: str, row: Row) -> str:
     if found is None or found["score"] is None:
         return "–"
     return "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * found[k] for k in ("score", "low", "high")))
-
-
-def table(sheet: Sheet) -> Table:
-    """The sheet for a terminal."""
-    made = Table(title=sheet.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    made.pad_edge, made.show_edge = False, False
-    made.add_column(sheet.head[0], overflow="fold", min_width=14)
-    for title in sheet.head[1:]:
-        made.add_column(title, justify="right", no_wrap=True)
-    for line in sheet.lines:
-        made.add_row(*line)
-    made.caption, made.caption_justify = "\n".join(sheet.notes) or None, "left"
-    return made
 
 
 def against(base: Row | None, row: Row) -> float | None:

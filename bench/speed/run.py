@@ -12,7 +12,7 @@ import torch
 from kvpress.bench.common import progress
 from kvpress.bench.common.environment import environment
 from kvpress.bench.common.journal import Journal, Row
-from kvpress.bench.common.output import check_writable
+from kvpress.bench.common.output import check_writable, say_if_nothing_was_measured
 from kvpress.bench.speed import benches, grid, scores
 from kvpress.bench.speed.rows import Cell, refuse_mixed_texts
 from kvpress.bench.speed.setting import Setting
@@ -51,4 +51,6 @@ def run(
             shown.update(task, completed=sum(steps[: cells.index(cell) + 1]))
 
         measure = partial(benches.measure, setting, candidates, load, lambda _: shown.advance(task))
-        return grid.fill(journal, cells, names, measure, setting, facts, quality, on_cell)
+        rows = grid.fill(journal, cells, names, measure, setting, facts, quality, on_cell)
+    say_if_nothing_was_measured(out, journal.added)
+    return rows

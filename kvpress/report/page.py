@@ -7,12 +7,11 @@ import io
 import shutil
 from itertools import groupby
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from kvpress.report.figures import Figures, LayerReport
-from kvpress.report.tables import Fitted, size, span
+from kvpress.report.tables import Fitted, new_table, size, span
 
 _HEAD = ("layers", "kind", "tokens seen", "slots kept", "bytes held", "bytes full", "fraction")
 _WIDTH = 100  # of a text that is printed to no terminal
@@ -59,10 +58,7 @@ def remarks(report: Figures) -> list[str]:
 
 def table(report: Figures) -> Table:
     """The table for a terminal."""
-    made = Table(title=_title(report), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    made.show_edge = False
-    for title in _HEAD:
-        made.add_column(title, justify="left" if title in _HEAD[:2] else "right")
+    made = new_table(_HEAD[:2], _HEAD[2:], _title(report))
     *groups, total = lines(report)
     for line in groups:
         made.add_row(*line, end_section=line is groups[-1])

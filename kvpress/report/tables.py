@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.table import Column, Table
+from rich.text import Text
 
 _LABEL = 14  # characters below which a label is not folded
+
+
+def new_table(
+    labels: Sequence[str], numbers: Sequence[str] = (), title: str = "", notes: Sequence[str] = ()
+) -> Table:
+    """A table in the one style that all have, still without lines.
+
+    labels: headings of columns that say what a line is about; they fold. numbers: of those that
+    stay in one line. title and notes are plain text, over and under the table.
+    """
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    made.title, made.title_justify = Text(title) if title else None, "left"
+    made.caption, made.caption_justify = Text("\n".join(notes)) if notes else None, "left"
+    for name in labels:
+        made.add_column(name, overflow="fold")
+    for name in numbers:
+        made.add_column(name, justify="right", no_wrap=True)
+    return made
 
 
 class Fitted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,7 +154,7 @@ def test_an_answer_that_fills_the_model_fails_and_the_others_go_on(
     failed, good = ([c for c in results if bool(c.error) is wrong] for wrong in (True, False))
     assert [c.index for c in failed] == [0, 0] and [c.index for c in good] == [1, 1]
     assert "256 tokens leaves no room" in failed[0].error
-    assert "no room" in str(next(iter(table.tables(results))).caption)
+    assert "no room" in str(next(iter(table.sheets(results))).notes)
 
 
 def test_lengths_and_samples_are_those_asked_for_and_those_there_are(tmp_path: Path) -> None:
@@ -253,6 +254,9 @@ def test_the_command_goes_on_and_its_tables_need_no_folder(
     made, before = (json.loads(done.stdout) for done in (again, first))
     assert made[:4] == before[:4]  # with their seconds: these were not run again
     assert [{**c, "seconds": 0} for c in made] == [{**c, "seconds": 0} for c in before]
+    third = evaluated(folder, *options, model=tiny_model)
+    assert json.loads(third.stdout) == made and "Nothing was measured" in third.stderr
+    assert "Nothing" not in first.output + again.output
     other = evaluated(write(tmp_path / "more", needle=contents), *options[4:], model=tiny_model)
     with pytest.raises(KVPressError, match=r"other settings \(files: "):
         raise other.exception
@@ -265,7 +269,7 @@ def test_the_command_goes_on_and_its_tables_need_no_folder(
 
     shutil.rmtree(folder)
     text = CliRunner().invoke(app, ["report", str(out)]).stdout
-    assert "## needle, 256 tokens, question visible" in text
+    assert re.search(r"^## needle, 256 tokens, \d+ samples, question visible", text, re.M)
     assert text.count("The score is the share of right tokens.") == 2
     blocks = list(table.blocks(load(out)))
     for block in blocks:

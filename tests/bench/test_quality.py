@@ -192,7 +192,7 @@ def test_a_task_that_the_full_cache_fails_is_reported_so(writer: Writer) -> None
     results = Results({}, {}, None)
     run.evaluate(Fake("full", False), [Fake("full", False)], writer, PLANS, results)
     assert not any(block.discriminates for block in table.blocks(results))
-    assert all("Not discriminating" in str(made.caption) for made in table.tables(results))
+    assert all("Not discriminating" in str(made.notes) for made in table.sheets(results))
 
 
 def test_a_cell_that_fails_is_a_row_and_is_run_again(tmp_path: Path, writer: Writer) -> None:
@@ -202,7 +202,7 @@ def test_a_cell_that_fails_is_a_row_and_is_run_again(tmp_path: Path, writer: Wri
     assert [(c.policy, c.index, c.error) for c in errors] == [
         ("unlucky", 1, "RuntimeError: out of luck")
     ]
-    assert "out of luck" in str(next(iter(table.tables(first))).caption)
+    assert "out of luck" in str(next(iter(table.sheets(first))).notes)
     again = Fake("unlucky", True)
     second = evaluated(path, again, writer=writer)
     assert again.reads == 1 and not [cell for cell in second if cell.error]
@@ -222,8 +222,8 @@ def test_a_sample_that_cannot_be_made_is_rows_and_other_tasks_go_on(
         }
         assert all("TaskError: The text has" in c.error for c in failed) and len(good) == 2 * 5
     assert system.reads == 0 and len(load(path)) == 2 * 7
-    (first,) = (made for made in table.tables(results) if "copy" in str(made.title))
-    assert "Give a longer --text" in str(first.caption)
+    (first,) = (made for made in table.sheets(results) if "copy" in str(made.title))
+    assert "Give a longer --text" in str(first.notes)
 
 
 def test_what_the_full_cache_answered_is_dropped_before_the_next_context(writer: Writer) -> None:

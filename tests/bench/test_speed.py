@@ -300,7 +300,8 @@ def test_the_command_writes_rows_with_all_that_they_need(tmp_path: Path, tiny_mo
         assert asked["task"] == "copy" and 0 <= asked["low"] <= asked["score"] <= asked["high"] <= 1
     assert rows[1]["bytes_held"] < 0.6 * rows[0]["bytes_held"]
     again = CliRunner().invoke(bench, ["prefill", *options])
-    assert again.output == done.output and len(read(out)) == len(rows)
+    assert again.stdout == done.stdout and len(read(out)) == len(rows)
+    assert "Nothing was measured" in again.stderr and "Nothing" not in done.output
     for name, starts in (("page.html", b"<!doctype html>"), ("page.md", b"# Time and memory")):
         done = CliRunner().invoke(app, ["report", str(out), "--out", str(tmp_path / name)])
         assert done.exit_code == 0 and (tmp_path / name).read_bytes().startswith(starts)
