@@ -15,7 +15,6 @@ from rich.text import Text
 from kvpress import __version__, env
 from kvpress.bench.calibrate.commands import calibrate
 from kvpress.bench.commands import bench
-from kvpress.bench.common.command import command
 from kvpress.bench.common.options import AsJson
 from kvpress.bench.pages.commands import plot, report
 from kvpress.bench.quality.commands import evaluate
@@ -56,7 +55,7 @@ def _options(
 ) -> None: ...
 
 
-@command("kvpress policies --json")
+@app.command(epilog="Example: kvpress policies --json")
 def policies(
     markdown: Annotated[bool, typer.Option(help="Print as a table in Markdown.")] = False,
     as_json: AsJson = False,
@@ -80,7 +79,7 @@ def policies(
     console.print(Fitted(table))
 
 
-@command("kvpress build")
+@app.command(epilog="Example: kvpress build")
 def build() -> None:
     """Compile the CPU operators now, for images and for measurements that must not wait."""
     from kvpress.ops import build_cpu
@@ -90,7 +89,7 @@ def build() -> None:
     )
 
 
-@command("kvpress info")
+@app.command(epilog="Example: kvpress info")
 def info(as_json: AsJson = False) -> None:
     """Show versions, devices, operators with their backends, and why a backend is not there."""
     facts = _facts()
@@ -143,10 +142,6 @@ def _version(name: str) -> str:
     oldest, newest = versions.PROVEN[name]
     doubt = "not proven; " if versions.unproven(name) else ""
     return f"{version} ({doubt}the tests prove {oldest} to {newest})"
-
-
-for made in (policies, build, info):
-    made.add_to(app)
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ def _prefill(file: str) -> str:
 
 
 def _peers() -> str:
-    """Everybody at one length: bytes, time and quality."""
+    """All candidates at one length: bytes, time and quality."""
     steps = rows("peers-500.jsonl", "decode", 1)
     first = rows("peers-500.jsonl", "prefill", 1)
     base = steps[BASELINE]["bytes_held"]

@@ -46,6 +46,12 @@ from kvpress.errors import KVPressError
 ROOT = Path(kvpress.__file__).parents[1]
 TESTS = ROOT / "tests" / "csrc"
 RAN_ON = "triton"  # the property of the tests' report that says where the Triton kernels ran
+Dtype = Annotated[
+    str | None, typer.Option(help="Of the model.", show_default="bfloat16, on the CPU float32")
+]
+Out = Annotated[
+    Path | None, typer.Option(help="A JSON file.", show_default="bench/results/gpu-DEVICE.json")
+]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console, errors = Console(), Console(stderr=True)
 
@@ -78,10 +84,7 @@ class Plan:
 def gpu(
     device: Annotated[str | None, typer.Option(help="cuda or cpu.", show_default="cuda")] = None,
     model: Annotated[str, typer.Option(help="'demo', a Hugging Face id, or a path.")] = "demo",
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Of the model.", show_default="bfloat16, on the CPU float32"),
-    ] = None,
+    dtype: Dtype = None,
     tokens: Annotated[
         int | None, typer.Option(help="Of the prompt.", show_default="8000, quick 256", min=64)
     ] = None,
@@ -100,10 +103,7 @@ def gpu(
     tests: Annotated[
         Path, typer.Option(help="The tests that run first.", show_default="tests/csrc")
     ] = TESTS,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="A JSON file.", show_default="bench/results/gpu-DEVICE.json"),
-    ] = None,
+    out: Out = None,
 ) -> None:
     """Test the Triton kernels on a GPU, then time operators, decode steps and first tokens.
 

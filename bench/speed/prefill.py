@@ -54,7 +54,7 @@ class _Prefill:
     def settle(self, timed: bool) -> None:
         self._bytes = storage_bytes(self._cache)
         # A ledger starts at zero with its cache, so that what it says is this round's.
-        if timed and hasattr(self._cache, "meter"):
+        if timed and hasattr(self._cache, "ledger"):
             self._stages.append(self._cache.ledger.meter.seconds())
         # An engine remembers its newest cache. Without this empty one it would free the used one
         # inside the next round, which is timed.

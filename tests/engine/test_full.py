@@ -181,7 +181,7 @@ def test_a_prompt_is_scored_by_one_operator_call_per_layer(
         )
     dense = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
-        "kvpress.attend.F.scaled_dot_product_attention",
+        "kvpress.formulas.attention.F.scaled_dot_product_attention",
         lambda *a, **k: calls.append("dense") or dense(*a, **k),
     )
     model = helpers.tiny("llama")
