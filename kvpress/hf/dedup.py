@@ -71,7 +71,7 @@ def _alike(cache: EngineCache, batch: int) -> Tensor:
 
 def _contents(layer: Layer) -> list[tuple[int, ...]]:
     """For each sequence of a layer, what tells whether it holds the same as another one."""
-    pages, seen_B = layer.rows.pages_of_sequences(), layer.sequences.seen_B
+    pages, seen_B = layer.rows.memory.pages_of_sequences(), layer.sequences.seen_B
     return [(seen, *held) for seen, held in zip(seen_B.tolist(), pages, strict=True)]
 
 

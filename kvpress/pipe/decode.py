@@ -67,7 +67,7 @@ def _fusable(layer: Layer, over: int) -> Observation | None:
         return None  # elsewhere a victim among old slots is found by the stages
     if over > (0 if recipe.rank is None else 1):
         return None
-    if (over > 0 or recipe.accumulates) and layer.rows.shares:
+    if (over > 0 or recipe.accumulates) and layer.rows.memory.shares:
         return None  # the operator would write to pages of other beams or forks
     if not recipe.accumulates:
         return _NOTHING
@@ -77,10 +77,12 @@ def _fusable(layer: Layer, over: int) -> Observation | None:
 
 def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observation) -> Tensor:
     rows, recipe = layer.rows, layer.recipe
-    rows.reserve_one()
+    paging = rows.paging
+    paging.reserve_one()
+    pages = paging.pool.by_name
     pools = (
-        *(rows.pool(name) for name in (KEY, VALUE, POSITION)),
-        rows.pool(MASS) if recipe.accumulates else None,
+        *(pages[name] for name in (KEY, VALUE, POSITION)),
+        pages[MASS] if recipe.accumulates else None,
     )
     bounds = (*layer.bounds(), layer.limits.sink if layer.limits else 0)
     rank, merges = recipe.rank or "position", evicts and recipe.merging is not None
@@ -89,7 +91,7 @@ def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observat
         out_BN1D = ops.decode_step(
             *tokens[:3],
             *pools,
-            *rows.operands(),
+            *paging.table.operands(),
             *bounds,
             evicts and not merges,
             rank,

@@ -29,7 +29,7 @@ def evict(
                 score(layer, slots), slots.position_BHS, protected(layer, slots, group)
             )
             over_r = (excess_bH > 0).flatten().nonzero().flatten()
-            row_N = layer.rows.row_index(group)[over_r]
+            row_N = layer.rows.paging.table.row_index(group)[over_r]
             victim_N = victim_bH.flatten()[over_r.to(victim_bH.device)]
             layer.rows.evict_one(row_N, victim_N, some(layer, group))
             layer.excess.forget()

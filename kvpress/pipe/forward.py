@@ -72,7 +72,7 @@ def _pass(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
             " them, and this pass holds a prompt and drafted tokens. Read the prompt in a pass of"
             " its own before speculative decoding starts, or use a policy with equal budgets."
         )
-    with layer.rows.lock:
+    with layer.rows.memory.lock:
         if layer.sequences.drafts.tokens:
             commit(layer)
             pack_due(layer)

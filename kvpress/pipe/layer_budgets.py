@@ -67,7 +67,7 @@ def trim(layer: Layer, group: Sequence[int]) -> None:
     portion_bL, lasting_bL = _divide(layers, group, known=len(layers)), _lasting(layers, group)
     for place, other in enumerate(layers):
         other.mark_dirty()
-        with other.rows.lock:
+        with other.rows.memory.lock:
             seen_b = other.sequences.seen_B[list(group)]
             other.sequences.portion_B[list(group)] = lasting_bL[:, place]
             set_quotas(other, group, seen_b, portion_bL[:, place].tolist())

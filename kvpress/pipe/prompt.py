@@ -115,8 +115,8 @@ def _in_place(
     """Whether pages are shared and rows lose so few slots that they can stay so."""
     if not layer.rows.refills:
         return True
-    if not layer.rows.shares or layer.recipe.merging is not None:  # then kept slots change too
-        return False
+    if not layer.rows.memory.shares or layer.recipe.merging is not None:
+        return False  # where slots are merged, kept ones change too
     stored_BH = layer.rows.counts_BH
     for kept, (tokens, _) in zip(survivors, chunks, strict=True):
         lost_bH = stored_BH[list(kept.sequences)] + tokens.key_bHPD.shape[2] - kept.counts_BH

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class Aside:
+class Overlay:
     """Dense columns `[R, S]`; what stands beyond a row's count is arbitrary."""
 
     def __init__(self, columns: Mapping[str, Tensor]) -> None:
@@ -26,10 +26,10 @@ class Aside:
         column_RS = self.columns[name]
         return column_RS[row_R.to(column_RS.device), :slots]
 
-    def select(self, row_R: Tensor) -> Aside:
+    def select(self, row_R: Tensor) -> Overlay:
         """The columns of some rows."""
         chosen = {name: x[row_R.to(x.device)] for name, x in self.columns.items()}
-        return Aside(chosen)
+        return Overlay(chosen)
 
     def write(self, name: str, row_R: Tensor, slot_RT: Tensor, values_RT: Tensor) -> None:
         """Sets slots of some rows; the columns grow as far as they must."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.store.base import POSITION, Column, Survivors
+from kvpress.store.paging import Paging
 
 # The layouts of old pages that keep so many channels of keys and values.
 Layouts: TypeAlias = Callable[[tuple[int, int]], Sequence[PageLayout]]
@@ -23,7 +24,9 @@ class Aging(Protocol):
     How a sequence is packed is decided once, before its first slot becomes old.
     """
 
-    decided_B: Tensor  # bool, on the host: for which sequences that is decided
+    @property
+    def decided_B(self) -> Tensor:
+        """For which sequences it is decided how old slots are stored: bool, on the host."""
 
     @property
     def recent(self) -> Rows:
@@ -65,6 +68,42 @@ class Aging(Protocol):
         """Packs what has become old of some sequences, whole pages, the first tokens first."""
 
 
+class Memory(Protocol):
+    """What the pages of some rows cost, and who else uses them."""
+
+    @property
+    def lock(self) -> AbstractContextManager[object]:
+        """To be held while the pages are used: forks may run in several threads."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether some page of these rows has other users."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storages kept alive."""
+
+    @property
+    def nbytes_shared(self) -> int:
+        """Bytes of the pages that rows of other stores (forks) use as well."""
+
+    @property
+    def room(self) -> int:
+        """Slots of the pages that these rows keep alive, empty ones included."""
+
+    def row_bytes(self) -> int:
+        """Bytes that a row costs besides its pages: its counters."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that is kept alive."""
+
+    def trim(self) -> None:
+        """Gives memory back if much of it is unused."""
+
+    def pages_of_sequences(self) -> list[list[int]]:
+        """The counts and pages of all rows of each sequence; equal ones hold the same slots."""
+
+
 class Rows(ABC):
     """The slots of one layer: `sequences × heads` ragged rows, row r = b·H + h.
 
@@ -78,39 +117,20 @@ class Rows(ABC):
     on_host: bool  # whether that is the CPU
     page_slots: int  # slots of a page
     columns: dict[str, Column]  # the fields of a slot
-    counts: Tensor  # slots of every row that hold a token: int64 `[R]`, on the host
-    refills = True  # whether `fill` may write survivors anew; otherwise `retain` leaves them
+    paging: Paging  # the pages that new tokens go to
+    memory: Memory  # what all pages cost, and who else uses them
     aging: Aging | None = None  # how slots become old; None: all of them stay as they came
+    refills = True  # whether `fill` may write survivors anew; otherwise `retain` leaves them
 
     @property
     @abstractmethod
+    def counts(self) -> Tensor:
+        """Slots of every row that hold a token: int64 `[R]`, on the host."""
+
+    @property
     def counts_BH(self) -> Tensor:
         """The same as `[B, H]`."""
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes of the storages kept alive."""
-
-    @property
-    @abstractmethod
-    def nbytes_shared(self) -> int:
-        """Bytes of the pages that rows of other stores (forks) use as well."""
-
-    @property
-    @abstractmethod
-    def room(self) -> int:
-        """Slots of the pages that these rows keep alive, empty ones included."""
-
-    @property
-    @abstractmethod
-    def shares(self) -> bool:
-        """Whether some page of these rows has other users."""
-
-    @property
-    @abstractmethod
-    def lock(self) -> AbstractContextManager[object]:
-        """To be held while the pages are used: forks may run in several threads."""
+        return self.counts.view(self.sequences, self.heads)
 
     @property
     def rewritten(self) -> list[str]:
@@ -121,33 +141,9 @@ class Rows(ABC):
     def limit(self, pages: int) -> None:
         """Says that rows at their quotas never need more pages."""
 
-    @abstractmethod
-    def tensors(self) -> Iterator[Tensor]:
-        """Every tensor that the store keeps alive."""
-
-    @abstractmethod
-    def row_index(self, sequences: Sequence[int]) -> Tensor:
-        """The rows of some sequences: int64, on the host."""
-
-    @abstractmethod
-    def page_bytes(self) -> int:
-        """Bytes that one more page costs: its slots and its entry in the page table."""
-
-    @abstractmethod
-    def row_bytes(self) -> int:
-        """Bytes that a row costs besides its pages: its counters."""
-
-    @abstractmethod
-    def pool(self, name: str) -> Tensor:
-        """The pages of one column, `[P, *page_shape]`, as operators read them."""
-
-    @abstractmethod
-    def operands(self, sequences: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Page table (int32 `[R, W]`) and counts (int64 `[R]`) of some rows, on the device."""
-
-    @abstractmethod
     def old(self) -> tuple[list[Tensor], list[int]]:
-        """Parts of old slots, as operators take them."""
+        """Parts of old slots, as operators take them: none, where all slots are alike."""
+        return [], []
 
     @abstractmethod
     def attend(
@@ -161,10 +157,6 @@ class Rows(ABC):
         """Attention output of new queries, and weights in the order of `dense` where asked for."""
 
     @abstractmethod
-    def reserve_one(self) -> None:
-        """Makes room for one more slot in every row."""
-
-    @abstractmethod
     def count_step(self, quota_R: Tensor | None, everywhere: bool) -> None:
         """Counts what the operator `decode_step` did to the counts on the device.
 
@@ -175,9 +167,9 @@ class Rows(ABC):
     def dense(self, name: str, sequences: Sequence[int] | None = None) -> Tensor:
         """A dense copy of one column, `[b, H, S, ...]`; empty slots hold position -1."""
 
-    @abstractmethod
     def dense_by_position(self, sequences: Sequence[int]) -> dict[str, Tensor]:
         """All columns of some sequences, dense: each row by position, its empty slots first."""
+        return by_position({name: self.dense(name, sequences) for name in self.columns})
 
     @abstractmethod
     def append(self, columns: Mapping[str, Tensor], sequences: Sequence[int] | None = None) -> None:
@@ -228,14 +220,6 @@ class Rows(ABC):
     @abstractmethod
     def unshare(self, headroom: int = 0) -> None:
         """Gives every row pages of its own, side by side as after a prompt."""
-
-    @abstractmethod
-    def trim(self) -> None:
-        """Gives memory back if much of it is unused."""
-
-    @abstractmethod
-    def pages_of_sequences(self) -> list[list[int]]:
-        """The counts and pages of all rows of each sequence; equal ones hold the same slots."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:

@@ -19,21 +19,29 @@ def paged(
         "value": Column((value_width,), dtype),
     }
     store = PagedRows(len(counts), heads, columns, page, torch.device("cpu"))
-    store._reserve(torch.tensor(counts).flatten() + 3)
+    store.paging.reserve(torch.tensor(counts).flatten() + 3)
     for name in ("key", "value"):
-        store.pool(name).fill_(torch.nan)
+        store.paging.pages(name).fill_(torch.nan)
     for b, row in enumerate(counts):
         for h, count in enumerate(row):
             r = b * heads + h
-            address = [int(store._table[r, s // page]) * page + s % page for s in range(count)]
+            address = [
+                int(store.paging.table.pages_RW[r, s // page]) * page + s % page
+                for s in range(count)
+            ]
             page_N, slot_N = (
                 torch.tensor(address).long() // page,
                 torch.tensor(address).long() % page,
             )
-            store.pool("key")[page_N, :, slot_N] = torch.randn(count, width).to(dtype)
-            store.pool("value")[page_N, slot_N] = torch.randn(count, value_width).to(dtype)
-    store.counts = torch.tensor(counts).flatten()
+            store.paging.pages("key")[page_N, :, slot_N] = torch.randn(count, width).to(dtype)
+            store.paging.pages("value")[page_N, slot_N] = torch.randn(count, value_width).to(dtype)
+    store.paging.table.set_counts(torch.tensor(counts).flatten())
     return store
+
+
+def operands_of(store: PagedRows) -> tuple[torch.Tensor, ...]:
+    paging = store.paging
+    return (paging.pages("key"), paging.pages("value"), *paging.table.operands())
 
 
 def expected(
@@ -65,7 +73,7 @@ def expected(
 def test_equals_the_formula(width: int, group: int, queries: int, softcap: float) -> None:
     store = paged([[63, 1], [17, 32], [0, 5]], width, width + 8, 16, torch.float32)
     query = torch.randn(3, 2 * group, queries, width)
-    operands = (store.pool("key"), store.pool("value"), *store.operands())
+    operands = operands_of(store)
     out, lse, weights = ops.decode_rows(query, *operands, 0.2, softcap, True)
     wanted_out, wanted_lse = expected(query, store, 0.2, softcap)
     torch.testing.assert_close(out.double(), wanted_out, rtol=1e-4, atol=1e-5)
@@ -78,7 +86,7 @@ def test_equals_the_formula(width: int, group: int, queries: int, softcap: float
 def test_low_precision_storage_is_accumulated_in_the_query_dtype(dtype: torch.dtype) -> None:
     store = paged([[40, 9]], 32, 32, 8, dtype)
     query = torch.randn(1, 4, 1, 32)
-    operands = (store.pool("key"), store.pool("value"), *store.operands())
+    operands = operands_of(store)
     out, _, weights = ops.decode_rows(query, *operands, 0.2, 0.0, False)
     torch.testing.assert_close(
         out.double(), expected(query, store, 0.2, 0.0)[0], rtol=1e-4, atol=1e-5
@@ -99,6 +107,6 @@ def test_the_order_of_slots_does_not_matter_for_one_query() -> None:
         store = PagedRows(1, 2, columns, 4, torch.device("cpu"))
         position = index.expand(1, 2, 30)
         store.append({"key": key[:, :, index], "value": value[:, :, index], "position": position})
-        operands = (store.pool("key"), store.pool("value"), *store.operands())
+        operands = operands_of(store)
         outputs.append(ops.decode_rows(query, *operands, 0.25, 0.0, False)[0])
     torch.testing.assert_close(*outputs)

@@ -232,7 +232,7 @@ def test_nothing_that_was_held_is_above_the_peak(recipe: str) -> None:
             cache.batch_select_indices(torch.tensor([0, 1]))
         raw = 2 * 70 * 2 * 2 * 16 * 4  # new keys and values of a prompt and layer
         peak = cache.report().bytes_peak
-        page = sum(state.store.page_bytes() for state in cache.states)
+        page = sum(state.store.paging.page_bytes() for state in cache.states)
         assert most <= peak <= most + raw + 16 * page
 
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 import kvpress
 from kvpress import ops
 from kvpress.errors import PolicyError
-from kvpress.store import PagedRows
+from kvpress.store.paging import Paging
 
 
 @pytest.mark.parametrize("family", list(helpers.FAMILIES))
@@ -198,9 +198,9 @@ def test_rows_at_their_quotas_ask_the_store_for_nothing(
 ) -> None:
     """Each step brings one token and evicts one, wherever the last page ends."""
     asked: list[int] = []
-    reserve = PagedRows._reserve
+    reserve = Paging.reserve
     monkeypatch.setattr(
-        PagedRows, "_reserve", lambda self, counts: asked.append(1) or reserve(self, counts)
+        Paging, "reserve", lambda self, counts: asked.append(1) or reserve(self, counts)
     )
     model = helpers.tiny("llama")
     with kvpress.attach(model, f"h2o:budget={budget}") as engine, torch.inference_mode():

@@ -177,5 +177,5 @@ def test_gradients_of_a_prompt_are_those_of_transformers() -> None:
         loss = model(ids, labels=ids, past_key_values=cache).loss
         loss.backward()
         model(ids[:, :1], past_key_values=cache)
-        assert cache.states[0].store.pool("key").requires_grad is False
+        assert cache.states[0].store.paging.pages("key").requires_grad is False
     assert all(p.grad is not None for p in model.parameters())

@@ -205,7 +205,7 @@ def test_forks_share_bytes_and_their_end_gives_them_back() -> None:
         assert alone.bytes_shared == 0
         for token in range(40):
             model(torch.tensor([[2 + token]]), past_key_values=fork)
-        pools = [state.store._pool for state in context.states]
+        pools = [state.store.paging.pool for state in context.states]
         together = sum(t.nbytes for pool in pools for t in pool.tensors())
         assert together < 1.3 * alone.bytes_held
         del fork
@@ -213,7 +213,9 @@ def test_forks_share_bytes_and_their_end_gives_them_back() -> None:
         assert context.check_integrity()
         for token in range(40):
             model(torch.tensor([[2 + token]]), past_key_values=context)
-        assert sum(t.nbytes for s in context.states for t in s.store._pool.tensors()) == together
+        assert (
+            sum(t.nbytes for s in context.states for t in s.store.paging.pool.tensors()) == together
+        )
         assert context.report().bytes_shared == 0
 
 

@@ -82,7 +82,7 @@ def test_beams_forks_and_half_precision_are_saved_with_their_own_pages_only(tmp_
     with kvpress.attach(helpers.tiny(), recipe) as other, torch.no_grad():
         loaded = other.load_cache(tmp_path / "beams")
         assert other.model(step, past_key_values=loaded).logits.equal(expected)
-        assert loaded.states[0].store.pool("key").dtype == dtype
+        assert loaded.states[0].store.paging.pages("key").dtype == dtype
         assert loaded.check_integrity()
     sizes = [(tmp_path / name).stat().st_size for name in ("one", "beams")]
     assert sizes[1] < 2.8 * sizes[0]  # twice the tokens, four masses
@@ -132,9 +132,9 @@ def test_rows_that_keep_more_bits_keep_them_when_they_are_loaded(tmp_path: Path)
         model(helpers.prompt(1, 100), past_key_values=cache)
         cache.save(tmp_path / "cache")
         loaded = engine.load_cache(tmp_path / "cache")
-        wide = [state.store.wide_R.tolist() for state in cache.states]
+        wide = [state.store.aging.decided.wide_R.tolist() for state in cache.states]
         assert {flag for rows in wide for flag in rows} == {True, False}
-        assert [state.store.wide_R.tolist() for state in loaded.states] == wide
+        assert [state.store.aging.decided.wide_R.tolist() for state in loaded.states] == wide
         assert loaded.report().notes == cache.report().notes
         # Until pages are packed that were not when it was saved.
         given, expected = (

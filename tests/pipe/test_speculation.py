@@ -146,7 +146,7 @@ def test_what_drafted_tokens_attended_to_is_in_the_ledger() -> None:
         state = cache.states[0]
         weights = sum(w.nbytes for w in state.sequences.drafts.blocks)
         assert weights >= 6 * 4 * 24 * 4  # query heads, tokens, slots, bytes
-        assert cache.report().layers[0].bytes_held == state.store.nbytes + weights
+        assert cache.report().layers[0].bytes_held == state.store.memory.nbytes + weights
         assert cache.report().bytes_held >= before + 3 * weights
 
 

@@ -203,7 +203,7 @@ def test_byte_budgets_are_met_in_bytes(name: str) -> None:
     with kvpress.attach(model, policy(name, budget="48KiB"), page_size=4) as engine:
         engine.generate(ids, max_new_tokens=8, do_sample=False)
         report = engine.report()
-    pools = sum(p.nbytes for s in engine.cache.states for p in s.store._pool.tensors())
+    pools = sum(p.nbytes for s in engine.cache.states for p in s.store.paging.pool.tensors())
     if engine.recipe.limits.interval:
         assert 0.7 * 2 * 48 * 1024 < pools <= 2 * 48 * 1024
     assert len({slots for layer in report.slots_kept for row in layer for slots in row}) == 1

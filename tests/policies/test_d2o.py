@@ -553,7 +553,7 @@ def test_bytes_are_kept_over_all_layers() -> None:
     spec = "d2o:budget=64KiB"
     with kvpress.attach(helpers.tiny(), spec, page_size=4) as engine:
         engine.generate(helpers.prompt(2, 101), max_new_tokens=8, do_sample=False)
-        pools = sum(p.nbytes for s in engine.cache.states for p in s.store._pool.tensors())
+        pools = sum(p.nbytes for s in engine.cache.states for p in s.store.paging.pool.tensors())
     assert 0.6 * 2 * 64 * 1024 < pools <= 2 * 64 * 1024
 
 

@@ -18,7 +18,8 @@ from kvpress.pipe.stages import format
 from kvpress.policy import formats
 from kvpress.policy.formats import Window
 from kvpress.policy.loading import load_policy, parse
-from kvpress.store import FormattedRows, packing
+from kvpress.store import packing
+from kvpress.store.aging import PageAging
 from kvpress.store.base import KEY, POSITION, VALUE
 
 PRUNED = "think:keep=0.6,recent=8,window=8"
@@ -203,7 +204,7 @@ def test_think_prunes_pairs_that_turn_together() -> None:
         cache = engine.new_cache()
         model(ids, past_key_values=cache)
     width = cache.states[0].key_width
-    for row in cache.states[0].store.key_channels_RT.tolist():
+    for row in cache.states[0].store.aging.decided.key_channels_RT.tolist():
         assert {(j + width // 2) % width for j in row} == set(row)
         assert len(row) == width - int(width * 0.4) // 2 * 2
 
@@ -217,7 +218,7 @@ def test_attention_equals_attention_over_the_unpacked_slots(recipe: str) -> None
     _, cache = run(model, recipe, ids, 90)
     for state in cache.states:
         rows = state.store
-        assert rows.aging is not None and rows.parts
+        assert rows.aging is not None and rows.aging.parts
         query = torch.randn(2, 4, 1, state.key_width)
         position = rows.dense(POSITION).long()
         out, weights = rows.attend(query, None, 0.3, 0.0, True)
@@ -239,7 +240,7 @@ def test_recent_slots_are_as_they_came_and_new_ones_stay_whole() -> None:
     _, full = run(model, "full", ids, 2)
     _, cache = run(model, f"{PRUNED}+{PACKED}", ids, 2)
     first, other = full.states[0], cache.states[0]
-    columns = other.store.recent.dense_by_position([0])
+    columns = other.store.aging.recent.dense_by_position([0])
     position = columns[POSITION][0, 0].long()
     assert len(position) >= 8
     for name in (KEY, VALUE):
@@ -276,7 +277,7 @@ def test_evicted_old_slots_leave_holes_that_are_packed_again(recipe: str, kept: 
     model, ids = helpers.tiny(initializer_range=0.3), helpers.prompt(2, 400)
     _, cache = run(model, f"{recipe}+{PACKED}", ids, 300)
     for state in cache.states:
-        (part,) = state.store.parts
+        (part,) = state.store.aging.parts
         slot_S = torch.arange(int(part.counts.max()))
         holes = (part.dense(POSITION) < 0) & (slot_S < part.counts.view(2, 2, 1))
         assert torch.equal(holes.sum(-1).flatten(), part.dropped)
@@ -378,7 +379,8 @@ def test_a_prompt_shorter_than_the_residual_works(recipe: str, tokens: int) -> N
     assert out.shape == (2, 150)
     assert cache.check_integrity()
     if "budget" not in recipe:
-        assert cache.states[0].store.parts and bool(cache.states[0].store.decided_B.all())
+        aging = cache.states[0].store.aging
+        assert aging.parts and bool(aging.decided_B.all())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -387,13 +389,13 @@ def test_chunks_and_turns_keep_the_channels(recipe: str) -> None:
     with kvpress.attach(model, recipe) as engine, torch.no_grad():
         cache = engine.new_cache(max_new_tokens=20)
         model(ids[:, :130], past_key_values=cache)
-        chosen = cache.states[0].store.key_channels_RT.clone()
+        chosen = cache.states[0].store.aging.decided.key_channels_RT.clone()
         model(ids[:, 130:], past_key_values=cache)
         for step in range(5):
             model(ids[:, step : step + 1], past_key_values=cache)
     assert cache.check_integrity()
     if len(chosen):
-        assert torch.equal(cache.states[0].store.key_channels_RT, chosen)
+        assert torch.equal(cache.states[0].store.aging.decided.key_channels_RT, chosen)
     if "budget" not in recipe:
         assert helpers.positions(cache)[0][0] == list(range(265))
 
@@ -422,8 +424,8 @@ def test_the_guard_keeps_rows_wide_that_do_not_stand_few_bits() -> None:
             cache = engine.new_cache()
             model(ids, past_key_values=cache)
             rows = cache.states[0].store
-            assert rows.wide_R.tolist() == [wide] * 4
-            narrow, eight = rows.parts
+            assert rows.aging.decided.wide_R.tolist() == [wide] * 4
+            narrow, eight = rows.aging.parts
             assert (int(narrow.counts.sum()) == 0) == wide
             assert (int(eight.counts.sum()) > 0) == wide
             notes = " ".join(engine.report(cache).notes)
@@ -438,7 +440,7 @@ def test_groups_of_any_allowed_size_work(group: int) -> None:
         cache = engine.new_cache()
         model(ids, past_key_values=cache)
         model(ids[:, :1], past_key_values=cache)
-    (part,) = cache.states[0].store.parts
+    (part,) = cache.states[0].store.aging.parts
     assert part.layout.key_group == group and int(part.counts.min()) > 0
 
 
@@ -452,7 +454,7 @@ def test_taken_back_tokens_leave_something_to_choose_channels_by(recipe: str) ->
         assert all(x.shape[1] == 0 for x in cache.states[0].sequences.watched.values())
         model(ids, past_key_values=cache)
         model(helpers.prompt(1, 20, seed=3), past_key_values=cache)
-    assert cache.states[0].store.parts and cache.check_integrity()
+    assert cache.states[0].store.aging.parts and cache.check_integrity()
 
 
 @pytest.mark.parametrize(
@@ -483,15 +485,15 @@ def test_queries_that_later_ones_replace_are_not_held(
             for token in range(prompt, 150):
                 held = [state.sequences.watched.get(0) for state in cache.states]
                 assert all(x is None or x.shape[1] <= most for x in held)
-                few = token < 40 - 8 and FormattedRows.before_old is honest
+                few = token < 40 - 8 and PageAging.before_old is honest
                 assert not few or all(x is None for x in held)
                 model(ids[:, token : token + 1], past_key_values=cache)
             assert all(state.sequences.watched == {} for state in cache.states)
         return list(windows)
 
-    honest = FormattedRows.before_old
+    honest = PageAging.before_old
     given = tell()
-    monkeypatch.setattr(FormattedRows, "before_old", lambda self, sequence: 0)
+    monkeypatch.setattr(PageAging, "before_old", lambda self, sequence: 0)
     wanted = tell()
     assert given
     assert all(map(torch.equal, given, wanted))
@@ -554,9 +556,9 @@ def test_think_holds_the_bytes_of_the_formula(keep: float, kept: int, slots: int
         cache = engine.new_cache()
         model(helpers.prompt(1, slots), past_key_values=cache)
     rows, heads = cache.states[0].store, 2
-    (part,) = rows.parts
-    pages = part.pool("page").nbytes // heads
-    recent = rows.recent.counts.sum().item() // heads * 2 * 128 * 2
+    (part,) = rows.aging.parts
+    pages = part.paging.pages("page").nbytes // heads
+    recent = rows.aging.recent.counts.sum().item() // heads * 2 * 128 * 2
     mask = 128 // 8
     fraction = (pages + recent + mask) / (slots * 2 * 128 * 2)
     formula = ((slots - 32) * kept + 32 * 128 + slots * 128) / (2 * slots * 128)

@@ -78,22 +78,22 @@ class Stores(RuleBasedStateMachine):
     def decode(self, data: st.DataObject, steps: int) -> None:
         """Appends with the fused operator, which writes where the reservation lets it."""
         twin = self.pick(data)
-        if "mass" in self.columns and twin.store.shares:
+        if "mass" in self.columns and twin.store.memory.shares:
             return  # it would write masses to shared pages; the engine does not call it then
         for _ in range(steps):
             self.decode_one(twin)
 
     def decode_one(self, twin: Twin) -> None:
         store = twin.store
-        store.reserve_one()
+        store.paging.reserve_one()
         shape = (store.sequences, store.heads, 1)
         key, value = torch.randn(*shape, 4), torch.randn(*shape, 3)
         everyone = torch.full((store.sequences,), self.seen + 1)
         ops.decode_step(
-            *(torch.randn(*shape, 4), key, value, store.pool("key"), store.pool("value")),
-            store.pool("position"),
-            store.pool("mass") if "mass" in store.columns else None,
-            *store.operands(),
+            *(torch.randn(*shape, 4), key, value),
+            *(store.paging.pages(name) for name in ("key", "value", "position")),
+            store.paging.pages("mass") if "mass" in store.columns else None,
+            *store.paging.table.operands(),
             *(everyone, torch.full_like(store.counts, 10**6), torch.zeros_like(everyone)),
             *(0, False, "position", "none", 1.0, 0, 0, 0.0, 0.0),
         )
@@ -197,7 +197,7 @@ class Stores(RuleBasedStateMachine):
         self.twins[self.twins.index(twin)] = twin.copy_of(twin.store.select_sequences(index), index)
         del twin
         for left in self.twins:
-            left.store.trim()
+            left.store.memory.trim()
 
     @precondition(lambda self: len(self.twins) < MOST_STORES)
     @rule(data=st.data())
@@ -224,7 +224,7 @@ class Stores(RuleBasedStateMachine):
     @rule(data=st.data())
     def settle(self, data: st.DataObject) -> None:
         """Asks whether pages are shared, which puts volatile columns back where none are."""
-        self.pick(data).store.shares  # noqa: B018
+        self.pick(data).store.memory.shares  # noqa: B018
 
     @invariant()
     def contents_are_equal_and_bytes_exact(self) -> None:
@@ -237,12 +237,11 @@ class Stores(RuleBasedStateMachine):
                 assert sorted(held) == sorted(row)
             assert twin.store.check_integrity()
             alive, store = helpers.live_storages(twin.store), twin.store
-            if len(store._pool.members) == 1:
-                assert store.nbytes == alive
-            pages = len(set(store.owned_pages().tolist()))
-            assert (
-                alive >= store.nbytes >= pages * (store.page_bytes() - 4) > store.nbytes_shared - 1
-            )
+            if len(store.paging.pool.members) == 1:
+                assert store.memory.nbytes == alive
+            pages = len(set(store.paging.owned_pages().tolist()))
+            used, shared = pages * (store.paging.page_bytes() - 4), store.memory.nbytes_shared
+            assert alive >= store.memory.nbytes >= used > shared - 1
 
     def slot(self, columns: dict[str, torch.Tensor], b: int, h: int, s: int) -> tuple:
         """Position, key, value and mass (0 where none is kept) of one slot."""

@@ -16,6 +16,7 @@ import kvpress
 from kvpress import ops
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.store import Column, FormattedRows, PackedRows, PagedRows, Survivors
+from kvpress.store.compaction import compact
 
 WIDTHS = (8, 6)
 RAW = [layout_of(16, 16, WIDTHS, WIDTHS, torch.float32, slots, (32, 32)) for slots in (32, 64)]
@@ -96,14 +97,14 @@ class Packed(RuleBasedStateMachine):
         self.pack(store)
 
     def pack(self, store: FormattedRows) -> None:
-        due = store.due()
+        due = store.aging.due()
         for b in due:
-            if not store.decided_B[b]:
+            if not store.aging.decided_B[b]:
                 key, value = (torch.arange(width).expand(1, store.heads, width) for width in WIDTHS)
                 wide = torch.zeros(1, store.heads, dtype=torch.bool)
-                store.decide([b], [self.layout], key, value, wide)
+                store.aging.decide([b], [self.layout], key, value, wide)
         if due:
-            store.pack_old(due)
+            store.aging.pack_old(due)
 
     @rule(data=st.data(), tokens=st.integers(1, 70))
     def append(self, data: st.DataObject, tokens: int) -> None:
@@ -140,7 +141,7 @@ class Packed(RuleBasedStateMachine):
     def decode(self, data: st.DataObject, tokens: int, quota: int) -> None:
         """Steps of the fused operator, which finds its victims in all parts: the first tokens."""
         twin = self.pick(data)
-        if ops.backends()["cpu"] != "cpu" or twin.store.shares:
+        if ops.backends()["cpu"] != "cpu" or twin.store.memory.shares:
             return  # the engine does not call it then
         for _ in range(tokens):
             self.decode_one(twin, quota)
@@ -148,17 +149,17 @@ class Packed(RuleBasedStateMachine):
 
     def decode_one(self, twin: Twin, quota: int) -> None:
         store = twin.store
-        store.reserve_one()
+        store.paging.reserve_one()
         shape = (store.sequences, store.heads, 1)
         key, value = torch.randn(*shape, WIDTHS[0]), torch.randn(*shape, WIDTHS[1])
         seen = torch.full((store.sequences,), self.seen + 1)
         old, layouts = store.old()
         ops.decode_step(
-            *(torch.randn(*shape, WIDTHS[0]), key, value, store.pool("key"), store.pool("value")),
-            store.pool("position"),
-            store.pool("mass") if self.massive else None,
-            *store.operands(),
-            *(seen, torch.full_like(store.recent.counts, quota), torch.zeros_like(seen)),
+            *(torch.randn(*shape, WIDTHS[0]), key, value),
+            *(store.paging.pages(name) for name in ("key", "value", "position")),
+            store.paging.pages("mass") if self.massive else None,
+            *store.paging.table.operands(),
+            *(seen, torch.full_like(store.aging.recent.counts, quota), torch.zeros_like(seen)),
             *(0, True, "position", "none", 1.0, 0, 0, 0.3, 0.0),
             old=old,
             layouts=layouts,
@@ -216,7 +217,7 @@ class Packed(RuleBasedStateMachine):
         index = data.draw(st.lists(one, min_size=1, max_size=3))
         self.twins[place] = self.copied(self.twins[place], index)
         for twin in self.twins:
-            twin.store.trim()
+            twin.store.memory.trim()
 
     @precondition(lambda self: len(self.twins) < MOST_STORES)
     @rule(data=st.data())
@@ -265,9 +266,10 @@ class Packed(RuleBasedStateMachine):
                 self.close(key[r][held], [slot.key for slot in slots])
                 self.close(value[r][held], [slot.value for slot in slots])
             alive = helpers.live_storages(store)
-            if all(len(part._pool.members) == 1 for part in store._stores):
-                assert store.nbytes == alive
-            assert alive >= store.nbytes
+            parts = (*store.aging.parts, store.aging.recent)
+            if all(len(part.paging.pool.members) == 1 for part in parts):
+                assert store.memory.nbytes == alive
+            assert alive >= store.memory.nbytes
             self.attends(store, position, key, value)
 
     def close(self, given: torch.Tensor, wanted: list[tuple[float, ...]]) -> None:
@@ -357,7 +359,7 @@ def test_compaction_leaves_as_few_pages_as_hold_the_slots(
     before = store.dense("key")[0, 1]
     for slot in torch.randperm(5 * slots)[:holes].tolist():
         store.evict_one(torch.tensor([1]), torch.tensor([slot]))
-    store.compact()
+    compact(store)
     left = 5 * slots - holes
     pages_left = -(-left // slots) if holes > slots else 5  # a page of holes may be
     assert store.counts.tolist() == [5 * slots, pages_left * slots]

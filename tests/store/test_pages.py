@@ -34,15 +34,16 @@ def fresh(sequences: int, heads: int, tokens: int, start: int) -> dict[str, torc
 def test_bytes_are_those_of_the_storages_and_shrink_with_compaction() -> None:
     store = rows()
     store.append(fresh(2, 3, 100, 0))
-    assert store.nbytes == helpers.live_storages(store)
-    before = store.nbytes
+    assert store.memory.nbytes == helpers.live_storages(store)
+    before = store.memory.nbytes
     columns = {n: x[:, :, :10] for n, x in store.dense_by_position([0, 1]).items()}
     store.fill([Survivors((0, 1), columns, torch.full((2, 3), 10))])
-    assert store.nbytes == helpers.live_storages(store)
+    assert store.memory.nbytes == helpers.live_storages(store)
     slot = 4 * WIDTH + 2 * 3 + 4 + 4
-    assert store.page_bytes() == 4 * slot + 4  # and an entry in the page table
-    assert store.nbytes < 0.15 * before
-    assert store.pool("key").shape[0] == 6 * 3  # ten slots need three pages of four in each row
+    assert store.paging.page_bytes() == 4 * slot + 4  # and an entry in the page table
+    assert store.memory.nbytes < 0.15 * before
+    pages = store.paging.pages("key").shape[0]
+    assert pages == 6 * 3  # ten slots need three pages of four in each row
 
 
 def test_fill_leaves_other_sequences_alone_and_takes_none_twice() -> None:
@@ -65,7 +66,7 @@ def test_integrity_notices_a_page_with_two_owners() -> None:
     store = rows()
     store.append(fresh(2, 3, 5, 0))
     assert store.check_integrity()
-    store._table[1, 0] = store._table[0, 0]
+    store.paging.table.pages_RW[1, 0] = store.paging.table.pages_RW[0, 0]
     with pytest.raises(CacheError, match="do not add up"):
         store.check_integrity()
 
@@ -75,9 +76,9 @@ def test_growth_is_amortised() -> None:
     sizes = set()
     for token in range(2000):
         store.append(fresh(1, 1, 1, token))
-        sizes.add(store.pool("key").shape[0])
+        sizes.add(store.paging.pages("key").shape[0])
     assert len(sizes) < 160
-    assert store.pool("key").shape[0] * 4 <= 2000 * (1 + 1 / 16)
+    assert store.paging.pages("key").shape[0] * 4 <= 2000 * (1 + 1 / 16)
 
 
 def test_pages_behind_the_slots_of_shared_rows_are_nobodys_reserve() -> None:
@@ -90,11 +91,11 @@ def test_pages_behind_the_slots_of_shared_rows_are_nobodys_reserve() -> None:
         beams.evict_one(torch.arange(2), torch.zeros(2, dtype=torch.long))
     before = store.dense("position").tolist()
     for token in range(5, 8):
-        beams.reserve_one()
-        pages = beams._table[torch.arange(2), beams.counts]
+        beams.paging.reserve_one()
+        pages = beams.paging.table.pages_RW[torch.arange(2), beams.counts]
         assert pages[0] != pages[1], token
-        beams._pool.by_name["position"][pages.long(), 0] = token
-        beams.counts += 1
+        beams.paging.pool.by_name["position"][pages.long(), 0] = token
+        beams.counts.add_(1)
         beams.count_step(None, False)
     assert store.dense("position").tolist() == before
     assert store.check_integrity()

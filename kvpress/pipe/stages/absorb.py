@@ -61,7 +61,7 @@ def absorb_one(
         turning = (frequency_F, turns.interleaved, turns.start)
     ops.absorb_step(
         *pools,
-        *layer.rows.operands(),
+        *layer.rows.paging.table.operands(),
         *bounds,
         rank,
         layer.sequences.threshold_B,

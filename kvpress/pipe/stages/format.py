@@ -65,9 +65,10 @@ def _pack(layer: Layer, aging: Aging, due: Sequence[int]) -> None:
             if aging.decided_B[b]:
                 ready.append(b)
         if ready:
-            before = aging.recent.nbytes
+            memory = aging.recent.memory
+            before = memory.nbytes
             aging.pack_old(ready)
-            layer.note_peak(before - aging.recent.nbytes)  # for a moment both forms are there
+            layer.note_peak(before - memory.nbytes)  # for a moment both forms are there
 
 
 def _watched(layer: Layer, b: int) -> int:

@@ -62,7 +62,7 @@ def crop(layer: Layer, tokens: int) -> None:
     layer.columns_seen -= tokens
     own = layer.sequences
     own.seen_B = own.seen_B - tokens
-    with layer.rows.lock:  # since then nothing was evicted: the tokens are the last slots
+    with layer.rows.memory.lock:  # since then nothing was evicted: the tokens are the last slots
         layer.rows.truncate(tokens)
     layer.excess.forget()
     final = tokens - own.drafts.take_back(tokens)  # drafted tokens are not watched, nor counted

@@ -82,9 +82,9 @@ class Layer:
             return
         if len(index) < len(self.sequences):
             self.note_peak()
-        with self.store.lock:
+        with self.store.memory.lock:
             self.store = self.store.select_sequences(list(index))
-            self.store.trim()
+            self.store.memory.trim()
         self.sequences = self.sequences.select(index)
         self.refresh()
 
@@ -93,7 +93,7 @@ class Layer:
         """Gives every row pages of its own, side by side as after a prompt."""
         if self.store is None:
             return
-        with self.store.lock:
+        with self.store.memory.lock:
             self.store.unshare(self.stores.room)
         self.excess.forget()
         self._limit()
@@ -105,7 +105,7 @@ class Layer:
         other.context, other.excess = context, Excess()
         other.sequences = self.sequences.clone()
         if self.store is not None:
-            with self.store.lock:
+            with self.store.memory.lock:
                 other.store = self.store.select_sequences(range(len(self.sequences)))
             other._limit()
         return other
@@ -239,7 +239,7 @@ class Layer:
         if self.store is None:
             return 0
         watched = sum(query.nbytes for query in self.sequences.watched.values())
-        return self.store.nbytes + watched + self.sequences.drafts.nbytes
+        return self.store.memory.nbytes + watched + self.sequences.drafts.nbytes
 
     def note_peak(self, more: int = 0) -> None:
         """To be called before this layer gives memory back, which now holds `more` bytes."""

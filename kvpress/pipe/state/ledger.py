@@ -28,7 +28,7 @@ def report(layer: Layer) -> LayerReport:
         slots_kept=layer.store.counts_BH.tolist(),
         bytes_held=layer.bytes_held,
         bytes_full=tokens * layer.kind.heads * slot_bytes,
-        bytes_shared=layer.store.nbytes_shared,
+        bytes_shared=layer.store.memory.nbytes_shared,
         density=density(layer),
     )
 
@@ -74,7 +74,7 @@ def _pages(layers: Sequence[Layer], reports: Sequence[LayerReport]) -> list[str]
     stores = [layer.store for layer in layers if layer.store is not None]
     held = sum(report.bytes_held for report in reports)
     full = sum(report.bytes_full for report in reports)
-    room = sum(store.room for store in stores)
+    room = sum(store.memory.room for store in stores)
     used = sum(int(store.counts.sum()) for store in stores)
     if held <= _MUCH * full or room <= _MUCH * used:
         return []

@@ -15,8 +15,8 @@ def geometry(layer: Layer) -> Geometry:
         layers=layer.context.compressed,
         heads=layer.kind.heads,
         page_slots=layer.rows.page_slots,
-        page_bytes=layer.rows.page_bytes(),
-        row_bytes=layer.rows.row_bytes(),
+        page_bytes=layer.rows.paging.page_bytes(),
+        row_bytes=layer.rows.memory.row_bytes(),
         headroom=layer.stores.headroom,
     )
 

@@ -1,0 +1,77 @@
+"""Packing pages of old slots again once they have many holes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpress import host
+from kvpress.store.base import PAGE, POSITION
+from kvpress.store.packed import PackedRows
+from kvpress.store.packing import pack
+from kvpress.types import EMPTY
+
+_MOST_HOLES = 8  # an eighth of the old slots of a row, or a page of them, may be holes
+
+
+def compact(rows: PackedRows) -> None:
+    """Packs pages with many holes again, as far as a page or more is gained."""
+    most_R = (rows.counts // _MOST_HOLES).clamp_min(rows.layout.slots)
+    found = (rows.dropped > most_R).nonzero().flatten().tolist()
+    if found and rows.fields.overlay is not None:
+        rows.unshare()
+        rows.fields.end_overlay()
+    for row in found:
+        _compact_row(rows, row)
+
+
+def _compact_row(rows: PackedRows, row: int) -> None:
+    """Moves what is left of the emptiest pages into as few as hold it."""
+    table, size = rows.paging.table, rows.layout.slots
+    pages = int(rows.counts[row]) // size
+    page_P = table.pages_RW[row, :pages].long().to(table.device)
+    holes_P = (rows.paging.pages(POSITION)[page_P] == EMPTY).sum(1).cpu()
+    order_P = holes_P.argsort(descending=True, stable=True)
+    gained_P = holes_P[order_P].cumsum(0) // size
+    gained = int(gained_P[-1])
+    fewest = int((gained_P < gained).sum()) + 1  # pages that gain as much as all do
+    place_N, kept = order_P[:fewest].sort().values, fewest - gained
+    if kept:  # otherwise they are nothing but holes
+        _refill(rows, row, place_N, kept)
+    rows.dropped[row] -= gained * size
+    _let_go(rows, row, pages, place_N[kept:])
+
+
+def _refill(rows: PackedRows, row: int, place_N: Tensor, kept: int) -> None:
+    """Packs what is left of some pages of a row into the first `kept` of them."""
+    table, size = rows.paging.table, rows.layout.slots
+    row_N = torch.full_like(place_N, row)
+    page_N = table.pages_RW[row, place_N].long().to(table.device)
+    live_L = (rows.paging.pages(POSITION)[page_N] != EMPTY).flatten().nonzero().flatten()
+    # A page that is not full repeats its last slot: holes must not change steps.
+    from_K = live_L[torch.arange(kept * size, device=table.device).clamp_max(len(live_L) - 1)]
+    key, value = (x.flatten(0, 1)[from_K] for x in rows.unpack(row_N, place_N))
+    shape, channels = (kept, size, -1), rows.channels(row_N[:kept])
+    page_NX = pack(rows.layout, key.view(shape), value.view(shape), channels)
+    columns = {
+        name: rows.paging.pages(name)[page_N].flatten()[from_K]
+        for name in rows.paging.columns
+        if name != PAGE
+    }
+    columns[POSITION][len(live_L) :] = EMPTY
+    if rows.paging.pool.lent:
+        rows.paging.own(row_N[:kept], place_N[:kept])
+    slots = {name: column.view(kept, size) for name, column in columns.items()}
+    rows.fields.put_pages(row_N[:kept], place_N[:kept], {**slots, PAGE: page_NX})
+
+
+def _let_go(rows: PackedRows, row: int, pages: int, place_N: Tensor) -> None:
+    """Takes some pages out of a row; it keeps them as room behind the others."""
+    table = rows.paging.table
+    place_P, pages_RW = host.arange(pages), table.pages_RW.clone()
+    stays_P = ~torch.isin(place_P, place_N)
+    pages_RW[row, :pages] = pages_RW[row, torch.cat([place_P[stays_P], place_N])]
+    table.set_pages(pages_RW)
+    left = table.counts.clone()
+    left[row] = int(stays_P.sum()) * table.page_slots
+    rows.paging.shorten(left)

@@ -1,0 +1,218 @@
+"""Who owns which page: a page table, the pool its pages are in, and copies on the first write.
+
+Beams and forks share pages: a page with several users is copied before one of them writes to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpress import host
+from kvpress.errors import CacheError
+from kvpress.host import lasting
+from kvpress.store.base import Column
+from kvpress.store.saved import check_rows
+from kvpress.store.table import PageTable
+from kvpress.store.tiers.device import PagePool
+
+
+class Paging:
+    """The pages of some rows, in a pool that other rows may use too.
+
+    columns: the fields of a slot. It registers with its pool, which asks it what is in use.
+    """
+
+    def __init__(
+        self, columns: Mapping[str, Column], table: PageTable, pool: PagePool | None = None
+    ) -> None:
+        self.columns, self.table = dict(columns), table
+        self.most_pages = 2**62  # the pool is never grown beyond what rows may come to need
+        self.pool = self._new_pool(0) if pool is None else pool
+        self.pool.members.add(self)
+
+    def pages(self, name: str) -> Tensor:
+        """The pages of one column, `[P, *page_shape]`, as operators read them."""
+        return self.pool.by_name[name]
+
+    @property
+    def slots_bytes(self) -> int:
+        """Bytes of the slots of one page."""
+        return sum(column.page_bytes(self.table.page_slots) for column in self.columns.values())
+
+    def page_bytes(self) -> int:
+        """Bytes that one more page costs: its slots and its entry in the page table."""
+        return self.slots_bytes + self.table.entry_bytes()
+
+    # As the pool asks
+
+    def owned_pages(self) -> Tensor:
+        """The pages in use, as often as rows hold them: int64, on the host."""
+        return self.table.named_pages()
+
+    def renumber(self, place_P: Tensor) -> None:
+        """Follows the pages to their new places in the pool."""
+        self.table.set_pages(self.table.renumbered(place_P))
+
+    # Before slots are written
+
+    def reserve_one(self) -> None:
+        """Makes room for one more slot in every row."""
+        table = self.table
+        if table.spare == 0:
+            self.reserve(table.counts + 1)
+            table.spare = int((table.owned * table.page_slots - table.counts).min())
+        table.spare -= 1
+
+    @lasting
+    def reserve(self, counts: Tensor) -> None:
+        """Gives every row the pages that `counts` slots need, and its own where it will write.
+
+        Only the page of the next slot can have other users: where pages are shared, no row has any
+        behind that.
+        """
+        table = self.table
+        if self.pool.lent:
+            self.pool.trim()
+            next_page = table.counts // table.page_slots
+            row_N = ((counts > table.counts) & (next_page < table.owned)).nonzero().flatten()
+            self.own(row_N, next_page[row_N])
+        missing = (table.pages_for(counts) - table.owned).clamp_min_(0)
+        total = int(missing.sum())
+        if total == 0:
+            return
+        fresh = self.pool.take(total, self.most_pages)
+        width = max(table.pages_RW.shape[1], int((table.owned + missing).max()))
+        pages_RW = host.zeros(len(counts), width, dtype=torch.int32)
+        pages_RW[:, : table.pages_RW.shape[1]] = table.pages_RW
+        for row in missing.nonzero().flatten().tolist():
+            start, extra = int(table.owned[row]), int(missing[row])
+            pages = [fresh.pop(0) for _ in range(extra)]
+            pages_RW[row, start : start + extra] = host.tensor(pages, dtype=torch.int32)
+        table.owned = table.owned + missing
+        table.set_pages(pages_RW)
+
+    def own(self, row_N: Tensor, place_N: Tensor) -> None:
+        """Copies those of some pages of rows that have other users; the last user keeps its own.
+
+        place_N: the places of the pages in their rows. A page may be named once.
+        """
+        uses, pages_RW = self.pool.uses().tolist(), self.table.pages_RW.clone()
+        shared = []
+        pages = pages_RW[row_N, place_N].tolist()
+        for row, place, page in zip(row_N.tolist(), place_N.tolist(), pages, strict=True):
+            if uses[page] > 1:
+                uses[page] -= 1
+                shared.append((row, place, page))
+        if not shared:
+            return
+        target = self.pool.take(len(shared), self.most_pages)
+        self.pool.copy([page for _, _, page in shared], target)
+        for (row, place, _), page in zip(shared, target, strict=True):
+            pages_RW[row, place] = page
+        self.table.set_pages(pages_RW)
+
+    def own_slots(self, row_N: Tensor, slot_N: Tensor) -> None:
+        """Makes some slots (on the host) safe to be written: their pages have no other users."""
+        if self.pool.lent:
+            both = torch.stack([row_N, slot_N // self.table.page_slots], dim=1)
+            self.own(*torch.unique(both, dim=0).unbind(1))
+
+    # After slots are gone
+
+    def shorten(self, counts: Tensor) -> None:
+        """Sets smaller counts, and lets pages go that are then empty and may have other users."""
+        self.table.set_counts(counts)
+        if self.pool.lent:
+            self.table.let_go()
+
+    def truncate(self, counts: Tensor) -> None:
+        """Sets smaller counts, and gives back all pages that are then empty."""
+        self.table.set_counts(counts)
+        self.table.let_go()
+        self.table.set_pages(self.table.pages_RW[:, : int(self.table.owned.max())])
+        self.pool.trim()
+
+    def refill(self, counts: Tensor, headroom: int) -> Tensor:
+        """Trades all pages for new ones, for `counts` slots and `headroom` more in every row.
+
+        The old pool is freed before the new one is made. Returns the first page of every row; the
+        others follow it.
+        """
+        table = self.table
+        pages = table.pages_for(counts + headroom)
+        pages[counts == 0] = 0
+        table.owned = pages
+        self._move_to(int(pages.sum()))
+        table.set_counts(counts)
+        first = pages.cumsum(0) - pages
+        width = host.arange(int(pages.max()) if len(pages) else 0)
+        pages_RW = torch.where(width < pages[:, None], first[:, None] + width, 0)
+        table.set_pages(pages_RW.to(torch.int32))
+        return first
+
+    def share(self, index: Sequence[int]) -> Paging:
+        """One whose sequence i has the pages of sequence `index[i]`, in the same pool."""
+        chosen = Paging(self.columns, self.table.select(index), self.pool)
+        chosen.most_pages = self.most_pages
+        self.pool.lent, self.table.spare = True, 0
+        return chosen
+
+    def _move_to(self, pages: int) -> None:
+        """Leaves the pool for a new one of so many pages."""
+        self.pool.leave(self)
+        self.pool = self._new_pool(pages)
+        self.pool.members.add(self)
+
+    def _new_pool(self, pages: int) -> PagePool:
+        return PagePool(self.columns, self.table.page_slots, self.table.device, pages)
+
+    # Files and checks
+
+    def state(self) -> dict[str, Tensor]:
+        """The table and as many pages as it needs: tensors on the host."""
+        live_N = torch.unique(self.owned_pages())
+        place_P = host.zeros(self.pool.pages)
+        place_P[live_N] = host.arange(len(live_N))
+        index_N = live_N.to(self.table.device)
+        pages = {
+            f"page.{name}": self.pages(name).index_select(0, index_N).cpu() for name in self.columns
+        }
+        return {**self.table.state(place_P), **pages}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave. Raises CacheError if that cannot be."""
+        table = self.table
+        counters = ("counts", "owned", *table.further)
+        check_rows(state, self.columns, len(table.counts), table.page_slots, counters)
+        self._move_to(len(state[f"page.{next(iter(self.columns))}"]))
+        for name in self.columns:
+            self.pages(name).copy_(state[f"page.{name}"])
+        self.pool.lent = True  # rows may share pages
+        table.load(state)
+
+    def check_integrity(self, place_RW: Tensor) -> None:
+        """Raises CacheError if a page is lost, rows share one that cannot, or slots do not fit.
+
+        place_RW: a number for each page of each row: rows that share one must have it at the same.
+        """
+        members = list(self.pool.members)  # none of them may end meanwhile
+        pages, free = self.pool.pages, self.pool.free_pages()
+        used = set(torch.cat([member.owned_pages() for member in members]).tolist())
+        if sorted([*used, *free]) != list(range(pages)):
+            raise CacheError(
+                f"{pages} pages, but {len(used)} in use and {len(free)} free do not add up."
+            )
+        table = self.table
+        pages_N, places_N = self.owned_pages().tolist(), place_RW[table.held_RW].tolist()
+        if len(set(pages_N)) != len(set(zip(pages_N, places_N, strict=True))):
+            raise CacheError("Rows of different heads, or different parts of rows, share a page.")
+        if bool((table.counts > table.owned * table.page_slots).any()):
+            raise CacheError("A row holds more slots than its pages have room for.")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.pool.members.add(self)
