@@ -51,7 +51,7 @@ def architecture(index: int) -> int:
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which kernels are launched on the tensor's device."""
-    return torch.cuda.device_of(tensor)  # type: ignore[no-any-return]
+    return torch.cuda.device_of(tensor)
 
 
 def wide(*dtypes: torch.dtype) -> bool:

@@ -11,9 +11,13 @@ row. position: the index of a token among the real tokens of its sequence (paddi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 EMPTY = -1  # the position of a slot that holds no token
 MOST_WIDTH = 256  # channels of a head
+
+Rank = Literal["mass", "mass_per_age", "position"]  # what slots are ranked by
+NoiseKind = Literal["none", "frozen", "fresh"]  # drawn never, once per key, per query and key
 
 
 @dataclass(frozen=True)

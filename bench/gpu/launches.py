@@ -10,7 +10,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import torch
@@ -19,7 +19,10 @@ from triton.runtime.jit import JITFunction
 
 from kvpress import ops
 from kvpress.formulas.block_map import GROUPS, Blocks
+from kvpress.formulas.merging import Merging
 from kvpress.formulas.page_layout import PageLayout
+from kvpress.ops import Bounds, Columns, Logits, Noise, Old, Pages, Token, Turning
+from kvpress.types import NoiseKind
 
 WIDTHS, DTYPES = (64, 128, 256), {"fp32": torch.float32, "bf16": torch.bfloat16}
 _NAMES = {
@@ -84,29 +87,29 @@ def operands(width: int, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[A
         torch.zeros(2, 8, 1, width, dtype=dtype),
         torch.zeros(2, 2, 1, width, dtype=dtype),
     )
-    pages = (key, value, table, counts)
-    yield "decode_rows", "", (query, *pages, 0.1, 0.0, True)
-    yield "decode_rows", "softcap Q=32", (query.expand(-1, -1, 32, -1), *pages, 0.1, 50.0, True)
+    pages, logits = Pages(key, value, table, counts), Logits(0.1)
+    yield "decode_rows", "", (query, pages, logits, True)
+    many = query.expand(-1, -1, 32, -1)
+    yield "decode_rows", "softcap Q=32", (many, pages, Logits(0.1, 50.0), True)
     yield from packed_operands(query, pages)
-    marks = (torch.zeros(1, page, dtype=torch.int32), torch.zeros(1, page))
-    rows = (*marks, table, counts, batch, counts.clone(), batch.clone(), 4)
-    for noise in triton_common.NOISES:
-        state = (key, value, *rows, True, "mass_per_age")
-        numbers = (noise, 1.0, 7, 3, 0.1, 0.0)
-        yield "decode_step", noise, (query, token, token, *state, *numbers)
+    columns = Columns(torch.zeros(1, page, dtype=torch.int32), torch.zeros(1, page))
+    bounds = Bounds(batch, counts.clone(), batch.clone(), 4, "mass_per_age")
+    for kind in get_args(NoiseKind):
+        noise = Noise(kind, 1.0, 7, 3)
+        held = (pages, columns, bounds)
+        yield "decode_step", kind, (Token(query, token, token), *held, True, noise, logits)
         prompt = torch.zeros(2, 8, 160, width, dtype=dtype)
         position = torch.arange(160).repeat(2, 2, 1)
-        scales = (0.1, 0.0, 160, noise, 1.0, 7, 3)
-        yield "attention_sums", noise, (prompt, prompt[:, :2], position, *scales)
-    store = (key, value, *rows, "mass", torch.zeros(2))
+        yield "attention_sums", kind, (prompt, prompt[:, :2], position, logits, 160, noise)
+    held = (pages, columns, bounds._replace(rank="mass"))
     for case, pairs, counted in (
         ("", 0, False),
         ("turned", width // 4, False),
         ("counted", 0, True),
     ):
-        turning = (torch.zeros(pairs) if pairs else None, False, 0, width - counted)
-        rule = (2.7, 0.3, 0.7, True, True, False, True, False, counted)
-        yield "absorb_step", case, (*store, *turning, *rule)
+        turning = Turning(torch.zeros(pairs) if pairs else None)
+        rule = Merging(own=2.7, memory=0.3, gain=0.7, counts=counted)
+        yield "absorb_step", case, (*held, torch.zeros(2), turning, width - counted, rule)
     allowed = torch.ones(2, 2, 160, dtype=torch.bool)
     yield from block_operands(prompt)
     yield "match_keys", "", (prompt[:, 2:4], prompt[:, :2], allowed)
@@ -130,14 +133,14 @@ def block_operands(prompt: torch.Tensor) -> Iterator[tuple[str, str, tuple[Any, 
     )
     bits = torch.zeros(batch, heads, blocks.offsets[-1], dtype=torch.uint8)
     position = torch.arange(tokens).repeat(batch, 2, 1)
-    sums = (0.1, 0.0, tokens, "fresh", 1.0, 7, 3, bits)
+    sums = (Logits(0.1), tokens, Noise("fresh", 1.0, 7, 3), bits)
     yield "attention_sums", "fresh, mapped", (prompt, prompt[:, :2], position, *sums)
     yield "attend_blocks", "", (prompt, prompt[:, :2], prompt[:, :2], bits, 0.1)
     yield "attend_blocks", "LSE", (prompt, prompt[:, :2], prompt[:, :2, :, :0], bits, 0.1)
 
 
 def packed_operands(
-    query: torch.Tensor, pages: tuple[torch.Tensor, ...]
+    query: torch.Tensor, pages: Pages
 ) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """The operators on old slots: channels and 4 bits, and channels alone."""
     key, _, table, counts = pages
@@ -156,8 +159,9 @@ def packed_operands(
         yield "unpack", case, (packed, *channels, list(layout), key)
         own = [x.expand(4, -1).contiguous() for x in channels]
         holes = torch.zeros(1, 64, dtype=torch.int32)
-        old = [packed, *own, table[:, :1].contiguous(), counts * 4, holes, none, none.long()]
-        yield "decode_rows", case, (query, *pages, 0.1, 0.0, True, old, list(layout))
+        tensors = [packed, *own, table[:, :1].contiguous(), counts * 4, holes, none, none.long()]
+        old = Old(tensors, list(layout))
+        yield "decode_rows", case, (query, pages, Logits(0.1), True, old)
 
 
 def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:

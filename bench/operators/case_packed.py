@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvpress import ops
 from kvpress.formulas.page_layout import PageLayout
+from kvpress.ops import Logits, Old
 
 RECENT = 64  # slots of a row that stay as they came
 # name -> key bits, value bits, share of key channels, tokens and channels of a group
@@ -73,13 +74,13 @@ def _prepare(shape: RowsShape, rotation: int, device: torch.device) -> dict[str,
     unpacked = copies_of(make_rows(shape, device), shape, rotation)
     calls: dict[str, Call] = {
         "probe": probe.memory(shape.bytes, device, rotation),
-        "unpacked": partial(_attend, unpacked, [([], [])], shape.scaling),
+        "unpacked": partial(_attend, unpacked, [Old()], shape.scaling),
     }
     for form in FORMATS:
         layout = _layout(shape, form)
         old = make_old(shape, layout, device)
         count = probe.copies(old[0].nbytes, rotation)
-        copies = [([old[0].clone(), *old[1:]], list(layout)) for _ in range(count)]
+        copies = [Old([old[0].clone(), *old[1:]], list(layout)) for _ in range(count)]
         recent = make_rows(_recent(shape, layout), device)
         calls[form] = partial(_attend, [recent], copies, shape.scaling)
     return calls
@@ -92,12 +93,9 @@ def _recent(shape: RowsShape, layout: PageLayout) -> RowsShape:
     return replace(shape, slots=shape.slots - (shape.slots - RECENT) // layout.slots * layout.slots)
 
 
-def _attend(
-    recent: list[Rows], old: list[tuple[list[Tensor], list[int]]], scaling: float, number: int
-) -> Tensor:
-    tensors, layout = old[number % len(old)]
-    rows = recent[number % len(recent)]
-    return ops.decode_rows(*rows.operands, scaling, 0.0, False, old=tensors, layouts=layout)[0]
+def _attend(recent: list[Rows], old: list[Old], scaling: float, number: int) -> Tensor:
+    rows, parts = recent[number % len(recent)], old[number % len(old)]
+    return ops.decode_rows(rows.query_BN1D, rows.pages, Logits(scaling), False, parts)[0]
 
 
 def _check(shape: RowsShape, device: torch.device) -> str | None:
@@ -107,11 +105,11 @@ def _check(shape: RowsShape, device: torch.device) -> str | None:
     small = smaller(shape)
     for form in FORMATS:
         layout = _layout(small, form)
-        old = make_old(small, layout, device)
+        old = Old(make_old(small, layout, device), list(layout))
         rows = make_rows(_recent(small, layout), device)
-        given = _attend([rows], [(old, list(layout))], small.scaling, 0)
+        given = _attend([rows], [old], small.scaling, 0)
         reference = ops.implementation("decode_rows", "reference")
-        wanted = reference(*rows.operands, small.scaling, 0.0, False, old, list(layout))[0]
+        wanted = reference(rows.query_BN1D, rows.pages, Logits(small.scaling), False, old)[0]
         error = float((given - wanted).abs().max())
         if not error <= 2**-12 * 4:
             return f"{form}: output is {error:.2g} away from the reference"

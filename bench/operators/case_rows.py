@@ -15,6 +15,7 @@ from kvpress.bench.operators.rows import Rows, RowsShape, exact_attention, make_
 from torch import Tensor
 
 from kvpress import ops
+from kvpress.ops import Logits
 
 CHECKED = 16 << 20  # elements per pool in a check, which repeats the attention in float64
 
@@ -41,7 +42,8 @@ def copies_of(rows: Rows, shape: RowsShape, rotation: int) -> list[Rows]:
 
 def attend(copies: list[Rows], scaling: float, number: int) -> Tensor:
     """The output of `decode_rows` for the copy whose turn it is."""
-    return ops.decode_rows(*copies[number % len(copies)].operands, scaling, 0.0, False)[0]
+    rows = copies[number % len(copies)]
+    return ops.decode_rows(rows.query_BN1D, rows.pages, Logits(scaling), False)[0]
 
 
 def _prepare(
@@ -95,9 +97,9 @@ def _check(shape: RowsShape, device: torch.device) -> str | None:
     small = smaller(shape)
     rows = make_rows(small, device)
     exact = exact_attention(rows, small.scaling)
-    settings = (small.scaling, 0.0, False)
-    given = ops.decode_rows(*rows.operands, *settings)
-    plain = ops.implementation("decode_rows", "reference")(*rows.operands, *settings)
+    operands = (rows.query_BN1D, rows.pages, Logits(small.scaling), False)
+    given = ops.decode_rows(*operands)
+    plain = ops.implementation("decode_rows", "reference")(*operands)
     for name, one, other, right in zip(("out", "lse"), given, plain, exact, strict=False):
         wrong = difference(name, one, other, right)
         if wrong is not None:

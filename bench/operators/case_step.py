@@ -16,13 +16,15 @@ from kvpress.bench.operators.rows import SEED, Rows, RowsShape, exact_attention,
 from torch import Tensor
 
 from kvpress import ops
+from kvpress.formulas.merging import Merging
 from kvpress.formulas.noise import uniform
+from kvpress.ops import Bounds, Columns, Logits, Noise, Token, Turning
 
 RECENT = 0.3  # of the tokens seen are protected, as in Keyformer (arXiv 2403.09054)
 COLUMN_BYTES = 12  # per slot: position read, mass read and written
 STEPS = 3  # of a check; later ones read what earlier ones evicted
 LAYER = 2
-MERGING = (2.7, 0.3, 0.7, True, True, False, True, False, False)  # what the last operands name
+MERGING = Merging(own=2.7, memory=0.3, gain=0.7)
 
 
 def decode_step_case(shape: RowsShape, rotation: int) -> Case:
@@ -65,25 +67,29 @@ class Step:
     recent_B: Tensor
     threshold_B: Tensor
 
+    @property
+    def columns(self) -> Columns:
+        """Positions and masses, as operators take them."""
+        return Columns(self.position_PS, self.mass_PS)
+
+    @property
+    def bounds(self) -> Bounds:
+        """Which slots stay, as operators take it."""
+        return Bounds(self.seen_B, self.quota_R, self.recent_B, 0, "mass")
+
     def run(self, operator: Callable[..., Any], scaling: float, evict: bool = True) -> Tensor:
         """The next decode step of these rows."""
         # Part of what is timed, as it is part of a step: one addition per sequence.
         self.seen_B.add_(1)
         rows = self.rows
         out: Tensor = operator(
-            rows.query_BN1D,
-            self.key_BH1D,
-            self.value_BH1E,
-            rows.key_PDS,
-            rows.value_PSE,
-            self.position_PS,
-            self.mass_PS,
-            rows.table_RW,
-            rows.counts_R,
-            self.seen_B,
-            self.quota_R,
-            self.recent_B,
-            *(0, evict, "mass", "fresh", 1.0, SEED, LAYER, scaling, 0.0),
+            Token(rows.query_BN1D, self.key_BH1D, self.value_BH1E),
+            rows.pages,
+            self.columns,
+            self.bounds,
+            evict,
+            Noise("fresh", 1.0, SEED, LAYER),
+            Logits(scaling),
         )
         return out
 
@@ -91,11 +97,8 @@ class Step:
         """The same, but the slot that goes is merged into the one with the nearest key."""
         out = self.run(ops.decode_step, scaling, evict=False)
         rows = self.rows
-        pools = (rows.key_PDS, rows.value_PSE, self.position_PS, self.mass_PS)
-        bounds = (self.seen_B, self.quota_R, self.recent_B, 0)
-        turning = (None, False, 0, rows.key_PDS.shape[1])
-        books = (rows.table_RW, rows.counts_R, *bounds)
-        ops.absorb_step(*pools, *books, "mass", self.threshold_B, *turning, *MERGING)
+        held, width = (rows.pages, self.columns, self.bounds), rows.key_PDS.shape[1]
+        ops.absorb_step(*held, self.threshold_B, Turning(), width, MERGING)
         return out
 
     def copy(self) -> Step:

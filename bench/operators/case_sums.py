@@ -19,6 +19,8 @@ from torch import Tensor
 
 from kvpress import ops
 from kvpress.formulas.noise import exponential
+from kvpress.ops import Logits, Noise
+from kvpress.types import NoiseKind
 
 CHECKED = 700  # tokens of a check, which holds the whole matrix in float64; no multiple of a tile
 SEED, LAYER = 20, 2
@@ -32,7 +34,7 @@ class SumsShape:
     heads: int
     group: int
     width: int
-    noise: str
+    noise: NoiseKind
     window: int | None
 
     @property
@@ -111,7 +113,7 @@ def _operands(shape: SumsShape, device: torch.device) -> tuple[Tensor, Tensor, T
 
 def _settings(shape: SumsShape) -> tuple[Any, ...]:
     """What follows the tensors in a call of `attention_sums`."""
-    return shape.scaling, 0.0, shape.queries, shape.noise, 1.0, SEED, LAYER
+    return Logits(shape.scaling), shape.queries, Noise(shape.noise, 1.0, SEED, LAYER)
 
 
 def _prepare(shape: SumsShape, device: torch.device) -> dict[str, Call]:
@@ -141,8 +143,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Output and sums by `attend_sums` or its reference."""
     query, key, position = operands
-    settings = (shape.scaling, 0.0, shape.noise, 1.0, SEED, LAYER)
-    out, sums = operator(query, key, value, position, *settings)
+    noise = Noise(shape.noise, 1.0, SEED, LAYER)
+    out, sums = operator(query, key, value, position, Logits(shape.scaling), noise)
     return out, sums
 
 

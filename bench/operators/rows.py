@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpress.ops import Pages
+
 SEED = 20
 SPREAD = 16  # the longest ragged row may be this many times the shortest
 
@@ -93,13 +95,13 @@ class Rows:
     counts_R: Tensor
 
     @property
-    def operands(self) -> tuple[Tensor, ...]:
-        """In the order of `decode_rows`."""
-        return self.query_BN1D, self.key_PDS, self.value_PSE, self.table_RW, self.counts_R
+    def pages(self) -> Pages:
+        """The pools, the table and the counts, as operators take them."""
+        return Pages(self.key_PDS, self.value_PSE, self.table_RW, self.counts_R)
 
     def copy(self) -> Rows:
         """The same in fresh memory."""
-        return Rows(*(tensor.clone() for tensor in self.operands))
+        return Rows(*(tensor.clone() for tensor in (self.query_BN1D, *self.pages)))
 
 
 def make_rows(shape: RowsShape, device: torch.device, room: int = 0) -> Rows:

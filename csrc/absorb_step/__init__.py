@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
-SCHEMA = (
-    "absorb_step(Tensor(a!) key_PDS, Tensor(b!) value_PSE, Tensor(c!) position_PS,"
-    " Tensor(d!)? mass_PS, Tensor table_RW, Tensor(e!) counts_R, Tensor seen_B, Tensor quota_R,"
-    " Tensor recent_B, int sink, str rank, Tensor(f!) threshold_B, Tensor? frequency_F,"
-    " bool interleaved, int start, int width, float own, float memory, float gain, bool largest,"
-    " bool normalised, bool together, bool keys, bool sinks, bool counts) -> ()"
-)
+from torch import Tensor
+
+from kvpress.formulas.merging import Merging
+from kvpress.ops.operands import Bounds, Columns, Pages, Turning, schema
 
 
-def fake(*args: Any) -> None:
+class Operands(NamedTuple):
+    """What a layer stores and may keep, and how evicted slots are merged into kept ones.
+
+    threshold_B: fp32. width: the channels of keys that are compared and merged.
+    """
+
+    pages: Pages
+    columns: Columns
+    bounds: Bounds
+    threshold_B: Tensor
+    turning: Turning
+    width: int
+    merging: Merging
+
+
+WRITES = ("key_PDS", "value_PSE", "counts_R", "position_PS", "mass_PS", "threshold_B")
+SCHEMA = schema("absorb_step", Operands, "()", writes=WRITES)
+
+
+def fake(operands: Operands) -> None:
     """Nothing is returned."""

@@ -28,7 +28,7 @@ class Absorption {
   Loss find(int64_t r) const {
     const int64_t count = a_.counts[r], b = r / a_.heads;
     if (count <= a_.bounds.quota[r]) return {-1, -1, 0};
-    Victim victim(a_.rank, a_.bounds.seen[b], a_.bounds.sink, a_.bounds.recent[b]);
+    Victim victim(a_.bounds, b);
     alignas(64) int32_t position[kTile];
     alignas(64) float mass[kTile] = {};
     slots_.each_tile(r, count, [&](int64_t s, int64_t slots, const Place& place) {
@@ -158,7 +158,7 @@ class Absorption {
 
   // Pairs of channels lie side by side where they are interleaved, otherwise in two halves.
   void turn(float* key, float by) const {
-    const Rotation& rotation = a_.rotation;
+    const Turning& rotation = a_.turning;
     const bool beside = rotation.interleaved;
     for (int64_t f = 0; f < rotation.pairs; f++) {
       float& x = key[rotation.start + (beside ? 2 * f : f)];

@@ -2,191 +2,158 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, get_args
+
 import torch
-from kvpress.csrc.decode_rows.reference import pages_of
-from kvpress.csrc.decode_step import RANKS
+from kvpress.csrc.absorb_step import WRITES, Operands
+from kvpress.csrc.decode_step.reference import (
+    check_layer,
+    check_rank,
+    drop,
+    held_slots,
+    of_layer,
+    victims,
+)
+from kvpress.csrc.match_keys import Operands as MatchKeys
 from kvpress.csrc.match_keys.reference import match_keys
 from torch import Tensor
 
 from kvpress.formulas import merging
-from kvpress.formulas.merging import Merging
-from kvpress.formulas.ranking import drop_one, protect, ranking
+from kvpress.formulas.merging import KeyMerge, Merging
 from kvpress.formulas.rotation import Rotation
 from kvpress.ops import shapes
-from kvpress.types import EMPTY
+
+KEY_MERGES = get_args(KeyMerge)
 
 
-def absorb_step(
-    key_PDS: Tensor,
-    value_PSE: Tensor,
-    position_PS: Tensor,
-    mass_PS: Tensor | None,
-    table_RW: Tensor,
-    counts_R: Tensor,
-    seen_B: Tensor,
-    quota_R: Tensor,
-    recent_B: Tensor,
-    sink: int,
-    rank: str,
-    threshold_B: Tensor,
-    frequency_F: Tensor | None,
-    interleaved: bool,
-    start: int,
-    width: int,
-    own: float,
-    memory: float,
-    gain: float,
-    largest: bool,
-    normalised: bool,
-    together: bool,
-    keys: bool,
-    sinks: bool,
-    counts: bool,
-) -> None:
+class Merge(NamedTuple):
+    """One eviction per row: what goes, what it is merged into, and whether it is."""
+
+    victim_BH1: Tensor
+    target_BH1: Tensor
+    similarity_BH1: Tensor
+    merged_BH1: Tensor
+    key_BHSD: Tensor  # of all slots
+    value_BHSE: Tensor
+    by_BH1: Tensor  # how much later the target is
+
+
+def absorb_step(operands: Operands) -> None:
     """Evicts one slot of every row above its quota and merges it; see README.md for the rule.
 
-    width: the channels of keys that are compared and merged. Raises OperatorError.
+    Raises OperatorError.
     """
-    pools, books = (key_PDS, value_PSE, position_PS, mass_PS), (table_RW, counts_R)
-    check(*pools, *books, seen_B, quota_R, recent_B, threshold_B, frequency_F)
-    check_choices(key_PDS, mass_PS, frequency_F, rank, start, width, keys, counts)
-    check_rule(own, memory, gain)
-    shapes.ages("absorb_step", seen_B, recent_B, sink, 0)
-    if not table_RW.shape[1] or not len(key_PDS):
+    check(operands)
+    pages, columns, bounds, threshold_B, _, width, rule = operands
+    if not pages.table_RW.shape[1] or not len(pages.key_PDS):
         return  # no row has a slot
-    rule = Merging(own, memory, gain, largest, normalised, together)
-    batch, page_slots = len(seen_B), key_PDS.shape[2]
-    row_R = torch.arange(len(counts_R), device=counts_R.device)
-    slot_S = torch.arange(table_RW.shape[1] * page_slots, device=counts_R.device)
-    held_BHS = (slot_S < counts_R[:, None]).view(batch, -1, len(slot_S))
-    page_RW = pages_of(table_RW, counts_R, page_slots).view(table_RW.shape)
-    address_RS = page_RW.repeat_interleave(page_slots, 1) * page_slots + slot_S % page_slots
-    position_RS = position_PS.flatten()[address_RS].long()
-    position_BHS = position_RS.view(held_BHS.shape).masked_fill(~held_BHS, EMPTY)
-    mass_BHS = None if mass_PS is None else mass_PS.flatten()[address_RS].view(held_BHS.shape)
-
-    guarded_BHS = protect(position_BHS, seen_B, sink, recent_B)
-    open_BHS = ~guarded_BHS & held_BHS
-    score_BHS = ranking(rank, position_BHS, mass_BHS, seen_B)
-    victim_BH1 = drop_one(score_BHS, position_BHS, guarded_BHS)[..., None]
-    goes_BH1 = ((counts_R > quota_R).view(batch, -1) & open_BHS.any(-1))[..., None]
-
-    key_BHSD = key_PDS.mT.flatten(0, 1)[address_RS].unflatten(0, held_BHS.shape[:2])
-    others_BHS = held_BHS & (slot_S != victim_BH1)
-    if not sinks:
-        others_BHS &= position_BHS >= sink
+    batch = len(bounds.seen_B)
+    held = held_slots(pages, columns, batch)
+    victim_BH, open_BH = victims(held, columns, bounds)
+    goes_BH = (pages.counts_R > bounds.quota_R).view(batch, -1) & open_BH
+    key_BHSD, value_BHSE = (
+        pool_PSX.flatten(0, 1)[held.address_RS].view(*held.position_BHS.shape, -1)
+        for pool_PSX in (pages.key_PDS.mT, pages.value_PSE)
+    )
+    victim_BH1 = victim_BH[..., None]
+    others_BHS = held.held_BHS.scatter(2, victim_BH1, False)
+    if not rule.sinks:
+        others_BHS &= held.position_BHS >= bounds.sink
     lost_BH1D = _take(key_BHSD, victim_BH1)
-    u_BH1, target_BH1 = match_keys(lost_BH1D[..., :width], key_BHSD[..., :width], others_BHS)
-    real_BH1 = goes_BH1 & (target_BH1 >= 0)
+    near = MatchKeys(lost_BH1D[..., :width], key_BHSD[..., :width], others_BHS)
+    u_BH1, target_BH1 = match_keys(near)
+    real_BH1 = goes_BH[..., None] & (target_BH1 >= 0)
     target_BH1 = target_BH1.clamp_min(0)
     threshold_B.copy_(merging.next_threshold(rule, threshold_B, u_BH1, real_BH1))
     merged_BH1 = merging.merged(rule, threshold_B, u_BH1, real_BH1)
+    position_BHS = held.position_BHS
+    by_BH1 = position_BHS.gather(2, target_BH1) - position_BHS.gather(2, victim_BH1)
+    merge = Merge(victim_BH1, target_BH1, u_BH1, merged_BH1, key_BHSD, value_BHSE, by_BH1)
+    _write(operands, held.address_RS, merge)
+    drop(pages, columns, held, victim_BH, goes_BH.flatten())
 
-    nearest_BH1D = _take(key_BHSD, target_BH1)
-    first_BH1 = torch.zeros_like(target_BH1)  # of one kept slot per row
-    parts = merging.shares(rule, u_BH1, first_BH1, merged_BH1, 1)
-    own_key, lost_key = nearest_BH1D[..., :width], lost_BH1D[..., :width]
-    if frequency_F is not None:
-        by_BH1 = position_BHS.gather(2, target_BH1) - position_BHS.gather(2, victim_BH1)
-        lost_key = Rotation(frequency_F, interleaved, start).turn(lost_key, by_BH1)
-    if keys:
+
+def _write(operands: Operands, address_RS: Tensor, merge: Merge) -> None:
+    """Writes the merged keys and values of the rows that merge."""
+    pages, into_R = operands.pages, merge.merged_BH1.flatten()
+    key_RD, value_RE = (x.flatten(0, 2)[into_R] for x in merged(operands, merge))
+    address_R = address_RS.gather(1, merge.target_BH1.flatten()[:, None])[into_R, 0]
+    page_slots = pages.key_PDS.shape[2]
+    page_R, offset_R = address_R // page_slots, address_R % page_slots
+    pages.key_PDS[page_R, :, offset_R] = key_RD
+    pages.value_PSE[page_R, offset_R] = value_RE
+
+
+def merged(operands: Operands, merge: Merge) -> tuple[Tensor, Tensor]:
+    """The key and the value of every row's target with those of its victim in them."""
+    rule, turning, width = operands.merging, operands.turning, operands.width
+    first_BH1 = torch.zeros_like(merge.target_BH1)  # of one kept slot per row
+    parts = merging.shares(rule, merge.similarity_BH1, first_BH1, merge.merged_BH1, 1)
+    kept_BH1D, lost_BH1D = (
+        _take(merge.key_BHSD, slot_BH1) for slot_BH1 in (merge.target_BH1, merge.victim_BH1)
+    )
+    own_key, extra = kept_BH1D[..., :width], kept_BH1D[..., width:]
+    lost_key = lost_BH1D[..., :width]
+    if turning.frequency_F is not None:
+        rotation = Rotation(turning.frequency_F, turning.interleaved, turning.start)
+        lost_key = rotation.turn(lost_key, merge.by_BH1)
+    if rule.keys != "values_only":
         own_key = parts.add(own_key, lost_key)
-    extra = nearest_BH1D[..., width:]
-    if counts:
-        biases = (nearest_BH1D[..., -1], lost_BH1D[..., -1])
+    if rule.counts:
+        biases = (kept_BH1D[..., -1], lost_BH1D[..., -1])
         extra = extra.clone()
-        extra[..., -1] = merging.add_counts(*biases, first_BH1, merged_BH1)
-
-    def place(slot_R: Tensor) -> tuple[Tensor, Tensor]:
-        return page_RW[row_R, slot_R // page_slots], slot_R % page_slots
-
-    page_R, offset_R = place(target_BH1.flatten())
-    lost_page_R, lost_offset_R = place(victim_BH1.flatten())
-    own_value = value_PSE[page_R, offset_R].view(batch, -1, 1, value_PSE.shape[2])
-    lost_value = value_PSE[lost_page_R, lost_offset_R].view_as(own_value)
-    into_R = merged_BH1.flatten()
-    new_key_RD = torch.cat([own_key, extra], dim=-1).flatten(0, 2)
-    new_value_RE = parts.add(own_value, lost_value).flatten(0, 2)
-    key_PDS[page_R[into_R], :, offset_R[into_R]] = new_key_RD[into_R]
-    value_PSE[page_R[into_R], offset_R[into_R]] = new_value_RE[into_R]
-
-    moves_R = goes_BH1.flatten()
-    from_page_R, from_offset_R = place((counts_R - 1).clamp_min(0))
-    to = (lost_page_R[moves_R], lost_offset_R[moves_R])
-    source = (from_page_R[moves_R], from_offset_R[moves_R])
-    for pool in (value_PSE, position_PS, mass_PS):
-        if pool is not None:
-            pool[to] = pool[source]
-    key_PDS[to[0], :, to[1]] = key_PDS[source[0], :, source[1]]
-    counts_R -= moves_R.to(counts_R.dtype)
+        extra[..., -1] = merging.add_counts(*biases, first_BH1, merge.merged_BH1)
+    own_value, lost_value = (
+        _take(merge.value_BHSE, slot_BH1) for slot_BH1 in (merge.target_BH1, merge.victim_BH1)
+    )
+    return torch.cat([own_key, extra], dim=-1), parts.add(own_value, lost_value)
 
 
-def _take(key_BHSD: Tensor, slot_BH1: Tensor) -> Tensor:
-    index = slot_BH1[..., None].expand(*slot_BH1.shape, key_BHSD.shape[-1])
-    return key_BHSD.gather(2, index)
+def _take(x_BHSD: Tensor, slot_BH1: Tensor) -> Tensor:
+    index = slot_BH1[..., None].expand(*slot_BH1.shape, x_BHSD.shape[-1])
+    return x_BHSD.gather(2, index)
 
 
-def check(
-    key_PDS: Tensor,
-    value_PSE: Tensor,
-    position_PS: Tensor,
-    mass_PS: Tensor | None,
-    table_RW: Tensor,
-    counts_R: Tensor,
-    seen_B: Tensor,
-    quota_R: Tensor,
-    recent_B: Tensor,
-    threshold_B: Tensor,
-    frequency_F: Tensor | None,
-) -> None:
-    """Raises OperatorError for tensors that do not fit together."""
+def check(operands: Operands) -> None:
+    """Raises OperatorError for operands that do not fit together."""
     op = "absorb_step"
-    pools = {"key_PDS": key_PDS, "value_PSE": value_PSE}
-    words = {"position_PS": position_PS, "table_RW": table_RW}
-    longs = {"counts_R": counts_R, "seen_B": seen_B, "quota_R": quota_R, "recent_B": recent_B}
+    pages, columns, bounds, threshold_B, turning, _, rule = operands
     floats = {"threshold_B": threshold_B}
-    floats |= {} if mass_PS is None else {"mass_PS": mass_PS}
-    floats |= {} if frequency_F is None else {"frequency_F": frequency_F}
-    lengths = shapes.bind(op, {**pools, **words, **longs, **floats})
-    shapes.floating(op, pools)
-    shapes.of_dtype(op, key_PDS.dtype, pools)
-    shapes.of_dtype(op, torch.int32, words)
-    shapes.of_dtype(op, torch.int64, longs)
+    floats |= {} if turning.frequency_F is None else {"frequency_F": turning.frequency_F}
+    tensors = {**of_layer(pages, columns, bounds), **floats}
+    lengths = shapes.bind(op, tensors)
+    check_layer(op, pages, columns, bounds)
     shapes.of_dtype(op, torch.float32, floats)
     if not lengths["B"] or lengths["R"] % lengths["B"]:
         shapes.refuse(op, f"table_RW has {lengths['R']} rows for {lengths['B']} sequences")
-    shapes.paged(op, {**lengths, "N": lengths["R"] // lengths["B"]}, table_RW, counts_R)
-    written = {*pools, *floats, "position_PS", "counts_R"} - {"frequency_F"}
-    shapes.apart(op, {**pools, **words, **longs, **floats}, written)
+    heads = lengths["R"] // lengths["B"]
+    shapes.paged(op, {**lengths, "N": heads}, pages.table_RW, pages.counts_R)
+    shapes.apart(op, tensors, WRITES)
+    check_rank(op, bounds, columns.mass_PS is None)
+    _check_channels(op, operands)
+    check_rule(op, rule)
+    shapes.ages(op, bounds.seen_B, bounds.recent_B, bounds.sink, 0)
 
 
-def check_rule(*numbers: float) -> None:
-    """Raises OperatorError for a rule of merging that is no number."""
+def check_rule(op: str, rule: Merging) -> None:
+    """Raises OperatorError for a rule of merging that is none."""
+    numbers = (rule.own, *rule.motion)
     if not all(abs(x) <= shapes.MOST for x in numbers):
         given = ", ".join(map(str, numbers))
-        shapes.refuse("absorb_step", f"own, memory, gain are {given}; −1e6 to 1e6 are allowed")
+        shapes.refuse(op, f"own, memory, gain are {given}; −1e6 to 1e6 are allowed")
+    if rule.keys not in KEY_MERGES:
+        shapes.refuse(op, f"keys={rule.keys!r} is unknown; allowed: {', '.join(KEY_MERGES)}")
 
 
-def check_choices(
-    key_PDS: Tensor,
-    mass_PS: Tensor | None,
-    frequency_F: Tensor | None,
-    rank: str,
-    start: int,
-    width: int,
-    keys: bool,
-    counts: bool,
-) -> None:
-    """Raises OperatorError for options outside their range."""
-    op, stored = "absorb_step", key_PDS.shape[1]
-    if rank not in RANKS:
-        shapes.refuse(op, f"rank={rank!r} is unknown; allowed: {', '.join(RANKS)}")
-    if mass_PS is None and rank != "position":
-        shapes.refuse(op, f"rank={rank!r} needs mass_PS")
-    if not 1 <= width <= stored - counts:
-        shapes.refuse(op, f"width is {width}; keys have {stored} channels, {int(counts)} of counts")
+def _check_channels(op: str, operands: Operands) -> None:
+    """Raises OperatorError for channels that keys do not have."""
+    (frequency_F, _, start), width, rule = operands.turning, operands.width, operands.merging
+    stored = operands.pages.key_PDS.shape[1]
+    if not 1 <= width <= stored - rule.counts:
+        counts = int(rule.counts)
+        shapes.refuse(op, f"width is {width}; keys have {stored} channels, {counts} of counts")
     pairs = 0 if frequency_F is None else len(frequency_F)
     if start < 0 or start + 2 * pairs > width:
         shapes.refuse(op, f"{pairs} pairs of channels from {start} on do not fit into {width}")
-    if pairs and not keys:
+    if pairs and rule.keys == "values_only":
         shapes.refuse(op, "frequency_F is given, but keys are not merged")

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import torch
+from kvpress.csrc.attend_blocks import Operands
 from torch import Tensor
 
 from kvpress.formulas.block_map import QUERIES, SLOTS, Blocks, from_map
 from kvpress.ops import shapes
 
 
-def attend_blocks(
-    query_BNPD: Tensor, key_BHSD: Tensor, value_BHSE: Tensor, map_BNX: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
+def attend_blocks(operands: Operands) -> tuple[Tensor, Tensor]:
     """Attention `[B, N, P, E]` of the last P slots' queries over the blocks of a map, and its LSE.
 
     LSE: the natural logarithm of the sum of the exponentials of the logits, fp32 `[B, N, P]`.
     Values of no channels give the LSE alone. Raises OperatorError.
     """
-    check(query_BNPD, key_BHSD, value_BHSE, map_BNX, scaling)
+    query_BNPD, key_BHSD, value_BHSE, map_BNX, scaling = operands
+    check(operands)
     queries, slots = query_BNPD.shape[2], key_BHSD.shape[2]
     blocks = Blocks(queries, slots)
     computed_BNIJ = from_map(map_BNX, blocks)
@@ -25,14 +25,14 @@ def attend_blocks(
     outputs, normalisers = [], []
     for row in range(blocks.rows):
         own, seen = slice(row * QUERIES, (row + 1) * QUERIES), blocks.end(row) * SLOTS
-        query_BHGpD = query_BNPD[:, :, own].float().unflatten(1, (heads, -1))
+        query_BHGpD = torch.unflatten(query_BNPD[:, :, own].float(), 1, (heads, -1))
         key_BH1sD, value_BH1sE = (x[:, :, None, :seen].float() for x in (key_BHSD, value_BHSE))
         computed_BNs = computed_BNIJ[:, :, row, : blocks.end(row)].repeat_interleave(SLOTS, -1)
         last_p = torch.arange(queries, device=query_BNPD.device)[own] + slots - queries
         slot_s = torch.arange(key_BH1sD.shape[3], device=last_p.device)
         visible_BNps = computed_BNs[:, :, None, : len(slot_s)] & (slot_s <= last_p[:, None])
         logits_BHGps = query_BHGpD @ key_BH1sD.mT * scaling
-        logits_BHGps.masked_fill_(~visible_BNps.unflatten(1, (heads, -1)), -torch.inf)
+        logits_BHGps.masked_fill_(~torch.unflatten(visible_BNps, 1, (heads, -1)), -torch.inf)
         lse_BHGp = logits_BHGps.logsumexp(-1)
         weights_BHGps = (logits_BHGps - lse_BHGp[..., None]).exp().nan_to_num(0.0)
         outputs.append((weights_BHGps @ value_BH1sE).flatten(1, 2).to(query_BNPD.dtype))
@@ -40,11 +40,10 @@ def attend_blocks(
     return torch.cat(outputs, dim=2), torch.cat(normalisers, dim=2)
 
 
-def check(
-    query_BNPD: Tensor, key_BHSD: Tensor, value_BHSE: Tensor, map_BNX: Tensor, scaling: float
-) -> None:
+def check(operands: Operands) -> None:
     """Raises OperatorError for operands that do not fit together."""
     op = "attend_blocks"
+    query_BNPD, key_BHSD, value_BHSE, map_BNX, scaling = operands
     floats = {"query_BNPD": query_BNPD, "key_BHSD": key_BHSD, "value_BHSE": value_BHSE}
     lengths = shapes.bind(op, {**floats, "map_BNX": map_BNX})
     shapes.floating(op, floats)

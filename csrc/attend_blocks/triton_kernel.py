@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from kvpress.csrc.attend_blocks import Operands
 from kvpress.csrc.attend_blocks.reference import check
 from kvpress.csrc.attend_blocks.triton_device import attend_kernel
 from kvpress.csrc.triton_common import FUSED, by_architecture, device_of, wide
@@ -34,11 +35,10 @@ LAUNCH = {
 }
 
 
-def attend_blocks(
-    query_BNPD: Tensor, key_BHSD: Tensor, value_BHSE: Tensor, map_BNX: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
+def attend_blocks(operands: Operands) -> tuple[Tensor, Tensor]:
     """The same as the reference. Raises OperatorError."""
-    check(query_BNPD, key_BHSD, value_BHSE, map_BNX, scaling)
+    query_BNPD, key_BHSD, value_BHSE, map_BNX, scaling = operands
+    check(operands)
     query, key, value = (
         x if x.stride(3) == 1 or x.shape[3] < 2 else x.contiguous()
         for x in (query_BNPD, key_BHSD, value_BHSE)

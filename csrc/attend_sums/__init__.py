@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
-SCHEMA = (
-    "attend_sums(Tensor query_BNPD, Tensor key_BHSD, Tensor value_BHSE, Tensor position_BHS,"
-    " float scaling, float softcap, str noise, float tau, int seed, int layer,"
-    " Tensor? map_BNX=None) -> (Tensor out_BNPE, Tensor sums_BNS)"
-)
+from kvpress.ops.operands import Logits, Noise, schema
 
 
-def fake(
-    query_BNPD: Tensor, key_BHSD: Tensor, value_BHSE: Tensor, *args: Any
-) -> tuple[Tensor, Tensor]:
+class Operands(NamedTuple):
+    """A whole prompt: as many queries as slots. map_BNX: the blocks that are attended to."""
+
+    query_BNPD: Tensor
+    key_BHSD: Tensor
+    value_BHSE: Tensor
+    position_BHS: Tensor
+    logits: Logits
+    noise: Noise
+    map_BNX: Tensor | None = None
+
+
+SCHEMA = schema("attend_sums", Operands, "(Tensor out_BNPE, Tensor sums_BNS)")
+
+
+def fake(operands: Operands) -> tuple[Tensor, Tensor]:
     """Empty results of the right shapes and dtypes."""
+    query_BNPD, key_BHSD, value_BHSE = operands[:3]
     out_BNPE = query_BNPD.new_empty(*query_BNPD.shape[:3], value_BHSE.shape[3])
     sums_BNS = key_BHSD.new_empty(*query_BNPD.shape[:2], key_BHSD.shape[2]).float()
     return out_BNPE, sums_BNS

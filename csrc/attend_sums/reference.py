@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from kvpress.csrc.attend_blocks import Operands as AttendBlocks
 from kvpress.csrc.attend_blocks.reference import attend_blocks
+from kvpress.csrc.attend_sums import Operands
+from kvpress.csrc.attention_sums import Operands as AttentionSums
 from kvpress.csrc.attention_sums import reference as sums
 from torch import Tensor
 
@@ -10,55 +15,44 @@ from kvpress.formulas.attention import prompt_attention
 from kvpress.ops import shapes
 
 
-def attend_sums(
-    query_BNPD: Tensor,
-    key_BHSD: Tensor,
-    value_BHSE: Tensor,
-    position_BHS: Tensor,
-    scaling: float,
-    softcap: float,
-    noise: str,
-    tau: float,
-    seed: int,
-    layer: int,
-    map_BNX: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def attend_sums(operands: Operands) -> tuple[Tensor, Tensor]:
     """Causal attention of a whole prompt, `[B, N, P, E]`, and what each slot received of it.
 
     The sums, fp32 `[B, N, S]`, are those of `attention_sums` over all queries. Every slot holds a
     token, so that P = S. Both are of the blocks of the map, where there is one. Raises
     OperatorError.
     """
-    choices = (scaling, softcap, noise, tau, map_BNX)
-    check(query_BNPD, key_BHSD, value_BHSE, position_BHS, *choices)
-    queries = query_BNPD.shape[2]
+    check(operands)
+    return attend(operands, attend_blocks), sums.attention_sums(of_sums(operands))
+
+
+def attend(
+    operands: Operands, attend_mapped: Callable[[AttendBlocks], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """The attention alone: of everything, or of the blocks of the map."""
+    query_BNPD, key_BHSD, value_BHSE, _, logits, _, map_BNX = operands
     if map_BNX is None:
-        out_BNPE = prompt_attention(query_BNPD, key_BHSD, value_BHSE, None, scaling, softcap)
-    else:
-        out_BNPE, _ = attend_blocks(query_BNPD, key_BHSD, value_BHSE, map_BNX, scaling)
-    numbers = (scaling, softcap, queries, noise, tau, seed, layer)
-    return out_BNPE, sums.attention_sums(query_BNPD, key_BHSD, position_BHS, *numbers, map_BNX)
+        return prompt_attention(query_BNPD, key_BHSD, value_BHSE, None, *logits)
+    return attend_mapped(AttendBlocks(query_BNPD, key_BHSD, value_BHSE, map_BNX, logits.scaling))[0]
 
 
-def check(
-    query_BNPD: Tensor,
-    key_BHSD: Tensor,
-    value_BHSE: Tensor,
-    position_BHS: Tensor,
-    scaling: float,
-    softcap: float,
-    noise: str,
-    tau: float,
-    map_BNX: Tensor | None = None,
-) -> None:
+def of_sums(operands: Operands) -> AttentionSums:
+    """The operands of `attention_sums` over all queries."""
+    query_BNPD, key_BHSD, _, position_BHS, logits, noise, map_BNX = operands
+    queries = query_BNPD.shape[2]
+    return AttentionSums(query_BNPD, key_BHSD, position_BHS, logits, queries, noise, map_BNX)
+
+
+def check(operands: Operands) -> None:
     """Raises OperatorError for operands that do not fit together."""
     op = "attend_sums"
-    named = {"query_BNPD": query_BNPD, "key_BHSD": key_BHSD, "value_BHSE": value_BHSE}
-    lengths = shapes.bind(op, {**named, "position_BHS": position_BHS})
+    named = {name: getattr(operands, name) for name in ("query_BNPD", "key_BHSD", "value_BHSE")}
+    lengths = shapes.bind(op, {**named, "position_BHS": operands.position_BHS})
     shapes.floating(op, named)
     for name, tensor in named.items():
-        if tensor.dtype != query_BNPD.dtype:
-            shapes.refuse(op, f"{name} is {tensor.dtype}; it must be {query_BNPD.dtype}")
+        if tensor.dtype != operands.query_BNPD.dtype:
+            wanted = operands.query_BNPD.dtype
+            shapes.refuse(op, f"{name} is {tensor.dtype}; it must be {wanted}")
     shapes.at_least_one(op, lengths, "E")
     shapes.at_most(op, lengths, "E", shapes.MOST_WIDTH)
     if lengths["P"] != lengths["S"]:
@@ -67,5 +61,4 @@ def check(
             f"{lengths['P']} queries for {lengths['S']} slots; a whole prompt has as many of both."
             " Use attention_sums for a chunk",
         )
-    choices = (scaling, softcap, lengths["P"], noise, tau, map_BNX)
-    sums.check(query_BNPD, key_BHSD, position_BHS, *choices, holes=False)
+    sums.check(of_sums(operands), holes=False)

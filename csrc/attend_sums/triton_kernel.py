@@ -7,32 +7,13 @@ keep the exponentials of all slots until the normalisers are known.
 from __future__ import annotations
 
 from kvpress.csrc.attend_blocks.triton_kernel import attend_blocks
-from kvpress.csrc.attend_sums.reference import check
+from kvpress.csrc.attend_sums import Operands
+from kvpress.csrc.attend_sums.reference import attend, check, of_sums
 from kvpress.csrc.attention_sums.triton_kernel import attention_sums
 from torch import Tensor
 
-from kvpress.formulas.attention import prompt_attention
 
-
-def attend_sums(
-    query_BNPD: Tensor,
-    key_BHSD: Tensor,
-    value_BHSE: Tensor,
-    position_BHS: Tensor,
-    scaling: float,
-    softcap: float,
-    noise: str,
-    tau: float,
-    seed: int,
-    layer: int,
-    map_BNX: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def attend_sums(operands: Operands) -> tuple[Tensor, Tensor]:
     """The same as the reference. Raises OperatorError."""
-    choices = (scaling, softcap, noise, tau, map_BNX)
-    check(query_BNPD, key_BHSD, value_BHSE, position_BHS, *choices)
-    if map_BNX is None:
-        out_BNPE = prompt_attention(query_BNPD, key_BHSD, value_BHSE, None, scaling, softcap)
-    else:
-        out_BNPE, _ = attend_blocks(query_BNPD, key_BHSD, value_BHSE, map_BNX, scaling)
-    numbers = (scaling, softcap, query_BNPD.shape[2], noise, tau, seed, layer)
-    return out_BNPE, attention_sums(query_BNPD, key_BHSD, position_BHS, *numbers, map_BNX)
+    check(operands)
+    return attend(operands, attend_blocks), attention_sums(of_sums(operands))

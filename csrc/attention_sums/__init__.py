@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-SCHEMA = (
-    "attention_sums(Tensor query_BNPD, Tensor key_BHSD, Tensor position_BHS, float scaling, float"
-    " softcap, int window, str noise, float tau, int seed, int layer, Tensor? map_BNX=None)"
-    " -> Tensor sums_BNS"
-)
+from kvpress.ops.operands import Logits, Noise, schema
 
 
-def fake(query_BNPD: Tensor, key_BHSD: Tensor, *args: Any) -> Tensor:
+class Operands(NamedTuple):
+    """The P queries belong to the last P of S slots, in order; the last `window` are summed.
+
+    position_BHS: int64, EMPTY where there is no token. map_BNX: the blocks that are attended to.
+    """
+
+    query_BNPD: Tensor
+    key_BHSD: Tensor
+    position_BHS: Tensor
+    logits: Logits
+    window: int
+    noise: Noise
+    map_BNX: Tensor | None = None
+
+
+SCHEMA = schema("attention_sums", Operands, "Tensor sums_BNS")
+
+
+def fake(operands: Operands) -> Tensor:
     """An empty result of the right shape and dtype."""
+    query_BNPD, key_BHSD = operands[:2]
     shape = (*query_BNPD.shape[:2], key_BHSD.shape[2])
     return key_BHSD.new_empty(shape, dtype=torch.float32)

@@ -18,8 +18,8 @@ Tensor attention_sums(Tensor query, Tensor key, Tensor position, double scaling,
   if (window < 0) refuse(op, "window is ", window, "; it must not be negative");
   const Strided queries(op, query, "query_BNPD"), keys(op, key, "key_BHSD");
   Tensor sums = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['S']}, ScalarType::Float);
-  AttentionSums a = sums_of(op, shapes, queries, keys, positions, sums, scaling, softcap,
-                            observation_of(op, noise, tau, seed, layer));
+  AttentionSums a =
+      sums_of(op, shapes, queries, keys, positions, sums, scaling, softcap, noise_of(op, noise, tau, seed, layer));
   a.window = window;
   a.map = map_of(op, shapes, map, softcap);
   kernels().attention_sums(a, threads());

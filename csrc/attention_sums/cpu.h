@@ -190,24 +190,24 @@ class RowSums {
     return some.out[(channel / kPanel * some.count + i) * kPanel + channel % kPanel];
   }
 
-  bool plain() const { return a_.observation.noise == Noise::kNone && a_.observation.tau == 1.0; }
+  bool plain() const { return a_.noise.kind == NoiseKind::kNone && a_.noise.tau == 1.0; }
   // exp(x + ζ) = exp(x) / E
-  bool divides() const { return a_.observation.noise != Noise::kNone && a_.observation.tau == 1.0; }
+  bool divides() const { return a_.noise.kind != NoiseKind::kNone && a_.noise.tau == 1.0; }
 
   // Turns query i's logits of block k into exponentials, with noise and temperature.
   void weigh(Queries& some, int64_t i, int64_t k, int64_t slots) const {
-    const Observation& o = a_.observation;
+    const Noise& o = a_.noise;
     float* x = some.weights + i * padded_ + k * kKeyBlock;
     alignas(64) float noise[kKeyBlock];
-    if (o.noise != Noise::kNone) {
-      const int64_t query = o.noise == Noise::kFresh ? position_[a_.slots - a_.queries + some.q + i] : -1;
+    if (o.kind != NoiseKind::kNone) {
+      const int64_t query = o.kind == NoiseKind::kFresh ? position_[a_.slots - a_.queries + some.q + i] : -1;
       draw_exponential(noise_row(o.seed, o.layer, h_ * a_.group + some.g, query), position_ + k * kKeyBlock, slots,
                        noise);
     }
     float& reference = some.reference[i * some.blocks + k];
     const bool attended = some.out && (plain() || divides());  // then they are exponentials already
     if (!attended) {
-      if (o.tau != 1.0) cool(x, slots, o.noise != Noise::kNone ? noise : nullptr);
+      if (o.tau != 1.0) cool(x, slots, o.kind != NoiseKind::kNone ? noise : nullptr);
       const float top = std::max(some.largest[i], largest_of(x, slots));
       rescale(some, i, top);
       const float sum = exponentials(x, slots, top, x);
@@ -226,7 +226,7 @@ class RowSums {
   }
 
   void cool(float* x, int64_t slots, const float* noise) const {
-    const float coldness = float(1.0 / a_.observation.tau);
+    const float coldness = float(1.0 / a_.noise.tau);
     for (int64_t s = 0; s < slots; s += kWidth)
       store(x + s, (noise ? load(x + s) - log(load(noise + s)) : load(x + s)) * coldness);
   }

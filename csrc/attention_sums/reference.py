@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from kvpress.csrc.attention_sums import Operands
 from kvpress.csrc.decode_step.reference import check_noise
 from torch import Tensor
 
 from kvpress.formulas.block_map import QUERIES, SLOTS, Blocks, from_map
 from kvpress.formulas.noise import NO_QUERY, exponential
 from kvpress.ops import shapes
+from kvpress.ops.operands import Logits, Noise
 from kvpress.types import EMPTY
 
 BLOCK_ELEMENTS = 1 << 20  # logits per block: 4 MiB in fp32, which stays near the cores
 
 
-def attention_sums(
-    query_BNPD: Tensor,
-    key_BHSD: Tensor,
-    position_BHS: Tensor,
-    scaling: float,
-    softcap: float,
-    window: int,
-    noise: str,
-    tau: float,
-    seed: int,
-    layer: int,
-    map_BNX: Tensor | None = None,
-) -> Tensor:
+class Prompt(NamedTuple):
+    """What blocks of queries share: fp32, whatever the model computes in."""
+
+    query_BHGPD: Tensor  # times the scaling
+    key_BHSD: Tensor
+    position_BHS: Tensor
+    head_HG11: Tensor
+    empty_BH11S: Tensor | None  # slots without a token; None: there are none
+    computed_BNIJ: Tensor | None  # blocks that are attended to; None: all of them
+
+    @property
+    def hides(self) -> bool:
+        """Whether a query may see no slot at all."""
+        return self.empty_BH11S is not None or self.computed_BNIJ is not None
+
+
+def attention_sums(operands: Operands) -> Tensor:
     """Attention that each slot receives from the last `window` queries: fp32 `[B, N, S]`.
 
     The P queries belong to the last P slots, in order; query i sees
@@ -34,73 +42,90 @@ def attention_sums(
     one; it adds nothing where it sees none. See README.md for the formulas of the three kinds of
     noise. Raises OperatorError.
     """
-    check(query_BNPD, key_BHSD, position_BHS, scaling, softcap, window, noise, tau, map_BNX)
-    batch, query_heads, queries, width = query_BNPD.shape
-    heads, slots = key_BHSD.shape[1:3]
-    group = query_heads // heads
-    key_BHSD = key_BHSD.float()  # scores are fp32 whatever the model computes in
-    query_BHGPD = query_BNPD.float().reshape(batch, heads, group, queries, width)
-    head_HG11 = torch.arange(query_heads, device=query_BNPD.device).view(heads, group, 1, 1)
-    position_BHS = position_BHS.clamp_min(EMPTY)
-    key_position_BH11S = position_BHS[:, :, None, None]
-    empty_BH11S = key_position_BH11S < 0
-    any_empty = bool(empty_BH11S.any())
-    sums_BHGS = torch.zeros(
-        batch, heads, group, slots, device=query_BNPD.device, dtype=torch.float32
-    )
-
-    computed_BNIJ = None
-    if map_BNX is not None:
-        computed_BNIJ = from_map(map_BNX, Blocks(queries, slots))
-    some_hidden = any_empty or computed_BNIJ is not None
-    frozen_BHG1S = None
-    if noise == "frozen":
-        no_query = torch.full_like(key_position_BH11S[..., :1], NO_QUERY)
-        frozen_BHG1S = exponential(seed, layer, head_HG11, no_query, key_position_BH11S)
-
-    step = max(1, BLOCK_ELEMENTS // max(1, batch * query_heads * slots))
-    for start in range(max(0, queries - window), queries, step):
+    check(operands)
+    prompt = _prompt(operands)
+    batch, heads, group, queries, _ = prompt.query_BHGPD.shape
+    slots = prompt.key_BHSD.shape[2]
+    sums_BHGS = prompt.key_BHSD.new_zeros(batch, heads, group, slots)
+    frozen_BHG1S = _frozen(prompt, operands.noise)
+    step = max(1, BLOCK_ELEMENTS // max(1, batch * heads * group * slots))
+    for start in range(max(0, queries - operands.window), queries, step):
         stop = min(start + step, queries)
-        seen = slots - queries + stop  # later slots are in the future of the whole block
-        # The group is folded into the queries, so that the matrix product never expands the keys.
-        block_BHMD = (query_BHGPD[:, :, :, start:stop] * scaling).flatten(2, 3)
-        x_BHGps = torch.matmul(block_BHMD, key_BHSD[:, :, :seen].mT)
-        x_BHGps = x_BHGps.view(batch, heads, group, stop - start, seen)
-        if softcap:
-            x_BHGps = torch.tanh(x_BHGps / softcap) * softcap
-        own_p = torch.arange(slots - queries + start, seen, device=x_BHGps.device)
-        future_pp = own_p > own_p[:, None]
-        x_BHGps[..., slots - queries + start :].masked_fill_(future_pp, -torch.inf)
-        if any_empty:
-            x_BHGps.masked_fill_(empty_BH11S[..., :seen], -torch.inf)
-        if computed_BNIJ is not None:
-            row_p = torch.arange(start, stop, device=x_BHGps.device) // QUERIES
-            of_rows_BNpJ = computed_BNIJ[:, :, row_p]
-            chosen_BNps = of_rows_BNpJ.repeat_interleave(SLOTS, -1)[..., :seen]
-            x_BHGps.masked_fill_(~chosen_BNps.view_as(x_BHGps), -torch.inf)
-
-        if frozen_BHG1S is not None and tau == 1.0:
-            # N_q = Σ_j A_qj·exp(ζ_j), so that one ordinary softmax gives the noisy sums (README,
-            # identity).
-            w_BHGps = _softmax(x_BHGps, some_hidden)
-            boost_BHG1s = frozen_BHG1S[..., :seen].reciprocal()
-            norm_BHGp1 = torch.matmul(w_BHGps, boost_BHG1s.mT)
-            if some_hidden:
-                norm_BHGp1.masked_fill_(norm_BHGp1 == 0, 1.0)
-            sums = torch.matmul(norm_BHGp1.reciprocal().mT, w_BHGps) * boost_BHG1s
-            sums_BHGS[..., :seen] += sums.squeeze(3)
-            continue
-        if frozen_BHG1S is not None:
-            x_BHGps -= frozen_BHG1S[..., :seen].log()
-        elif noise == "fresh":
-            query_position_BH1p1 = position_BHS[:, :, None, slots - queries + start : seen, None]
-            x_BHGps -= exponential(
-                seed, layer, head_HG11, query_position_BH1p1, key_position_BH11S[..., :seen]
-            ).log_()
-        if tau != 1.0:
-            x_BHGps /= tau
-        sums_BHGS[..., :seen] += _softmax(x_BHGps, some_hidden).sum(3)
+        x_BHGps = _logits(prompt, operands.logits, start, stop)
+        seen = x_BHGps.shape[-1]
+        sums_BHGS[..., :seen] += _sums(prompt, operands.noise, frozen_BHG1S, x_BHGps, stop - start)
     return sums_BHGS.flatten(1, 2)
+
+
+def _prompt(operands: Operands) -> Prompt:
+    query_BNPD, key_BHSD, position_BHS, logits, *_, map_BNX = operands
+    query_heads, queries = query_BNPD.shape[1:3]
+    heads, slots = key_BHSD.shape[1:3]
+    query_BHGPD = torch.unflatten(query_BNPD.float(), 1, (heads, -1)) * logits.scaling
+    head_HG11 = torch.arange(query_heads, device=query_BNPD.device).view(heads, -1, 1, 1)
+    position_BHS = position_BHS.clamp_min(EMPTY)
+    empty_BH11S = position_BHS[:, :, None, None] < 0
+    computed_BNIJ = None if map_BNX is None else from_map(map_BNX, Blocks(queries, slots))
+    empty = empty_BH11S if bool(empty_BH11S.any()) else None
+    return Prompt(query_BHGPD, key_BHSD.float(), position_BHS, head_HG11, empty, computed_BNIJ)
+
+
+def _frozen(prompt: Prompt, noise: Noise) -> Tensor | None:
+    """The numbers of noise that are drawn once per key, if it is of that kind."""
+    if noise.noise != "frozen":
+        return None
+    position_BH11S = prompt.position_BHS[:, :, None, None]
+    no_query = torch.full_like(position_BH11S[..., :1], NO_QUERY)
+    return exponential(noise.seed, noise.layer, prompt.head_HG11, no_query, position_BH11S)
+
+
+def _logits(prompt: Prompt, logits: Logits, start: int, stop: int) -> Tensor:
+    """Logits of some queries with all slots that one of them sees; -inf for what is hidden."""
+    batch, heads, group, queries, _ = prompt.query_BHGPD.shape
+    first = prompt.key_BHSD.shape[2] - queries  # the slot of the first query
+    seen = first + stop  # later slots are in the future of the whole block
+    # The group is folded into the queries, so that the matrix product never expands the keys.
+    block_BHMD = prompt.query_BHGPD[:, :, :, start:stop].flatten(2, 3)
+    x_BHGps = torch.matmul(block_BHMD, prompt.key_BHSD[:, :, :seen].mT)
+    x_BHGps = x_BHGps.view(batch, heads, group, stop - start, seen)
+    if logits.softcap:
+        x_BHGps = torch.tanh(x_BHGps / logits.softcap) * logits.softcap
+    own_p = torch.arange(first + start, seen, device=x_BHGps.device)
+    x_BHGps[..., first + start :].masked_fill_(own_p > own_p[:, None], -torch.inf)
+    if prompt.empty_BH11S is not None:
+        x_BHGps.masked_fill_(prompt.empty_BH11S[..., :seen], -torch.inf)
+    if prompt.computed_BNIJ is not None:
+        row_p = torch.arange(start, stop, device=x_BHGps.device) // QUERIES
+        chosen_BNps = prompt.computed_BNIJ[:, :, row_p].repeat_interleave(SLOTS, -1)[..., :seen]
+        x_BHGps.masked_fill_(~chosen_BNps.view_as(x_BHGps), -torch.inf)
+    return x_BHGps
+
+
+def _sums(
+    prompt: Prompt, noise: Noise, frozen_BHG1S: Tensor | None, x_BHGps: Tensor, queries: int
+) -> Tensor:
+    """What slots receive of some queries, from their logits, which are overwritten."""
+    seen = x_BHGps.shape[-1]
+    if frozen_BHG1S is not None and noise.tau == 1.0:
+        # N_q = Σ_j A_qj·exp(ζ_j), so that one ordinary softmax gives the noisy sums (README,
+        # identity).
+        w_BHGps = _softmax(x_BHGps, prompt.hides)
+        boost_BHG1s = frozen_BHG1S[..., :seen].reciprocal()
+        norm_BHGp1 = torch.matmul(w_BHGps, boost_BHG1s.mT)
+        if prompt.hides:
+            norm_BHGp1.masked_fill_(norm_BHGp1 == 0, 1.0)
+        return (torch.matmul(norm_BHGp1.reciprocal().mT, w_BHGps) * boost_BHG1s).squeeze(3)
+    if frozen_BHG1S is not None:
+        x_BHGps -= frozen_BHG1S[..., :seen].log()
+    elif noise.noise == "fresh":
+        key_BH11s = prompt.position_BHS[:, :, None, None, :seen]
+        query_BH1p1 = prompt.position_BHS[:, :, None, seen - queries : seen, None]
+        x_BHGps -= exponential(
+            noise.seed, noise.layer, prompt.head_HG11, query_BH1p1, key_BH11s
+        ).log_()
+    if noise.tau != 1.0:
+        x_BHGps /= noise.tau
+    return _softmax(x_BHGps, prompt.hides).sum(3)
 
 
 def _softmax(x_BHGps: Tensor, some_hidden: bool) -> Tensor:
@@ -111,20 +136,10 @@ def _softmax(x_BHGps: Tensor, some_hidden: bool) -> Tensor:
     return w_BHGps
 
 
-def check(
-    query_BNPD: Tensor,
-    key_BHSD: Tensor,
-    position_BHS: Tensor,
-    scaling: float,
-    softcap: float,
-    window: int,
-    noise: str,
-    tau: float,
-    map_BNX: Tensor | None = None,
-    holes: bool = True,
-) -> None:
-    """Raises OperatorError for operands that do not fit together."""
+def check(operands: Operands, holes: bool = True) -> None:
+    """Raises OperatorError for operands that do not fit together. holes: whether slots may be."""
     op = "attention_sums"
+    query_BNPD, key_BHSD, position_BHS, logits, window, noise, map_BNX = operands
     named = {"query_BNPD": query_BNPD, "key_BHSD": key_BHSD}
     lengths = shapes.bind(op, {**named, "position_BHS": position_BHS})
     shapes.floating(op, named)
@@ -138,10 +153,10 @@ def check(
             shapes.refuse(op, f"positions are {least} to {most}, at most {shapes.MOST_SLOTS}{rule}")
     if window < 0:
         shapes.refuse(op, f"window is {window}; it must not be negative")
-    check_noise(op, noise, tau)
-    shapes.logits(op, scaling, softcap)
+    check_noise(op, noise)
+    shapes.logits(op, *logits)
     if map_BNX is not None:
-        check_map(op, map_BNX, lengths, softcap)
+        check_map(op, map_BNX, lengths, logits.softcap)
 
 
 def check_map(op: str, map_BNX: Tensor, lengths: dict[str, int], softcap: float) -> None:

@@ -6,10 +6,11 @@ a fixed order: the result is the same in every run.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from kvpress.csrc.attention_sums import Operands
 from kvpress.csrc.attention_sums.reference import check
 from kvpress.csrc.attention_sums.triton_device import lse_kernel, sums_kernel
 from kvpress.csrc.triton_common import FUSED, NOISES, by_architecture, device_of, noise_stream, wide
@@ -42,52 +43,61 @@ LAUNCH = {
 }
 
 
-def attention_sums(
-    query_BNPD: Tensor,
-    key_BHSD: Tensor,
-    position_BHS: Tensor,
-    scaling: float,
-    softcap: float,
-    window: int,
-    noise: str,
-    tau: float,
-    seed: int,
-    layer: int,
-    map_BNX: Tensor | None = None,
-) -> Tensor:
+def attention_sums(operands: Operands) -> Tensor:
     """Attention that each slot receives from the last `window` queries: fp32 `[B, N, S]`.
 
     The same as the reference. Moves keys once per block of queries and queries once per block of
     keys, and holds 4 bytes per query and part of the keys. Raises OperatorError.
     """
-    check(query_BNPD, key_BHSD, position_BHS, scaling, softcap, window, noise, tau, map_BNX)
-    batch, query_heads, queries, width = query_BNPD.shape
-    heads, slots = key_BHSD.shape[1:3]
-    summed = min(window, queries)
+    check(operands)
+    query_BNPD, key_BHSD = operands[:2]
+    (batch, query_heads, queries, width), slots = query_BNPD.shape, key_BHSD.shape[2]
+    summed = min(operands.window, queries)
     shape = (batch, query_heads, slots)
     sums_BNS = torch.zeros(shape, dtype=torch.float32, device=query_BNPD.device)
     if not summed or not sums_BNS.numel():
         return sums_BNS
-    is_wide = wide(query_BNPD.dtype, key_BHSD.dtype)
-    launch = by_architecture(LAUNCH, query_BNPD, width, is_wide)
+    launch = by_architecture(LAUNCH, query_BNPD, width, wide(query_BNPD.dtype, key_BHSD.dtype))
     blocks, key_blocks = triton.cdiv(summed, launch.block_m), triton.cdiv(slots, launch.block_s)
     splits = min(key_blocks, max(1, PROGRAMS // (blocks * batch * query_heads)))
     chunk = triton.cdiv(key_blocks, splits) * launch.block_s
     lse = sums_BNS.new_empty(splits, batch, query_heads, summed)
-    operands = (query_BNPD, key_BHSD, position_BHS)
-    blocks_of = Blocks(queries, slots)
-    offset_I = torch.tensor(blocks_of.offsets, dtype=torch.int32, device=query_BNPD.device)
+    tensors, numbers, options = operands[:3], _numbers(operands), _options(operands, launch)
+    sizes = (queries, slots, summed)
+    with device_of(query_BNPD):
+        lse_kernel[(blocks, batch * query_heads, splits)](
+            *tensors, lse, *numbers, *sizes, chunk, **options
+        )
+        lse_BNP = lse.logsumexp(0) if splits > 1 else lse
+        sums_kernel[(key_blocks, batch * query_heads)](
+            *tensors, lse_BNP, sums_BNS, *numbers, *sizes, **options
+        )
+    return sums_BNS
+
+
+def _numbers(operands: Operands) -> tuple[Any, ...]:
+    """What both kernels take besides their tensors: the map, how logits are made, strides."""
+    query_BNPD, key_BHSD, position_BHS, logits, _, noise, map_BNX = operands
+    blocks = Blocks(query_BNPD.shape[2], key_BHSD.shape[2])
+    offset_I = torch.tensor(blocks.offsets, dtype=torch.int32, device=query_BNPD.device)
     chosen = (position_BHS if map_BNX is None else map_BNX, offset_I)  # not read without a map
-    numbers = (blocks_of.offsets[-1], scaling, softcap, 1.0 / tau, noise_stream(seed, layer))
+    stream = noise_stream(noise.seed, noise.layer)
     strides = (*query_BNPD.stride(), *key_BHSD.stride(), *position_BHS.stride())
-    options = {
+    return (*chosen, blocks.offsets[-1], *logits, 1.0 / noise.tau, stream, *strides)
+
+
+def _options(operands: Operands, launch: Launch) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    query_BNPD, key_BHSD = operands[:2]
+    width, heads = query_BNPD.shape[3], key_BHSD.shape[1]
+    return {
         "HEADS": heads,
-        "GROUP": query_heads // heads,
+        "GROUP": query_BNPD.shape[1] // heads,
         "D": width,
-        "WIDE": is_wide,
-        "CAPPED": softcap != 0,
-        "NOISE": NOISES[noise],
-        "MAPPED": map_BNX is not None,
+        "WIDE": wide(query_BNPD.dtype, key_BHSD.dtype),
+        "CAPPED": operands.logits.softcap != 0,
+        "NOISE": NOISES[operands.noise.noise],
+        "MAPPED": operands.map_BNX is not None,
         "BLOCK_M": launch.block_m,
         "BLOCK_S": launch.block_s,
         "BLOCK_D": max(16, triton.next_power_of_2(width)),
@@ -95,13 +105,3 @@ def attention_sums(
         "num_stages": launch.num_stages,
         **FUSED,
     }
-    sizes = (queries, slots, summed)
-    with device_of(query_BNPD):
-        lse_kernel[(blocks, batch * query_heads, splits)](
-            *operands, lse, *chosen, *numbers, *strides, *sizes, chunk, **options
-        )
-        lse_BNP = lse.logsumexp(0) if splits > 1 else lse
-        sums_kernel[(key_blocks, batch * query_heads)](
-            *operands, lse_BNP, sums_BNS, *chosen, *numbers, *strides, *sizes, **options
-        )
-    return sums_BNS

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
-SCHEMA = "channel_scores(Tensor query_BNWD, Tensor key_BHSD, Tensor held_BHS) -> Tensor score_BHD"
+from kvpress.ops.operands import schema
 
 
-def fake(query_BNWD: Tensor, key_BHSD: Tensor, held_BHS: Tensor) -> Tensor:
+class Operands(NamedTuple):
+    """Some queries, keys, and which slots are held: bool."""
+
+    query_BNWD: Tensor
+    key_BHSD: Tensor
+    held_BHS: Tensor
+
+
+SCHEMA = schema("channel_scores", Operands, "Tensor score_BHD")
+
+
+def fake(operands: Operands) -> Tensor:
     """An empty result of the right shape and dtype."""
-    batch, heads, _, width = key_BHSD.shape
-    return query_BNWD.float().new_empty(batch, heads, width)
+    batch, heads, _, width = operands.key_BHSD.shape
+    return operands.query_BNWD.float().new_empty(batch, heads, width)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import torch
+from kvpress.csrc.channel_scores import Operands
 from torch import Tensor
 
 from kvpress.ops import shapes
 
 
-def channel_scores(query_BNWD: Tensor, key_BHSD: Tensor, held_BHS: Tensor) -> Tensor:
+def channel_scores(operands: Operands) -> Tensor:
     """Scores fp32 `[B, H, D]`: mean q² over group and window, times mean k² over held slots.
 
     held_BHS: bool; a row without a slot scores 0. Everything in fp32. Raises OperatorError.
     """
-    check(query_BNWD, key_BHSD, held_BHS)
+    query_BNWD, key_BHSD, held_BHS = operands
+    check(operands)
     batch, heads, _, width = key_BHSD.shape
     query_BHXD = query_BNWD.float().reshape(batch, heads, -1, width)
     key_BHSD = key_BHSD.float().masked_fill(~held_BHS[..., None], 0)
@@ -21,9 +23,10 @@ def channel_scores(query_BNWD: Tensor, key_BHSD: Tensor, held_BHS: Tensor) -> Te
     return query_BHXD.square().mean(2) * (key_BHSD.square().sum(2) / slots_BH1)
 
 
-def check(query_BNWD: Tensor, key_BHSD: Tensor, held_BHS: Tensor) -> None:
+def check(operands: Operands) -> None:
     """Raises OperatorError for tensors that do not fit together."""
     op = "channel_scores"
+    query_BNWD, key_BHSD, held_BHS = operands
     floats = {"query_BNWD": query_BNWD, "key_BHSD": key_BHSD}
     lengths = shapes.bind(op, {**floats, "held_BHS": held_BHS})
     shapes.floating(op, floats)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import triton
+from kvpress.csrc.channel_scores import Operands
 from kvpress.csrc.channel_scores.reference import check
 from kvpress.csrc.channel_scores.triton_device import squares_kernel
 from kvpress.csrc.triton_common import FUSED, device_of
@@ -12,12 +13,13 @@ from torch import Tensor
 CHUNK, BLOCK = 1024, 32  # slots of a program, and of one step
 
 
-def channel_scores(query_BNWD: Tensor, key_BHSD: Tensor, held_BHS: Tensor) -> Tensor:
+def channel_scores(operands: Operands) -> Tensor:
     """Scores fp32 `[B, H, D]`, the same as the reference. Moves every key once.
 
     Raises OperatorError.
     """
-    check(query_BNWD, key_BHSD, held_BHS)
+    query_BNWD, key_BHSD, held_BHS = operands
+    check(operands)
     batch, heads, _, width = key_BHSD.shape
     every = torch.ones(query_BNWD.shape[:3], dtype=torch.bool, device=query_BNWD.device)
     query_BND = _squares(query_BNWD, every)

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from kvpress.csrc.decode_rows import MOST_QUERIES
+from kvpress.csrc.decode_rows import MOST_QUERIES, Operands
 from kvpress.csrc.pack.reference import check_channels
-from kvpress.csrc.unpack.reference import check_pages, numbers
+from kvpress.csrc.unpack.reference import check_packed, numbers
 from torch import Tensor
 
 from kvpress.formulas.page_layout import PageLayout, parts_of, span
 from kvpress.ops import shapes
+from kvpress.ops.operands import Logits, Old, Pages
+
+OldPart = tuple[PageLayout, Sequence[Tensor]]
 
 
 class Dense(NamedTuple):
@@ -23,47 +26,34 @@ class Dense(NamedTuple):
     hidden_RQS: Tensor
 
 
-def decode_rows(
-    query_BNQD: Tensor,
-    key_PDS: Tensor,
-    value_PSE: Tensor,
-    table_RW: Tensor,
-    counts_R: Tensor,
-    scaling: float,
-    softcap: float,
-    need_weights: bool,
-    old: Sequence[Tensor] = (),
-    layouts: Sequence[int] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
+def decode_rows(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, N, Q, E]`, LSE `[B, N, Q]` and, on demand, weights `[B, N, Q, W·S]`.
 
-    LSE (natural logarithm) and weights are fp32. The Q queries belong to the last Q slots of each
-    row, in order, and are causal among themselves. A query without a slot to attend to gets zeros
-    and an LSE of -inf. old, layouts: parts of old slots (see
-    `kvpress/formulas/page_layout.py`), which stand before the others, also in the weights. Raises
-    OperatorError.
+    LSE (natural logarithm) and weights are fp32. Queries are causal among themselves. A query
+    without a slot to attend to gets zeros and an LSE of -inf. Old slots stand before the others,
+    also in the weights. Raises OperatorError.
     """
-    check(query_BNQD, key_PDS, value_PSE, table_RW, counts_R, scaling, softcap)
+    query_BNQD, pages, logits, need_weights, old = operands
+    check(query_BNQD, pages, logits)
     batch, query_heads, queries, width = query_BNQD.shape
-    rows, group = table_RW.shape[0], query_heads * batch // table_RW.shape[0]
-    parts = check_parts("decode_rows", old, layouts, query_BNQD, key_PDS, value_PSE, table_RW)
-    recent = _recent(key_PDS, value_PSE, table_RW, counts_R, queries)
-    dense = [*(_old(layout, tensors, queries, key_PDS) for layout, tensors in parts), recent]
+    rows = len(pages.table_RW)
+    group = query_heads * batch // rows
+    parts = check_parts("decode_rows", old, query_BNQD, pages)
+    dense = [_old(layout, tensors, queries, pages.key_PDS) for layout, tensors in parts]
+    dense.append(_recent(pages, queries))
     key_RSD, value_RSE = (torch.cat([part[i].float() for part in dense], dim=1) for i in (0, 1))
     hidden_RQS = torch.cat([part.hidden_RQS for part in dense], dim=2)
     slots = key_RSD.shape[1]
 
     query_RMD = query_BNQD.float().reshape(rows, group * queries, width)  # M = G·Q
-    logits_RMS = torch.matmul(query_RMD * scaling, key_RSD.mT)
-    if softcap:
-        logits_RMS = torch.tanh(logits_RMS / softcap) * softcap
+    logits_RMS = torch.matmul(query_RMD * logits.scaling, key_RSD.mT)
+    if logits.softcap:
+        logits_RMS = torch.tanh(logits_RMS / logits.softcap) * logits.softcap
     hidden_RMS = hidden_RQS[:, None].expand(rows, group, queries, slots).reshape_as(logits_RMS)
     logits_RMS = logits_RMS.masked_fill(hidden_RMS, -torch.inf)
-    lse_RM = (
-        logits_RMS.logsumexp(-1)
-        if slots
-        else query_RMD.new_full((rows, group * queries), -torch.inf)
-    )
+    lse_RM = query_RMD.new_full((rows, group * queries), -torch.inf)
+    if slots:
+        lse_RM = logits_RMS.logsumexp(-1)
     weights_RMS = (logits_RMS - lse_RM[..., None]).exp().masked_fill(hidden_RMS, 0.0)
     out_RME = torch.matmul(weights_RMS, value_RSE).to(query_BNQD.dtype)
 
@@ -72,10 +62,9 @@ def decode_rows(
     return out_RME.view(*shape, value_RSE.shape[-1]), lse_RM.view(shape), weights
 
 
-def _recent(
-    key_PDS: Tensor, value_PSE: Tensor, table_RW: Tensor, counts_R: Tensor, queries: int
-) -> Dense:
+def _recent(pages: Pages, queries: int) -> Dense:
     """The slots in pages of the store's dtype."""
+    key_PDS, value_PSE, table_RW, counts_R = pages
     rows, slots = len(table_RW), table_RW.shape[1] * key_PDS.shape[2]
     page_N = pages_of(table_RW, counts_R, key_PDS.shape[2])
     key_PDS, value_PSE = at_least_a_page(key_PDS), at_least_a_page(value_PSE)
@@ -106,7 +95,7 @@ def _old(layout: PageLayout, tensors: Sequence[Tensor], queries: int, like: Tens
     page_N = pages_of(table_RW, counts_R, layout.slots)
     pages = at_least_a_page(pages)
     channels = [x.repeat_interleave(width, 0) for x in (key_channels, value_channels)]
-    key, value = numbers(pages[page_N], *channels, layout, like.dtype)
+    key, value = numbers(pages[page_N], channels[0], channels[1], layout, like.dtype)
     slots = width * layout.slots
     slot_S = torch.arange(slots, device=counts_R.device)
     hidden_RS = slot_S >= counts_R[:, None]
@@ -117,81 +106,85 @@ def _old(layout: PageLayout, tensors: Sequence[Tensor], queries: int, like: Tens
     value_RSE = value_RSE.masked_fill((slot_S >= counts_R[:, None])[..., None], 0)
     pad = torch.nn.functional.pad
     hidden_RS = pad(hidden_RS, (0, extra), value=True)
-    padded = (pad(x, (0, 0, 0, extra)) for x in (key_RSD, value_RSE))
-    return Dense(*padded, hidden_RS[:, None].expand(-1, queries, -1))
+    key_RSD, value_RSE = (pad(x, (0, 0, 0, extra)) for x in (key_RSD, value_RSE))
+    return Dense(key_RSD, value_RSE, hidden_RS[:, None].expand(-1, queries, -1))
 
 
-def check(
-    query_BNQD: Tensor,
-    key_PDS: Tensor,
-    value_PSE: Tensor,
-    table_RW: Tensor,
-    counts_R: Tensor,
-    scaling: float,
-    softcap: float,
-) -> None:
+def check(query_BNQD: Tensor, pages: Pages, logits: Logits) -> None:
     """Raises OperatorError for operands that do not fit together."""
     op = "decode_rows"
-    named = {"query_BNQD": query_BNQD, "key_PDS": key_PDS, "value_PSE": value_PSE}
-    lengths = shapes.bind(op, {**named, "table_RW": table_RW, "counts_R": counts_R})
-    shapes.floating(op, named)
-    shapes.of_dtype(op, key_PDS.dtype, {"key_PDS": key_PDS, "value_PSE": value_PSE})
-    shapes.of_dtype(op, torch.int32, {"table_RW": table_RW})
-    shapes.of_dtype(op, torch.int64, {"counts_R": counts_R})
+    lengths = shapes.bind(op, {"query_BNQD": query_BNQD, **pages._asdict()})
+    shapes.floating(op, {"query_BNQD": query_BNQD})
+    check_pages(op, pages)
     if not 1 <= lengths["Q"] <= MOST_QUERIES:
         shapes.refuse(op, f"query_BNQD has {lengths['Q']} queries; 1 to {MOST_QUERIES} are allowed")
-    shapes.logits(op, scaling, softcap)
-    shapes.paged(op, lengths, table_RW, counts_R)
+    shapes.logits(op, *logits)
+    shapes.paged(op, lengths, pages.table_RW, pages.counts_R)
 
 
-def check_parts(
-    op: str,
-    old: Sequence[Tensor],
-    layouts: Sequence[int],
-    query_BNQD: Tensor,
-    key_PDS: Tensor,
-    value_PSE: Tensor,
-    table_RW: Tensor,
-) -> list[tuple[PageLayout, list[Tensor]]]:
+def check_pages(op: str, pages: Pages) -> None:
+    """Raises OperatorError for pages of other dtypes than kernels read."""
+    pools = {"key_PDS": pages.key_PDS, "value_PSE": pages.value_PSE}
+    shapes.floating(op, pools)
+    shapes.of_dtype(op, pages.key_PDS.dtype, pools)
+    shapes.of_dtype(op, torch.int32, {"table_RW": pages.table_RW})
+    shapes.of_dtype(op, torch.int64, {"counts_R": pages.counts_R})
+
+
+def check_parts(op: str, old: Old, query_BNQD: Tensor, pages: Pages) -> list[OldPart]:
     """The parts of old slots. Raises OperatorError for parts that do not fit the rows."""
-    parts = parts_of(op, list(old), list(layouts))
-    rows = len(table_RW)
-    columns = table_RW.shape[1] * key_PDS.shape[2]
-    for layout, (pages, key_channels, value_channels, table, counts, *rest) in parts:
-        position, mass, dropped = rest
-        if (layout.key_width, layout.value_width) != (key_PDS.shape[1], value_PSE.shape[2]):
-            shapes.refuse(op, f"{layout} beside {key_PDS.shape[1]}, {value_PSE.shape[2]} channels")
-        if layout.item_bytes != key_PDS.element_size():
-            shapes.refuse(op, f"{layout} beside numbers of {key_PDS.element_size()} bytes")
-        shapes.of_dtype(op, torch.uint8, {"pages": pages})
-        shapes.of_dtype(op, torch.int16, {"channels": key_channels, "channels ": value_channels})
-        shapes.of_dtype(op, torch.int32, {"table": table, "position": position})
-        shapes.of_dtype(op, torch.int64, {"counts": counts, "dropped": dropped})
-        shapes.of_dtype(op, torch.float32, {"mass": mass})
-        length, width = (x.shape[i] if x.dim() == 2 else -1 for i, x in enumerate((pages, table)))
-        wanted = [
-            (pages, (length, layout.page_bytes)),
-            (key_channels, (rows, layout.key_kept)),
-            (value_channels, (rows, layout.value_kept)),
-            (table, (rows, width)),
-            (counts, (rows,)),
-            *((x, (length, layout.slots)) for x in (position, mass) if x.numel()),
-            *([(dropped, (rows,))] if dropped.numel() else []),
-        ]
-        for tensor, shape in wanted:
-            if tensor.shape != shape:
-                shapes.refuse(op, f"old slots in {layout}: {list(tensor.shape)}, not {list(shape)}")
-        lengths = {"B": len(query_BNQD), "R": rows, "N": query_BNQD.shape[1], "S": layout.slots}
-        lengths |= {"P": len(pages), "D": layout.key_width, "E": layout.value_width}
-        shapes.paged(op, lengths, table, counts)
-        check_pages(op, pages, layout)
-        _check_old_slots(op, layout, counts, dropped)
-        check_channels(op, key_channels, layout.key_width, counts)
-        check_channels(op, value_channels, layout.value_width, counts)
-        columns += span(layout, width)
+    parts = parts_of(op, list(old.tensors), list(old.layouts))
+    columns = pages.table_RW.shape[1] * pages.key_PDS.shape[2]
+    for layout, tensors in parts:
+        _check_part(op, layout, tensors, query_BNQD, pages)
+        columns += span(layout, tensors[3].shape[1])
     if columns > shapes.MOST_SLOTS:
         shapes.refuse(op, f"rows have room for {columns} slots; at most {shapes.MOST_SLOTS}")
     return parts
+
+
+def _check_part(
+    op: str, layout: PageLayout, tensors: Sequence[Tensor], query_BNQD: Tensor, beside: Pages
+) -> None:
+    """Raises OperatorError for a part that does not fit the rows."""
+    pages, key_channels, value_channels, table, counts, *_, dropped = tensors
+    key_PDS, value_PSE = beside.key_PDS, beside.value_PSE
+    if (layout.key_width, layout.value_width) != (key_PDS.shape[1], value_PSE.shape[2]):
+        shapes.refuse(op, f"{layout} beside {key_PDS.shape[1]}, {value_PSE.shape[2]} channels")
+    if layout.item_bytes != key_PDS.element_size():
+        shapes.refuse(op, f"{layout} beside numbers of {key_PDS.element_size()} bytes")
+    rows = len(beside.table_RW)
+    _check_tensors(op, layout, tensors, rows)
+    lengths = {"B": len(query_BNQD), "R": rows, "N": query_BNQD.shape[1], "S": layout.slots}
+    lengths |= {"P": len(pages), "D": layout.key_width, "E": layout.value_width}
+    shapes.paged(op, lengths, table, counts)
+    check_packed(op, pages, layout)
+    _check_old_slots(op, layout, counts, dropped)
+    check_channels(op, key_channels, layout.key_width, counts)
+    check_channels(op, value_channels, layout.value_width, counts)
+
+
+def _check_tensors(op: str, layout: PageLayout, tensors: Sequence[Tensor], rows: int) -> None:
+    """Raises OperatorError for tensors of a part that are not what the layout says."""
+    pages, key_channels, value_channels, table, counts, position, mass, dropped = tensors
+    shapes.of_dtype(op, torch.uint8, {"pages": pages})
+    shapes.of_dtype(op, torch.int16, {"channels": key_channels, "channels ": value_channels})
+    shapes.of_dtype(op, torch.int32, {"table": table, "position": position})
+    shapes.of_dtype(op, torch.int64, {"counts": counts, "dropped": dropped})
+    shapes.of_dtype(op, torch.float32, {"mass": mass})
+    length, width = (x.shape[i] if x.dim() == 2 else -1 for i, x in enumerate((pages, table)))
+    wanted: list[tuple[Tensor, tuple[int, ...]]] = [
+        (pages, (length, layout.page_bytes)),
+        (key_channels, (rows, layout.key_kept)),
+        (value_channels, (rows, layout.value_kept)),
+        (table, (rows, width)),
+        (counts, (rows,)),
+        *((x, (length, layout.slots)) for x in (position, mass) if x.numel()),
+        *((x, (rows,)) for x in (dropped,) if x.numel()),
+    ]
+    for tensor, shape in wanted:
+        if tensor.shape != shape:
+            shapes.refuse(op, f"old slots in {layout}: {list(tensor.shape)}, not {list(shape)}")
 
 
 def _check_old_slots(op: str, layout: PageLayout, counts_R: Tensor, dropped_R: Tensor) -> None:

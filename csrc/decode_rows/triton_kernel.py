@@ -7,11 +7,12 @@ at once. Letters: M = G·Q members of a row's query group, see kvpress/types.py 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
-from kvpress.csrc.decode_rows.reference import check, check_parts
+from kvpress.csrc.decode_rows import Operands
+from kvpress.csrc.decode_rows.reference import OldPart, check, check_parts
 from kvpress.csrc.decode_rows.triton_device import (
     combine_kernel,
     old_kernel,
@@ -22,6 +23,7 @@ from kvpress.csrc.triton_common import FUSED, by_architecture, device_of, wide
 from torch import Tensor
 
 from kvpress.formulas.page_layout import LINES, PageLayout, span
+from kvpress.ops.operands import Logits, Pages
 
 OLD_SLOTS = 16  # of a block: pages and groups of keys hold whole ones; more would spill
 CHUNK = 512  # slots per program and block of members
@@ -49,125 +51,100 @@ LAUNCH = {
 }
 
 
-def decode_rows(
-    query_BNQD: Tensor,
-    key_PDS: Tensor,
-    value_PSE: Tensor,
-    table_RW: Tensor,
-    counts_R: Tensor,
-    scaling: float,
-    softcap: float,
-    need_weights: bool,
-    old: Sequence[Tensor] = (),
-    layouts: Sequence[int] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
+class Plan(NamedTuple):
+    """How rows are cut: how many chunks, and columns of logits, the parts and the others have."""
+
+    launch: Launch
+    blocks: int  # of members
+    chunk: int  # slots
+    old_splits: list[int]
+    own_splits: int
+    old_columns: list[int]
+    own_columns: int
+
+    @property
+    def splits(self) -> int:
+        """Chunks of a row."""
+        return sum(self.old_splits) + self.own_splits
+
+    @property
+    def columns(self) -> int:
+        """Logits of a query."""
+        return sum(self.old_columns) + self.own_columns
+
+
+class Partials(NamedTuple):
+    """Softmaxes of chunks: the largest logit, the sum and the output; and logits, or anything."""
+
+    top_RKM: Tensor
+    total_RKM: Tensor
+    part_RKME: Tensor
+    logits: Tensor
+
+
+def decode_rows(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, N, Q, E]`, LSE `[B, N, Q]` and, on demand, weights `[B, N, Q, W·S]`.
 
     The same as the reference. Moves every key and value once per block of 16 members; partial
     outputs add 4·E bytes per member and chunk. Raises OperatorError.
     """
-    check(query_BNQD, key_PDS, value_PSE, table_RW, counts_R, scaling, softcap)
-    parts = check_parts("decode_rows", old, layouts, query_BNQD, key_PDS, value_PSE, table_RW)
-    slots = table_RW.shape[1] * key_PDS.shape[2]
+    query_BNQD, pages, logits, need_weights, old = operands
+    check(query_BNQD, pages, logits)
+    parts = check_parts("decode_rows", old, query_BNQD, pages)
+    slots = pages.table_RW.shape[1] * pages.key_PDS.shape[2]
     slots += sum(span(layout, tensors[3].shape[1]) for layout, tensors in parts)
     weights = query_BNQD.new_empty(
         (*query_BNQD.shape[:3], slots) if need_weights else 0, dtype=torch.float32
     )
-    pools = (key_PDS, value_PSE, table_RW, counts_R)
-    logits = weights if need_weights else None
-    out_BNQE, lse_BNQ = attend(query_BNQD, *pools, scaling, softcap, logits, parts)
+    out_BNQE, lse_BNQ = attend(query_BNQD, pages, logits, weights if need_weights else None, parts)
     if need_weights and parts:
         norm_BNQ1 = lse_BNQ.masked_fill(lse_BNQ == -torch.inf, 0.0)[..., None]
         weights.sub_(norm_BNQ1).exp_()  # what holds no token has a logit of -inf
     elif need_weights:
-        members = lse_BNQ.numel() // len(counts_R)
+        members = lse_BNQ.numel() // len(pages.counts_R)
         block = 1024
         with device_of(query_BNQD):
             weights_kernel[(lse_BNQ.numel(), triton.cdiv(slots, block))](
-                weights, lse_BNQ, counts_R, slots, members, BLOCK=block, num_warps=4, **FUSED
+                weights, lse_BNQ, pages.counts_R, slots, members, BLOCK=block, num_warps=4, **FUSED
             )
     return out_BNQE, lse_BNQ, weights
 
 
 def attend(
     query_BNQD: Tensor,
-    key_PDS: Tensor,
-    value_PSE: Tensor,
-    table_RW: Tensor,
-    counts_R: Tensor,
-    scaling: float,
-    softcap: float,
+    pages: Pages,
+    logits: Logits,
     logits_BNQS: Tensor | None,
-    parts: Sequence[tuple[PageLayout, Sequence[Tensor]]] = (),
+    parts: Sequence[OldPart] = (),
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE; the logits of occupied slots are written where there is a tensor for them.
 
     With parts of old slots those of all others are written as well: -inf.
     """
-    batch, query_heads, queries, width = query_BNQD.shape
-    rows, table_width = table_RW.shape
-    page_slots, value_width = key_PDS.shape[2], value_PSE.shape[2]
+    plan = _plan(query_BNQD, pages, parts)
+    batch, query_heads, queries, _ = query_BNQD.shape
+    rows, value_width = len(pages.table_RW), pages.value_PSE.shape[2]
     members = batch * query_heads * queries // rows
-    is_wide = wide(query_BNQD.dtype, key_PDS.dtype)
-    launch = by_architecture(LAUNCH, query_BNQD, max(width, value_width), is_wide)
-    blocks = triton.cdiv(members, launch.block_m)
-    chunk = CHUNK * blocks  # blocks of members are as good as chunks to fill the device
-    own_splits = max(1, triton.cdiv(table_width * page_slots, chunk))
-    columns = [span(layout, tensors[3].shape[1]) for layout, tensors in parts]
-    old_splits = [triton.cdiv(width, chunk) for width in columns]
-    splits = own_splits + sum(old_splits)
-    scratch = {"dtype": torch.float32, "device": query_BNQD.device}
-    top = torch.empty(rows, splits, members, **scratch)
-    total, part = torch.empty_like(top), torch.empty(*top.shape, value_width, **scratch)
+    scratch = query_BNQD.new_empty(0, dtype=torch.float32)
+    top = scratch.new_empty(rows, plan.splits, members)
+    kept = top if logits_BNQS is None else logits_BNQS
+    part = scratch.new_empty(*top.shape, value_width)
+    partials = Partials(top, torch.empty_like(top), part, kept)
     if parts:  # programs without slots leave these
+        kept.fill_(-torch.inf)
         top.fill_(-torch.inf)
-        total.zero_()
-        part.zero_()
-    if parts and logits_BNQS is not None:
-        logits_BNQS.fill_(-torch.inf)
-    all_columns = table_width * page_slots + sum(columns)
-    out = torch.empty(
-        batch, query_heads, queries, value_width, dtype=query_BNQD.dtype, device=query_BNQD.device
-    )
-    lse = torch.empty(batch, query_heads, queries, **scratch)
+        partials.total_RKM.zero_()
+        partials.part_RKME.zero_()
+    out = query_BNQD.new_empty(batch, query_heads, queries, value_width)
+    lse = scratch.new_empty(batch, query_heads, queries)
+    keeps = logits_BNQS is not None
     with device_of(query_BNQD):
-        for number, (layout, tensors) in enumerate(parts):
-            _attend_old(
-                layout,
-                tensors,
-                query_BNQD,
-                (top, total, part, top if logits_BNQS is None else logits_BNQS),
-                (rows, old_splits[number], blocks),
-                (scaling, softcap),
-                (sum(old_splits[:number]), splits, chunk, queries),
-                (sum(columns[:number]), all_columns),
-                key_PDS.dtype,
-                launch.block_m,
-                logits_BNQS is not None,
-            )
-        split_kernel[(rows, own_splits, blocks)](
-            *(query_BNQD, key_PDS, value_PSE, table_RW, counts_R),
-            *(top, total, part, top if logits_BNQS is None else logits_BNQS),
-            *(scaling, softcap, *query_BNQD.stride(), splits, table_width, chunk, queries),
-            *(sum(old_splits), sum(columns), all_columns),
-            HEADS=rows // batch,
-            GROUP=members // queries,
-            D=width,
-            E=value_width,
-            PAGE=page_slots,
-            WIDE=is_wide,
-            CAPPED=softcap != 0,
-            KEEPS=logits_BNQS is not None,
-            BLOCK_M=launch.block_m,
-            BLOCK_S=launch.block_s,
-            BLOCK_D=max(16, triton.next_power_of_2(width)),
-            BLOCK_E=max(16, triton.next_power_of_2(value_width)),
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            **FUSED,
-        )
+        for number, old in enumerate(parts):
+            if len(old[1][0]) and plan.old_splits[number]:
+                _attend_old(old, number, query_BNQD, pages, logits, partials, plan, keeps)
+        _attend_own(query_BNQD, pages, logits, partials, plan, keeps)
         combine_kernel[(rows * members,)](
-            *(counts_R, top, total, part, out, lse, splits, chunk, members),
+            *(pages.counts_R, *partials[:3], out, lse, plan.splits, plan.chunk, members),
             ALL=bool(parts),
             E=value_width,
             BLOCK_E=triton.next_power_of_2(value_width),
@@ -178,58 +155,111 @@ def attend(
     return out, lse
 
 
-def _attend_old(
-    layout: PageLayout,
-    tensors: Sequence[Tensor],
+def _plan(query_BNQD: Tensor, pages: Pages, parts: Sequence[OldPart]) -> Plan:
+    batch, query_heads, queries, width = query_BNQD.shape
+    rows, table_width = pages.table_RW.shape
+    is_wide = wide(query_BNQD.dtype, pages.key_PDS.dtype)
+    widest = max(width, pages.value_PSE.shape[2])
+    launch = by_architecture(LAUNCH, query_BNQD, widest, is_wide)
+    blocks = triton.cdiv(batch * query_heads * queries // rows, launch.block_m)
+    chunk = CHUNK * blocks  # blocks of members are as good as chunks to fill the device
+    own_columns = table_width * pages.key_PDS.shape[2]
+    old_columns = [span(layout, tensors[3].shape[1]) for layout, tensors in parts]
+    old_splits = [triton.cdiv(columns, chunk) for columns in old_columns]
+    own_splits = max(1, triton.cdiv(own_columns, chunk))
+    return Plan(launch, blocks, chunk, old_splits, own_splits, old_columns, own_columns)
+
+
+def _attend_own(
     query_BNQD: Tensor,
-    results: tuple[Tensor, ...],
-    grid: tuple[int, int, int],
-    logits: tuple[float, float],
-    sizes: tuple[int, int, int, int],
-    places: tuple[int, int],
-    stored: torch.dtype,
-    block_m: int,
+    pages: Pages,
+    logits: Logits,
+    partials: Partials,
+    plan: Plan,
     keeps: bool,
 ) -> None:
-    """Partial softmaxes over old slots. sizes: first split, splits, chunk, queries.
-
-    places: the first column of this part in the logits, and all columns.
-    """
-    pages, key_channels, value_channels, table, counts, position, *_ = tensors
-    key_scales, value_codes, value_scales, _ = layout.offsets
-    if not grid[1] or not len(pages):
-        return
-    quantised = min(layout.key_bits, layout.value_bits) < 16
-    wide_codes = quantised and max(layout.key_kept, layout.value_kept) > 128
-    old_kernel[grid](
-        *(query_BNQD, pages.view(torch.int16), pages.view(torch.float16), pages.view(stored)),
-        *(key_channels, value_channels, table, counts, position if position.numel() else counts),
-        *(*results, *logits, *query_BNQD.stride(), *sizes, *places, table.shape[1]),
-        HEADS=grid[0] // query_BNQD.shape[0],
-        GROUP=query_BNQD.shape[0] * query_BNQD.shape[1] // grid[0],
-        T=layout.key_kept,
-        U=layout.value_kept,
-        E=layout.value_width,
-        PAGE=layout.slots,
-        BYTES=layout.page_bytes,
-        KEY_BITS=layout.key_bits,
-        VALUE_BITS=layout.value_bits,
-        KEY_GROUP=layout.key_group,
-        VALUE_GROUP=layout.value_group,
-        VALUE_GROUPS=layout.value_groups,
-        VALUE_BLOCKS=triton.cdiv(layout.value_kept, LINES),
-        KEY_SCALES=key_scales // 2,
-        VALUE_CODES=value_codes // 2,
-        VALUE_SCALES=value_scales // 2,
-        ITEM=layout.item_bytes,
-        HOLES=bool(position.numel()),
-        CAPPED=logits[1] != 0,
+    """Partial softmaxes over the slots in pages of the store's dtype."""
+    batch, query_heads, queries, width = query_BNQD.shape
+    (rows, table_width), launch = pages.table_RW.shape, plan.launch
+    value_width = pages.value_PSE.shape[2]
+    split_kernel[(rows, plan.own_splits, plan.blocks)](
+        *(query_BNQD, *pages, *partials, *logits, *query_BNQD.stride()),
+        *(plan.splits, table_width, plan.chunk, queries),
+        *(sum(plan.old_splits), sum(plan.old_columns), plan.columns),
+        HEADS=rows // batch,
+        GROUP=batch * query_heads // rows,
+        D=width,
+        E=value_width,
+        PAGE=pages.key_PDS.shape[2],
+        WIDE=wide(query_BNQD.dtype, pages.key_PDS.dtype),
+        CAPPED=logits.softcap != 0,
         KEEPS=keeps,
-        BLOCK_M=block_m,
-        BLOCK_S=OLD_SLOTS,
-        BLOCK_T=max(16, triton.next_power_of_2(layout.key_kept)),
-        BLOCK_U=max(16, triton.next_power_of_2(layout.value_kept)),
-        num_warps=8 if wide_codes else 4,
-        num_stages=1,
+        BLOCK_M=launch.block_m,
+        BLOCK_S=launch.block_s,
+        BLOCK_D=max(16, triton.next_power_of_2(width)),
+        BLOCK_E=max(16, triton.next_power_of_2(value_width)),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
         **FUSED,
     )
+
+
+def _attend_old(
+    part: OldPart,
+    number: int,
+    query_BNQD: Tensor,
+    beside: Pages,
+    logits: Logits,
+    partials: Partials,
+    plan: Plan,
+    keeps: bool,
+) -> None:
+    """Partial softmaxes over the slots of a part."""
+    layout, (pages, key_channels, value_channels, table, counts, position, *_) = part
+    rows, (batch, query_heads, queries, _) = len(counts), query_BNQD.shape
+    words, halves = pages.view(torch.int16), pages.view(torch.float16)
+    stored = pages.view(beside.key_PDS.dtype)
+    first_split, first_column = sum(plan.old_splits[:number]), sum(plan.old_columns[:number])
+    old_kernel[(rows, plan.old_splits[number], plan.blocks)](
+        *(query_BNQD, words, halves, stored, key_channels, value_channels, table, counts),
+        *(position if position.numel() else counts, *partials, *logits, *query_BNQD.stride()),
+        *(first_split, plan.splits, plan.chunk, queries),
+        *(first_column, plan.columns, table.shape[1]),
+        HEADS=rows // batch,
+        GROUP=batch * query_heads // rows,
+        HOLES=bool(position.numel()),
+        CAPPED=logits.softcap != 0,
+        KEEPS=keeps,
+        BLOCK_M=plan.launch.block_m,
+        BLOCK_S=OLD_SLOTS,
+        **_compiled_for(layout),
+        **FUSED,
+    )
+
+
+def _compiled_for(layout: PageLayout) -> dict[str, Any]:
+    """The constants of a layout. Places of codes and scales count numbers of two bytes."""
+    key_scales, value_codes, value_scales, _ = layout.offsets
+    quantised = min(layout.key_bits, layout.value_bits) < 16
+    wide_codes = quantised and max(layout.key_kept, layout.value_kept) > 128
+    return {
+        "T": layout.key_kept,
+        "U": layout.value_kept,
+        "E": layout.value_width,
+        "PAGE": layout.slots,
+        "BYTES": layout.page_bytes,
+        "KEY_BITS": layout.key_bits,
+        "VALUE_BITS": layout.value_bits,
+        "KEY_GROUP": layout.key_group,
+        "VALUE_GROUP": layout.value_group,
+        "VALUE_GROUPS": layout.value_groups,
+        "VALUE_BLOCKS": triton.cdiv(layout.value_kept, LINES),
+        "KEY_SCALES": key_scales // 2,
+        "VALUE_CODES": value_codes // 2,
+        "VALUE_SCALES": value_scales // 2,
+        "ITEM": layout.item_bytes,
+        "BLOCK_T": max(16, triton.next_power_of_2(layout.key_kept)),
+        "BLOCK_U": max(16, triton.next_power_of_2(layout.value_kept)),
+        "num_warps": 8 if wide_codes else 4,
+        "num_stages": 1,
+    }

@@ -19,9 +19,9 @@ void check_old(const char* op, const DecodeStep& a) {
 }
 
 Tensor decode_step(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_pool,
-                   const Tensor& value_pool, const Tensor& position_pool, const std::optional<Tensor>& mass_pool,
-                   const Tensor& table, const Tensor& counts, const Tensor& seen, const Tensor& quota,
-                   const Tensor& recent, int64_t sink, bool evict, const std::string& rank, const std::string& noise,
+                   const Tensor& value_pool, const Tensor& table, const Tensor& counts, const Tensor& position_pool,
+                   const std::optional<Tensor>& mass_pool, const Tensor& seen, const Tensor& quota,
+                   const Tensor& recent, int64_t sink, const std::string& rank, bool evict, const std::string& noise,
                    double tau, int64_t seed, int64_t layer, double scaling, double softcap,
                    const std::vector<Tensor>& old, const std::vector<int64_t>& layouts) {
   const char* op = "decode_step";
@@ -41,10 +41,9 @@ Tensor decode_step(const Tensor& query, const Tensor& key, const Tensor& value, 
   a.value = values.heads;
   a.columns = columns_of(op, shapes, columns);
   a.counts = static_cast<int64_t*>(counts.data_ptr());
-  a.bounds = bounds_of(op, shapes, bounds, sink, 1);
+  a.bounds = bounds_of(op, shapes, bounds, sink, rank_of(op, rank, evict && !mass_pool), 1);
   a.evict = evict;
-  a.rank = rank_of(op, rank, evict && !mass_pool);
-  a.observation = observation_of(op, noise, tau, seed, layer);
+  a.noise = noise_of(op, noise, tau, seed, layer);
   add_parts(op, a.attend, old, layouts);
   check_old(op, a);
   Memory memory(op);

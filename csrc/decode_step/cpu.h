@@ -10,9 +10,9 @@ namespace kvpress::KERNEL_ISA {
 // The unprotected slot with the smallest score; of equal ones the latest. A NaN is the smallest of all.
 class Victim {
  public:
-  Victim(Rank rank, int64_t seen, int64_t sink, int64_t recent)
-      : seen_(seen), sink_(int32_t(std::min<int64_t>(sink, INT32_MAX))),
-        until_(int32_t(std::max<int64_t>(0, seen - recent))), rank_(rank) {}
+  Victim(const Bounds& bounds, int64_t b)
+      : seen_(bounds.seen[b]), sink_(int32_t(std::min<int64_t>(bounds.sink, INT32_MAX))),
+        until_(int32_t(std::max<int64_t>(0, seen_ - bounds.recent[b]))), rank_(bounds.rank) {}
 
   // Slots slot … slot + kWidth − 1, of which those from `count` on are none.
   void consider(int64_t slot, int64_t count, IntVec position, Vec score) {
@@ -52,7 +52,7 @@ class Step {
   // kept: without memory where no mass is kept; totals: [R, M, blocks], the sums of noisy exponentials
   Step(const DecodeStep& a, const Regions& regions, const BlockWeights& kept, float* totals)
       : a_(a), regions_(regions), slots_{a.attend.pages, a.columns}, kept_(kept), totals_(totals),
-        plain_(a.observation.noise == Noise::kNone && a.observation.tau == 1.0) {}
+        plain_(a.noise.kind == NoiseKind::kNone && a.noise.tau == 1.0) {}
 
   // The new token goes behind the others of its row. Its page is read right after, by the same thread.
   void before_last_chunk(int64_t r) {
@@ -98,7 +98,7 @@ class Step {
     if (!a_.columns.mass && !evicts) return;
     for (int64_t m = 0; m < kept_.m && a_.columns.mass; m++)
       kept_.normalise(r, m, regions, plain_ ? lse[m] : noisy_lse(r, m, regions));
-    Victim victim(a_.rank, a_.bounds.seen[r / heads()], a_.bounds.sink, a_.bounds.recent[r / heads()]);
+    Victim victim(a_.bounds, r / heads());
     alignas(64) int32_t position[kTile];
     alignas(64) float mass[kTile] = {};
     for (int p = 0; p < a_.attend.parts; p++) {
@@ -159,9 +159,9 @@ class Step {
   // Keeps y = (x + ζ)/τ of a block, -inf beyond its slots up to a whole tile, and the largest y of each query.
   void add_noise(int64_t r, int64_t m0, int queries, int64_t begin, int64_t slots, const float* x, float* top,
                  Ahead& ahead) const {
-    const Observation& o = a_.observation;
-    const bool noisy = o.noise != Noise::kNone;
-    const int64_t of_query = o.noise == Noise::kFresh ? a_.bounds.seen[r / heads()] - 1 : -1;
+    const Noise& o = a_.noise;
+    const bool noisy = o.kind != NoiseKind::kNone;
+    const int64_t of_query = o.kind == NoiseKind::kFresh ? a_.bounds.seen[r / heads()] - 1 : -1;
     const float coldness = float(1.0 / o.tau);
     const int64_t padded = (slots + kTile - 1) / kTile * kTile;
     alignas(64) int32_t position[kBlock];

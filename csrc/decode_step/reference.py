@@ -2,171 +2,181 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from kvpress.csrc.decode_rows.reference import decode_rows
-from kvpress.csrc.decode_step import RANKS
+from kvpress.csrc.decode_rows import Operands as DecodeRows
+from kvpress.csrc.decode_rows.reference import check_pages, decode_rows, pages_of
+from kvpress.csrc.decode_step import RANKS, WRITES, Operands
 from torch import Tensor
 
 from kvpress.formulas.ranking import drop_one, protect, ranking
 from kvpress.formulas.sums import Observation, step_sums
 from kvpress.ops import shapes
+from kvpress.ops.operands import Bounds, Columns, Noise, Old, Pages
 from kvpress.types import EMPTY
 
 
-def decode_step(
-    query_BN1D: Tensor,
-    key_BH1D: Tensor,
-    value_BH1E: Tensor,
-    key_PDS: Tensor,
-    value_PSE: Tensor,
-    position_PS: Tensor,
-    mass_PS: Tensor | None,
-    table_RW: Tensor,
-    counts_R: Tensor,
-    seen_B: Tensor,
-    quota_R: Tensor,
-    recent_B: Tensor,
-    sink: int,
-    evict: bool,
-    rank: str,
-    noise: str,
-    tau: float,
-    seed: int,
-    layer: int,
-    scaling: float,
-    softcap: float,
-    old: Sequence[Tensor] = (),
-    layouts: Sequence[int] = (),
-) -> Tensor:
+def decode_step(operands: Operands) -> Tensor:
     """Output `[B, N, 1, E]`; changes the pools and `counts_R` in place.
 
-    seen_B counts the new token, whose position is seen − 1. Rows above `quota_R` then lose the
-    unprotected slot that ranks lowest; their last slot takes its place. Raises OperatorError, also
-    for old slots: only the C++ kernels take these.
+    The position of the new token is seen − 1. Rows above `quota_R` then lose the unprotected slot
+    that ranks lowest; their last slot takes its place. Raises OperatorError, also for old slots:
+    only the C++ kernels take these.
     """
-    check(
-        query_BN1D,
-        key_BH1D,
-        value_BH1E,
-        key_PDS,
-        value_PSE,
-        position_PS,
-        mass_PS,
-        table_RW,
-        counts_R,
-        seen_B,
-        quota_R,
-        recent_B,
-    )
-    check_choices(rank, noise, tau, scaling, softcap, evict and mass_PS is None)
-    shapes.ages("decode_step", seen_B, recent_B, sink, 1)
-    refuse_old(old)
-    batch, heads = key_BH1D.shape[:2]
-    page_slots = key_PDS.shape[2]
-    row_R = torch.arange(len(counts_R), device=counts_R.device)
-
-    def place(slot_R: Tensor) -> tuple[Tensor, Tensor]:
-        return table_RW[row_R, slot_R // page_slots].long(), slot_R % page_slots
-
-    page_R, offset_R = place(counts_R)
-    position_R = (seen_B - 1).repeat_interleave(heads)
-    key_PDS[page_R, :, offset_R] = key_BH1D.flatten(0, 2).to(key_PDS.dtype)
-    value_PSE[page_R, offset_R] = value_BH1E.flatten(0, 2).to(value_PSE.dtype)
-    position_PS[page_R, offset_R] = position_R.to(position_PS.dtype)
-    if mass_PS is not None:
-        mass_PS[page_R, offset_R] = 0
-    counts_R += 1
-    out_BN1E, _, weights_BN1S = decode_rows(
-        query_BN1D, key_PDS, value_PSE, table_RW, counts_R, scaling, softcap, mass_PS is not None
-    )
-
-    slot_S = torch.arange(table_RW.shape[1] * page_slots, device=counts_R.device)
-    held_RS = slot_S < counts_R[:, None]
-    address_RS = table_RW.long().repeat_interleave(page_slots, 1) * page_slots + slot_S % page_slots
-    address_RS = address_RS.masked_fill(~held_RS, 0)
-    position_RS = position_PS.flatten()[address_RS].long().masked_fill(~held_RS, EMPTY)
-    position_BHS = position_RS.view(batch, heads, -1)
-    mass_RS = None
-    if mass_PS is not None:
-        observation = Observation(noise=noise, tau=tau, seed=seed)
-        sums_BHS = step_sums(weights_BN1S[:, :, 0], position_BHS, seen_B, layer, observation)
-        mass_RS = mass_PS.flatten()[address_RS] + sums_BHS.flatten(0, 1)
-        mass_PS.view(-1)[address_RS[held_RS]] = mass_RS[held_RS]
-
-    over_R = counts_R > quota_R
+    check(operands)
+    refuse_old(operands.old)
+    token, pages, columns, bounds, evict, noise, logits, _ = operands
+    _append(operands)
+    keeps_mass = columns.mass_PS is not None
+    attended = decode_rows(DecodeRows(token.query_BN1D, pages, logits, keeps_mass))
+    out_BN1E, weights_BN1S = attended[0], attended[2]
+    held = held_slots(pages, columns, len(bounds.seen_B))
+    if columns.mass_PS is not None:
+        _observe(columns.mass_PS, held, weights_BN1S[:, :, 0], bounds.seen_B, noise)
     if evict:
-        mass_BHS = None if mass_RS is None else mass_RS.view(position_BHS.shape)
-        score_BHS = ranking(rank, position_BHS, mass_BHS, seen_B)
-        guarded_BHS = protect(position_BHS, seen_B, sink, recent_B)
-        victim_R = drop_one(score_BHS, position_BHS, guarded_BHS).flatten()
-        to, source = place(victim_R), place(counts_R - 1)
-        move_R = over_R & (~guarded_BHS & (position_BHS != EMPTY)).flatten(0, 1).any(-1)
-        for pool in (value_PSE, position_PS, mass_PS):
-            if pool is not None:
-                pool[to[0][move_R], to[1][move_R]] = pool[source[0][move_R], source[1][move_R]]
-        moved_RD = key_PDS[source[0][move_R], :, source[1][move_R]]
-        key_PDS[to[0][move_R], :, to[1][move_R]] = moved_RD
-        counts_R -= move_R.to(counts_R.dtype)
+        victim_BH, open_BH = victims(held, columns, bounds)
+        drop(pages, columns, held, victim_BH, (pages.counts_R > bounds.quota_R) & open_BH.flatten())
     return out_BN1E
 
 
-def check(
-    query_BN1D: Tensor,
-    key_BH1D: Tensor,
-    value_BH1E: Tensor,
-    key_PDS: Tensor,
-    value_PSE: Tensor,
-    position_PS: Tensor,
-    mass_PS: Tensor | None,
-    table_RW: Tensor,
-    counts_R: Tensor,
-    seen_B: Tensor,
-    quota_R: Tensor,
-    recent_B: Tensor,
+def _append(operands: Operands) -> None:
+    """Writes the new token behind the others of its row and counts it."""
+    (key_PDS, value_PSE, table_RW, counts_R), columns = operands.pages, operands.columns
+    page_R, offset_R = _place(table_RW, counts_R, key_PDS.shape[2])
+    _, key_BH1D, value_BH1E = operands.token
+    heads = key_BH1D.shape[1]
+    position_R = (operands.bounds.seen_B - 1).repeat_interleave(heads)
+    key_PDS[page_R, :, offset_R] = key_BH1D.flatten(0, 2).to(key_PDS.dtype)
+    value_PSE[page_R, offset_R] = value_BH1E.flatten(0, 2).to(value_PSE.dtype)
+    columns.position_PS[page_R, offset_R] = position_R.to(columns.position_PS.dtype)
+    if columns.mass_PS is not None:
+        columns.mass_PS[page_R, offset_R] = 0
+    counts_R += 1
+
+
+class Held(NamedTuple):
+    """Where the slots of every row lie. Beyond its count an address is any, a position EMPTY."""
+
+    page_RW: Tensor
+    address_RS: Tensor  # page · page_slots + offset
+    position_BHS: Tensor
+
+    @property
+    def held_BHS(self) -> Tensor:
+        """Which slots hold a token."""
+        return self.position_BHS != EMPTY
+
+    def column(self, column_PS: Tensor) -> Tensor:
+        """The numbers of all slots: `[B, H, S]`."""
+        return column_PS.flatten()[self.address_RS].view(self.position_BHS.shape)
+
+
+def held_slots(pages: Pages, columns: Columns, batch: int) -> Held:
+    """The slots of all rows."""
+    page_slots, table_RW, counts_R = pages.key_PDS.shape[2], pages.table_RW, pages.counts_R
+    page_RW = pages_of(table_RW, counts_R, page_slots).view(table_RW.shape)
+    slot_S = torch.arange(table_RW.shape[1] * page_slots, device=counts_R.device)
+    address_RS = page_RW.repeat_interleave(page_slots, 1) * page_slots + slot_S % page_slots
+    position_RS = columns.position_PS.flatten()[address_RS].long()
+    position_RS = position_RS.masked_fill(slot_S >= counts_R[:, None], EMPTY)
+    return Held(page_RW, address_RS, position_RS.view(batch, -1, len(slot_S)))
+
+
+def _observe(
+    mass_PS: Tensor, held: Held, weights_BNS: Tensor, seen_B: Tensor, noise: Noise
 ) -> None:
-    """Raises OperatorError for tensors that do not fit together."""
+    """Adds what slots received of the new token to their masses."""
+    kind, tau, seed, layer = noise
+    observation = Observation(noise=kind, tau=tau, seed=seed)
+    sums_BHS = step_sums(weights_BNS, held.position_BHS, seen_B, layer, observation)
+    mass_BHS = held.column(mass_PS) + sums_BHS
+    address_BHS = held.address_RS.view(mass_BHS.shape)
+    mass_PS.view(-1)[address_BHS[held.held_BHS]] = mass_BHS[held.held_BHS]
+
+
+def victims(held: Held, columns: Columns, bounds: Bounds) -> tuple[Tensor, Tensor]:
+    """The slot of every row that ranks lowest, int64 `[B, H]`, and whether one may go: bool."""
+    position_BHS, mass_PS = held.position_BHS, columns.mass_PS
+    mass_BHS = None if mass_PS is None else held.column(mass_PS)
+    score_BHS = ranking(bounds.rank, position_BHS, mass_BHS, bounds.seen_B)
+    guarded_BHS = protect(position_BHS, bounds.seen_B, bounds.sink, bounds.recent_B)
+    victim_BH = drop_one(score_BHS, position_BHS, guarded_BHS)
+    return victim_BH, (~guarded_BHS & held.held_BHS).any(-1)
+
+
+def drop(pages: Pages, columns: Columns, held: Held, victim_BH: Tensor, goes_R: Tensor) -> None:
+    """The last slots of rows take the places of those that go."""
+    key_PDS, counts_R, page_slots = pages.key_PDS, pages.counts_R, pages.key_PDS.shape[2]
+    to = _place(held.page_RW, victim_BH.flatten(), page_slots)
+    source = _place(held.page_RW, (counts_R - 1).clamp_min(0), page_slots)
+    to_page, to_offset, page, offset = (x[goes_R] for x in (*to, *source))
+    for pool in (pages.value_PSE, *columns):
+        if pool is not None:
+            pool[to_page, to_offset] = pool[page, offset]
+    key_PDS[to_page, :, to_offset] = key_PDS[page, :, offset]
+    counts_R -= goes_R.to(counts_R.dtype)
+
+
+def _place(table_RW: Tensor, slot_R: Tensor, page_slots: int) -> tuple[Tensor, Tensor]:
+    """The page of one slot of every row, and its place in it."""
+    page_R1 = table_RW.gather(1, (slot_R // page_slots)[:, None])
+    return page_R1[:, 0].long(), slot_R % page_slots
+
+
+def check(operands: Operands) -> None:
+    """Raises OperatorError for operands that do not fit together, but for old slots."""
     op = "decode_step"
-    floats = {"query_BN1D": query_BN1D, "key_BH1D": key_BH1D, "value_BH1E": value_BH1E}
-    pools = {"key_PDS": key_PDS, "value_PSE": value_PSE}
-    words = {"position_PS": position_PS, "table_RW": table_RW}
-    longs = {"counts_R": counts_R, "seen_B": seen_B, "quota_R": quota_R, "recent_B": recent_B}
-    masses = {} if mass_PS is None else {"mass_PS": mass_PS}
-    lengths = shapes.bind(op, {**floats, **pools, **words, **longs, **masses})
-    shapes.floating(op, {**floats, **pools})
-    shapes.of_dtype(op, key_PDS.dtype, pools)
-    shapes.of_dtype(op, torch.int32, words)
-    shapes.of_dtype(op, torch.int64, longs)
-    shapes.of_dtype(op, torch.float32, masses)
+    token, pages, columns, bounds, evict, noise, logits, _ = operands
+    tensors = {**token._asdict(), **of_layer(pages, columns, bounds)}
+    lengths = shapes.bind(op, tensors)
+    shapes.floating(op, token._asdict())
+    check_layer(op, pages, columns, bounds)
     if lengths["H"] * lengths["B"] != lengths["R"]:
         shapes.refuse(op, f"table_RW has {lengths['R']} rows; B·H = {lengths['B'] * lengths['H']}")
-    shapes.paged(op, lengths, table_RW, counts_R, appended=1)
-    written = {*pools, *masses, "position_PS", "counts_R"}
-    shapes.apart(op, {**floats, **pools, **words, **longs, **masses}, written)
+    shapes.paged(op, lengths, pages.table_RW, pages.counts_R, appended=1)
+    shapes.apart(op, tensors, WRITES)
+    check_rank(op, bounds, evict and columns.mass_PS is None)
+    check_noise(op, noise)
+    shapes.logits(op, *logits)
+    shapes.ages(op, bounds.seen_B, bounds.recent_B, bounds.sink, 1)
 
 
-def refuse_old(old: Sequence[Tensor]) -> None:
+def of_layer(pages: Pages, columns: Columns, bounds: Bounds) -> dict[str, Tensor]:
+    """The tensors of what a layer stores and may keep, by name."""
+    seen_B, quota_R, recent_B, *_ = bounds
+    longs = {"seen_B": seen_B, "quota_R": quota_R, "recent_B": recent_B}
+    named = {**pages._asdict(), "position_PS": columns.position_PS, **longs}
+    return named if columns.mass_PS is None else {**named, "mass_PS": columns.mass_PS}
+
+
+def check_layer(op: str, pages: Pages, columns: Columns, bounds: Bounds) -> None:
+    """Raises OperatorError for other dtypes than kernels read."""
+    check_pages(op, pages)
+    shapes.of_dtype(op, torch.int32, {"position_PS": columns.position_PS})
+    if columns.mass_PS is not None:
+        shapes.of_dtype(op, torch.float32, {"mass_PS": columns.mass_PS})
+    shapes.of_dtype(
+        op, torch.int64, dict(zip(("seen_B", "quota_R", "recent_B"), bounds[:3], strict=True))
+    )
+
+
+def check_rank(op: str, bounds: Bounds, lacks_mass: bool) -> None:
+    """Raises OperatorError for a rank that does not exist, or cannot be had."""
+    if bounds.rank not in RANKS:
+        shapes.refuse(op, f"rank={bounds.rank!r} is unknown; allowed: {', '.join(RANKS)}")
+    if lacks_mass and bounds.rank != "position":
+        shapes.refuse(op, f"rank={bounds.rank!r} needs mass_PS")
+
+
+def refuse_old(old: Old) -> None:
     """Raises OperatorError for parts of old slots."""
-    if old:
+    if old.tensors:
         shapes.refuse("decode_step", "old slots are for the C++ kernels; use decode_rows here")
 
 
-def check_choices(
-    rank: str, noise: str, tau: float, scaling: float, softcap: float, massless: bool
-) -> None:
+def check_noise(op: str, noise: Noise) -> None:
     """Raises OperatorError for options outside their range."""
-    op = "decode_step"
-    if rank not in RANKS:
-        shapes.refuse(op, f"rank={rank!r} is unknown; allowed: {', '.join(RANKS)}")
-    if massless and rank != "position":
-        shapes.refuse(op, f"rank={rank!r} needs mass_PS")
-    check_noise(op, noise, tau)
-    shapes.logits(op, scaling, softcap)
-
-
-def check_noise(op: str, noise: str, tau: float) -> None:
-    """Raises OperatorError for options outside their range."""
-    if noise not in ("none", "frozen", "fresh"):
-        shapes.refuse(op, f"noise={noise!r} is unknown; allowed: none, frozen, fresh")
-    shapes.temperature(op, tau)
+    if noise.noise not in ("none", "frozen", "fresh"):
+        shapes.refuse(op, f"noise={noise.noise!r} is unknown; allowed: none, frozen, fresh")
+    shapes.temperature(op, noise.tau)

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvpress.formulas.block_map import Blocks
-
-SCHEMA = (
-    "estimate_blocks(Tensor query_BNPD, Tensor query_scale_BNP, Tensor key_BHSD, Tensor"
-    " key_scale_BHJK, Tensor shift_BNS, Tensor threshold_BNP, int local) -> Tensor map_BNX"
-)
+from kvpress.ops.operands import schema
 
 
-def fake(query_BNPD: Tensor, query_scale_BNP: Tensor, key_BHSD: Tensor, *args: Any) -> Tensor:
+class Operands(NamedTuple):
+    """Codes int8 with fp32 steps, shifts and thresholds; see README.md. local: slots, at least."""
+
+    query_BNPD: Tensor
+    query_scale_BNP: Tensor
+    key_BHSD: Tensor
+    key_scale_BHJK: Tensor
+    shift_BNS: Tensor
+    threshold_BNP: Tensor
+    local: int
+
+
+SCHEMA = schema("estimate_blocks", Operands, "Tensor map_BNX")
+
+
+def fake(operands: Operands) -> Tensor:
     """An empty map of the right shape."""
-    blocks = Blocks(query_BNPD.shape[2], key_BHSD.shape[2])
+    query_BNPD = operands.query_BNPD
+    blocks = Blocks(query_BNPD.shape[2], operands.key_BHSD.shape[2])
     shape = (*query_BNPD.shape[:2], blocks.offsets[-1])
     return query_BNPD.new_empty(shape, dtype=torch.uint8)

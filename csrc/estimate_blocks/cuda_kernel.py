@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 
 import torch
+from kvpress.csrc.estimate_blocks import Operands
 from kvpress.csrc.estimate_blocks.reference import HIGH, check
 from kvpress.csrc.triton_common import architecture, device_of
 from torch import Tensor
@@ -35,17 +36,11 @@ def packed(code_BNPD: Tensor) -> Tensor:
     return (low & 15) | (high << 4)
 
 
-def estimate_blocks(
-    query_BNPD: Tensor,
-    query_scale_BNP: Tensor,
-    key_BHSD: Tensor,
-    key_scale_BHJK: Tensor,
-    shift_BNS: Tensor,
-    threshold_BNP: Tensor,
-    local: int,
-) -> Tensor:
+def estimate_blocks(operands: Operands) -> Tensor:
     """The same as the reference, to the bit. Raises OperatorError and BackendError."""
-    check(query_BNPD, query_scale_BNP, key_BHSD, key_scale_BHJK, shift_BNS, threshold_BNP, local)
+    check(operands)
+    query_BNPD, query_scale_BNP, key_BHSD, key_scale_BHJK = operands[:4]
+    shift_BNS, threshold_BNP, local = operands[4:]
     index = query_BNPD.device.index if query_BNPD.is_cuda else -1
     if not query_BNPD.is_cuda or architecture(index) not in NATIVE:
         shapes.refuse(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from kvpress.csrc.estimate_blocks import Operands
 from torch import Tensor
 
 from kvpress.formulas.block_map import GROUPS, MOST_CODE, QUERIES, SLOTS, Blocks, of_slots, to_map
@@ -11,21 +12,15 @@ from kvpress.ops import shapes
 LOW, HIGH = -(2**15), 2**15 - 1  # between which estimates saturate
 
 
-def estimate_blocks(
-    query_BNPD: Tensor,
-    query_scale_BNP: Tensor,
-    key_BHSD: Tensor,
-    key_scale_BHJK: Tensor,
-    shift_BNS: Tensor,
-    threshold_BNP: Tensor,
-    local: int,
-) -> Tensor:
+def estimate_blocks(operands: Operands) -> Tensor:
     """The map of blocks that hold a logit whose estimate is above the threshold of its query.
 
     query_BNPD, key_BHSD: int8 codes; scales, shift (q̄·k' / s_k) and thresholds (unscaled logits):
     fp32. The first block and the local area are always in the map. Raises OperatorError.
     """
-    check(query_BNPD, query_scale_BNP, key_BHSD, key_scale_BHJK, shift_BNS, threshold_BNP, local)
+    check(operands)
+    query_BNPD, query_scale_BNP, key_BHSD, key_scale_BHJK = operands[:4]
+    shift_BNS, threshold_BNP, local = operands[4:]
     batch, heads, queries, width = query_BNPD.shape
     kv_heads, slots = key_BHSD.shape[1:3]
     blocks = Blocks(queries, slots)
@@ -38,31 +33,27 @@ def estimate_blocks(
         if end < 2:
             continue
         inverse_BNp1 = query_scale_BNP[:, :, own, None].reciprocal()
-        query_BHGpD = query_BNPD[:, :, own].float().unflatten(1, (kv_heads, -1))
+        query_BHGpD = torch.unflatten(query_BNPD[:, :, own].float(), 1, (kv_heads, -1))
         dot_BNps = (query_BHGpD @ key_BHSD[:, :, None, seen].float().mT).flatten(1, 2)
         shift_BNps = (shift_BNS[:, :, None, seen] * inverse_BNp1).round()
         shift_BNps = shift_BNps.nan_to_num(HIGH, HIGH, LOW).clamp(LOW, HIGH)
         estimate_BNps = (dot_BNps + shift_BNps).clamp(LOW, HIGH)
-        own_BHGp1 = (threshold_BNP[:, :, own, None] * inverse_BNp1).unflatten(1, (kv_heads, -1))
+        own_BHGp1 = torch.unflatten(
+            (threshold_BNP[:, :, own, None] * inverse_BNp1), 1, (kv_heads, -1)
+        )
         bound_BNps = (own_BHGp1 * step_BHS[:, :, None, None, seen]).floor().flatten(1, 2)
         never_BNp1 = threshold_BNP[:, :, own, None] == torch.inf
         bound_BNps = torch.where(never_BNp1, torch.inf, bound_BNps.clamp(max=cap))
         hit_BNps = (estimate_BNps > bound_BNps) | ~(bound_BNps >= LOW)
-        hit_BNj = hit_BNps.any(2).unflatten(-1, (-1, SLOTS)).any(-1)
+        hit_BNj = torch.unflatten(hit_BNps.any(2), -1, (-1, SLOTS)).any(-1)
         computed_BNIJ[:, :, row, 1:end] |= hit_BNj
     return to_map(computed_BNIJ, blocks)
 
 
-def check(
-    query_BNPD: Tensor,
-    query_scale_BNP: Tensor,
-    key_BHSD: Tensor,
-    key_scale_BHJK: Tensor,
-    shift_BNS: Tensor,
-    threshold_BNP: Tensor,
-    local: int,
-) -> None:
+def check(operands: Operands) -> None:
     """Raises OperatorError for operands that do not fit together."""
+    query_BNPD, query_scale_BNP, key_BHSD, key_scale_BHJK = operands[:4]
+    shift_BNS, threshold_BNP, local = operands[4:]
     op = "estimate_blocks"
     codes = {"query_BNPD": query_BNPD, "key_BHSD": key_BHSD}
     numbers = {

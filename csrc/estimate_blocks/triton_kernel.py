@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import triton
-from kvpress.csrc.estimate_blocks import cuda_kernel
+from kvpress.csrc.estimate_blocks import Operands, cuda_kernel
 from kvpress.csrc.estimate_blocks.reference import HIGH, check
 from kvpress.csrc.estimate_blocks.triton_device import block_kernel
 from kvpress.csrc.triton_common import FUSED, device_of
@@ -18,20 +18,13 @@ from torch import Tensor
 from kvpress.formulas.block_map import MOST_CODE, QUERIES, SLOTS, Blocks
 
 
-def estimate_blocks(
-    query_BNPD: Tensor,
-    query_scale_BNP: Tensor,
-    key_BHSD: Tensor,
-    key_scale_BHJK: Tensor,
-    shift_BNS: Tensor,
-    threshold_BNP: Tensor,
-    local: int,
-) -> Tensor:
+def estimate_blocks(operands: Operands) -> Tensor:
     """The same as the reference, to the bit. Raises OperatorError."""
-    operands = (query_BNPD, query_scale_BNP, key_BHSD, key_scale_BHJK, shift_BNS, threshold_BNP)
-    check(*operands, local)
+    check(operands)
+    *tensors, local = operands
+    query_BNPD, key_BHSD = operands.query_BNPD, operands.key_BHSD
     if cuda_kernel.available(query_BNPD):
-        return cuda_kernel.estimate_blocks(*operands, local)
+        return cuda_kernel.estimate_blocks(operands)
     batch, heads, queries, width = query_BNPD.shape
     slots, device = key_BHSD.shape[2], query_BNPD.device
     blocks = Blocks(queries, slots)
@@ -40,7 +33,7 @@ def estimate_blocks(
     offset, end, first_local = blocks.tables(local, device)
     with device_of(query_BNPD):
         block_kernel[(blocks.rows, batch * heads)](
-            *operands,
+            *tensors,
             offset, end, first_local, map_BNX, queries, slots, blocks.columns, offsets[-1],
             float(HIGH - MOST_CODE**2 * width - 1), heads // key_BHSD.shape[1],
             WIDTH=width, BLOCK_D=max(32, triton.next_power_of_2(width)), BLOCK_M=QUERIES,

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
-SCHEMA = "gather_slots(Tensor pool_PX, Tensor address_N, bool slot_last) -> Tensor slots_NX"
+from kvpress.ops.operands import schema
 
 
-def fake(pool_PX: Tensor, address_N: Tensor, slot_last: bool) -> Tensor:
+class Operands(NamedTuple):
+    """A pool `[P, S, ...]`, or `[P, D, S]` with slot_last; addresses are page · S + slot."""
+
+    pool_PX: Tensor
+    address_N: Tensor
+    slot_last: bool = False
+
+
+SCHEMA = schema("gather_slots", Operands, "Tensor slots_NX")
+
+
+def fake(operands: Operands) -> Tensor:
     """An empty result of the right shape and dtype."""
+    pool_PX, address_N, slot_last = operands
     slot_shape = pool_PX.shape[1:-1] if slot_last else pool_PX.shape[2:]
     return pool_PX.new_empty(*address_N.shape, *slot_shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from kvpress.csrc.gather_slots import Operands
 from torch import Tensor
 
 from kvpress.ops import shapes
@@ -12,11 +13,12 @@ from kvpress.ops import shapes
 MOST_BYTES = 8  # of a number
 
 
-def gather_slots(pool_PX: Tensor, address_N: Tensor, slot_last: bool) -> Tensor:
+def gather_slots(operands: Operands) -> Tensor:
     """The slots at `address_N` (page · page_slots + slot) of a pool: a fresh `[N, ...]`.
 
     The pool is `[P, S, ...]`, or `[P, D, S]` where `slot_last`. Raises OperatorError.
     """
+    pool_PX, address_N, slot_last = operands
     page_N, slot_N = places("gather_slots", pool_PX, address_N, slot_last)
     return pool_PX[page_N, :, slot_N] if slot_last else pool_PX[page_N, slot_N]
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 import triton
-from kvpress.csrc.gather_slots import fake
+from kvpress.csrc.gather_slots import Operands, fake
 from kvpress.csrc.gather_slots.reference import places
 from kvpress.csrc.gather_slots.triton_device import copy_kernel
 from kvpress.csrc.triton_common import FUSED, device_of
@@ -16,13 +16,14 @@ BLOCK = 2048  # numbers per program
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def gather_slots(pool_PX: Tensor, address_N: Tensor, slot_last: bool) -> Tensor:
+def gather_slots(operands: Operands) -> Tensor:
     """The slots at `address_N` (page · page_slots + slot) of a pool: a fresh `[N, ...]`.
 
     The same as the reference; items of 1, 2, 4 or 8 bytes. Raises OperatorError.
     """
+    pool_PX, address_N, slot_last = operands
     page_N, slot_N = places("gather_slots", pool_PX, address_N, slot_last)
-    slots_NX = fake(pool_PX, address_N, slot_last)
+    slots_NX = fake(operands)
     copy(pool_PX, page_N, slot_N, slots_NX, slot_last, into_pool=False)
     return slots_NX
 

@@ -44,10 +44,13 @@ struct Columns {
   float* mass;        // [P, S] or null
 };
 
-// What says how many slots a row may hold, how old they are and which ones stay.
+enum class Rank { kMass, kMassPerAge, kPosition };
+
+// Which slots stay: of more than a quota the one that ranks lowest goes. The first and the last tokens are protected.
 struct Bounds {
   const int64_t *seen, *quota, *recent;  // [B], [R], [B]
   int64_t sink;
+  Rank rank;
 };
 
 // How a page of old slots lies in memory: see kvpress/formulas/page_layout.py.
@@ -108,11 +111,10 @@ struct DecodeRows {
   int parts;
 };
 
-enum class Noise { kNone, kFrozen, kFresh };
-enum class Rank { kMass, kMassPerAge, kPosition };
+enum class NoiseKind { kNone, kFrozen, kFresh };
 
-struct Observation {
-  Noise noise;
+struct Noise {
+  NoiseKind kind;
   double tau;
   int64_t seed, layer;
 };
@@ -124,12 +126,11 @@ struct DecodeStep {
   int64_t* counts;  // [R]
   Bounds bounds;
   bool evict;
-  Rank rank;
-  Observation observation;
+  Noise noise;
 };
 
 // Pairs of channels that positions turn, from `start` on; as many as there are frequencies.
-struct Rotation {
+struct Turning {
   const float* frequency;
   int64_t pairs, start;
   bool interleaved;
@@ -147,9 +148,8 @@ struct AbsorbStep {
   int64_t* counts;  // [R]
   Bounds bounds;
   int64_t batch, heads;
-  Rank rank;
   float* threshold;  // [B]
-  Rotation rotation;
+  Turning turning;
   int64_t width;  // channels of keys that are compared and merged
   Merging merging;
 };
@@ -187,7 +187,7 @@ struct AttentionSums {
   const int64_t* position;  // [B, H, S]
   int64_t batch, heads, group, queries, slots, width, window;
   Logits logits;
-  Observation observation;
+  Noise noise;
   float* sums;  // [B, N, S]
   Heads value;  // [B, H, S, D'], where there is `out`
   int64_t value_width;

@@ -34,8 +34,7 @@ BlockMap map_of(const char* op, Shapes& shapes, const std::optional<Tensor>& map
 
 // Checks and fills what attention_sums and attend_sums share. The tensors that `a` points into live in the others.
 AttentionSums sums_of(const char* op, Shapes& shapes, const Strided& queries, const Strided& keys,
-                      const Tensor& position, const Tensor& sums, double scaling, double softcap,
-                      const Observation& observation) {
+                      const Tensor& position, const Tensor& sums, double scaling, double softcap, const Noise& noise) {
   check_prompt(op, shapes);
   AttentionSums a{};
   a.query = queries.heads;
@@ -48,7 +47,7 @@ AttentionSums sums_of(const char* op, Shapes& shapes, const Strided& queries, co
   a.slots = shapes['S'];
   a.width = shapes['D'];
   a.logits = logits_of(op, scaling, softcap);
-  a.observation = observation;
+  a.noise = noise;
   a.sums = static_cast<float*>(sums.data_ptr());
   return a;
 }

@@ -96,15 +96,15 @@ struct BoundTensors {
   const Tensor &seen, &quota, &recent;
 };
 
-// Checks what says how many slots a row may hold, how old they are and which ones stay. `least`: of seen.
-Bounds bounds_of(const char* op, Shapes& shapes, const BoundTensors& x, int64_t sink, int64_t least) {
+// Checks what says which slots stay. `least`: of seen.
+Bounds bounds_of(const char* op, Shapes& shapes, const BoundTensors& x, int64_t sink, Rank rank, int64_t least) {
   shapes.bind(x.seen, "seen_B");
   shapes.bind(x.quota, "quota_R");
   shapes.bind(x.recent, "recent_B");
   for (const Tensor* each : {&x.seen, &x.quota, &x.recent})
     expect(op, *each, "seen_B, quota_R and recent_B", ScalarType::Long, "int64");
   const auto longs = [](const Tensor& each) { return static_cast<const int64_t*>(each.data_ptr()); };
-  const Bounds bounds{longs(x.seen), longs(x.quota), longs(x.recent), sink};
+  const Bounds bounds{longs(x.seen), longs(x.quota), longs(x.recent), sink, rank};
   if (sink < 0 || sink > kMostSlots) refuse(op, "sink is ", sink, "; 0 to ", kMostSlots, " are allowed");
   for (int64_t b = 0; b < shapes['B']; b++) {
     if (bounds.seen[b] < least || bounds.seen[b] > kMostSlots)

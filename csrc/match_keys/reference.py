@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from kvpress.csrc.match_keys import Operands
 from torch import Tensor
 
 from kvpress.ops import shapes
@@ -10,16 +11,15 @@ from kvpress.ops import shapes
 BLOCK_ELEMENTS = 1 << 20  # cosines per block: 4 MiB
 
 
-def match_keys(
-    evicted_BHED: Tensor, kept_BHCD: Tensor, allowed_BHC: Tensor
-) -> tuple[Tensor, Tensor]:
+def match_keys(operands: Operands) -> tuple[Tensor, Tensor]:
     """The largest cosine of each evicted key with an allowed kept key, and that key's index.
 
     fp32 and int64, `[B, H, E]`; -inf and -1 where there is none. Keys of norm 0 have cosine 0 with
     all keys; keys whose norm is not finite match none. Of equal cosines the lowest index is taken.
     Raises OperatorError.
     """
-    check(evicted_BHED, kept_BHCD, allowed_BHC)
+    evicted_BHED, kept_BHCD, allowed_BHC = operands
+    check(operands)
     batch, heads, evicted, _ = evicted_BHED.shape
     shape, kept = (batch, heads, evicted), kept_BHCD.shape[2]
     similarity_BHE = torch.full(shape, -torch.inf, device=evicted_BHED.device, dtype=torch.float32)
@@ -46,9 +46,10 @@ def unit(key_BHSD: Tensor) -> Tensor:
     return key_BHSD * factor_BHS1.masked_fill_(norm_BHS1 == torch.inf, torch.nan)
 
 
-def check(evicted_BHED: Tensor, kept_BHCD: Tensor, allowed_BHC: Tensor) -> None:
+def check(operands: Operands) -> None:
     """Raises OperatorError for operands that do not fit together."""
     op = "match_keys"
+    evicted_BHED, kept_BHCD, allowed_BHC = operands
     named = {"evicted_BHED": evicted_BHED, "kept_BHCD": kept_BHCD}
     lengths = shapes.bind(op, {**named, "allowed_BHC": allowed_BHC})
     shapes.floating(op, named)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import triton
-from kvpress.csrc.match_keys import fake
+from kvpress.csrc.match_keys import Operands, fake
 from kvpress.csrc.match_keys.reference import check
 from kvpress.csrc.match_keys.triton_device import match_kernel
 from kvpress.csrc.triton_common import FUSED, by_architecture, device_of, wide
@@ -39,17 +39,16 @@ LAUNCH = {
 }
 
 
-def match_keys(
-    evicted_BHED: Tensor, kept_BHCD: Tensor, allowed_BHC: Tensor
-) -> tuple[Tensor, Tensor]:
+def match_keys(operands: Operands) -> tuple[Tensor, Tensor]:
     """The largest cosine of each evicted key with an allowed kept key, and that key's index.
 
     The same as the reference. Moves the evicted keys once and the kept keys once per block of them.
     Raises OperatorError.
     """
-    check(evicted_BHED, kept_BHCD, allowed_BHC)
+    evicted_BHED, kept_BHCD, allowed_BHC = operands
+    check(operands)
     batch, heads, keys, width = evicted_BHED.shape
-    similarity_BHE, target_BHE = fake(evicted_BHED, kept_BHCD, allowed_BHC)
+    similarity_BHE, target_BHE = fake(operands)
     if not target_BHE.numel():
         return similarity_BHE, target_BHE
     is_wide = wide(evicted_BHED.dtype)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from kvpress.formulas.page_layout import PageLayout
-
-SCHEMA = (
-    "pack(Tensor key_PSD, Tensor value_PSE, Tensor channel_PT, Tensor channel_PU, int[] layout)"
-    " -> Tensor page_PX"
-)
+from kvpress.ops.operands import schema
 
 
-def fake(
-    key_PSD: Tensor, value_PSE: Tensor, channel_PT: Tensor, channel_PU: Tensor, layout: list[int]
-) -> Tensor:
+class Operands(NamedTuple):
+    """Pages of numbers, the channels that each keeps (int16, ascending), and a PageLayout."""
+
+    key_PSD: Tensor
+    value_PSE: Tensor
+    channel_PT: Tensor
+    channel_PU: Tensor
+    layout: Sequence[int]
+
+
+SCHEMA = schema("pack", Operands, "Tensor page_PX")
+
+
+def fake(operands: Operands) -> Tensor:
     """An empty result of the right shape and dtype."""
-    size = PageLayout(*layout).page_bytes
-    return key_PSD.new_empty((len(key_PSD), size), dtype=channel_PT.new_empty(0).byte().dtype)
+    shape = (len(operands.key_PSD), PageLayout(*operands.layout).page_bytes)
+    return operands.key_PSD.new_empty(shape, dtype=torch.uint8)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import torch
+from kvpress.csrc.pack import Operands
 from torch import Tensor
 
 from kvpress.formulas.page_layout import PageLayout, checked, to_bytes
 from kvpress.ops import shapes
 
 
-def pack(
-    key_PSD: Tensor, value_PSE: Tensor, channel_PT: Tensor, channel_PU: Tensor, layout: list[int]
-) -> Tensor:
+def pack(operands: Operands) -> Tensor:
     """Pages uint8 `[P, bytes]` of S slots each. Raises OperatorError.
 
     channel_PT, channel_PU: the kept channels of keys and values, int16, ascending.
     """
-    sizes = check(key_PSD, value_PSE, channel_PT, channel_PU, layout)
+    key_PSD, value_PSE, channel_PT, channel_PU, _ = operands
+    sizes = check(operands)
     if not len(key_PSD):
         return key_PSD.new_empty((0, sizes.page_bytes), dtype=torch.uint8)
     key_PTS = key_PSD.gather(2, _over_slots(channel_PT, sizes.slots)).mT
@@ -26,7 +26,7 @@ def pack(
     if sizes.key_bits == 16:
         _put(page_PX, 0, key_PTS)
     else:
-        key_PTgs = key_PTS.unflatten(2, (-1, sizes.key_group))
+        key_PTgs = torch.unflatten(key_PTS, 2, (-1, sizes.key_group))
         code_PTgs, step_PTg, zero_PTg = quantise(key_PTgs, sizes.key_bits)
         _put(page_PX, 0, to_bytes(code_PTgs.flatten(2), sizes.key_bits))
         _put(page_PX, key_scales, torch.stack([step_PTg.mT, zero_PTg.mT], 2))
@@ -34,7 +34,7 @@ def pack(
         _put(page_PX, value_codes, value_PSU)
         return page_PX
     codes, scales = [], []
-    for value_PSg in value_PSU.split(sizes.value_group, dim=2):
+    for value_PSg in torch.split(value_PSU, sizes.value_group, dim=2):
         code_PSg, *scale = quantise(value_PSg, sizes.value_bits)
         codes.append(code_PSg)
         scales.append(torch.stack(scale, 1))
@@ -78,10 +78,9 @@ def _over_slots(channel_PT: Tensor, slots: int) -> Tensor:
     return channel_PT.long()[:, None].expand(-1, slots, -1)
 
 
-def check(
-    key_PSD: Tensor, value_PSE: Tensor, channel_PT: Tensor, channel_PU: Tensor, layout: list[int]
-) -> PageLayout:
+def check(operands: Operands) -> PageLayout:
     """The layout. Raises OperatorError for tensors that do not fit it."""
+    key_PSD, value_PSE, channel_PT, channel_PU, layout = operands
     op, sizes = "pack", checked("pack", layout)
     floats = {"key_PSD": key_PSD, "value_PSE": value_PSE}
     channels = {"channel_PT": channel_PT, "channel_PU": channel_PU}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import triton
+from kvpress.csrc.pack import Operands
 from kvpress.csrc.pack.reference import check
 from kvpress.csrc.pack.triton_device import key_steps_kernel, value_steps_kernel, words_kernel
 from kvpress.csrc.triton_common import FUSED, device_of
@@ -16,11 +17,10 @@ from kvpress.formulas.page_layout import LINES, PageLayout
 BLOCK = 256  # words of a program
 
 
-def pack(
-    key_PSD: Tensor, value_PSE: Tensor, channel_PT: Tensor, channel_PU: Tensor, layout: list[int]
-) -> Tensor:
+def pack(operands: Operands) -> Tensor:
     """Pages uint8 `[P, bytes]`, the same as the reference, bit by bit. Raises OperatorError."""
-    sizes = check(key_PSD, value_PSE, channel_PT, channel_PU, layout)
+    key_PSD, value_PSE, channel_PT, channel_PU, _ = operands
+    sizes = check(operands)
     page_PX = key_PSD.new_zeros((len(key_PSD), sizes.page_bytes), dtype=torch.uint8)
     if not len(key_PSD):
         return page_PX

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
-SCHEMA = (
-    "scatter_slots(Tensor(a!) pool_PX, Tensor address_N, Tensor slots_NX, bool slot_last) -> ()"
-)
+from kvpress.ops.operands import schema
 
 
-def fake(pool_PX: Tensor, address_N: Tensor, slots_NX: Tensor, slot_last: bool) -> None:
+class Operands(NamedTuple):
+    """A pool `[P, S, ...]`, or `[P, D, S]` with slot_last; addresses are page · S + slot."""
+
+    pool_PX: Tensor
+    address_N: Tensor
+    slots_NX: Tensor
+    slot_last: bool = False
+
+
+SCHEMA = schema("scatter_slots", Operands, "()", writes=("pool_PX",))
+
+
+def fake(operands: Operands) -> None:
     """Nothing is returned."""

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from kvpress.csrc.gather_slots.reference import places
+from kvpress.csrc.scatter_slots import Operands
 from torch import Tensor
 
 from kvpress.ops import shapes
 
 
-def scatter_slots(pool_PX: Tensor, address_N: Tensor, slots_NX: Tensor, slot_last: bool) -> None:
+def scatter_slots(operands: Operands) -> None:
     """Writes slot n of `[N, ...]` to `address_N[n]` of a pool; the inverse of `gather_slots`.
 
     Addresses must differ. Raises OperatorError.
     """
-    page_N, slot_N = check(pool_PX, address_N, slots_NX, slot_last)
+    pool_PX, _, slots_NX, slot_last = operands
+    page_N, slot_N = check(operands)
     if slot_last:
         pool_PX[page_N, :, slot_N] = slots_NX
     else:
         pool_PX[page_N, slot_N] = slots_NX
 
 
-def check(
-    pool_PX: Tensor, address_N: Tensor, slots_NX: Tensor, slot_last: bool
-) -> tuple[Tensor, Tensor]:
+def check(operands: Operands) -> tuple[Tensor, Tensor]:
     """The page and the slot in it of every address. Raises OperatorError."""
+    pool_PX, address_N, slots_NX, slot_last = operands
     op = "scatter_slots"
     page_N, slot_N = places(op, pool_PX, address_N, slot_last)
     shapes.dense(op, {"slots_NX": slots_NX})

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import torch
 from kvpress.csrc.pack.reference import check_channels
+from kvpress.csrc.unpack import Operands
 from torch import Tensor
 
 from kvpress.formulas.page_layout import PageLayout, checked, from_bytes
 from kvpress.ops import shapes
 
 
-def unpack(
-    page_PX: Tensor, channel_PT: Tensor, channel_PU: Tensor, layout: list[int], like: Tensor
-) -> tuple[Tensor, Tensor]:
+def unpack(operands: Operands) -> tuple[Tensor, Tensor]:
     """Keys `[P, S, D]` and values `[P, S, E]` in the dtype of `like`, that of the store.
 
     Dropped channels are zero. Raises OperatorError.
     """
-    sizes = check(page_PX, channel_PT, channel_PU, layout, like)
+    page_PX, channel_PT, channel_PU, _, like = operands
+    sizes = check(operands)
     key_PSD, value_PSE = numbers(page_PX, channel_PT, channel_PU, sizes, like.dtype)
     return key_PSD.to(like.dtype), value_PSE.to(like.dtype)
 
@@ -73,10 +73,9 @@ def _spread(x_PSt: Tensor, channel_Pt: Tensor, width: int) -> Tensor:
     return full_PSd.scatter_(2, index_PSt, x_PSt)
 
 
-def check(
-    page_PX: Tensor, channel_PT: Tensor, channel_PU: Tensor, layout: list[int], like: Tensor
-) -> PageLayout:
+def check(operands: Operands) -> PageLayout:
     """The layout. Raises OperatorError for tensors that do not fit it."""
+    page_PX, channel_PT, channel_PU, layout, like = operands
     op, sizes = "unpack", checked("unpack", layout)
     channels = {"channel_PT": channel_PT, "channel_PU": channel_PU}
     lengths = shapes.bind(op, {"page_PX": page_PX, **channels})
@@ -88,13 +87,13 @@ def check(
     wanted = [sizes.page_bytes, sizes.key_kept, sizes.value_kept]
     if given != wanted or like.element_size() != sizes.item_bytes:
         shapes.refuse(op, f"page_PX and channels have X, T, U = {given}, not {wanted} of {sizes}")
-    check_pages(op, page_PX, sizes)
+    check_packed(op, page_PX, sizes)
     check_channels(op, channel_PT, sizes.key_width)
     check_channels(op, channel_PU, sizes.value_width)
     return sizes
 
 
-def check_pages(op: str, page_PX: Tensor, sizes: PageLayout) -> None:
+def check_packed(op: str, page_PX: Tensor, sizes: PageLayout) -> None:
     """Raises OperatorError for pages whose numbers do not begin at multiples of their size."""
     if page_PX.data_ptr() % sizes.item_bytes:
         shapes.refuse(op, f"pages begin between numbers of {sizes.item_bytes} bytes; copy them")

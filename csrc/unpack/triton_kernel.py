@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 from kvpress.csrc.triton_common import FUSED, device_of
+from kvpress.csrc.unpack import Operands
 from kvpress.csrc.unpack.reference import check
 from kvpress.csrc.unpack.triton_device import unpack_kernel
 from torch import Tensor
@@ -14,11 +15,10 @@ from kvpress.formulas.page_layout import LINES
 BLOCK = 512  # numbers of a program
 
 
-def unpack(
-    page_PX: Tensor, channel_PT: Tensor, channel_PU: Tensor, layout: list[int], like: Tensor
-) -> tuple[Tensor, Tensor]:
+def unpack(operands: Operands) -> tuple[Tensor, Tensor]:
     """Keys `[P, S, D]` and values `[P, S, E]`, the same as the reference. Raises OperatorError."""
-    sizes = check(page_PX, channel_PT, channel_PU, layout, like)
+    page_PX, channel_PT, channel_PU, _, like = operands
+    sizes = check(operands)
     pages, slots = len(page_PX), sizes.slots
     key_scales, value_codes, value_scales, _ = sizes.offsets
     key = like.new_zeros(pages, slots, sizes.key_width)

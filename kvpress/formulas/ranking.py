@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from kvpress.types import EMPTY
-
-Rank = Literal["mass", "mass_per_age", "position"]
+from kvpress.types import EMPTY, Rank
 
 
 def ranking(rank: Rank, position_BHS: Tensor, mass_BHS: Tensor | None, seen_B: Tensor) -> Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvpress.formulas.noise import NO_QUERY, gumbel
-
-NoiseKind = Literal["none", "frozen", "fresh"]
+from kvpress.types import NoiseKind
 
 
 class Observation(NamedTuple):

@@ -15,6 +15,7 @@ from kvpress.ops.calls import (
     scatter_slots,
     unpack,
 )
+from kvpress.ops.operands import Bounds, Columns, Logits, Noise, Old, Pages, Token, Turning
 from kvpress.ops.registry import (
     backends,
     implementation,
@@ -25,6 +26,14 @@ from kvpress.ops.registry import (
 )
 
 __all__ = [
+    "Bounds",
+    "Columns",
+    "Logits",
+    "Noise",
+    "Old",
+    "Pages",
+    "Token",
+    "Turning",
     "absorb_step",
     "attend_blocks",
     "attend_sums",

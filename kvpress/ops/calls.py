@@ -1,28 +1,33 @@
-"""Calling the operators: one function each, with the errors of the engine."""
+"""Calling the operators: one function each, with the errors of the engine.
+
+They take the fields of the `Operands` of their folder, by place or by name.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from kvpress.errors import KVPressError, OperatorError
-from kvpress.ops.registry import warn
+from kvpress.ops.operands import flattening
+from kvpress.ops.registry import operands_of, warn
 
 
 @functools.cache
-def _operator(name: str) -> Any:
+def _operator(name: str) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
     warn()
-    return getattr(torch.ops.kvpress, name).default
+    return getattr(torch.ops.kvpress, name).default, flattening(operands_of(name))
 
 
-def _call(name: str, *args: Any) -> Any:
+def _call(name: str, operands: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """Runs an operator. Raises OperatorError for operands that it refuses, on every backend."""
+    run, flat = _operator(name)
     try:
-        return _operator(name)(*args)
+        return run(*flat(*operands, **named))
     except RuntimeError as error:
         _refused(name, error)
 
@@ -35,86 +40,81 @@ def _refused(name: str, error: RuntimeError) -> NoReturn:
     raise OperatorError(message[message.index(own) :].splitlines()[0]) from None
 
 
-def decode_rows(
-    *args: Any, old: Sequence[Tensor] = (), layouts: Sequence[int] = ()
-) -> tuple[Tensor, Tensor, Tensor]:
+def decode_rows(*operands: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of new queries over ragged paged rows; see csrc/decode_rows."""
-    out, lse, weights = _call("decode_rows", *args, old, layouts)
+    out, lse, weights = _call("decode_rows", operands, named)
     return out, lse, weights
 
 
-def decode_step(*args: Any, old: Sequence[Tensor] = (), layouts: Sequence[int] = ()) -> Tensor:
+def decode_step(*operands: Any, **named: Any) -> Tensor:
     """Append, attend, observe and evict in one call; see csrc/decode_step."""
+    run, flat = _operator("decode_step")
     try:  # as `_call`, without another copy of the operands: this is the decode loop
-        out: Tensor = _operator("decode_step")(*args, old, layouts)
+        out: Tensor = run(*flat(*operands, **named))
     except RuntimeError as error:
         _refused("decode_step", error)
     return out
 
 
-def absorb_step(*args: Any) -> None:
+def absorb_step(*operands: Any, **named: Any) -> None:
     """Evict one slot of rows above their quotas and merge it; see csrc/absorb_step."""
-    _call("absorb_step", *args)
+    _call("absorb_step", operands, named)
 
 
-def attend_blocks(*args: Any) -> tuple[Tensor, Tensor]:
+def attend_blocks(*operands: Any, **named: Any) -> tuple[Tensor, Tensor]:
     """Attention over the blocks of a bit map, and its LSE; see csrc/attend_blocks."""
-    out, lse = _call("attend_blocks", *args)
+    out, lse = _call("attend_blocks", operands, named)
     return out, lse
 
 
-def attend_sums(*args: Any) -> tuple[Tensor, Tensor]:
+def attend_sums(*operands: Any, **named: Any) -> tuple[Tensor, Tensor]:
     """Attention of a prompt and its column sums; see csrc/attend_sums."""
-    out, sums = _call("attend_sums", *args)
+    out, sums = _call("attend_sums", operands, named)
     return out, sums
 
 
-def attention_sums(*args: Any) -> Tensor:
+def attention_sums(*operands: Any, **named: Any) -> Tensor:
     """Column sums of a prompt's attention; see csrc/attention_sums."""
-    sums: Tensor = _call("attention_sums", *args)
+    sums: Tensor = _call("attention_sums", operands, named)
     return sums
 
 
-def match_keys(
-    evicted_BHED: Tensor, kept_BHCD: Tensor, allowed_BHC: Tensor
-) -> tuple[Tensor, Tensor]:
+def match_keys(*operands: Any, **named: Any) -> tuple[Tensor, Tensor]:
     """Cosine and index of the nearest kept key of every evicted key; see csrc/match_keys."""
-    similarity, target = _call("match_keys", evicted_BHED, kept_BHCD, allowed_BHC)
+    similarity, target = _call("match_keys", operands, named)
     return similarity, target
 
 
-def pack(*args: Any) -> Tensor:
+def pack(*operands: Any, **named: Any) -> Tensor:
     """Whole pages of old slots: kept channels, quantised; see csrc/pack."""
-    pages: Tensor = _call("pack", *args)
+    pages: Tensor = _call("pack", operands, named)
     return pages
 
 
-def unpack(*args: Any) -> tuple[Tensor, Tensor]:
+def unpack(*operands: Any, **named: Any) -> tuple[Tensor, Tensor]:
     """Keys and values of whole pages of old slots; see csrc/unpack."""
-    key, value = _call("unpack", *args)
+    key, value = _call("unpack", operands, named)
     return key, value
 
 
-def channel_scores(query_BNWD: Tensor, key_BHSD: Tensor, held_BHS: Tensor) -> Tensor:
+def channel_scores(*operands: Any, **named: Any) -> Tensor:
     """How much each key channel contributes to the logits of queries; see csrc/channel_scores."""
-    scores: Tensor = _call("channel_scores", query_BNWD, key_BHSD, held_BHS)
+    scores: Tensor = _call("channel_scores", operands, named)
     return scores
 
 
-def estimate_blocks(*args: Any) -> Tensor:
+def estimate_blocks(*operands: Any, **named: Any) -> Tensor:
     """The bit map of blocks that matter, from 4-bit codes; see csrc/estimate_blocks."""
-    computed: Tensor = _call("estimate_blocks", *args)
+    computed: Tensor = _call("estimate_blocks", operands, named)
     return computed
 
 
-def gather_slots(pool_PX: Tensor, address_N: Tensor, slot_last: bool = False) -> Tensor:
+def gather_slots(*operands: Any, **named: Any) -> Tensor:
     """Dense copies of slots; see csrc/gather_slots."""
-    slots: Tensor = _call("gather_slots", pool_PX, address_N, slot_last)
+    slots: Tensor = _call("gather_slots", operands, named)
     return slots
 
 
-def scatter_slots(
-    pool_PX: Tensor, address_N: Tensor, slots_NX: Tensor, slot_last: bool = False
-) -> None:
+def scatter_slots(*operands: Any, **named: Any) -> None:
     """Writes slots into a pool; see csrc/scatter_slots."""
-    _call("scatter_slots", pool_PX, address_N, slots_NX, slot_last)
+    _call("scatter_slots", operands, named)

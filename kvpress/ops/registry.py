@@ -13,6 +13,7 @@ import logging
 import os
 import pkgutil
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from kvpress import env
 from kvpress.errors import BackendError, KVPressError, did_you_mean
 from kvpress.ops import build_cpu, versions
+from kvpress.ops.operands import grouped
 
 BACKENDS = ("reference", "cpu", "triton")
 _LOCK = threading.RLock()
@@ -71,9 +73,9 @@ def _define() -> torch.library.Library:
         module = importlib.import_module(f"kvpress.csrc.{name}")
         library.define(module.SCHEMA)  # type: ignore[no-untyped-call]
         library.impl(  # type: ignore[no-untyped-call]
-            name, implementation(name, "reference"), "CompositeExplicitAutograd"
+            name, _of_flat(name, _function(name, "reference")), "CompositeExplicitAutograd"
         )
-        torch.library.register_fake(f"kvpress::{name}", module.fake, lib=library)
+        torch.library.register_fake(f"kvpress::{name}", _of_flat(name, module.fake), lib=library)
     return library
 
 
@@ -135,10 +137,35 @@ def _triton(forced: str | None) -> dict[str, str]:
         return {}
     key, device = ("CPU", "cpu") if interpreted else ("CUDA", "cuda")
     for name in names():
-        _define().impl(name, implementation(name, "triton_kernel"), key)  # type: ignore[no-untyped-call]
+        kernel = _of_flat(name, _function(name, "triton_kernel"))
+        _define().impl(name, kernel, key)  # type: ignore[no-untyped-call]
     return {device: "triton"}
 
 
-def implementation(name: str, kind: str) -> Any:
-    """The Python function of an operator: `kind` is `reference` or `triton_kernel`."""
-    return getattr(importlib.import_module(f"kvpress.csrc.{name}.{kind}"), name)
+def implementation(name: str, kind: str) -> Callable[..., Any]:
+    """The Python function of an operator, called as the operator is.
+
+    kind: `reference` or `triton_kernel`.
+    """
+    form, run = operands_of(name), _function(name, kind)
+    return lambda *operands, **named: run(form(*operands, **named))
+
+
+@functools.cache
+def operands_of(name: str) -> Callable[..., tuple[Any, ...]]:
+    """The named tuple of an operator's operands."""
+    form: Callable[..., tuple[Any, ...]]
+    form = importlib.import_module(f"kvpress.csrc.{name}").Operands
+    return form
+
+
+def _function(name: str, kind: str) -> Callable[[Any], Any]:
+    run: Callable[[Any], Any]
+    run = getattr(importlib.import_module(f"kvpress.csrc.{name}.{kind}"), name)
+    return run
+
+
+def _of_flat(name: str, run: Callable[[Any], Any]) -> Callable[..., Any]:
+    """The same, for PyTorch, which has no groups of operands."""
+    form = operands_of(name)
+    return lambda *values: run(grouped(form, values))

@@ -11,13 +11,15 @@ from torch import Tensor
 from kvpress import ops
 from kvpress.formulas.sums import Observation
 from kvpress.host import lasting
+from kvpress.ops import Columns, Noise
+from kvpress.ops.operands import new
 from kvpress.pipe.evict import evict
 from kvpress.pipe.stages.absorb import absorb_one
 from kvpress.pipe.stages.allocate import grow
 from kvpress.pipe.stages.observe import observe, some
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.tokens import Tokens
-from kvpress.store.base import KEY, MASS, POSITION, VALUE
+from kvpress.store.base import MASS, POSITION
 
 
 def run_decode(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
@@ -77,36 +79,25 @@ def _fusable(layer: Layer, over: int) -> Observation | None:
 
 def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observation) -> Tensor:
     rows, recipe = layer.rows, layer.recipe
-    paging = rows.paging
-    paging.reserve_one()
-    pages = paging.pool.by_name
-    pools = (
-        *(pages[name] for name in (KEY, VALUE, POSITION)),
-        pages[MASS] if recipe.accumulates else None,
-    )
-    bounds = (*layer.bounds(), layer.limits.sink if layer.limits else 0)
-    rank, merges = recipe.rank or "position", evicts and recipe.merging is not None
-    old, layouts = rows.old()
+    rows.paging.reserve_one()
+    pages, pools, bounds = rows.paging.operands(), rows.paging.pool.by_name, layer.bounds()
+    columns = new(Columns, (pools[POSITION], pools[MASS] if recipe.accumulates else None))
+    noise = observation.noise, observation.tau, observation.seed, layer.kind.index
+    merges = evicts and recipe.merging is not None
     with layer.timed("decode attention"):
         out_BN1D = ops.decode_step(
-            *tokens[:3],
-            *pools,
-            *paging.table.operands(),
-            *bounds,
+            tokens[:3],  # tokens are a Token, then Logits
+            pages,
+            columns,
+            bounds,
             evicts and not merges,
-            rank,
-            observation.noise,
-            observation.tau,
-            observation.seed,
-            layer.kind.index,
-            tokens.scaling,
-            tokens.softcap,
-            old=old,
-            layouts=layouts,
+            new(Noise, noise),
+            tokens[3:],
+            rows.old(),
         )
     if merges:
         with layer.timed("merge"):
-            absorb_one(layer, pools, bounds, rank)
+            absorb_one(layer, pages, columns, bounds)
     layer.count_step(evicts)
     return out_BN1D
 

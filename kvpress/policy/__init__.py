@@ -6,9 +6,9 @@ All that a policy file needs of the engine is here.
 from kvpress.errors import PolicyError
 from kvpress.formulas.merging import KeyMerge, Merging
 from kvpress.formulas.noise import NO_QUERY, uniform
-from kvpress.formulas.ranking import Rank, keep_top, protect, ranking
+from kvpress.formulas.ranking import keep_top, protect, ranking
 from kvpress.formulas.rotation import Rotation
-from kvpress.formulas.sums import NoiseKind, Observation, over_group
+from kvpress.formulas.sums import Observation, over_group
 from kvpress.policy.base import Policy
 from kvpress.policy.budget import Budget, share
 from kvpress.policy.formats import Channels, Packing, Window
@@ -17,7 +17,7 @@ from kvpress.policy.recipe import Recipe
 from kvpress.policy.slots import Slots, Step
 from kvpress.policy.sparsity import Sparsity
 from kvpress.policy.stages import STAGES
-from kvpress.types import EMPTY
+from kvpress.types import EMPTY, NoiseKind, Rank
 
 __all__ = [
     "EMPTY",

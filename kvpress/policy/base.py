@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvpress.errors import PolicyError
 from kvpress.formulas.merging import Merging
-from kvpress.formulas.ranking import Rank, keep_top, ranking
+from kvpress.formulas.ranking import keep_top, ranking
 from kvpress.formulas.sums import Observation
 from kvpress.policy.budget import Limits
 from kvpress.policy.formats import Channels, Packing, Window
@@ -24,6 +24,7 @@ from kvpress.policy.options import as_text, coerce, option_types
 from kvpress.policy.slots import Slots, Step
 from kvpress.policy.sparsity import Sparsity
 from kvpress.policy.stages import STAGES
+from kvpress.types import Rank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

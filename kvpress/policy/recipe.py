@@ -7,12 +7,12 @@ import functools
 
 from kvpress.errors import PolicyError
 from kvpress.formulas.merging import Merging
-from kvpress.formulas.ranking import Rank
 from kvpress.policy.base import Policy
 from kvpress.policy.budget import Limits
 from kvpress.policy.formats import Packing
 from kvpress.policy.sparsity import Sparsity
 from kvpress.policy.stages import STAGES
+from kvpress.types import Rank
 
 
 @dataclasses.dataclass(frozen=True)

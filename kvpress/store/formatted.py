@@ -14,8 +14,9 @@ from torch import Tensor
 from kvpress import ops
 from kvpress.errors import CacheError
 from kvpress.formulas.page_layout import span
+from kvpress.ops import Logits, Old
 from kvpress.store.aging import PageAging
-from kvpress.store.base import KEY, POSITION, VALUE, Survivors
+from kvpress.store.base import POSITION, Survivors
 from kvpress.store.fields import Fields
 from kvpress.store.joint import JointMemory
 from kvpress.store.packed import PackedRows
@@ -61,13 +62,13 @@ class FormattedRows(Rows):
 
     # Attention
 
-    def old(self) -> tuple[list[Tensor], list[int]]:
+    def old(self) -> Old:
         """Parts of old slots, as operators take them."""
         return self._old(None)
 
-    def _old(self, sequences: Sequence[int] | None) -> tuple[list[Tensor], list[int]]:
+    def _old(self, sequences: Sequence[int] | None) -> Old:
         tensors = [tensor for part in self.aging.parts for tensor in part.part(sequences)]
-        return tensors, [size for part in self.aging.parts for size in part.layout]
+        return Old(tensors, [size for part in self.aging.parts for size in part.layout])
 
     def attend(
         self,
@@ -78,16 +79,9 @@ class FormattedRows(Rows):
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention output of new queries, and weights in the order of `dense` where asked for."""
-        old, layouts = self._old(sequences)
+        pages, logits = self.paging.operands(sequences), Logits(scaling, softcap)
         out_bNQE, _, weights = ops.decode_rows(
-            query_bNQD,
-            *(self.paging.pages(name) for name in (KEY, VALUE)),
-            *self.paging.table.operands(sequences),
-            scaling,
-            softcap,
-            need_weights,
-            old=old,
-            layouts=layouts,
+            query_bNQD, pages, logits, need_weights, self._old(sequences)
         )
         if not need_weights:
             return out_bNQE, None

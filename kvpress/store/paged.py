@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kvpress import host, ops
 from kvpress.errors import CacheError
-from kvpress.store.base import KEY, POSITION, VALUE, Column, Survivors
+from kvpress.ops import Logits
+from kvpress.store.base import POSITION, Column, Survivors
 from kvpress.store.fields import Fields, check_positions
 from kvpress.store.memory import PageMemory
 from kvpress.store.paging import Paging
@@ -64,15 +65,8 @@ class PagedRows(Rows):
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention output of new queries, and weights in the order of `dense` where asked for."""
-        out_bNQE, _, weights_bNQS = ops.decode_rows(
-            query_bNQD,
-            self.paging.pages(KEY),
-            self.paging.pages(VALUE),
-            *self.paging.table.operands(sequences),
-            scaling,
-            softcap,
-            need_weights,
-        )
+        pages, logits = self.paging.operands(sequences), Logits(scaling, softcap)
+        out_bNQE, _, weights_bNQS = ops.decode_rows(query_bNQD, pages, logits, need_weights)
         return out_bNQE, weights_bNQS if need_weights else None
 
     def count_step(self, quota_R: Tensor | None, everywhere: bool) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor
 from kvpress import host
 from kvpress.errors import CacheError
 from kvpress.host import lasting
-from kvpress.store.base import Column
+from kvpress.ops import Pages
+from kvpress.ops.operands import new
+from kvpress.store.base import KEY, VALUE, Column
 from kvpress.store.saved import check_rows
 from kvpress.store.table import PageTable
 from kvpress.store.tiers.device import PagePool
@@ -37,6 +39,11 @@ class Paging:
     def pages(self, name: str) -> Tensor:
         """The pages of one column, `[P, *page_shape]`, as operators read them."""
         return self.pool.by_name[name]
+
+    def operands(self, sequences: Sequence[int] | None = None) -> Pages:
+        """The keys and values of some rows, as operators take them."""
+        pools = self.pool.by_name
+        return new(Pages, (pools[KEY], pools[VALUE], *self.table.operands(sequences)))
 
     @property
     def slots_bytes(self) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpress.formulas.page_layout import PageLayout
+from kvpress.ops import Old
 from kvpress.store.base import POSITION, Column, Survivors
 from kvpress.store.paging import Paging
 
@@ -141,9 +142,9 @@ class Rows(ABC):
     def limit(self, pages: int) -> None:
         """Says that rows at their quotas never need more pages."""
 
-    def old(self) -> tuple[list[Tensor], list[int]]:
+    def old(self) -> Old:
         """Parts of old slots, as operators take them: none, where all slots are alike."""
-        return [], []
+        return _NO_OLD
 
     @abstractmethod
     def attend(
@@ -248,3 +249,6 @@ def by_position(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
         index = order_bHS.view(*order_bHS.shape, *[1] * (values.dim() - 3))
         ordered[name] = values.gather(2, index.expand(*order_bHS.shape, *values.shape[3:]))
     return ordered
+
+
+_NO_OLD = Old([], [])

@@ -9,11 +9,14 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import calls
 import pytest
 import torch
 
 from kvpress import ops
 from kvpress.errors import OperatorError
+from kvpress.formulas.merging import Merging
+from kvpress.ops import Bounds, Columns, Pages, Turning
 from kvpress.ops.registry import implementation
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -75,6 +78,15 @@ class Rows:
         slot = torch.as_tensor(slot)
         return self.table[row].long()[slot // self.page], slot % self.page
 
+    def stored(self, quota: list[int], o: dict[str, Any]) -> tuple[Pages, Columns, Bounds]:
+        """The store as operators take it."""
+        recent = torch.full_like(self.seen, o["recent"])
+        return (
+            Pages(self.key, self.value, self.table, self.counts),
+            Columns(self.position, self.mass),
+            Bounds(self.seen, torch.tensor(quota), recent, o["sink"], o["rank"]),
+        )
+
     def dense(self, row: int) -> dict[str, torch.Tensor]:
         at = self.at(row, torch.arange(int(self.counts[row])))
         return {
@@ -106,7 +118,8 @@ DEFAULTS: dict[str, Any] = {
     "largest": True,
     "normalised": True,
     "together": False,
-    "keys": True,
+    "fixed": None,
+    "keys": "unrotated",
     "sinks": False,
     "counts": False,
 }
@@ -115,11 +128,11 @@ DEFAULTS: dict[str, Any] = {
 def call(operator: Callable[..., None], rows: Rows, quota: list[int], o: dict[str, Any]) -> Any:
     threshold = torch.tensor(o["threshold"])
     operator(
-        *(rows.key, rows.value, rows.position, rows.mass, rows.table, rows.counts, rows.seen),
-        *(torch.tensor(quota), torch.full_like(rows.seen, o["recent"]), o["sink"], o["rank"]),
-        *(threshold, o["frequency"], o["interleaved"], o["start"], rows.key.shape[1] - o["extra"]),
-        *(o["own"], o["memory"], o["gain"], o["largest"], o["normalised"], o["together"]),
-        *(o["keys"], o["sinks"], o["counts"]),
+        *rows.stored(quota, o),
+        threshold,
+        Turning(o["frequency"], o["interleaved"], o["start"]),
+        rows.key.shape[1] - o["extra"],
+        Merging(**{name: o[name] for name in Merging._fields}),
     )
     return threshold
 
@@ -181,7 +194,7 @@ def expected(rows: Rows, quota: list[int], o: dict[str, Any]) -> tuple[Any, list
                 d["value"][target] = (own * d["value"][target] + w * d["value"][victim]) / whole
                 by = int(d["position"][target] - d["position"][victim])
                 lost = turned(d["key"][victim, :width], by, o)
-                if o["keys"]:
+                if o["keys"] != "values_only":
                     d["key"][target, :width] = (own * d["key"][target, :width] + w * lost) / whole
                 if o["counts"]:
                     total = d["key"][target, -1].exp() + d["key"][victim, -1].exp()
@@ -223,7 +236,7 @@ CASES: dict[str, dict[str, Any]] = {
         "sinks": True,
     },
     "own-0.1": {"own": 0.1},
-    "values-only": {"keys": False},
+    "values-only": {"keys": "values_only"},
     "turned": {"frequency": FREQUENCY, "threshold": [-1.0, -1.0]},
     "turned-interleaved-start": {
         "frequency": FREQUENCY,
@@ -320,7 +333,7 @@ def test_bad_operands_are_refused_by_name(run: Any) -> None:
         ({"extra": 8}, "width is 0"),
         ({"counts": True}, "1 of counts"),
         ({"frequency": FREQUENCY, "start": 1}, "do not fit"),
-        ({"frequency": FREQUENCY, "keys": False}, "keys are not merged"),
+        ({"frequency": FREQUENCY, "keys": "values_only"}, "keys are not merged"),
     ]
     for options, message in refused:
         with pytest.raises((OperatorError, RuntimeError), match=message):
@@ -333,8 +346,5 @@ def test_bad_operands_are_refused_by_name(run: Any) -> None:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="as the suite runs it")
 def test_opcheck() -> None:
     rows, threshold = Rows([9, 9], 8, 4, FP32), torch.tensor([NAN])
-    numbers = (4, "mass", threshold, None, False, 0, 8, OWN, 0.3, 0.7)
-    flags = (True, True, False, True, False, False)
-    books = (rows.table, rows.counts, rows.seen, torch.tensor([8, 8]), torch.tensor([2]))
-    pools = (rows.key, rows.value, rows.position, rows.mass)
-    torch.library.opcheck(torch.ops.kvpress.absorb_step.default, (*pools, *books, *numbers, *flags))
+    groups = (*rows.stored([8, 8], DEFAULTS), threshold, Turning(), 8, Merging(OWN, 0.3, 0.7))
+    torch.library.opcheck(torch.ops.kvpress.absorb_step.default, calls.flat("absorb_step", *groups))

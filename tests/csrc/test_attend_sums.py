@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import calls
 import pytest
 import torch
-from kvpress.csrc.attend_sums import reference
 
 from kvpress import ops
 from kvpress.errors import OperatorError
 from kvpress.formulas.attention import prompt_attention
+from kvpress.ops import Logits, Noise
 
+reference = ops.implementation("attend_sums", "reference")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 # id: batch, KV heads, group, P, D, E, dtype, softcap, noise, tau
@@ -34,7 +36,7 @@ def operands(case: tuple[Any, ...]) -> tuple[list[torch.Tensor], tuple[Any, ...]
     # As a model hands them over: heads and tokens transposed.
     tensors = [torch.randn(batch, prompt, n, w).to(dtype).transpose(1, 2) for n, w in shapes]
     position = (torch.arange(prompt) * 3 + 5).repeat(batch, heads, 1)
-    return [*tensors, position], (width**-0.5, softcap, noise, tau, (9 << 33) + 4, 6)
+    return [*tensors, position], (Logits(width**-0.5, softcap), Noise(noise, tau, (9 << 33) + 4, 6))
 
 
 def exact_attention(query: Any, key: Any, value: Any, scaling: float, cap: float) -> torch.Tensor:
@@ -50,14 +52,14 @@ def exact_attention(query: Any, key: Any, value: Any, scaling: float, cap: float
 def test_output_and_sums_equal_those_of_two_passes(case: tuple[Any, ...]) -> None:
     (query, key, value, position), numbers = operands(case)
     out, sums = ops.attend_sums(query, key, value, position, *numbers)
-    scaling, softcap, *draw = numbers
-    exact = exact_attention(query, key, value, scaling, softcap)
-    plain = prompt_attention(query, key, value, None, scaling, softcap).double()
+    logits, noise = numbers
+    exact = exact_attention(query, key, value, *logits)
+    plain = prompt_attention(query, key, value, None, *logits).double()
     allowed = 2 * (plain - exact).abs().max() + 2e-6 * exact.abs().max()
     assert out.dtype == query.dtype and (out.double() - exact).abs().max() <= allowed
     prompt = query.shape[2]
     wanted = ops.implementation("attention_sums", "reference")(
-        query, key, position, scaling, softcap, prompt, *draw
+        query, key, position, logits, prompt, noise
     )
     torch.testing.assert_close(sums, wanted, rtol=2e-5, atol=1e-5)
     total = torch.full(sums.shape[:2], float(prompt))
@@ -79,15 +81,16 @@ def test_a_row_does_not_depend_on_its_batch_or_the_threads() -> None:
 def test_the_reference_and_opcheck() -> None:
     tensors, numbers = operands(CASES["P13-G3"])
     for given, wanted in zip(
-        ops.attend_sums(*tensors, *numbers), reference.attend_sums(*tensors, *numbers), strict=True
+        ops.attend_sums(*tensors, *numbers), reference(*tensors, *numbers), strict=True
     ):
         torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-6)
-    torch.library.opcheck(torch.ops.kvpress.attend_sums.default, (*tensors, *numbers))
+    args = calls.flat("attend_sums", *tensors, *numbers)
+    torch.library.opcheck(torch.ops.kvpress.attend_sums.default, args)
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_bad_operands_are_refused_by_name(native: bool) -> None:
-    run = ops.attend_sums if native else reference.attend_sums
+    run = ops.attend_sums if native else reference
     (query, key, value, position), numbers = operands(CASES["P13-G3"])
     refused: list[tuple[tuple[Any, ...], str]] = [
         ((query[:, :, 1:], key, value, position), "12 queries for 13 slots"),
@@ -102,4 +105,4 @@ def test_bad_operands_are_refused_by_name(native: bool) -> None:
         with pytest.raises((OperatorError, RuntimeError), match=message):
             run(*tensors, *numbers)
     with pytest.raises((OperatorError, RuntimeError), match="tau"):
-        run(query, key, value, position, 0.1, 0.0, "none", 0.0, 0, 0)
+        run(query, key, value, position, Logits(0.1), Noise("none", 0.0, 0, 0))

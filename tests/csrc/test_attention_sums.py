@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvpress import ops
+from kvpress.ops import Logits, Noise
 
 
 def dense(
@@ -30,7 +31,9 @@ def test_equals_the_dense_sum(new: int, old: int, window: int, cap: float) -> No
     query, key = torch.randn(2, 6, new, 8), torch.randn(2, 2, old + new, 8)
     position = torch.arange(old + new).repeat(2, 2, 1)
     position[1, 0, : old // 2] = -1  # a row that evicted more than the others
-    given = ops.attention_sums(query, key, position, 0.3, cap, window, "none", 1.0, 0, 0)
+    given = ops.attention_sums(
+        query, key, position, Logits(0.3, cap), window, Noise("none", 1.0, 0, 0)
+    )
     torch.testing.assert_close(
         given, dense(query, key, position, cap, window), rtol=1e-4, atol=1e-6
     )
@@ -41,7 +44,7 @@ def test_equals_the_dense_sum(new: int, old: int, window: int, cap: float) -> No
 def test_sums_of_a_half_precision_model_are_fp32() -> None:
     query, key = torch.randn(1, 2, 9, 8).bfloat16(), torch.randn(1, 2, 9, 8).bfloat16()
     position = torch.arange(9).expand(1, 2, 9)
-    given = ops.attention_sums(query, key, position, 0.3, 0.0, 9, "fresh", 1.0, 0, 0)
+    given = ops.attention_sums(query, key, position, Logits(0.3), 9, Noise("fresh", 1.0, 0, 0))
     assert given.dtype == torch.float32
     torch.testing.assert_close(given.sum(-1), torch.full((1, 2), 9.0))
 
@@ -49,8 +52,7 @@ def test_sums_of_a_half_precision_model_are_fp32() -> None:
 def test_half_precision_states_are_multiplied_in_fp32() -> None:
     query, key = torch.randn(1, 2, 64, 64).bfloat16() * 4, torch.randn(1, 2, 64, 64).bfloat16()
     position = torch.arange(64).expand(1, 2, 64)
-    given = ops.attention_sums(query, key, position, 0.3, 0.0, 64, "none", 1.0, 0, 0)
-    exact = ops.attention_sums(
-        query.float(), key.float(), position, 0.3, 0.0, 64, "none", 1.0, 0, 0
-    )
+    choices = (position, Logits(0.3), 64, Noise("none", 1.0, 0, 0))
+    given = ops.attention_sums(query, key, *choices)
+    exact = ops.attention_sums(query.float(), key.float(), *choices)
     assert torch.equal(given, exact)

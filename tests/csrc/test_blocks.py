@@ -13,9 +13,6 @@ from typing import Any
 import pytest
 import torch
 from blocking import estimate_operands, operands
-from kvpress.csrc.attend_blocks import reference as attend
-from kvpress.csrc.attention_sums import reference as sums_reference
-from kvpress.csrc.estimate_blocks import reference as estimate
 
 from kvpress import ops
 from kvpress.errors import OperatorError
@@ -30,8 +27,13 @@ from kvpress.formulas.block_map import (
     to_map,
 )
 from kvpress.formulas.codes import _codes, quantise_keys, quantise_queries
+from kvpress.ops import Logits, Noise
 from kvpress.pipe.stages import sparsify
 
+attend_reference, estimate_reference, sums_reference = (
+    ops.implementation(name, "reference")
+    for name in ("attend_blocks", "estimate_blocks", "attention_sums")
+)
 SHAPES = {  # B, N, H, P, S, D
     "P1-S1": (1, 2, 1, 1, 1, 64),
     "P63-S63": (1, 2, 2, 63, 63, 64),
@@ -106,7 +108,7 @@ def test_the_worked_example_quantises() -> None:
     "tau, blocks", [(0.02, [2, 3]), (0.025, [2]), (0.5, [2]), (0.54, []), (0.0, [1, 2, 3, 4])]
 )
 def test_the_worked_example_decides(tau: float, blocks: list[int], kind: str) -> None:
-    run = ops.estimate_blocks if kind == "operator" else estimate.estimate_blocks
+    run = ops.estimate_blocks if kind == "operator" else estimate_reference
     query = torch.tensor([2, -5, 1, 7], dtype=torch.int8).view(1, 1, 1, 4)
     key = torch.zeros(1, 1, 320, 4, dtype=torch.int8)
     key[..., 1:5, :].fill_(0)
@@ -129,7 +131,7 @@ def test_maps_equal_the_reference_bit_for_bit(shape: tuple[int, ...], tau: float
     query, key, _ = operands(*shape)
     given = estimate_operands(query, key, tau)
     bits = ops.estimate_blocks(*given)
-    assert torch.equal(bits, estimate.estimate_blocks(*given))
+    assert torch.equal(bits, estimate_reference(*given))
 
 
 @pytest.mark.parametrize("local", [0, 1, 31, 32, 33, 2**63 - 1])
@@ -138,14 +140,14 @@ def test_a_last_block_that_is_not_whole_is_never_examined(slots: int, local: int
     query, key, _ = operands(1, 2, 1, slots, slots, 16)
     *given, _ = estimate_operands(query, key, 0.01)
     bits = ops.estimate_blocks(*given, local)
-    assert torch.equal(bits, estimate.estimate_blocks(*given, local))
+    assert torch.equal(bits, estimate_reference(*given, local))
     blocks = Blocks(slots, slots)
     assert from_map(bits, blocks)[:, :, -1, blocks.columns - 1].all()
 
 
 @pytest.mark.parametrize("kind", ["operator", "reference"])
 def test_a_threshold_of_minus_infinity_computes_everything(kind: str) -> None:
-    run = ops.estimate_blocks if kind == "operator" else estimate.estimate_blocks
+    run = ops.estimate_blocks if kind == "operator" else estimate_reference
     query, key, _ = operands(1, 2, 1, 300, 900, 16)
     given = [
         x.zero_() if i in (0, 2) else x for i, x in enumerate(estimate_operands(query, key, 1))
@@ -177,7 +179,7 @@ def test_maps_are_exact_where_estimates_are_next_to_their_bounds(most: float) ->
     for under in (0.0, 0.5, 1.0, 2.0):
         given[5].copy_(highest_BNP - under)
         bits = ops.estimate_blocks(*given)
-        assert torch.equal(bits, estimate.estimate_blocks(*given))
+        assert torch.equal(bits, estimate_reference(*given))
         computed.append(int(from_map(bits, Blocks(160, 700)).sum()))
     assert computed == sorted(computed) and computed[0] < computed[-1]
 
@@ -187,13 +189,13 @@ def test_maps_are_exact_where_estimates_are_next_to_their_bounds(most: float) ->
 def test_maps_do_not_depend_on_the_instruction_set(isa: str) -> None:
     code = (
         "import blocking as t, torch; from kvpress import ops\n"
-        "from kvpress.csrc.estimate_blocks import reference\n"
+        "reference = ops.implementation('estimate_blocks', 'reference')\n"
         "torch.manual_seed(3); query, key, _ = t.operands(1, 4, 2, 200, 900, 40)\n"
         "given = t.estimate_operands(query, key, 0.02)\n"
-        "assert torch.equal(ops.estimate_blocks(*given), reference.estimate_blocks(*given))\n"
+        "assert torch.equal(ops.estimate_blocks(*given), reference(*given))\n"
         "for bad in (float('nan'), 1e38, -1e38):\n"
         "    given[4][:, :, 100:140], given[5][:, :, ::7] = bad, bad\n"
-        "    assert torch.equal(ops.estimate_blocks(*given), reference.estimate_blocks(*given))\n"
+        "    assert torch.equal(ops.estimate_blocks(*given), reference(*given))\n"
     )
     env = {**os.environ, "KVPRESS_CPU": isa}
     here = str(Path(__file__).parents[1] / "tools")
@@ -206,7 +208,7 @@ def test_attention_over_a_map_equals_the_formula(shape: tuple[int, ...]) -> None
     blocks, scaling = Blocks(*shape[3:5]), shape[5] ** -0.5
     computed = torch.rand(*shape[:2], blocks.rows, blocks.columns) < 0.5
     bits = to_map(computed & blocks.seen(), blocks)
-    exact, exact_lse = attend.attend_blocks(query, key, value, bits, scaling)
+    exact, exact_lse = attend_reference(query, key, value, bits, scaling)
     out, lse = ops.attend_blocks(query, key, value, bits, scaling)
     torch.testing.assert_close(out, exact, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(lse, exact_lse, rtol=1e-6, atol=2e-5)
@@ -341,7 +343,7 @@ def test_zeros_and_equal_keys_make_no_nan() -> None:
 def test_wrong_operands_are_refused(
     change: Callable[[dict[str, Any]], dict[str, Any]], message: str, kind: str
 ) -> None:
-    run = ops.estimate_blocks if kind == "operator" else estimate.estimate_blocks
+    run = ops.estimate_blocks if kind == "operator" else estimate_reference
     query, key, _ = operands(1, 2, 1, 100, 100, 16)
     names = "query_BNPD query_scale_BNP key_BHSD key_scale_BHJK shift_BNS threshold_BNP local"
     given = dict(zip(names.split(), estimate_operands(query, key, 0.01), strict=True))
@@ -349,7 +351,7 @@ def test_wrong_operands_are_refused(
         run(*(x.contiguous() if torch.is_tensor(x) else x for x in change(given).values()))
 
 
-@pytest.mark.parametrize("run", [ops.attend_blocks, attend.attend_blocks])
+@pytest.mark.parametrize("run", [ops.attend_blocks, attend_reference])
 def test_a_map_of_another_prompt_is_refused(run: Callable[..., Any]) -> None:
     query, key, value = operands(1, 2, 1, 100, 100, 16)
     with pytest.raises((OperatorError, RuntimeError), match="bytes per head"):
@@ -391,26 +393,26 @@ def test_sums_over_a_map_equal_the_reference(
     query, key, value = operands(*shape)
     position = torch.arange(shape[4]).expand(shape[0], shape[2], -1)
     bits = a_random_map(*shape[:2], *shape[3:5])
-    numbers = (0.15, 0.0, shape[3], noise, tau, 5, 3)
+    numbers = (Logits(0.15), shape[3], Noise(noise, tau, 5, 3))
     sums = ops.attention_sums(query, key, position, *numbers, bits)
-    wanted = sums_reference.attention_sums(query, key, position, *numbers, bits)
+    wanted = sums_reference(query, key, position, *numbers, bits)
     torch.testing.assert_close(sums, wanted, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(sums, ops.attention_sums(query, key, position, *numbers), rtol=1e-3)
     if shape[3] == shape[4]:
-        numbers = (0.15, 0.0, noise, tau, 5, 3)
+        numbers = (Logits(0.15), Noise(noise, tau, 5, 3))
         out, also = ops.attend_sums(query, key, value, position, *numbers, bits)
-        exact, _ = attend.attend_blocks(query, key, value, bits, 0.15)
+        exact, _ = attend_reference(query, key, value, bits, 0.15)
         torch.testing.assert_close(out, exact, rtol=1e-4, atol=2e-5)
         torch.testing.assert_close(also, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["operator", "reference"])
 def test_sums_over_another_map_are_refused(kind: str) -> None:
-    run = ops.attention_sums if kind == "operator" else sums_reference.attention_sums
+    run = ops.attention_sums if kind == "operator" else sums_reference
     query, key, _ = operands(1, 2, 1, 100, 100, 16)
     position = torch.arange(100).expand(1, 1, -1)
-    numbers = (100, "none", 1.0, 0, 0)
+    numbers = (100, Noise("none", 1.0, 0, 0))
     with pytest.raises((OperatorError, RuntimeError), match="map_BNX"):
-        run(query, key, position, 0.2, 0.0, *numbers, torch.zeros(1, 2, 9, dtype=torch.uint8))
+        run(query, key, position, Logits(0.2), *numbers, torch.zeros(1, 2, 9, dtype=torch.uint8))
     with pytest.raises((OperatorError, RuntimeError), match="softcap"):
-        run(query, key, position, 0.2, 30.0, *numbers, a_random_map(1, 2, 100, 100))
+        run(query, key, position, Logits(0.2, 30.0), *numbers, a_random_map(1, 2, 100, 100))

@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import calls
 import packing
 import pytest
 import torch
-from kvpress.csrc.decode_rows.reference import decode_rows as rows_reference
 
 from kvpress import ops
+from kvpress.ops import Bounds, Columns, Logits, Noise, Pages, Token
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+rows_reference = ops.implementation("decode_rows", "reference")
 pytestmark = pytest.mark.skipif(ops.backends()["cpu"] != "cpu", reason="no C++ compiler here")
 
 
@@ -30,7 +32,7 @@ def close(given: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> None
     assert not error.numel() or float(error.max()) <= allowed + tiny
 
 
-def pools(counts: list[int], width: int, value_width: int, page: int, dtype: torch.dtype) -> Any:
+def pools(counts: list[int], width: int, value_width: int, page: int, dtype: torch.dtype) -> Pages:
     """Shuffled pages of ragged rows; memory that holds no slot is NaN."""
     room = -(-(max(counts) + 4) // page)
     order = torch.randperm(len(counts) * room, dtype=torch.int32)
@@ -42,12 +44,12 @@ def pools(counts: list[int], width: int, value_width: int, page: int, dtype: tor
         page_S = table_RW[row].long()[slot_S // page]
         key_PDS[page_S, :, slot_S % page] = torch.randn(count, width).to(dtype)
         value_PSE[page_S, slot_S % page] = torch.randn(count, value_width).to(dtype)
-    return key_PDS, value_PSE, table_RW, torch.tensor(counts)
+    return Pages(key_PDS, value_PSE, table_RW, torch.tensor(counts))
 
 
-def double(query: torch.Tensor, *operands: Any) -> Any:
+def double(query: torch.Tensor, pages: Pages, logits: Logits) -> Any:
     """`decode_rows` in float64, by lifting the reference's fp32 casts."""
-    key, value, table, counts, scaling, softcap = operands
+    (key, value, table, counts), (scaling, softcap) = pages, logits
     batch, heads, queries, _ = query.shape
     group = heads * batch // len(counts)
     out = torch.zeros(batch, heads, queries, value.shape[2], dtype=torch.double)
@@ -86,37 +88,39 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_decode_rows_keeps_the_tolerance_rule(shape: tuple[Any, ...]) -> None:
     group, width, value_width, queries, page, dtype, softcap = shape
-    operands = pools([601, 0, 37, 1], width, value_width, page, dtype)
+    pages = pools([601, 0, 37, 1], width, value_width, page, dtype)
     query = torch.randn(2, queries, 2 * group, width).transpose(1, 2)  # not contiguous
-    scaling = width**-0.5
-    out, lse, weights = ops.decode_rows(query, *operands, scaling, softcap, True)
-    plain_out, plain_lse, _ = rows_reference(query, *operands, scaling, softcap, True)
-    exact_out, exact_lse = double(query, *operands, scaling, softcap)
+    logits = Logits(width**-0.5, softcap)
+    out, lse, weights = ops.decode_rows(query, pages, logits, True)
+    plain_out, plain_lse, _ = rows_reference(query, pages, logits, True)
+    exact_out, exact_lse = double(query, pages, logits)
     close(out, exact_out, plain_out)
     close(lse, exact_lse, plain_lse)
     sees = (exact_lse > -torch.inf).float()
     torch.testing.assert_close(weights.sum(-1), sees, rtol=1e-5, atol=1e-5)
-    assert ops.decode_rows(query, *operands, scaling, softcap, False)[2].numel() == 0
+    assert ops.decode_rows(query, pages, logits, False)[2].numel() == 0
 
 
 @pytest.mark.parametrize("page", [1, 5, 16, 24, 64])
 def test_rows_of_every_length_equal_the_reference(page: int) -> None:
     counts = [1, 15, 16, 17, 63, 64, 65, 129, 150, 300, 511, 512, 513, 577, 700, 1025]
-    args = (torch.randn(4, 8, 1, 16), *pools(counts, 16, 16, page, FP32), 0.25, 0.0, True)
+    args = (torch.randn(4, 8, 1, 16), pools(counts, 16, 16, page, FP32), Logits(0.25), True)
     for given, wanted in zip(ops.decode_rows(*args), rows_reference(*args), strict=True):
         torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_does_not_depend_on_its_batch_or_the_threads() -> None:
-    key, value, table, counts = pools([1500, 77, 640, 3], 64, 64, 16, FP32)
+    pages = pools([1500, 77, 640, 3], 64, 64, 16, FP32)
     query = torch.randn(4, 3, 1, 64)
-    together = ops.decode_rows(query, key, value, table, counts, 0.125, 0.0, True)
+    together = ops.decode_rows(query, pages, Logits(0.125), True)
     threads = torch.get_num_threads()
     for row in range(4):
         torch.set_num_threads(1 + row % 2)
         one = slice(row, row + 1)
-        operands = (query[one], key, value, table[one].contiguous(), counts[one])
-        alone = ops.decode_rows(*operands, 0.125, 0.0, True)
+        own = pages._replace(
+            table_RW=pages.table_RW[one].contiguous(), counts_R=pages.counts_R[one]
+        )
+        alone = ops.decode_rows(query[one], own, Logits(0.125), True)
         assert all(torch.equal(a, t[one]) for a, t in zip(alone, together, strict=True))
     torch.set_num_threads(threads)
 
@@ -154,9 +158,11 @@ def test_decode_steps_equal_the_reference(step: tuple[Any, ...]) -> None:
             (ops.decode_step, ops.implementation("decode_step", "reference")), sides, strict=True
         ):
             k, v, p, m, t, c = side
-            held = (k, v, p, m if massive else None, t, c, seen, quota, recent)
-            choices = (2, evict, rank, noise, tau, (5 << 32) + 12345, 3, 0.2, softcap)
-            outputs.append(run(query, new_key, new_value, *held, *choices))
+            held = (Pages(k, v, t, c), Columns(p, m if massive else None))
+            bounds = Bounds(seen, quota, recent, 2, rank)
+            numbers = (Noise(noise, tau, (5 << 32) + 12345, 3), Logits(0.2, softcap))
+            token = Token(query, new_key, new_value)
+            outputs.append(run(token, *held, bounds, evict, *numbers))
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
         for given, wanted in zip(*sides, strict=True):
             loose = 1e-4 if given is sides[0][3] else 0.0
@@ -171,7 +177,8 @@ def test_attention_sums_equal_the_reference(noise: str, window: int, tau: float)
     key = torch.randn(2, 331, 2, 40).transpose(1, 2)
     position = torch.arange(331).repeat(2, 2, 1)
     position[1, 0, :9] = -1
-    args = (query, key, position, 0.3, 0.0 if window == 31 else 9.0, window, noise, tau, 3, 2)
+    logits = Logits(0.3, 0.0 if window == 31 else 9.0)
+    args = (query, key, position, logits, window, Noise(noise, tau, 3, 2))
     given = ops.attention_sums(*args)
     wanted = ops.implementation("attention_sums", "reference")(*args)
     torch.testing.assert_close(given, wanted, rtol=2e-5, atol=1e-5)
@@ -196,25 +203,30 @@ def test_slots_move_bit_by_bit(slot_last: bool, dtype: torch.dtype) -> None:
 
 
 def operands() -> dict[str, Any]:
-    key, value, table, counts = pools([20, 9], 16, 16, 4, FP32)
-    return {"query": torch.randn(1, 4, 1, 16), "key": key, "value": value, "table": table,
-            "counts": counts, "scaling": 0.25, "softcap": 0.0}  # fmt: skip
+    """A valid call of `decode_rows`."""
+    pages = pools([20, 9], 16, 16, 4, FP32)
+    numbers = {"scaling": 0.25, "softcap": 0.0, "need_weights": False}
+    old: dict[str, Any] = {"tensors": [], "layouts": []}
+    return {"query_BNQD": torch.randn(1, 4, 1, 16), **pages._asdict(), **numbers, **old}
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"query": torch.randn(1, 4, 1, 8)}, "but D is 8"),
-        ({"query": torch.randn(4, 1, 16)}, "3 dimensions"),
-        ({"query": torch.randn(1, 4, 33, 16)}, "1 to 32"),
-        ({"query": torch.randn(1, 3, 1, 16)}, "divides N"),
-        ({"query": torch.ones(1, 4, 1, 16, dtype=torch.int32)}, "float32, bfloat16 or float16"),
-        ({"counts": torch.tensor([25, 9])}, "room for 24"),
-        ({"counts": torch.tensor([-1, 9])}, "room for 24"),
-        ({"counts": torch.tensor([3, 9], dtype=torch.int32)}, "int64"),
-        ({"table": torch.full((2, 6), 12, dtype=torch.int32)}, "names page 12"),
-        ({"table": torch.full((2, 6), -1, dtype=torch.int32)}, "names page -1"),
+        ({"query_BNQD": torch.randn(1, 4, 1, 8)}, "but D is 8"),
+        ({"query_BNQD": torch.randn(4, 1, 16)}, "3 dimensions"),
+        ({"query_BNQD": torch.randn(1, 4, 33, 16)}, "1 to 32"),
+        ({"query_BNQD": torch.randn(1, 3, 1, 16)}, "divides N"),
+        (
+            {"query_BNQD": torch.ones(1, 4, 1, 16, dtype=torch.int32)},
+            "float32, bfloat16 or float16",
+        ),
+        ({"counts_R": torch.tensor([25, 9])}, "room for 24"),
+        ({"counts_R": torch.tensor([-1, 9])}, "room for 24"),
+        ({"counts_R": torch.tensor([3, 9], dtype=torch.int32)}, "int64"),
+        ({"table_RW": torch.full((2, 6), 12, dtype=torch.int32)}, "names page 12"),
+        ({"table_RW": torch.full((2, 6), -1, dtype=torch.int32)}, "names page -1"),
         ({"softcap": -1.0}, "positive"),
     ],
 )
@@ -223,29 +235,30 @@ def test_bad_operands_are_refused_by_name(
 ) -> None:
     run = ops.decode_rows if backend == "cpu" else rows_reference
     with pytest.raises(RuntimeError, match=message):
-        run(*(operands() | change).values(), False)
+        run(*calls.operands("decode_rows", operands() | change))
 
 
 def test_wide_heads_and_strides_are_refused() -> None:
-    key, value, table, counts = pools([20, 9], 264, 264, 4, FP32)
+    pages = pools([20, 9], 264, 264, 4, FP32)
     with pytest.raises(RuntimeError, match="at most 256"):
-        ops.decode_rows(torch.randn(1, 2, 1, 264), key, value, table, counts, 1.0, 0.0, False)
+        ops.decode_rows(torch.randn(1, 2, 1, 264), pages, Logits(1.0), False)
     wrong = operands()
-    wrong["value"] = wrong["value"].transpose(1, 2).contiguous().transpose(1, 2)
+    wrong["value_PSE"] = wrong["value_PSE"].transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(RuntimeError, match="contiguous"):
-        ops.decode_rows(*wrong.values(), False)
+        ops.decode_rows(*calls.operands("decode_rows", wrong))
     with pytest.raises(RuntimeError, match="address_N names slot"):
-        ops.gather_slots(key, torch.tensor([key.shape[0] * 4]), True)
+        ops.gather_slots(pages.key_PDS, torch.tensor([len(pages.key_PDS) * 4]), True)
 
 
 def test_operators_pass_opcheck() -> None:
     given = operands()
-    torch.library.opcheck(torch.ops.kvpress.decode_rows.default, (*given.values(), True, [], []))
+    rows = calls.operands("decode_rows", given | {"need_weights": True})
+    torch.library.opcheck(torch.ops.kvpress.decode_rows.default, calls.flat("decode_rows", *rows))
     query, key = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16)
     position = torch.arange(9).repeat(1, 2, 1)
-    args = (query, key, position, 0.3, 0.0, 9, "fresh", 1.0, 0, 0)
+    args = (query, key, position, 0.3, 0.0, 9, "fresh", 1.0, 0, 0, None)
     torch.library.opcheck(torch.ops.kvpress.attention_sums.default, args)
-    pool, address = given["key"].nan_to_num(), torch.tensor([3, 0])
+    pool, address = given["key_PDS"].nan_to_num(), torch.tensor([3, 0])
     torch.library.opcheck(torch.ops.kvpress.gather_slots.default, (pool, address, True))
     slots = torch.randn(2, 16)
     torch.library.opcheck(torch.ops.kvpress.scatter_slots.default, (pool, address, slots, True))

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from blocking import estimate_operands, operands
-from kvpress.csrc.estimate_blocks import cuda_kernel
+from kvpress.csrc.estimate_blocks import Operands, cuda_kernel
 
 from kvpress.errors import OperatorError
 from kvpress.ops import build_cuda
 from kvpress.ops.build_cpu import sources
+from kvpress.ops.registry import implementation
 
 NVCC = pytest.mark.skipif(build_cuda.compiler() is None, reason="no nvcc here")
 COMPILER = shutil.which("c++")
@@ -70,18 +71,17 @@ def test_other_devices_are_refused() -> None:
     query, key, _ = operands(1, 2, 1, 100, 100, 16)
     assert not cuda_kernel.available(query)
     with pytest.raises(OperatorError, match="sm_80 to sm_89"):
-        cuda_kernel.estimate_blocks(*estimate_operands(query, key, 0.1))
+        cuda_kernel.estimate_blocks(Operands(*estimate_operands(query, key, 0.1)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_maps_equal_the_reference_bit_for_bit() -> None:
-    from kvpress.csrc.estimate_blocks import reference
-
+    reference = implementation("estimate_blocks", "reference")
     if not cuda_kernel.available(torch.empty(0, device="cuda")):
         pytest.skip("no 4-bit products here, or no nvcc")
     for shape in ((1, 2, 1, 1, 1, 64), (2, 4, 2, 130, 500, 80), (1, 2, 2, 700, 900, 128)):
         query, key, _ = (x.cuda() for x in operands(*shape))
         for tau in (0.0, 0.3, float("inf")):
             given = estimate_operands(query, key, tau)
-            made = cuda_kernel.estimate_blocks(*given)
-            assert torch.equal(made, reference.estimate_blocks(*given))
+            made = cuda_kernel.estimate_blocks(Operands(*given))
+            assert torch.equal(made, reference(*given))

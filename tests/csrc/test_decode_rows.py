@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvpress import ops
+from kvpress.ops import Logits
 from kvpress.store import Column, PagedRows
 
 
@@ -39,11 +40,6 @@ def paged(
     return store
 
 
-def operands_of(store: PagedRows) -> tuple[torch.Tensor, ...]:
-    paging = store.paging
-    return (paging.pages("key"), paging.pages("value"), *paging.table.operands())
-
-
 def expected(
     query: torch.Tensor, store: PagedRows, scaling: float, softcap: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,8 +69,8 @@ def expected(
 def test_equals_the_formula(width: int, group: int, queries: int, softcap: float) -> None:
     store = paged([[63, 1], [17, 32], [0, 5]], width, width + 8, 16, torch.float32)
     query = torch.randn(3, 2 * group, queries, width)
-    operands = operands_of(store)
-    out, lse, weights = ops.decode_rows(query, *operands, 0.2, softcap, True)
+    pages = store.paging.operands()
+    out, lse, weights = ops.decode_rows(query, pages, Logits(0.2, softcap), True)
     wanted_out, wanted_lse = expected(query, store, 0.2, softcap)
     torch.testing.assert_close(out.double(), wanted_out, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-4, atol=1e-5)
@@ -86,8 +82,8 @@ def test_equals_the_formula(width: int, group: int, queries: int, softcap: float
 def test_low_precision_storage_is_accumulated_in_the_query_dtype(dtype: torch.dtype) -> None:
     store = paged([[40, 9]], 32, 32, 8, dtype)
     query = torch.randn(1, 4, 1, 32)
-    operands = operands_of(store)
-    out, _, weights = ops.decode_rows(query, *operands, 0.2, 0.0, False)
+    pages = store.paging.operands()
+    out, _, weights = ops.decode_rows(query, pages, Logits(0.2), False)
     torch.testing.assert_close(
         out.double(), expected(query, store, 0.2, 0.0)[0], rtol=1e-4, atol=1e-5
     )
@@ -107,6 +103,6 @@ def test_the_order_of_slots_does_not_matter_for_one_query() -> None:
         store = PagedRows(1, 2, columns, 4, torch.device("cpu"))
         position = index.expand(1, 2, 30)
         store.append({"key": key[:, :, index], "value": value[:, :, index], "position": position})
-        operands = operands_of(store)
-        outputs.append(ops.decode_rows(query, *operands, 0.25, 0.0, False)[0])
+        pages = store.paging.operands()
+        outputs.append(ops.decode_rows(query, pages, Logits(0.25), False)[0])
     torch.testing.assert_close(*outputs)

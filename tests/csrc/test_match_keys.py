@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvpress.csrc.match_keys import reference
 
 from kvpress import ops
 from kvpress.errors import OperatorError
 
+reference = ops.implementation("match_keys", "reference")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 Run = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 NATIVE = pytest.mark.skipif(ops.backends()["cpu"] != "cpu", reason="no C++ compiler here")
@@ -24,7 +24,7 @@ NATIVE = pytest.mark.skipif(ops.backends()["cpu"] != "cpu", reason="no C++ compi
 
 @pytest.fixture(params=["operator", "reference"])
 def run(request: pytest.FixtureRequest) -> Run:
-    return ops.match_keys if request.param == "operator" else reference.match_keys
+    return ops.match_keys if request.param == "operator" else reference
 
 
 def rows(*keys: Any) -> torch.Tensor:
@@ -65,7 +65,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_equals_the_formula(shape: tuple[Any, ...]) -> None:
     tensors = matching.operands(*shape)
-    plain, _ = result = reference.match_keys(*tensors)
+    plain, _ = result = reference(*tensors)
     matching.agree(result, plain, tensors)
     matching.agree(ops.match_keys(*tensors), plain, tensors)
 
@@ -109,7 +109,7 @@ def test_scales_by_powers_of_two_change_nothing(of_evicted: int, of_kept: int, s
 def test_other_scales_change_rounding_only(of_evicted: float, of_kept: float, seed: int) -> None:
     torch.manual_seed(seed)
     evicted, kept, allowed = matching.operands(1, 1, 30, 70, 20, FP32)
-    for run in (ops.match_keys, reference.match_keys):
+    for run in (ops.match_keys, reference):
         wanted, _ = run(evicted, kept, allowed)
         similarity, _ = run(evicted * of_evicted, kept * of_kept, allowed)
         torch.testing.assert_close(similarity, wanted, rtol=0, atol=1e-6)
@@ -195,11 +195,11 @@ def test_no_matrix_of_all_cosines_is_held() -> None:
     program = """
 import resource, torch
 from kvpress import ops
-from kvpress.csrc.match_keys import reference
+reference = ops.implementation("match_keys", "reference")
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
 keys = torch.randn(1, 1, 10_000, 8)
 allowed = torch.ones(1, 1, 10_000, dtype=torch.bool)
-for run in (ops.match_keys, reference.match_keys):
+for run in (ops.match_keys, reference):
     run(keys[:, :, :64], keys[:, :, :64], allowed[:, :, :64])
     before = peak()
     run(keys, keys, allowed)

@@ -14,6 +14,7 @@ from kvpress.csrc.pack.reference import quantise
 from kvpress import ops
 from kvpress.errors import OperatorError
 from kvpress.formulas.page_layout import PageLayout, from_bytes, to_bytes
+from kvpress.ops import Logits, Old, Pages
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 BITS = (16, 8, 4, 2)
@@ -75,11 +76,11 @@ def test_decode_rows_equals_the_unpacked_equivalent(
     counts = torch.tensor([3, 17, 70, 40])
     query = torch.randn(batch, heads * group, queries, widths[0])
     softcap = 5.0 if group == 4 else 0.0
-    operands = (query, key, value, table, counts, widths[0] ** -0.5, softcap, True)
-    old = [x for part in parts for x in part.tensors]
-    sizes = [x for layout in layouts for x in layout]
-    given = ops.decode_rows(*operands, old=old, layouts=sizes)
-    wanted = ops.implementation("decode_rows", "reference")(*operands, old, sizes)
+    old = Old([x for part in parts for x in part.tensors], [x for sizes in layouts for x in sizes])
+    logits = Logits(widths[0] ** -0.5, softcap)
+    operands = (query, Pages(key, value, table, counts), logits, True, old)
+    given = ops.decode_rows(*operands)
+    wanted = ops.implementation("decode_rows", "reference")(*operands)
     largest = (1.0, 1.0, 1.0)
     if widths[1]:
         largest = (float(value.abs().max()), float(wanted[1].abs().max()), 1.0)
@@ -99,9 +100,8 @@ def test_rows_without_recent_slots_and_rows_without_any() -> None:
     pool = torch.randn(2, 64, 16), torch.randn(2, 16, 64)
     table, counts = torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
     query = torch.randn(1, 2, 1, 64)
-    out, lse, weights = ops.decode_rows(
-        query, *pool, table, counts, 0.1, 0.0, True, old=part.tensors, layouts=list(layout)
-    )
+    old = Old(part.tensors, list(layout))
+    out, lse, weights = ops.decode_rows(query, Pages(*pool, table, counts), Logits(0.1), True, old)
     assert (out == 0).all() and (lse == -torch.inf).all() and (weights == 0).all()
 
 
@@ -175,11 +175,11 @@ def test_channels_and_pages_that_do_not_exist_are_refused() -> None:
     layout = packing.layout_of(4, 4, (64, 64), (64, 64), FP32)
     part = packing.make_part(layout, [1, 1], FP32, holes=False)
     pool = torch.randn(2, 64, 16), torch.randn(2, 16, 64)
-    rest = (torch.zeros(2, 1, dtype=torch.int32), torch.tensor([1, 1]), 0.1, 0.0, False)
+    pages = Pages(*pool, torch.zeros(2, 1, dtype=torch.int32), torch.tensor([1, 1]))
     query = torch.randn(1, 2, 1, 64)
     for index, bad in ((1, 64), (3, 99)):
         tensors = [x.clone() for x in part.tensors]
         tensors[index][0, 0] = bad
         with pytest.raises(RuntimeError, match=r"channel 64|page 99"):
-            ops.decode_rows(query, *pool, *rest, old=tensors, layouts=list(layout))
+            ops.decode_rows(query, pages, Logits(0.1), False, Old(tensors, list(layout)))
     assert PageLayout._fields[0] == "slots"

@@ -15,6 +15,7 @@ import torch
 
 from kvpress import ops
 from kvpress.errors import OperatorError
+from kvpress.ops import Logits, Noise
 
 FP32 = torch.float32
 MOST = 2**63 - 1
@@ -29,11 +30,7 @@ def run_of(backend: str, name: str) -> Run:
 
 def refused(backend: str, name: str, call: dict[str, Any], message: str) -> None:
     with pytest.raises(OperatorError, match=message):
-        if backend == "operator":
-            keywords = {key: call.pop(key) for key in ("old", "layouts") if key in call}
-            run_of(backend, name)(*call.values(), **keywords)
-        else:
-            run_of(backend, name)(*call.values())
+        run_of(backend, name)(*calls.operands(name, call))
 
 
 def valid(name: str) -> dict[str, Any]:
@@ -43,7 +40,7 @@ def valid(name: str) -> dict[str, Any]:
         call = calls.MAKERS[name](calls.Maker(seed))
         sizes = [x.numel() for x in call.values() if isinstance(x, torch.Tensor)]
         maps = call.get("map_BNX") is not None and name != "attend_blocks"
-        if min(sizes) > 0 and not call.get("old") and not maps:
+        if min(sizes) > 0 and not call.get("tensors") and not maps:
             return call
     raise AssertionError(name)
 
@@ -111,11 +108,11 @@ def test_layouts_of_other_sizes(sizes: int, backend: str) -> None:
 def old_call() -> dict[str, Any]:
     layout = packing.layout_of(4, 16, (16, 16), (9, 12), FP32, 64, (32, 32))
     part = packing.make_part(layout, [2, 1], FP32, holes=True)
-    pools = {"key": torch.randn(2, 16, 4), "value": torch.randn(2, 4, 16)}
-    rows = {"table": torch.arange(2).view(2, 1).int(), "counts": torch.tensor([3, 1])}
+    pools = {"key_PDS": torch.randn(2, 16, 4), "value_PSE": torch.randn(2, 4, 16)}
+    rows = {"table_RW": torch.arange(2).view(2, 1).int(), "counts_R": torch.tensor([3, 1])}
     numbers = {"scaling": 0.3, "softcap": 0.0, "need_weights": False}
-    old = {"old": part.tensors, "layouts": list(layout)}
-    return {"query": torch.randn(1, 2, 1, 16), **pools, **rows, **numbers, **old}
+    old = {"tensors": part.tensors, "layouts": list(layout)}
+    return {"query_BNQD": torch.randn(1, 2, 1, 16), **pools, **rows, **numbers, **old}
 
 
 @BACKENDS
@@ -139,8 +136,8 @@ def old_call() -> dict[str, Any]:
 )
 def test_old_slots_that_cannot_be(tensor: int, value: int, message: str, backend: str) -> None:
     call = old_call()
-    call["old"][7] = torch.zeros(2, dtype=torch.int64)
-    call["old"][tensor].view(-1)[0] = value
+    call["tensors"][7] = torch.zeros(2, dtype=torch.int64)
+    call["tensors"][tensor].view(-1)[0] = value
     refused(backend, "decode_rows", call, message)
 
 
@@ -161,7 +158,7 @@ def test_kept_channels_of_packed_pages_exist_and_ascend(backend: str) -> None:
 @pytest.mark.parametrize("start", [MOST, MOST - 1, 2**62, -1])
 def test_a_start_of_channels_that_overflows(start: int, backend: str) -> None:
     call = valid("absorb_step")
-    call |= {"frequency_F": torch.rand(1), "keys": True, "start": start}
+    call |= {"frequency_F": torch.rand(1), "keys": "unrotated", "start": start}
     refused(backend, "absorb_step", call, "do not fit")
 
 
@@ -175,7 +172,7 @@ def test_a_start_of_channels_that_overflows(start: int, backend: str) -> None:
     ],
 )
 def test_numbers_with_which_logits_are_none(name: str, number: float, backend: str) -> None:
-    call = valid(name)
+    call = valid(name) | ({"fixed": None} if name == "absorb_step" else {})
     for argument in {"softcap", "tau", "scaling"} & set(call):
         if argument == "scaling" and abs(number) <= 1:
             continue
@@ -201,10 +198,10 @@ def test_a_query_that_sees_no_slot_adds_nothing(backend: str) -> None:
     query, key = torch.randn(1, 1, 3, 8), torch.randn(1, 1, 3, 8)
     position = torch.tensor([[[-1, 5, 9]]])
     for noise in ("none", "frozen", "fresh"):
-        numbers = (0.3, 0.0, 3, noise, 1.0, 1, 0)
+        numbers = (Logits(0.3), 3, Noise(noise, 1.0, 1, 0))
         sums = run_of(backend, "attention_sums")(query, key, position, *numbers)
         assert sums[..., 0] == 0 and float(sums.sum()) == pytest.approx(2)
-        numbers = (0.3, 0.0, 3, noise, 0.7, 1, 0)
+        numbers = (Logits(0.3), 3, Noise(noise, 0.7, 1, 0))
         sums = run_of(backend, "attention_sums")(query, key, position.clamp_max(-1), *numbers)
         assert torch.equal(sums, torch.zeros_like(sums))
 
@@ -238,7 +235,8 @@ def test_memory_that_is_written_is_no_other_operands(name: str, backend: str) ->
     call["quota_R"] = call["counts_R"]
     refused(backend, name, call, "share memory")
     pool = torch.randn(4, 3, 2)
-    moved = {"pool": pool, "address": torch.tensor([0, 4]), "slots": pool[0, 1:], "last": False}
+    moved = {"pool_PX": pool, "address_N": torch.tensor([0, 4])}
+    moved |= {"slots_NX": pool[0, 1:], "slot_last": False}
     refused(backend, "scatter_slots", moved, "share memory")
 
 
@@ -253,10 +251,10 @@ def test_codes_whose_sums_do_not_fit(backend: str) -> None:
 @BACKENDS
 def test_slots_of_numbers_that_are_too_large(backend: str) -> None:
     pool = torch.zeros(3, 4, 2, dtype=torch.complex128)
-    call = {"pool": pool, "address": torch.tensor([1])}
-    refused(backend, "gather_slots", {**call, "last": False}, "16 bytes")
-    slots = torch.zeros(1, 2, dtype=pool.dtype)
-    refused(backend, "scatter_slots", {**call, "slots": slots, "last": False}, "16 bytes")
+    call = {"pool_PX": pool, "address_N": torch.tensor([1]), "slot_last": False}
+    refused(backend, "gather_slots", call, "16 bytes")
+    call["slots_NX"] = torch.zeros(1, 2, dtype=pool.dtype)
+    refused(backend, "scatter_slots", call, "16 bytes")
 
 
 @BACKENDS
@@ -269,7 +267,7 @@ def test_a_pool_of_more_slots_than_memory(backend: str) -> None:
 
 def test_the_words_of_the_schema_are_operator_errors() -> None:
     with pytest.raises(OperatorError, match="argument 'address_N'"):
-        ops.gather_slots(torch.zeros(2, 2), 3, False)  # type: ignore[arg-type]
+        ops.gather_slots(torch.zeros(2, 2), 3, False)
     for missing in ((None, torch.tensor([0])), (torch.zeros(2, 2), None)):
         with pytest.raises(OperatorError, match="None"):
             ops.gather_slots(*missing, False)

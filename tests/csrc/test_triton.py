@@ -25,6 +25,7 @@ from kvpress.errors import OperatorError
 from kvpress.formulas import noise as engine_noise
 from kvpress.formulas.attention import prompt_attention
 from kvpress.formulas.block_map import Blocks, to_map
+from kvpress.ops import Bounds, Columns, Logits, Noise, Old, Pages, Token
 from kvpress.ops.registry import implementation
 
 triton = pytest.importorskip("triton")
@@ -91,10 +92,10 @@ class Rows:
     table_RW: torch.Tensor
     counts_R: torch.Tensor
 
-    def pools(self, wild: bool) -> tuple[torch.Tensor, ...]:
-        """Pages, table and counts. The table names missing pages for slots that no row has."""
+    def pages(self, wild: bool) -> Pages:
+        """As operators take them. The table names missing pages for slots that no row has."""
         table = self.table_RW if wild else self.table_RW.clamp(max=len(self.key_PDS) - 1)
-        return self.key_PDS, self.value_PSE, table, self.counts_R
+        return Pages(self.key_PDS, self.value_PSE, table, self.counts_R)
 
     def dense(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one row, float64."""
@@ -183,9 +184,9 @@ def test_decode_rows_equals_the_formula(run: Run, case: tuple[Any, ...]) -> None
     query_heads = len(counts) // batch * group
     query = torch.randn(batch, queries, query_heads, width, device=DEVICE).to(query_dtype)
     query = query.transpose(1, 2)  # as models make it
-    given = run("decode_rows", query, *rows.pools(wild=True), 0.3, softcap, True)
+    given = run("decode_rows", query, rows.pages(wild=True), Logits(0.3, softcap), True)
     pytorch = implementation("decode_rows", "reference")(
-        query, *rows.pools(wild=False), 0.3, softcap, True
+        query, rows.pages(wild=False), Logits(0.3, softcap), True
     )
     exact = attention(query, rows, 0.3, softcap)
     for one, reference, wanted in zip(given, pytorch, exact, strict=True):
@@ -198,8 +199,8 @@ def test_decode_rows_equals_the_formula(run: Run, case: tuple[Any, ...]) -> None
 def test_decode_rows_without_weights_is_the_same_attention(run: Run) -> None:
     rows = make_rows([19, 5], 32, 32, 16, FP32)
     query = torch.randn(2, 2, 1, 32, device=DEVICE)
-    full = run("decode_rows", query, *rows.pools(wild=True), 0.3, 0.0, True)
-    bare = run("decode_rows", query, *rows.pools(wild=True), 0.3, 0.0, False)
+    full = run("decode_rows", query, rows.pages(wild=True), Logits(0.3), True)
+    bare = run("decode_rows", query, rows.pages(wild=True), Logits(0.3), False)
     assert torch.equal(full[0], bare[0]) and torch.equal(full[1], bare[1])
     assert bare[2].shape == (0,)
 
@@ -207,7 +208,7 @@ def test_decode_rows_without_weights_is_the_same_attention(run: Run) -> None:
 def test_decode_rows_of_rows_without_pages_is_zero(run: Run) -> None:
     rows = make_rows([0, 0], 32, 32, 16, FP32)
     query = torch.randn(1, 2, 1, 32, device=DEVICE)
-    out, lse, weights = run("decode_rows", query, *rows.pools(wild=True), 0.3, 0.0, True)
+    out, lse, weights = run("decode_rows", query, rows.pages(wild=True), Logits(0.3), True)
     assert (out == 0).all() and (lse == -torch.inf).all() and weights.shape == (1, 2, 1, 0)
 
 
@@ -215,24 +216,22 @@ def test_operands_that_do_not_fit_are_refused(run: Run) -> None:
     rows = make_rows([3, 5], 32, 32, 16, FP32)
     query = torch.randn(1, 2, 1, 64, device=DEVICE)
     with pytest.raises(OperatorError, match="key_PDS"):
-        run("decode_rows", query, *rows.pools(wild=True), 0.3, 0.0, True)
+        run("decode_rows", query, rows.pages(wild=True), Logits(0.3), True)
 
 
 def step_both(
     run: Run, given: Rows, wanted: Rows, massive: bool, group: int, *options: Any
 ) -> None:
     """One decode step in both sets of rows, which must stay the same. B = 2, H = 2."""
-    seen_B, quota_R, recent_B, *choices = options
+    bounds, *choices = options
     width, value_width = given.key_PDS.shape[1], given.value_PSE.shape[2]
     fused = torch.randn(2, 1, 2 * group + 2, width, device=DEVICE).to(given.key_PDS.dtype)
     query, key = fused.transpose(1, 2).split([2 * group, 2], 1)
     value = torch.randn(2, 2, 1, value_width, device=DEVICE).to(given.key_PDS.dtype)
     outputs = []
     for rows, wild in ((given, True), (wanted, False)):
-        key_PDS, value_PSE, table_RW, counts_R = rows.pools(wild)
-        mass_PS = rows.mass_PS if massive else None
-        pools = (key_PDS, value_PSE, rows.position_PS, mass_PS, table_RW, counts_R)
-        args = (query, key, value, *pools, seen_B, quota_R, recent_B, *choices)
+        columns = Columns(rows.position_PS, rows.mass_PS if massive else None)
+        args = (Token(query, key, value), rows.pages(wild), columns, bounds, *choices)
         reference = implementation("decode_step", "reference")
         outputs.append(run("decode_step", *args) if wild else reference(*args))
     torch.testing.assert_close(*outputs)
@@ -268,8 +267,9 @@ def test_decode_steps_leave_the_same_rows_as_the_reference(run: Run, case: tuple
     recent_B = torch.tensor([3, 2], device=DEVICE)
     for step in range(4):
         seen_B = torch.tensor([10, 24], device=DEVICE) + step
-        numbers = (2, evict, rank, noise, tau, (5 << 32) + 12345, 3, 0.3, softcap)
-        step_both(run, given, wanted, massive, group, seen_B, quota_R, recent_B, *numbers)
+        bounds = Bounds(seen_B, quota_R, recent_B, 2, rank)
+        numbers = (evict, Noise(noise, tau, (5 << 32) + 12345, 3), Logits(0.3, softcap))
+        step_both(run, given, wanted, massive, group, bounds, *numbers)
     expected = [3, 9, 23, 23] if evict else [4, 13, 27, 23]
     assert given.counts_R.tolist() == expected
 
@@ -299,9 +299,10 @@ def victims(
         torch.zeros(1, group, 1, 32, device=DEVICE),
     )
     numbers = torch.tensor([[len(mass) + 1], [len(mass)], [recent]], device=DEVICE)
-    pools = (*rows.pools(True)[:2], rows.position_PS, rows.mass_PS, *rows.pools(True)[2:])
-    args = (query, one, one, *pools, *numbers, sink, True, rank, "none", 1.0, 0, 0, 1.0, 0.0)
-    run("decode_step", *args)
+    held = (rows.pages(True), Columns(rows.position_PS, rows.mass_PS))
+    bounds = Bounds(*numbers, sink, rank)
+    choices = (bounds, True, Noise("none", 1.0, 0, 0))
+    run("decode_step", Token(query, one, one), *held, *choices, Logits(1.0))
     kept = torch.arange(int(rows.counts_R[0]), device=DEVICE)
     left = rows.position_PS[rows.table_RW[0].long()[kept // 4], kept % 4].tolist()
     return sorted(set(range(len(mass) + 1)) - set(left))
@@ -330,7 +331,7 @@ def dense_sums(
     query: torch.Tensor, key: torch.Tensor, position: torch.Tensor, *numbers: Any
 ) -> torch.Tensor:
     """`attention_sums` in float64 with the engine's uniform numbers, by the P×S matrix."""
-    scaling, softcap, window, noise, tau, seed, layer = numbers
+    (scaling, softcap), window, (noise, tau, seed, layer) = numbers
     (_, query_heads, new, _), (_, heads, slots, _) = query.shape, key.shape
     group = query_heads // heads
     x = query.unflatten(1, (heads, group)).double() @ key.double()[:, :, None].mT * scaling
@@ -367,7 +368,7 @@ def test_attention_sums_equal_the_formula(run: Run, case: tuple[Any, ...]) -> No
     key = torch.randn(2, slots, 2, width, device=DEVICE).to(dtype).transpose(1, 2)
     position = torch.arange(slots, device=DEVICE).repeat(2, 2, 1)
     position[1, 0, : slots - new] = -1  # a row that evicted more than the others
-    numbers = (0.3, softcap, window, noise, tau, (7 << 40) + 99, 5)
+    numbers = (Logits(0.3, softcap), window, Noise(noise, tau, (7 << 40) + 99, 5))
     given = run("attention_sums", query, key, position, *numbers)
     pytorch = implementation("attention_sums", "reference")(query, key, position, *numbers)
     within(given, pytorch, dense_sums(query, key, position, *numbers))
@@ -381,12 +382,12 @@ def test_attend_sums_are_attention_and_its_sums(run: Run, softcap: float) -> Non
     shapes = ((4, 64), (2, 64), (2, 48))
     query, key, value = (torch.randn(2, n, 37, width, device=DEVICE) for n, width in shapes)
     position = torch.arange(37, device=DEVICE).repeat(2, 2, 1)
-    draw = ("fresh", 0.7, (7 << 40) + 99, 5)
+    logits, noise = Logits(0.3, softcap), Noise("fresh", 0.7, (7 << 40) + 99, 5)
     # Not by `run`: cuBLAS, which attention may use, refuses to be deterministic.
     attend_sums = implementation("attend_sums", "triton_kernel")
-    out, sums = attend_sums(query, key, value, position, 0.3, softcap, *draw)
+    out, sums = attend_sums(query, key, value, position, logits, noise)
     assert torch.equal(out, prompt_attention(query, key, value, None, 0.3, softcap))
-    assert torch.equal(sums, run("attention_sums", query, key, position, 0.3, softcap, 37, *draw))
+    assert torch.equal(sums, run("attention_sums", query, key, position, logits, 37, noise))
 
 
 # id: B, H, E, C, D, dtype, size
@@ -523,10 +524,10 @@ def test_decode_rows_reads_packed_pages(
     part = packing.make_part(layout, [11, 0, 1, 2], dtype, holes=need_weights)
     rows = make_rows([3, 17, 30, 1], *widths, 16, dtype)
     query = torch.randn(2, 6, 1, widths[0], device=DEVICE)
-    operands = (query, *rows.pools(wild=False), 0.2, 0.0, need_weights)
-    old = [x.to(DEVICE) for x in part.tensors]
-    given = run("decode_rows", *operands, old, list(layout))
-    wanted = implementation("decode_rows", "reference")(*operands, old, list(layout))
+    old = Old([x.to(DEVICE) for x in part.tensors], list(layout))
+    operands = (query, rows.pages(wild=False), Logits(0.2), need_weights, old)
+    given = run("decode_rows", *operands)
+    wanted = implementation("decode_rows", "reference")(*operands)
     for one, other in zip(given, wanted, strict=True):
         assert one.shape == other.shape
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -587,7 +588,7 @@ def test_sums_over_blocks_equal_the_reference(run: Run, noise: str) -> None:
     blocks = Blocks(150, 150)
     some = torch.rand(1, 4, blocks.rows, blocks.columns) < 0.5
     bits = to_map(some & blocks.seen() | blocks.always(0), blocks).to(DEVICE)
-    numbers = (0.15, 0.0, noise, 1.2, 5, 3)
+    numbers = (Logits(0.15), Noise(noise, 1.2, 5, 3))
     out, sums = run("attend_sums", query, key, value, position, *numbers, bits)
     wanted = implementation("attend_sums", "reference")
     for one, other in zip(
@@ -602,5 +603,6 @@ def test_sums_over_blocks_equal_the_reference(run: Run, noise: str) -> None:
 def test_mutated_calls_are_refused_or_equal_the_reference(run: Run, name: str) -> None:
     for seed in range(40):
         call = calls.some(name, seed)
-        given = outcome(implementation(name, "triton_kernel"), call)
-        compare(given, outcome(implementation(name, "reference"), call), f"{name}, seed {seed}")
+        given = outcome(name, implementation(name, "triton_kernel"), call)
+        wanted = outcome(name, implementation(name, "reference"), call)
+        compare(given, wanted, f"{name}, seed {seed}")

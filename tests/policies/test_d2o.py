@@ -18,6 +18,7 @@ from kvpress.errors import BudgetError, CacheError, PolicyError
 from kvpress.formulas import merging
 from kvpress.formulas.merging import Merging
 from kvpress.hf.attach import begin
+from kvpress.ops import Logits, Noise
 from kvpress.pipe.state.channels import with_counts
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.budget import Geometry
@@ -187,7 +188,7 @@ def test_column_sums_of_a_long_prompt_need_no_matrix() -> None:
     """2.7: uniform causal attention at 8,192 tokens, by the operator that the engine calls."""
     query, key = torch.zeros(1, 1, 8192, 8), torch.randn(1, 1, 8192, 8)
     position = torch.arange(8192)[None, None]
-    args = (query, key, position, 1.0, 0.0, 8192, "none", 1.0, 0, 0)
+    args = (query, key, position, Logits(1.0), 8192, Noise("none", 1.0, 0, 0))
     sums = ops.attention_sums(*args)[0, 0].double()
     assert float((sums.square().sum() - 8192) / 8191) == pytest.approx(0.9990, abs=1e-4)
 
@@ -401,7 +402,9 @@ def test_fused_and_staged_steps_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(fused, staged)
         assert helpers.positions(ours, 1) == helpers.positions(theirs, 1)
         for a, b in zip(ours.states, theirs.states, strict=True):
-            torch.testing.assert_close(a.threshold_B, b.threshold_B, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                a.sequences.threshold_B, b.sequences.threshold_B, rtol=1e-4, atol=1e-5
+            )
             for name in ("key", "value"):
                 x, y = (s.store.dense_by_position([0, 1])[name] for s in (a, b))
                 torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
@@ -433,7 +436,7 @@ def test_chunks_of_a_prompt_keep_the_budget() -> None:
             model(chunk, past_key_values=cache)
         slots = [s.store.counts_BH.double().mean() for s in cache.states]
     assert 90 * 0.3 - 1 < float(sum(slots)) / 3 <= 90 * 0.3
-    assert all(not s.demand_B.isnan().any() for s in cache.states)
+    assert all(not s.sequences.demand_B.isnan().any() for s in cache.states)
     (line,) = [note for note in cache.report().notes if "Layer budgets" in note]
     assert "a prompt of 90 tokens" in line
 
@@ -453,7 +456,7 @@ def test_a_trim_goes_on_with_the_eviction_of_its_prompt(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(merging, "next_threshold", spy)
     _, cache, _ = run("d2o:budget=0.2", helpers.prompt(1, 400), 1, max_position_embeddings=512)
-    thresholds = [float(s.threshold_B) for s in cache.states]
+    thresholds = [float(s.sequences.threshold_B) for s in cache.states]
     assert thresholds == pytest.approx(list(means.values()), rel=1e-5)
 
 
@@ -505,12 +508,15 @@ def test_nothing_leaks_into_the_next_text() -> None:
     with kvpress.attach(model, "d2o:budget=0.3") as engine:
         engine.generate(first, max_new_tokens=12, do_sample=False)
         after = engine.generate(second, max_new_tokens=12, do_sample=False)
-        thresholds = [s.threshold_B.clone() for s in engine.cache.states]
+        thresholds = [s.sequences.threshold_B.clone() for s in engine.cache.states]
         engine.cache.reset()
         assert engine.cache.states[0].sequences.threshold_B.numel() == 0
     alone, cache, _ = run("d2o:budget=0.3", second)
     assert torch.equal(after, alone)
-    assert all(torch.equal(a, s.threshold_B) for a, s in zip(thresholds, cache.states, strict=True))
+    assert all(
+        torch.equal(a, s.sequences.threshold_B)
+        for a, s in zip(thresholds, cache.states, strict=True)
+    )
 
 
 @pytest.mark.parametrize("heads", [3, 8])
@@ -622,7 +628,7 @@ def test_the_threshold_moves_with_every_turn_in_every_layer() -> None:
         cache, seen = engine.new_cache(), []
         for turn in range(3):
             engine.model(helpers.prompt(1, 100 if turn == 0 else 9, turn), past_key_values=cache)
-            seen.append([float(s.threshold_B) for s in cache.states])
+            seen.append([float(s.sequences.threshold_B) for s in cache.states])
     assert all(len(set(layer)) == 3 for layer in zip(*seen, strict=True))
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvpress import ops
+from kvpress.ops import Bounds, Columns, Logits, Noise, Token
 from kvpress.store import Column, PagedRows, Survivors
 
 NAMES = ("position", "key", "value", "mass")
@@ -89,13 +90,16 @@ class Stores(RuleBasedStateMachine):
         shape = (store.sequences, store.heads, 1)
         key, value = torch.randn(*shape, 4), torch.randn(*shape, 3)
         everyone = torch.full((store.sequences,), self.seen + 1)
+        mass_PS = store.paging.pages("mass") if "mass" in store.columns else None
+        never = torch.full_like(store.counts, 10**6), torch.zeros_like(everyone)
         ops.decode_step(
-            *(torch.randn(*shape, 4), key, value),
-            *(store.paging.pages(name) for name in ("key", "value", "position")),
-            store.paging.pages("mass") if "mass" in store.columns else None,
-            *store.paging.table.operands(),
-            *(everyone, torch.full_like(store.counts, 10**6), torch.zeros_like(everyone)),
-            *(0, False, "position", "none", 1.0, 0, 0, 0.0, 0.0),
+            Token(torch.randn(*shape, 4), key, value),
+            store.paging.operands(),
+            Columns(store.paging.pages("position"), mass_PS),
+            Bounds(everyone, *never, 0, "position"),
+            False,
+            Noise("none", 1.0, 0, 0),
+            Logits(0.0),
         )
         store.count_step(None, False)
         masses = store.dense("mass").flatten(0, 1) if "mass" in store.columns else None

@@ -15,6 +15,7 @@ from packing import layout_of
 import kvpress
 from kvpress import ops
 from kvpress.formulas.page_layout import PageLayout
+from kvpress.ops import Bounds, Columns, Logits, Noise, Token
 from kvpress.store import Column, FormattedRows, PackedRows, PagedRows, Survivors
 from kvpress.store.compaction import compact
 
@@ -153,16 +154,17 @@ class Packed(RuleBasedStateMachine):
         shape = (store.sequences, store.heads, 1)
         key, value = torch.randn(*shape, WIDTHS[0]), torch.randn(*shape, WIDTHS[1])
         seen = torch.full((store.sequences,), self.seen + 1)
-        old, layouts = store.old()
+        mass_PS = store.paging.pages("mass") if self.massive else None
+        bounds = (seen, torch.full_like(store.aging.recent.counts, quota), torch.zeros_like(seen))
         ops.decode_step(
-            *(torch.randn(*shape, WIDTHS[0]), key, value),
-            *(store.paging.pages(name) for name in ("key", "value", "position")),
-            store.paging.pages("mass") if self.massive else None,
-            *store.paging.table.operands(),
-            *(seen, torch.full_like(store.aging.recent.counts, quota), torch.zeros_like(seen)),
-            *(0, True, "position", "none", 1.0, 0, 0, 0.3, 0.0),
-            old=old,
-            layouts=layouts,
+            Token(torch.randn(*shape, WIDTHS[0]), key, value),
+            store.paging.operands(),
+            Columns(store.paging.pages("position"), mass_PS),
+            Bounds(*bounds, 0, "position"),
+            True,
+            Noise("none", 1.0, 0, 0),
+            Logits(0.3),
+            store.old(),
         )
         store.count_step(None, False)
         masses = self.masses(store)

@@ -1,7 +1,7 @@
 """Calls of every operator with tiny operands, by a seed, and mutations of them.
 
-A call is a dictionary of arguments in the order of the schema. Most are valid as they are made;
-now and then a length is 0.
+A call is a dictionary of all operands by name, those of groups included. Most are valid as they are
+made; now and then a length is 0.
 """
 
 from __future__ import annotations
@@ -16,8 +16,24 @@ import torch
 from torch import Tensor
 
 from kvpress.formulas.block_map import Blocks
+from kvpress.ops.operands import flattening, grouped, leaves
+from kvpress.ops.registry import operands_of
 
 Call = dict[str, Any]
+
+
+def flat(name: str, *groups: Any) -> tuple[Any, ...]:
+    """The operands of a call as PyTorch takes them."""
+    form: Any = operands_of(name)
+    return flattening(form)(*groups)
+
+
+def operands(name: str, call: Call) -> tuple[Any, ...]:
+    """The operands of a call in their groups."""
+    form: Any = operands_of(name)
+    return grouped(form, [call[leaf] for leaf in leaves(form)])
+
+
 FLOATS = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*FLOATS, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 DTYPES += (torch.bool, torch.complex64)
@@ -65,7 +81,7 @@ class Maker:
         """A part of old slots, or none."""
         sizes = (pools["key_PDS"].shape[1], pools["value_PSE"].shape[2])
         if self.random.random() < 0.6 or not rows or min(sizes) < 1:
-            return {"old": [], "layouts": []}
+            return {"tensors": [], "layouts": []}
         bits = [self.random.choice((16, 8, 4, 2)) for _ in range(2)]
         kept = (self.random.randint(1, sizes[0]), self.random.randint(1, sizes[1]))
         layout = packing.layout_of(*bits, sizes, kept, self.dtype, 64, (32, 32))
@@ -76,7 +92,7 @@ class Maker:
             position_PS = part.tensors[5]
             part.tensors[6] = torch.rand(position_PS.shape)
             part.tensors[7] = torch.zeros(rows, dtype=torch.int64)
-        return {"old": part.tensors, "layouts": list(layout)}
+        return {"tensors": part.tensors, "layouts": list(layout)}
 
     def heads(self) -> tuple[int, int, int]:
         """B, H and N."""
@@ -135,11 +151,8 @@ def decode_step(make: Maker) -> Call:
         "query_BN1D": make.floats(batch, query_heads, 1, widths[0], dtype=torch.float32),
         "key_BH1D": make.floats(batch, heads, 1, widths[0]),
         "value_BH1E": make.floats(batch, heads, 1, widths[1]),
-        "key_PDS": pools["key_PDS"],
-        "value_PSE": pools["value_PSE"],
+        **pools,
         **make.columns(pools, make.flag()),
-        "table_RW": pools["table_RW"],
-        "counts_R": pools["counts_R"],
         **make.books(batch, batch * heads),
         "sink": make.random.choice((0, 4)),
         "evict": make.flag(),
@@ -158,11 +171,8 @@ def absorb_step(make: Maker) -> Call:
     ranks = ("mass", "mass_per_age", "position")
     turned = keys and make.flag()
     return {
-        "key_PDS": pools["key_PDS"],
-        "value_PSE": pools["value_PSE"],
+        **pools,
         **make.columns(pools, True),
-        "table_RW": pools["table_RW"],
-        "counts_R": pools["counts_R"],
         **make.books(batch, batch * heads),
         "sink": make.random.choice((0, 4)),
         "rank": make.random.choice(ranks),
@@ -177,7 +187,8 @@ def absorb_step(make: Maker) -> Call:
         "largest": make.flag(),
         "normalised": make.flag(),
         "together": make.flag(),
-        "keys": keys,
+        "fixed": make.random.choice((None, 0.5)),
+        "keys": ("unrotated" if turned else "rotated") if keys else "values_only",
         "sinks": make.flag(),
         "counts": counts,
     }
@@ -357,7 +368,7 @@ def _list(rng: random.Random, name: str, values: list[Any], call: Call) -> list[
         return values * rng.choice((2, 3))
     place = rng.randrange(len(values))
     # In a part of old slots the table and the positions are these.
-    named = {3: "table_RW", 5: "position_PS"}.get(place % 8, name) if name == "old" else name
+    named = {3: "table_RW", 5: "position_PS"}.get(place % 8, name) if name == "tensors" else name
     changed = _changed(rng, named, values[place], call)
     values[place] = values[place] if changed is None else changed
     return values
@@ -421,7 +432,7 @@ def _strided(rng: random.Random, x: Tensor) -> Tensor:
 def _other(rng: random.Random, name: str, x: Tensor, call: Call) -> Any:
     kind = rng.random()
     if kind < 0.15:
-        return x if name == "old" else None
+        return x if name == "tensors" else None
     if kind < 0.25:
         return x.to_sparse() if x.dtype != torch.bool else x
     if kind < 0.4 and x.dim():

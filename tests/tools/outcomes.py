@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import calls
 import torch
 from kvpress.csrc.decode_rows.reference import check_parts
+from kvpress.csrc.decode_step import WRITES
+from kvpress.csrc.decode_step import Operands as DecodeStep
 from kvpress.csrc.decode_step import reference as step_reference
 
 from kvpress.errors import OperatorError
-from kvpress.ops import shapes
+from kvpress.ops import Old, shapes
 from kvpress.ops.registry import implementation
 
 
@@ -19,14 +21,11 @@ def reference(name: str) -> Any:
     return step_over_old if name == "decode_step" else implementation(name, "reference")
 
 
-def outcome(run: Any, call: calls.Call) -> Any:
+def outcome(name: str, run: Any, call: calls.Call) -> Any:
     """The results and the operands after a call, or its refusal."""
     call = copy.deepcopy({k: v.detach() if is_leaf(v) else v for k, v in call.items()})
-    args = list(call.values())
-    keywords = {name: call[name] for name in ("old", "layouts") if name in call}
-    args = [x for name, x in call.items() if name not in keywords]
     try:
-        results = run(*args, **keywords)
+        results = run(*calls.operands(name, call))
     except OperatorError as error:
         return error
     if isinstance(results, Attended):
@@ -38,30 +37,27 @@ def is_leaf(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.requires_grad
 
 
-def step_over_old(*args: Any, old: list[torch.Tensor], layouts: list[int]) -> Any:
+def step_over_old(*given: Any) -> Any:
     """The reference of `decode_step`, which takes no old slots; their attention is added here."""
-    step = implementation("decode_step", "reference")
-    if not old and not layouts:
-        return step(*args)
-    query, _, _, key, value, _, mass, table, counts = args[:9]
-    sink, evict, *choices, scaling, softcap = args[12:]
-    rank, noise, tau, *_ = choices
-    step_reference.check(*args[:12])
-    step_reference.check_choices(rank, noise, tau, scaling, softcap, evict and mass is None)
-    shapes.ages("decode_step", args[9], args[11], sink, 1)
-    parts = check_parts("decode_step", old, layouts, query, key, value, table)
-    for _, (pages, *_, position, its_mass, dropped) in parts:
-        needed = [position, its_mass] if mass is not None else []
+    operands = DecodeStep(*given)
+    step, old = implementation("decode_step", "reference"), operands.old
+    if not old.tensors and not old.layouts:
+        return step(*operands)
+    step_reference.check(operands)
+    token, pages, columns, bounds, evict, *_ = operands
+    parts = check_parts("decode_step", old, token.query_BN1D, pages)
+    for _, (own, *_, position, mass, dropped) in parts:
+        needed = [position, mass] if columns.mass_PS is not None else []
         needed += [position, dropped] if evict else []
-        if len(pages) and not all(x.numel() for x in needed):
+        if len(own) and not all(x.numel() for x in needed):
             shapes.refuse("decode_step", "old slots lack what eviction needs")
-    written = {f"{i}": x for i, x in enumerate(old) if i % 8 > 4}
-    named = {f"old {i}": x for i, x in enumerate(old) if i % 8 <= 4} | written
-    named |= {f"operand {i}": x for i, x in enumerate(args[:12]) if x is not None}
-    own = {f"operand {i}" for i in (3, 4, 5, 6, 8)}
-    shapes.apart("decode_step", named, {*written, *own})
-    step(*args[:6], None, *args[7:13], False, "position", *args[15:])
-    rows = (query, key, value, table, counts, scaling, softcap, False, old, layouts)
+    written = {f"{i}": x for i, x in enumerate(old.tensors) if i % 8 > 4}
+    named = {f"old {i}": x for i, x in enumerate(old.tensors) if i % 8 <= 4} | written
+    named |= token._asdict() | step_reference.of_layer(pages, columns, bounds)
+    shapes.apart("decode_step", named, {*written, *WRITES})
+    bare = operands._replace(columns=columns._replace(mass_PS=None), evict=False, old=Old())
+    step(*bare._replace(bounds=bounds._replace(rank="position")))
+    rows = (token.query_BN1D, pages, operands.logits, False, old)
     return Attended(implementation("decode_rows", "reference")(*rows)[0])
 
 

@@ -11,6 +11,7 @@ from kvpress import host, ops
 from kvpress.formulas import merging
 from kvpress.formulas.merging import Merging
 from kvpress.formulas.ranking import gather, kept_index
+from kvpress.ops import Bounds, Columns, Pages, Turning
 from kvpress.pipe.state.layer import Layer
 from kvpress.policy.slots import Slots
 from kvpress.store.base import KEY, POSITION, VALUE
@@ -42,40 +43,19 @@ def survive(
     return columns
 
 
-def absorb_one(
-    layer: Layer,
-    pools: tuple[Tensor | None, ...],
-    bounds: tuple[Tensor, Tensor, Tensor, int],
-    rank: str,
-) -> None:
+def absorb_one(layer: Layer, pages: Pages, columns: Columns, bounds: Bounds) -> None:
     """One eviction of rows above their quotas, merged, while decoding: one operator call.
 
-    pools: keys, values, positions and masses; they are changed in place. bounds: tokens seen,
-    quotas, protected last tokens and sinks.
+    Pages and columns are changed in place.
     """
     rule, turns = layer.recipe.merging, layer.rotation
     assert rule is not None, "only recipes that merge absorb"
-    turning: tuple[Tensor | None, bool, int] = (None, False, 0)
+    turning = Turning()
     if rule.keys == "unrotated" and turns is not None:
         frequency_F = turns.frequency_F.to(layer.rows.device)  # the model may have moved
-        turning = (frequency_F, turns.interleaved, turns.start)
-    ops.absorb_step(
-        *pools,
-        *layer.rows.paging.table.operands(),
-        *bounds,
-        rank,
-        layer.sequences.threshold_B,
-        *turning,
-        layer.key_width,
-        rule.own,
-        *rule.motion,
-        rule.largest,
-        rule.normalised,
-        rule.together,
-        rule.keys != "values_only",
-        rule.sinks,
-        rule.counts,
-    )
+        turning = Turning(frequency_F, turns.interleaved, turns.start)
+    threshold_B = layer.sequences.threshold_B
+    ops.absorb_step(pages, columns, bounds, threshold_B, turning, layer.key_width, rule)
 
 
 def _absorb(

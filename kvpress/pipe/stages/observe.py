@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvpress import ops
 from kvpress.formulas.sums import Observation, step_sums
+from kvpress.ops import Logits, Noise
 from kvpress.pipe.state.layer import Layer
 from kvpress.policy.slots import Slots
 from kvpress.store.base import MASS, POSITION
@@ -31,12 +32,8 @@ def attend_and_sum(
         key_BHPD,
         value_BHPE,
         position_BHP,
-        scaling,
-        softcap,
-        observation.noise,
-        observation.tau,
-        observation.seed,
-        layer,
+        Logits(scaling, softcap),
+        Noise(observation.noise, observation.tau, observation.seed, layer),
         map_BNX,
     )
     return out_BNPE, sums_BNP if observation.weight == 1.0 else sums_BNP * observation.weight
@@ -60,13 +57,9 @@ def prompt_sums(
         query_BNPD,
         key_BHSD,
         position_BHS,
-        scaling,
-        softcap,
+        Logits(scaling, softcap),
         query_BNPD.shape[2] if observation.window is None else observation.window,
-        observation.noise,
-        observation.tau,
-        observation.seed,
-        layer,
+        Noise(observation.noise, observation.tau, observation.seed, layer),
         map_BNX,
     )
     return sums_BNS if observation.weight == 1.0 else sums_BNS * observation.weight

@@ -13,6 +13,8 @@ from torch import Tensor
 from kvpress import host
 from kvpress.formulas.rotation import Rotation
 from kvpress.host import lasting
+from kvpress.ops import Bounds
+from kvpress.ops.operands import new
 from kvpress.pipe.state import channels
 from kvpress.pipe.state.context import Context
 from kvpress.pipe.state.growth import Excess
@@ -201,13 +203,16 @@ class Layer:
         if evicted:
             self.evicted_at = self.columns_seen
 
-    def bounds(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens seen, quotas of rows, and protected last tokens, where the operators are."""
+    def bounds(self) -> Bounds:
+        """Which slots stay, where the operators are."""
         own = self.sequences
+        sink, rank = self.limits.sink if self.limits else 0, self.recipe.rank or "position"
         if self.rows.on_host:
-            return own.seen_B, own.quota_R, own.recent_B
-        device = self.rows.device
-        return own.seen_B.to(device), own.quota_R.to(device), own.recent_B.to(device)
+            return new(Bounds, (own.seen_B, own.quota_R, own.recent_B, sink, rank))
+        seen_B, quota_R, recent_B = (
+            x.to(self.rows.device) for x in (own.seen_B, own.quota_R, own.recent_B)
+        )
+        return Bounds(seen_B, quota_R, recent_B, sink, rank)
 
     # What is known of keys
 
