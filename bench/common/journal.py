@@ -66,6 +66,8 @@ def read(path: Path) -> list[Row]:
     try:
         lines = text_of(path).split("\n")
         rows = [json.loads(line) for line in lines[:-1]]
+    except FileNotFoundError as error:
+        raise JournalError(f"{path} does not exist. Give a file that is there.") from error
     except (OSError, EOFError, ValueError) as error:
         raise JournalError(
             f"{path} does not hold JSON lines: {error}. Give another file."

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvpress.bench.common.journal import append, drop_broken_line, read
+from kvpress.bench.common.journal import JournalError, append, drop_broken_line, read
 from kvpress.bench.quality.tasks import TASKS, Metric
 
 from kvpress.errors import KVPressError
@@ -116,6 +116,8 @@ def load(path: Path) -> Results:
             )
         cells = [_cell(line) for line in lines]
         results = Results(head["settings"], head["environment"], None)
+    except JournalError as error:
+        raise ResultsError(f"{path} is no results file of `kvpress eval`: {error}") from error
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         if isinstance(error, ResultsError):
             raise

@@ -66,7 +66,7 @@ class _Decode:
 
 def _ledger(cache: Any) -> float:
     """Seconds of all stages so far; none for a cache that keeps no ledger."""
-    return sum(cache.ledger.meter.seconds().values()) if hasattr(cache, "ledger") else 0.0
+    return sum(cache.context.ledger.meter.seconds().values()) if hasattr(cache, "context") else 0.0
 
 
 def columns(rows: dict[str, Row]) -> list[Column]:

@@ -195,7 +195,8 @@ class Attachment:
         cache = kwargs.get(self._cache_names[id(module)])
         if not isinstance(cache, EngineCache):
             return None
-        cache.check_attended()
+        if cache.latest is not None:
+            cache.latest.check_attended()
         cache.ids.note(cache.columns_seen, kwargs)
         if module is self._model:
             repeats, cache.repeats = cache.repeats, None

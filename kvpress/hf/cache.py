@@ -14,23 +14,15 @@ from transformers.cache_utils import Cache
 
 from kvpress.errors import CacheError
 from kvpress.hf import cache_file, cache_report
-from kvpress.hf.cache_layer import EngineLayer
+from kvpress.hf.cache_layer import EngineLayer, refuse_tensors
 from kvpress.hf.compat import uncompiled
 from kvpress.hf.spec import CacheSpec
+from kvpress.host import lasting
 from kvpress.pipe.drafts import commit
-from kvpress.pipe.state.context import Ledger
 from kvpress.pipe.state.crop import check_crop, is_croppable
 from kvpress.pipe.state.ids import SeenIds
 from kvpress.pipe.state.layer import Layer
 from kvpress.report import Report
-
-
-def _no_layers(cache: Cache, layer: int | None = None) -> NoReturn:
-    """Refused: rows are of different lengths and lie in pages."""
-    raise CacheError(
-        "An engine cache has no keys and values by layer: what it keeps lies in pages, row by row."
-        " Ask it with kept_positions(layer, sequence, head), report() or get_seq_length()."
-    )
 
 
 class EngineCache(Cache):
@@ -54,11 +46,6 @@ class EngineCache(Cache):
     def states(self) -> list[Layer]:
         """The state of every layer."""
         return [layer.state for layer in self._engine_layers]
-
-    @property
-    def ledger(self) -> Ledger:
-        """Seconds, notes and the most bytes held."""
-        return self.context.ledger
 
     @property
     def columns_seen(self) -> int:
@@ -85,22 +72,10 @@ class EngineCache(Cache):
                 "The engine that made this cache is not attached to this model any more. Attach it"
                 " again and make a new cache with engine.new_cache()."
             )
-        self.check_attended()
+        if self.latest is not None:
+            self.latest.check_attended()
         self.latest = self._engine_layers[layer_idx]
         return self.latest.update(key_states, value_states)
-
-    def check_attended(self) -> None:
-        """Raises CacheError if keys were taken that the engine's attention function never saw."""
-        layer = self.latest  # each update checks the one before it
-        if layer is None or layer.waiting is None:
-            return
-        layer.waiting = None
-        raise CacheError(
-            f"The keys of layer {layer.state.kind.index} did not reach the engine's attention"
-            " function: the engine is not attached to this model, or the model changes the keys"
-            " after the cache returned them, which this engine does not support. Attach the engine"
-            " with kvpress.attach(model, ...)."
-        )
 
     def check_whole(self) -> None:
         """Raises CacheError if an interrupted forward pass left layers of different lengths."""
@@ -152,6 +127,11 @@ class EngineCache(Cache):
         self.ids.crop(max(0, -int(tokens_to_remove)))
 
     @property
+    def is_initialized(self) -> bool:
+        """Whether tokens were fed."""
+        return all(layer.is_initialized for layer in self._engine_layers)
+
+    @property
     def is_croppable(self) -> bool:
         """Whether `crop` can take any tokens back exactly."""
         return all(is_croppable(state) for state in self.states)
@@ -178,19 +158,19 @@ class EngineCache(Cache):
         """
         self.check_whole()
         other = EngineCache(self.spec, self.horizon)
-        other.ledger.notes.update(self.ledger.notes)
+        other.context.ledger.notes.update(self.context.ledger.notes)
         other.context.horizon = self.context.horizon
         other.context.recording.on = self.context.recording.on
         other.ids = self.ids.copy()
         for ours, theirs in zip(self._engine_layers, other._engine_layers, strict=True):
-            theirs.state = ours.state.fork(other.context)
-            theirs.is_initialized = ours.is_initialized
+            theirs.become(ours.state.fork(other.context))
         other.context.layers = list(other.states)
         return other
 
-    __getitem__ = __iter__ = _no_layers
+    __getitem__ = __iter__ = refuse_tensors
     __copy__ = fork  # two that share their layers would spoil each other
 
+    @lasting
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineCache:
         other = memo[id(self)] = EngineCache.__new__(type(self))
         vars(other).update(copy.deepcopy(vars(self), memo))
@@ -228,8 +208,7 @@ class EngineCache(Cache):
         )
         self.latest = None
         for layer, state in zip(self._engine_layers, found.layers, strict=True):
-            layer.state, layer.waiting = state, None
-            layer.is_initialized = state.store is not None
+            layer.become(state)
 
     def kept_positions(self, layer: int, sequence: int = 0, head: int = 0) -> list[int]:
         """The sorted logical positions that one row still holds. Padding has no position."""

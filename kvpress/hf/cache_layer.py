@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from kvpress import host
 from kvpress.errors import CacheError
 from kvpress.hf.inline import Keys
 from kvpress.ops.shapes import FLOATS
-from kvpress.pipe.forward import attend
+from kvpress.pipe.forward import run_layer
 from kvpress.pipe.state.channels import counts_tokens, with_counts, with_positions
 from kvpress.pipe.state.context import Context
 from kvpress.pipe.state.crop import crop, is_croppable
@@ -21,6 +21,14 @@ from kvpress.pipe.state.tokens import Tokens
 from kvpress.types import LayerKind
 
 _TAG = "kvpress_layer"  # the attribute by which a returned key tensor names its cache layer
+
+
+def refuse_tensors(cache: Any, *given: Any) -> NoReturn:
+    """Refused: rows are of different lengths and lie in pages."""
+    raise CacheError(
+        "An engine cache has no keys and values by layer: what it keeps lies in pages, row by row."
+        " Ask it with kept_positions(layer, sequence, head), report() or get_seq_length()."
+    )
 
 
 class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -39,6 +47,9 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_sliding = kind.window is not None
         self.waiting: Tensor | None = None  # the values that wait for the attention function
         self._accepted: tuple[Any, ...] | None = None  # shapes of the last decode step
+
+    # transformers sets them to None at first: a caller that looks must not take that for "empty".
+    keys = values = property(refuse_tensors, lambda layer, value: None)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the pipe makes its store with the first tokens."""
@@ -92,10 +103,22 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         valid_BP = None if valid_BP is None else valid_BP.cpu()
         tokens, slopes = Tokens(query, key, value, scaling, softcap), self.state.kind.slopes
         if slopes is not None:
-            tokens = with_positions(tokens, slopes, self._seen_before(len(key)), valid_BP)
+            tokens = with_positions(tokens, slopes, _seen_before(self.state, len(key)), valid_BP)
         if counts_tokens(self.state.recipe):
             tokens = with_counts(tokens)
-        return attend(self.state, tokens, valid_BP)
+        return run_layer(self.state, tokens, valid_BP)
+
+    def check_attended(self) -> None:
+        """Raises CacheError if keys were taken that the engine's attention function never saw."""
+        if self.waiting is None:
+            return
+        self.waiting = None
+        raise CacheError(
+            f"The keys of layer {self.state.kind.index} did not reach the engine's attention"
+            " function: the engine is not attached to this model, or the model changes the keys"
+            " after the cache returned them, which this engine does not support. Attach the engine"
+            " with kvpress.attach(model, ...)."
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Logical length after the new tokens, and offset 0: masks always cover everything seen."""
@@ -167,10 +190,10 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.state.select_sequences(index)
         self._accepted = None
 
-    def _seen_before(self, batch: int) -> Tensor:
-        """Real tokens that each of `batch` sequences has seen: int64, on the host."""
-        known = self.state.store is not None
-        return self.state.sequences.seen_B if known else host.zeros(batch)
+    def become(self, state: Layer) -> None:
+        """Holds another state from now on."""
+        self.state, self.waiting, self._accepted = state, None, None
+        self.is_initialized = state.store is not None
 
     def offload(self) -> None:
         """Refused: tiers are the store's own business."""
@@ -211,3 +234,8 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 def tagged_layer(key: Tensor) -> EngineLayer | None:
     """The cache layer that returned this key tensor, if it is one of ours."""
     return getattr(key, _TAG, None)
+
+
+def _seen_before(state: Layer, batch: int) -> Tensor:
+    """Real tokens that each of `batch` sequences has seen: int64, on the host."""
+    return host.zeros(batch) if state.store is None else state.sequences.seen_B

@@ -129,7 +129,7 @@ def _prepared(model: Any, way: Way, asked: Asked) -> tuple[Call, dict[str, Any]]
     for name, ours in (("use_cache", True), ("cache_implementation", None)):
         theirs = asked(name)
         if theirs is not None and theirs != ours:
-            cache.ledger.note(
+            cache.context.ledger.note(
                 f"The generation config asks for {name}={theirs!r}: the engine's cache was used"
                 " instead."
             )

@@ -14,10 +14,11 @@ from kvpress.host import lasting
 from kvpress.ops import Columns, Noise
 from kvpress.ops.operands import new
 from kvpress.pipe.evict import evict
-from kvpress.pipe.stages.absorb import absorb_one
+from kvpress.pipe.stages.absorb import merge_one
 from kvpress.pipe.stages.allocate import grow
 from kvpress.pipe.stages.observe import observe, some
 from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.measures import bounds_of, step
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.store.base import MASS, POSITION
 
@@ -73,14 +74,14 @@ def _fusable(layer: Layer, over: int) -> Observation | None:
         return None  # the operator would write to pages of other beams or forks
     if not recipe.accumulates:
         return _NOTHING
-    observation = recipe.stage("observe").observe(layer.step(0, 1))
+    observation = recipe.stage("observe").observe(step(layer, 0, 1))
     return None if observation is None or observation.weight != 1.0 else observation
 
 
 def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observation) -> Tensor:
     rows, recipe = layer.rows, layer.recipe
     rows.paging.reserve_one()
-    pages, pools, bounds = rows.paging.operands(), rows.paging.pool.by_name, layer.bounds()
+    pages, pools, bounds = rows.paging.operands(), rows.paging.pool.by_name, bounds_of(layer)
     columns = new(Columns, (pools[POSITION], pools[MASS] if recipe.accumulates else None))
     noise = observation.noise, observation.tau, observation.seed, layer.kind.index
     merges = evicts and recipe.merging is not None
@@ -97,7 +98,7 @@ def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observat
         )
     if merges:
         with layer.timed("merge"):
-            absorb_one(layer, pages, columns, bounds)
+            merge_one(layer, pages, columns, bounds)
     layer.count_step(evicts)
     return out_BN1D
 
@@ -111,7 +112,7 @@ def _run_stages(layer: Layer, group: list[int], tokens: Tokens, due: bool) -> Te
     excess_bH = rows.counts_BH[group] - layer.sequences.quota_BH[group]
     evicts = due and bool((excess_bH > 0).any())
     looks = evicts or layer.recipe.accumulates
-    request = layer.recipe.stage("observe").observe(layer.step(group[0], 1)) if looks else None
+    request = layer.recipe.stage("observe").observe(step(layer, group[0], 1)) if looks else None
     with layer.timed("decode attention"):
         out_bN1D, weights_bN1S = rows.attend(
             tokens.query_bNPD,

@@ -17,6 +17,7 @@ from kvpress.pipe.evict import evict
 from kvpress.pipe.stages.allocate import grow
 from kvpress.pipe.stages.observe import observe
 from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.measures import step
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.slots import Slots
 from kvpress.store.base import KEY, POSITION, VALUE
@@ -35,12 +36,12 @@ def run_drafts(layer: Layer, tokens: Tokens) -> Tensor:
             layer.append(block, group, layer.sequences.seen_B)
         layer.advance(new, layer.sequences.seen_B + new, padded=False)
         with layer.timed("decode attention"):
-            outputs.append(_attend(layer, block))
+            outputs.append(_draft_attention(layer, block))
         layer.sequences.drafts.tokens += new
     return torch.cat(outputs, dim=2)
 
 
-def _attend(layer: Layer, tokens: Tokens) -> Tensor:
+def _draft_attention(layer: Layer, tokens: Tokens) -> Tensor:
     rows = layer.rows
     if layer.kind.window is not None:  # a row is short, and each token sees another part of it
         columns = rows.dense_by_position(range(rows.sequences))
@@ -111,4 +112,4 @@ def _request(layer: Layer, sequence: int) -> Observation | None:
     evicts = layer.limits is not None and layer.limits.interval > 0
     if not evicts and not layer.recipe.accumulates:
         return None
-    return layer.recipe.stage("observe").observe(layer.step(sequence, 1))
+    return layer.recipe.stage("observe").observe(step(layer, sequence, 1))

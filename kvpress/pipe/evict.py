@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kvpress.formulas.ranking import drop_one
-from kvpress.pipe.stages.absorb import survive
+from kvpress.pipe.stages.absorb import compact
 from kvpress.pipe.stages.observe import some
 from kvpress.pipe.stages.select import protected, score, select
 from kvpress.pipe.state.layer import Layer
@@ -14,11 +14,15 @@ from kvpress.store import Survivors
 
 
 def evict(
-    layer: Layer, group: list[int], slots: Slots, excess_bH: Tensor, goes_on: bool = False
+    layer: Layer,
+    group: list[int],
+    slots: Slots,
+    excess_bH: Tensor,
+    continues_eviction: bool = False,
 ) -> None:
     """Brings every row back to its quota: by one overwrite each where one slot is over.
 
-    goes_on: whether this is a part of the eviction before, for thresholds of merging.
+    continues_eviction: whether this is a part of the eviction before, for thresholds of merging.
     """
     layer.evicted_at = layer.columns_seen
     recipe = layer.recipe
@@ -35,6 +39,6 @@ def evict(
             layer.excess.forget()
             return
         kept_BHS, counts_bH = select(layer, slots, group, layer.rows.counts_BH[group])
-    columns = survive(layer, group, slots, kept_BHS, counts_bH, goes_on)
+    columns = compact(layer, group, slots, kept_BHS, counts_bH, continues_eviction)
     with layer.timed("store"):
         layer.keep(Survivors(tuple(group), columns, counts_bH))

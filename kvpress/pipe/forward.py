@@ -30,7 +30,7 @@ class Group(NamedTuple):
     decodes: bool
 
 
-def attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
+def run_layer(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     """Attention output `[B, N, P, D]` of new tokens, which are then stored and compressed.
 
     valid_BP: host bool, False for padding, whose output is zero; None means that all tokens are
@@ -38,7 +38,7 @@ def attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     prompt. Raises BudgetError before anything changes.
     """
     if torch.is_inference_mode_enabled() and not _is_step(layer, tokens, valid_BP):
-        return _attend_outside(layer, tokens, valid_BP)
+        return _pass_outside(layer, tokens, valid_BP)
     return _pass(layer, tokens, valid_BP)
 
 
@@ -76,25 +76,29 @@ def _pass(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
         if layer.sequences.drafts.tokens:
             commit(layer)
             pack_due(layer)
-        out = _with_drafts(layer, tokens, drafted) if drafted else _attend(layer, tokens, valid_BP)
+        out = (
+            _with_drafts(layer, tokens, drafted)
+            if drafted
+            else _run_groups(layer, tokens, valid_BP)
+        )
         if not layer.sequences.drafts.tokens:
             pack_due(layer)
     layer.context.dirty = None
     return out
 
 
-_attend_outside = lasting(_pass)
+_pass_outside = lasting(_pass)
 
 
 def _with_drafts(layer: Layer, tokens: Tokens, drafted: int) -> Tensor:
     """The output of tokens of which the last ones may be taken back."""
     new = tokens.key_bHPD.shape[2]
     certain, drafts = tokens.part(0, new - drafted), tokens.part(new - drafted, new)
-    outputs = [_attend(layer, certain, None)] if new > drafted else []
+    outputs = [_run_groups(layer, certain, None)] if new > drafted else []
     return torch.cat([*outputs, run_drafts(layer, drafts)], dim=2)
 
 
-def _attend(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
+def _run_groups(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
     columns = tokens.key_bHPD.shape[2]
     if columns == 1 and valid_BP is None and layer.in_step:
         layer.advance_one()

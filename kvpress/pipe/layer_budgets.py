@@ -71,9 +71,9 @@ def trim(layer: Layer, group: Sequence[int]) -> None:
             seen_b = other.sequences.seen_B[list(group)]
             other.sequences.portion_B[list(group)] = lasting_bL[:, place]
             set_quotas(other, group, seen_b, portion_bL[:, place].tolist())
-            for goes_on in (True, False):
-                part = [b for b in group if (b in other.evicted_in_prompt) == goes_on]
-                _evict(other, part, goes_on)
+            for continues_eviction in (True, False):
+                part = [b for b in group if (b in other.evicted_in_prompt) == continues_eviction]
+                _evict(other, part, continues_eviction)
     _explain(layers, group)
 
 
@@ -124,12 +124,12 @@ def _kept(layer: Layer, seen_b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _evict(layer: Layer, group: list[int], goes_on: bool) -> None:
-    """goes_on: whether the prompt evicted already; the trim then belongs to that eviction."""
+def _evict(layer: Layer, group: list[int], continues_eviction: bool) -> None:
+    """continues_eviction: whether the prompt evicted already, and the trim belongs to that."""
     excess_bH = layer.rows.counts_BH[group] - layer.sequences.quota_BH[group]
     if bool((excess_bH > 0).any()):
         slots = stored(layer, group, layer.sequences.seen_B[group])
-        evict(layer, group, slots, excess_bH, goes_on)
+        evict(layer, group, slots, excess_bH, continues_eviction)
 
 
 def _explain(layers: list[Layer], group: Sequence[int]) -> None:

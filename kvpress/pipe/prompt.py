@@ -7,6 +7,7 @@ one full layer. A prompt chunk or chat turn on top of stored tokens takes the sa
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +16,12 @@ from kvpress import host, ops
 from kvpress.formulas.attention import prompt_attention
 from kvpress.formulas.sums import Observation, over_group
 from kvpress.pipe.layer_budgets import plan
-from kvpress.pipe.stages.absorb import survive
+from kvpress.pipe.stages.absorb import compact
 from kvpress.pipe.stages.observe import attend_and_sum, prompt_sums
 from kvpress.pipe.stages.select import select
 from kvpress.pipe.stages.sparsify import choose
 from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.measures import step
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.slots import Slots
 from kvpress.store import Survivors
@@ -29,26 +31,32 @@ from kvpress.types import EMPTY
 _MOST_EVICTED = 256  # slots of a row that leave one by one; more are cheaper to copy
 
 
+class _Chunk(NamedTuple):
+    """New tokens of some sequences, and all slots that they see."""
+
+    group: list[int]
+    tokens: Tokens
+    columns: dict[str, Tensor]  # dense, in order of positions, the new tokens last
+    request: Observation | None  # what the policy wants to observe
+
+
 def run_prompt(
     layer: Layer, group: list[int], tokens: Tokens, before_b: Tensor
 ) -> tuple[Tensor, Survivors]:
     """Attention output `[b, N, P, D]` of a prompt chunk, and the slots that stay."""
     layer.sequences.decoded.tokens_B[group] = 0
     layer.prompted_at = layer.columns_seen
-    layer.evicted_in_prompt = layer.evicted_in_prompt - set(
-        group
-    )  # a new set: forks copy layers as they are
+    layer.evicted_in_prompt = layer.evicted_in_prompt - set(group)  # a new one: forks share it
     columns = _candidates(layer, group, tokens, before_b)
-    request = layer.recipe.stage("observe").observe(
-        layer.step(group[0], tokens.query_bNPD.shape[2])
-    )
+    where = step(layer, group[0], tokens.query_bNPD.shape[2])
+    chunk = _Chunk(group, tokens, columns, layer.recipe.stage("observe").observe(where))
     with layer.timed("prefill attention"):
-        out_bNPD, sums_BNS = _attend(layer, tokens, columns, request)
+        out_bNPD, sums_BNS = _attention_and_sums(layer, tokens, columns, chunk.request)
     with torch.no_grad():
-        return out_bNPD, _compress(layer, group, tokens, columns, request, sums_BNS)
+        return out_bNPD, _compress(layer, chunk, sums_BNS)
 
 
-def _attend(
+def _attention_and_sums(
     layer: Layer, tokens: Tokens, columns: dict[str, Tensor], request: Observation | None
 ) -> tuple[Tensor, Tensor | None]:
     """The attention output, and the sums that a policy asked for, where they come with it."""
@@ -142,17 +150,11 @@ def _candidates(
     return {name: torch.cat([old[name].to(x.dtype), x], dim=2) for name, x in columns.items()}
 
 
-def _compress(
-    layer: Layer,
-    group: list[int],
-    tokens: Tokens,
-    columns: dict[str, Tensor],
-    request: Observation | None,
-    sums_BNS: Tensor | None,
-) -> Survivors:
+def _compress(layer: Layer, chunk: _Chunk, sums_BNS: Tensor | None) -> Survivors:
     """The slots of some sequences that stay, after observation and selection."""
+    group, columns = chunk.group, chunk.columns
     with layer.timed("observe"):
-        slots = _observe(layer, group, tokens, columns, request, sums_BNS)
+        slots = _observe(layer, chunk, sums_BNS)
         if slots.mass_BHS is not None:
             columns[MASS] = slots.mass_BHS
         if layer.recipe.shares:
@@ -168,22 +170,16 @@ def _compress(
             lost = {b for b, some in zip(group, lost_b, strict=True) if some}
             layer.evicted_in_prompt = layer.evicted_in_prompt | lost
     if bool((counts_BH < stored_BHS.shape[-1]).any()):
-        columns = survive(layer, group, slots, kept_BHS, counts_BH)
+        columns = compact(layer, group, slots, kept_BHS, counts_BH)
     return Survivors(tuple(group), columns, counts_BH, bool((counts_BH < stored_BH).any()))
 
 
-def _observe(
-    layer: Layer,
-    group: list[int],
-    tokens: Tokens,
-    columns: dict[str, Tensor],
-    request: Observation | None,
-    sums_BNS: Tensor | None,
-) -> Slots:
+def _observe(layer: Layer, chunk: _Chunk, sums_BNS: Tensor | None) -> Slots:
     """The slots of some sequences with what the policy asked to observe and to accumulate.
 
     sums_BNS: what was observed already, with the attention.
     """
+    tokens, columns, request = chunk.tokens, chunk.columns, chunk.request
     if request is not None and sums_BNS is None:
         sums_BNS = prompt_sums(
             tokens.query_bNPD,
@@ -197,7 +193,7 @@ def _observe(
     slots = Slots(
         layer=layer.kind.index,
         position_BHS=columns[POSITION],
-        seen_B=layer.sequences.seen_B[group].to(tokens.key_bHPD.device),
+        seen_B=layer.sequences.seen_B[chunk.group].to(tokens.key_bHPD.device),
         new_tokens=tokens.query_bNPD.shape[2],
         fetch=columns.__getitem__,
         attention_BHS=None if sums_BNS is None else over_group(sums_BNS, layer.kind.heads),

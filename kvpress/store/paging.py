@@ -64,8 +64,6 @@ class Paging:
         """Follows the pages to their new places in the pool."""
         self.table.set_pages(self.table.renumbered(place_P))
 
-    # Before slots are written
-
     def reserve_one(self) -> None:
         """Makes room for one more slot in every row."""
         table = self.table
@@ -103,9 +101,9 @@ class Paging:
         table.set_pages(pages_RW)
 
     def own(self, row_N: Tensor, place_N: Tensor) -> None:
-        """Copies those of some pages of rows that have other users; the last user keeps its own.
+        """Copies those of some pages, by their places in rows, that have other users.
 
-        place_N: the places of the pages in their rows. A page may be named once.
+        The last user keeps its own. A page may be named once.
         """
         uses, pages_RW = self.pool.uses().tolist(), self.table.pages_RW.clone()
         shared = []

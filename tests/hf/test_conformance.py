@@ -15,6 +15,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 import kvpress
+from kvpress.errors import CacheError
 from kvpress.hf.cache import EngineCache
 from kvpress.hf.cache_layer import EngineLayer
 
@@ -22,7 +23,6 @@ CONTAINER = {"__len__", "__iter__", "__getitem__", "__contains__"}
 
 # Why the engine does not implement a member itself -> the members.
 LAYER_TABLE: dict[str, set[str]] = {
-    "inherited: None, since rows live in the pages of the store": {"keys", "values"},
     "inherited: None, since the engine registers no layer type": {"_layer_type"},
     "read only by the classes that own it; the engine keeps a logical length and a window itself": {
         "cumulative_length",
@@ -87,7 +87,6 @@ CACHE_TABLE: dict[str, set[str]] = {
         "get_seq_length",
         "is_compileable",
         "is_dummy",
-        "is_initialized",
         "is_linear",
         "is_recording_past",
         "is_sliding",
@@ -228,7 +227,10 @@ def test_what_is_inherited_answers_rightly() -> None:
     assert [ours.get_mask_sizes(4, layer) for layer in range(3)] == [(34, 0)] * 3
     assert not any(getattr(ours, "is_linear", [])) and not any(getattr(ours, "is_dummy", []))
     assert getattr(ours, "get_query_offset", ours.get_seq_length)(1) == 30
-    assert ours.layers[0].keys is None and ours.layers[0].values is None
+    assert ours.is_initialized
+    for name in ("keys", "values"):
+        with pytest.raises(CacheError, match="lies in pages"):
+            getattr(ours.layers[0], name)
     ours.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))  # nothing to reserve
     assert ours.get_seq_length() == 30
     for name in ("get_conv_state", "get_recurrent_state", "has_previous_state"):

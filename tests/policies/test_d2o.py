@@ -402,9 +402,8 @@ def test_fused_and_staged_steps_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(fused, staged)
         assert helpers.positions(ours, 1) == helpers.positions(theirs, 1)
         for a, b in zip(ours.states, theirs.states, strict=True):
-            torch.testing.assert_close(
-                a.sequences.threshold_B, b.sequences.threshold_B, rtol=1e-4, atol=1e-5
-            )
+            ours, theirs = a.sequences.threshold_B, b.sequences.threshold_B
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
             for name in ("key", "value"):
                 x, y = (s.store.dense_by_position([0, 1])[name] for s in (a, b))
                 torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
@@ -513,10 +512,8 @@ def test_nothing_leaks_into_the_next_text() -> None:
         assert engine.cache.states[0].sequences.threshold_B.numel() == 0
     alone, cache, _ = run("d2o:budget=0.3", second)
     assert torch.equal(after, alone)
-    assert all(
-        torch.equal(a, s.sequences.threshold_B)
-        for a, s in zip(thresholds, cache.states, strict=True)
-    )
+    now = [s.sequences.threshold_B for s in cache.states]
+    assert all(torch.equal(a, b) for a, b in zip(thresholds, now, strict=True))
 
 
 @pytest.mark.parametrize("heads", [3, 8])

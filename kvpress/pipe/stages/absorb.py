@@ -18,18 +18,18 @@ from kvpress.store.base import KEY, POSITION, VALUE
 from kvpress.types import EMPTY
 
 
-def survive(
+def compact(
     layer: Layer,
     group: Sequence[int],
     slots: Slots,
     kept_BHS: Tensor,
     counts_BH: Tensor,
-    goes_on: bool = False,
+    continues_eviction: bool = False,
 ) -> dict[str, Tensor]:
     """The columns of the slots that stay of some sequences, dense `[b, H, K, ...]`.
 
-    counts_BH: how many stay of each row, on the host. goes_on: whether this is a part of the
-    eviction before: then the threshold of merging stays where that one set it.
+    counts_BH: how many stay of each row, on the host. continues_eviction: whether this is a part of
+    the eviction before: then the threshold of merging stays where that one set it.
     """
     with layer.timed("select"):
         index_BHK = kept_index(kept_BHS, counts_BH)
@@ -38,12 +38,12 @@ def survive(
     evicted_BHS = (slots.position_BHS != EMPTY) & ~kept_BHS
     if rule is not None and bool(evicted_BHS.any()):
         with layer.timed("merge"):
-            part = rule._replace(memory=1.0, gain=0.0) if goes_on else rule
+            part = rule._replace(memory=1.0, gain=0.0) if continues_eviction else rule
             columns |= _absorb(layer, group, slots, columns, evicted_BHS, counts_BH, part)
     return columns
 
 
-def absorb_one(layer: Layer, pages: Pages, columns: Columns, bounds: Bounds) -> None:
+def merge_one(layer: Layer, pages: Pages, columns: Columns, bounds: Bounds) -> None:
     """One eviction of rows above their quotas, merged, while decoding: one operator call.
 
     Pages and columns are changed in place.

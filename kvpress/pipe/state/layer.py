@@ -13,8 +13,6 @@ from torch import Tensor
 from kvpress import host
 from kvpress.formulas.rotation import Rotation
 from kvpress.host import lasting
-from kvpress.ops import Bounds
-from kvpress.ops.operands import new
 from kvpress.pipe.state import channels
 from kvpress.pipe.state.context import Context
 from kvpress.pipe.state.growth import Excess
@@ -23,7 +21,6 @@ from kvpress.pipe.state.stores import Stores
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.budget import Budget, Limits
 from kvpress.policy.recipe import Newest, Recipe
-from kvpress.policy.slots import Step
 from kvpress.store import Rows, Survivors
 from kvpress.store.base import KEY, POSITION, VALUE
 from kvpress.types import LayerKind
@@ -98,7 +95,7 @@ class Layer:
         with self.store.memory.lock:
             self.store.unshare(self.stores.room)
         self.excess.forget()
-        self._limit()
+        self.stores.limit(self.store, self.sequences.quota_BH)
 
     @lasting
     def fork(self, context: Context) -> Layer:
@@ -109,7 +106,7 @@ class Layer:
         if self.store is not None:
             with self.store.memory.lock:
                 other.store = self.store.select_sequences(range(len(self.sequences)))
-            other._limit()
+            other.stores.limit(other.store, other.sequences.quota_BH)
         return other
 
     @lasting
@@ -121,11 +118,7 @@ class Layer:
     def refresh(self) -> None:
         """Forgets everything that was derived from a state that was replaced."""
         self._in_step, self.excess = None, Excess()
-        self._limit()
-
-    def _limit(self) -> None:
-        if self.store is not None:
-            self.stores.limit(self.store, self.sequences.quota_BH)
+        self.stores.limit(self.store, self.sequences.quota_BH)
 
     # Tokens
 
@@ -165,11 +158,6 @@ class Layer:
             self._in_step = same and bool((self.sequences.seen_B > 0).all())
         return self._in_step
 
-    def step(self, sequence: int, new_tokens: int) -> Step:
-        """Where a sequence of this layer is, for policies."""
-        decoded = self.sequences.decoded.of(sequence)
-        return Step(self.kind.index, decoded, new_tokens, self.context.horizon)
-
     # Slots
 
     def append(self, tokens: Tokens, group: Sequence[int], before_b: Tensor) -> None:
@@ -185,7 +173,7 @@ class Layer:
         self.note_peak()
         self.rows.fill(survivors, self.stores.room)
         self.excess.forget()
-        self._limit()
+        self.stores.limit(self.store, self.sequences.quota_BH)
 
     def keep(self, survivors: Survivors) -> None:
         """Leaves of some sequences only what survived; merged slots are written anew."""
@@ -202,17 +190,6 @@ class Layer:
         self.excess.step(evicted)
         if evicted:
             self.evicted_at = self.columns_seen
-
-    def bounds(self) -> Bounds:
-        """Which slots stay, where the operators are."""
-        own = self.sequences
-        sink, rank = self.limits.sink if self.limits else 0, self.recipe.rank or "position"
-        if self.rows.on_host:
-            return new(Bounds, (own.seen_B, own.quota_R, own.recent_B, sink, rank))
-        seen_B, quota_R, recent_B = (
-            x.to(self.rows.device) for x in (own.seen_B, own.quota_R, own.recent_B)
-        )
-        return Bounds(seen_B, quota_R, recent_B, sink, rank)
 
     # What is known of keys
 

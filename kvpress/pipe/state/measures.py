@@ -1,12 +1,31 @@
-"""What budgets and formats must know of a layer."""
+"""What policies, budgets and formats must know of a layer."""
 
 from __future__ import annotations
 
 from kvpress.formulas.page_layout import PageLayout
+from kvpress.ops import Bounds
+from kvpress.ops.operands import new
 from kvpress.pipe.state.layer import Layer
 from kvpress.policy import formats
 from kvpress.policy.budget import Geometry
+from kvpress.policy.slots import Step
 from kvpress.store.base import KEY
+
+
+def step(layer: Layer, sequence: int, new_tokens: int) -> Step:
+    """Where a sequence is when a policy is asked what it needs."""
+    decoded = layer.sequences.decoded.of(sequence)
+    return Step(layer.kind.index, decoded, new_tokens, layer.context.horizon)
+
+
+def bounds_of(layer: Layer) -> Bounds:
+    """Which slots stay, where the operators are."""
+    own, rows = layer.sequences, layer.rows
+    sink, rank = layer.limits.sink if layer.limits else 0, layer.recipe.rank or "position"
+    if rows.on_host:
+        return new(Bounds, (own.seen_B, own.quota_R, own.recent_B, sink, rank))
+    seen_B, quota_R, recent_B = (x.to(rows.device) for x in (own.seen_B, own.quota_R, own.recent_B))
+    return Bounds(seen_B, quota_R, recent_B, sink, rank)
 
 
 def geometry(layer: Layer) -> Geometry:

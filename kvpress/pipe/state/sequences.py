@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpress import host
+from kvpress.host import lasting
 from kvpress.pipe.state.drafting import Drafts
 from kvpress.policy.budget import UNLIMITED
 
@@ -40,6 +41,7 @@ class Decoded:
         self._alike: int | None = None  # the same for every sequence, where it is
 
     @property
+    @lasting
     def tokens_B(self) -> Tensor:
         """int64, on the host; to be written to as well."""
         if self._alike is not None:

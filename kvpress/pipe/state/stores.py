@@ -63,8 +63,9 @@ class Stores:
         """Free slots that a refilled row gets at once; more pages come when they are needed."""
         return min(self.headroom, self.page_slots)
 
-    def limit(self, rows: Rows, quota_BH: Tensor) -> None:
+    def limit(self, rows: Rows | None, quota_BH: Tensor) -> None:
         """Tells rows how many pages they can ever need, where quotas do not grow."""
-        if self.limits is not None and self.limits.interval and not self.limits.grows:
+        limits = self.limits
+        if rows is not None and limits is not None and limits.interval and not limits.grows:
             most_BH = quota_BH.clamp_max(2**40) + self.headroom
             rows.limit(int((-(-most_BH // rows.page_slots)).sum()))
