@@ -1,8 +1,8 @@
 """The words and the shape legend of the engine.
 
-Shape suffixes: B sequence, L layer, H KV head, G query heads per KV head, N query head (N = H·G), Q
-new token (query), T token, S slot, P page, R row (R = B·H), D head dimension, K kept slot.
-`key_BHSD` is a tensor indexed by sequence, KV head, slot and channel.
+`key_BHSD` is a tensor indexed by sequence, KV head, slot and channel: `LEGEND` says what each
+letter counts. A small letter is a part of what its capital counts, or a group of it; a digit is a
+dimension of that length.
 
 row: one (sequence, KV head). slot: one stored token of a row. page: a fixed number of slots of one
 row. position: the index of a token among the real tokens of its sequence (padding has none).
@@ -13,6 +13,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+LEGEND = {
+    "B": "sequence of a batch",
+    "L": "layer",
+    "H": "KV head",
+    "G": "query head of a KV head",
+    "N": "query head, N = H·G",
+    "R": "row, R = B·H",
+    "P": "page",
+    "W": "place in a page table: page of a row",
+    "S": "slot",
+    "K": "slot that stays, of an eviction",
+    "V": "slot that goes, of an eviction",
+    "Q": "new token, as a query or with its key and value",
+    "M": "query of a query group, M = G·Q",
+    "T": "token of a text",
+    "D": "channel of a key",
+    "E": "channel of a value",
+    "C": "kept channel of a key, or one that the engine adds",
+    "U": "kept channel of a value",
+    "F": "pair of channels that turn together (RoPE)",
+    "I": "block of queries",
+    "J": "block of slots",
+    "Y": "word of the vocabulary",
+    "A": "entry of a list: of addresses, pages, rows",
+    "X": "anything else",
+}
 EMPTY = -1  # the position of a slot that holds no token
 MOST_WIDTH = 256  # channels of a head
 

@@ -63,7 +63,7 @@ class ThinK(Policy):
             return None
         if self.method == "forward_selection":
             return _forward_selection(window, dropped)
-        score_BHD = ops.channel_scores(window.query_BNWD, window.key_BHSD, window.held_BHS)
+        score_BHD = ops.channel_scores(window.query_BNQD, window.key_BHSD, window.held_BHS)
         if self.pairs and window.rotation is not None:
             score_BHD, dropped = _of_pairs(score_BHD, window), dropped // 2 * 2
         return _best(score_BHD, width - dropped)
@@ -104,7 +104,7 @@ def _forward_selection(window: Window, dropped: int) -> Tensor:
     """
     key_BHSD = window.key_BHSD.float() * window.held_BHS[..., None]
     batch, heads, _, width = key_BHSD.shape
-    query_BHMD = window.query_BNWD.float().reshape(batch, heads, -1, width)
+    query_BHMD = window.query_BNQD.float().reshape(batch, heads, -1, width)
     gram_BHDD = (query_BHMD.mT @ query_BHMD) * (key_BHSD.mT @ key_BHSD)
     cost_BHD = gram_BHDD.diagonal(dim1=-2, dim2=-1).clone()
     lost_BHD = torch.zeros_like(cost_BHD, dtype=torch.bool)

@@ -133,6 +133,23 @@ def test_policy_files_are_small_and_cite_their_source(path: Path) -> None:
     assert len([line for line in code if not line.strip().startswith("#")]) <= most
 
 
+SUFFIX = re.compile(r"\b_?[a-z][a-z0-9_]*?_([A-Za-z0-9]*[A-Z][A-Za-z0-9]*)\b")
+WITH_SHAPES = sorted(
+    path
+    for tree in ("kvpress", "csrc", "policies", "bench")
+    for path in (ROOT / tree).rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("path", WITH_SHAPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_letter_of_a_shape_is_in_the_legend(path: Path) -> None:
+    from kvpress.types import LEGEND
+
+    for name in SUFFIX.finditer(path.read_text(encoding="utf-8")):
+        letters = set(name.group(1).upper()) - set("0123456789")
+        assert letters <= LEGEND.keys(), f"{name.group(0)}: {letters - LEGEND.keys()}"
+
+
 def test_package_list_equals_the_folders() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     listed = set(settings["tool"]["setuptools"]["packages"])

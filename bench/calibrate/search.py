@@ -29,20 +29,20 @@ class Bound(NamedTuple):
     error: float
     relative: bool
 
-    def of(self, exact_BNPE: Tensor, sparse_BNPE: Tensor) -> Tensor:
+    def of(self, exact_BNQE: Tensor, sparse_BNQE: Tensor) -> Tensor:
         """The error of every head, in units of the bound: fp32 `[N]`."""
-        wrong_N = (exact_BNPE - sparse_BNPE).float().abs().sum((0, 2, 3))
-        tokens = exact_BNPE.shape[0] * exact_BNPE.shape[2]
-        most = exact_BNPE.float().abs().sum((0, 2, 3)) / tokens if self.relative else 1.0
+        wrong_N = (exact_BNQE - sparse_BNQE).float().abs().sum((0, 2, 3))
+        tokens = exact_BNQE.shape[0] * exact_BNQE.shape[2]
+        most = exact_BNQE.float().abs().sum((0, 2, 3)) / tokens if self.relative else 1.0
         return wrong_N / tokens / most / self.error
 
 
-def halve(given: Given, exact_BNPE: Tensor, tau_N: Tensor, local: int, bound: Bound) -> Tensor:
+def halve(given: Given, exact_BNQE: Tensor, tau_N: Tensor, local: int, bound: Bound) -> Tensor:
     """The thresholds of the heads of a layer, each halved until the bound holds."""
     tau_N = tau_N.clone()
     wrong_N = tau_N > 0
     while bool(wrong_N.any()):
-        error_N = bound.of(exact_BNPE, given.sparse(tau_N, local)).cpu()
+        error_N = bound.of(exact_BNQE, given.sparse(tau_N, local)).cpu()
         wrong_N = (tau_N > 0) & ~(error_N < 1)
         tau_N[wrong_N] /= 2
         tau_N[tau_N <= LAST] = 0
@@ -64,13 +64,13 @@ def search(
     for number, ids_1T in enumerate(texts):
         layer = 0
 
-        def see(given: Given, exact_BNPE: Tensor, number: int = number) -> None:
+        def see(given: Given, exact_BNQE: Tensor, number: int = number) -> None:
             nonlocal layer, found
             place, layer = [number, layer], layer + 1
             if place in found.done:
                 return
             tau_LN = found.tau_LN.clone()
-            tau_LN[place[1]] = halve(given, exact_BNPE, tau_LN[place[1]], found.local, bound)
+            tau_LN[place[1]] = halve(given, exact_BNQE, tau_LN[place[1]], found.local, bound)
             found = found._replace(tau_LN=tau_LN, done=[*found.done, place])
             on_layer(found)
 

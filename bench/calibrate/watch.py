@@ -17,9 +17,9 @@ from kvpress.pipe.stages.sparsify import sparse_attention
 class Given(NamedTuple):
     """What a layer hands to its attention."""
 
-    query_BNPD: Tensor
-    key_BHPD: Tensor
-    value_BHPE: Tensor
+    query_BNQD: Tensor
+    key_BHQD: Tensor
+    value_BHQE: Tensor
     scaling: float
 
     def sparse(self, tau_N: Tensor, local: int) -> Tensor:

@@ -42,30 +42,30 @@ class Candidate:
     new_cache: Callable[..., Any]
     cache_name: str
 
-    def forward(self, ids_BP: torch.Tensor, cache: Any, keep: int = 1) -> torch.Tensor:
+    def forward(self, ids_BQ: torch.Tensor, cache: Any, keep: int = 1) -> torch.Tensor:
         """The logits `[B, keep, V]` after the last of some new tokens, which the cache takes."""
-        out = self.model(ids_BP, logits_to_keep=keep, **{self.cache_name: cache})
+        out = self.model(ids_BQ, logits_to_keep=keep, **{self.cache_name: cache})
         logits: torch.Tensor = out.logits
         return logits
 
-    def read(self, ids_1P: torch.Tensor, batch: int) -> Any:
+    def read(self, ids_1Q: torch.Tensor, batch: int) -> Any:
         """A cache of a prompt that is repeated over the batch, each with storages of its own."""
         cache = self.new_cache()
         if isinstance(cache, QuantizedCache):  # asked to repeat itself, it does nothing
-            self.forward(ids_1P.repeat(batch, 1), cache)
+            self.forward(ids_1Q.repeat(batch, 1), cache)
             return cache
-        self.forward(ids_1P, cache)
+        self.forward(ids_1Q, cache)
         if batch > 1:
             cache.batch_repeat_interleave(batch)
         if isinstance(cache, EngineCache):
             cache.unshare()  # as different prompts would be
         return cache
 
-    def generate(self, ids_BP: torch.Tensor, cache: Any, new_tokens: int) -> torch.Tensor:
+    def generate(self, ids_BQ: torch.Tensor, cache: Any, new_tokens: int) -> torch.Tensor:
         """Prompts and exactly so many new tokens, greedily: `[B, P + new_tokens]`."""
         out: torch.Tensor = self.model.generate(
-            ids_BP,
-            attention_mask=torch.ones_like(ids_BP),
+            ids_BQ,
+            attention_mask=torch.ones_like(ids_BQ),
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,

@@ -86,11 +86,8 @@ def environment() -> str:
 
 
 def legend() -> str:
-    """The letters of shape suffixes, from the docstring that declares them."""
-    paragraphs = (types.__doc__ or "").split("\n\n")
-    text = " ".join(next(p for p in paragraphs if p.startswith("Shape suffixes:")).split())
-    text = text.split(" `key_")[0]
-    letters = re.findall(r"\b([A-Za-z]) ([^,.]+?(?: \([^)]*\))?)(?=[,.])", text)
+    """The letters of shape suffixes."""
+    letters = types.LEGEND.items()
     return text_table(("letter", "what it counts"), ((code(a), b) for a, b in letters))
 
 

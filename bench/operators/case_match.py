@@ -75,12 +75,12 @@ def match_keys_case(shape: MatchShape) -> Case:
 
 def _operands(shape: MatchShape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(SEED)
-    evicted_BHED, kept_BHCD = (
+    evicted_BHVD, kept_BHKD = (
         torch.randn(1, shape.heads, n, shape.width, generator=generator, device=device)
         for n in (shape.evicted, shape.kept)
     )
-    allowed_BHC = torch.ones(kept_BHCD.shape[:3], dtype=torch.bool, device=device)
-    return evicted_BHED.to(shape.dtype), kept_BHCD.to(shape.dtype), allowed_BHC
+    allowed_BHK = torch.ones(kept_BHKD.shape[:3], dtype=torch.bool, device=device)
+    return evicted_BHVD.to(shape.dtype), kept_BHKD.to(shape.dtype), allowed_BHK
 
 
 def _prepare(shape: MatchShape, device: torch.device) -> dict[str, Call]:
@@ -95,13 +95,13 @@ def _prepare(shape: MatchShape, device: torch.device) -> dict[str, Call]:
     }
 
 
-def _pytorch(evicted_BHED: Tensor, kept_BHCD: Tensor) -> tuple[Tensor, Tensor]:
+def _pytorch(evicted_BHVD: Tensor, kept_BHKD: Tensor) -> tuple[Tensor, Tensor]:
     """What one would write without the operator, in blocks of 4 MiB of cosines."""
-    kept_BHDC = torch.nn.functional.normalize(kept_BHCD.float(), dim=-1).mT
-    step = max(1, (1 << 20) // (kept_BHCD.shape[1] * kept_BHCD.shape[2]))
+    kept_BHDK = torch.nn.functional.normalize(kept_BHKD.float(), dim=-1).mT
+    step = max(1, (1 << 20) // (kept_BHKD.shape[1] * kept_BHKD.shape[2]))
     found = [
-        (torch.nn.functional.normalize(block_BHeD.float(), dim=-1) @ kept_BHDC).max(-1)
-        for block_BHeD in torch.split(evicted_BHED, step, 2)
+        (torch.nn.functional.normalize(block_BHvD.float(), dim=-1) @ kept_BHDK).max(-1)
+        for block_BHvD in torch.split(evicted_BHVD, step, 2)
     ]
     similarities, targets = zip(*found, strict=True)
     return torch.cat(similarities, 2), torch.cat(targets, 2)
@@ -109,14 +109,14 @@ def _pytorch(evicted_BHED: Tensor, kept_BHCD: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check(shape: MatchShape, device: torch.device) -> str | None:
     small = replace(shape, evicted=min(shape.evicted, CHECKED))
-    evicted_BHED, kept_BHCD, allowed_BHC = _operands(small, device)
-    allowed_BHC[..., ::7] = False
-    operands = (evicted_BHED, kept_BHCD, allowed_BHC)
+    evicted_BHVD, kept_BHKD, allowed_BHK = _operands(small, device)
+    allowed_BHK[..., ::7] = False
+    operands = (evicted_BHVD, kept_BHKD, allowed_BHK)
     similarity, target = ops.match_keys(*operands)
     plain, _ = ops.implementation("match_keys", "reference")(*operands)
     evicted, kept = (torch.nn.functional.normalize(x.double(), dim=-1) for x in operands[:2])
-    cosine_BHEC = (evicted @ kept.mT).masked_fill(~allowed_BHC[:, :, None], -torch.inf)
-    best = cosine_BHEC.topk(2)
+    cosine_BHVK = (evicted @ kept.mT).masked_fill(~allowed_BHK[:, :, None], -torch.inf)
+    best = cosine_BHVK.topk(2)
     clear = best.values[..., 0] - best.values[..., 1] > ROUNDING
     if not torch.equal(target[clear], best.indices[..., 0][clear]):
         return "targets differ from those of the formula"

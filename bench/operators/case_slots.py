@@ -44,16 +44,16 @@ def _prepare(
     operator: str, shape: RowsShape, size: int, rotation: int, device: torch.device
 ) -> dict[str, Call]:
     rows = make_rows(shape, device)
-    count, address_N = probe.copies(size, rotation), addresses(rows)
+    count, address_A = probe.copies(size, rotation), addresses(rows)
     pools = [rows.key_PDS, *(rows.key_PDS.clone() for _ in range(count - 1))]
-    slots = ops.gather_slots(rows.key_PDS, address_N, True)
+    slots = ops.gather_slots(rows.key_PDS, address_A, True)
     dense = [slots, *(slots.clone() for _ in range(count - 1))]
 
     def gather(number: int) -> Tensor:
-        return ops.gather_slots(pools[number % count], address_N, True)
+        return ops.gather_slots(pools[number % count], address_A, True)
 
     def scatter(number: int) -> None:
-        ops.scatter_slots(pools[number % count], address_N, dense[number % count], True)
+        ops.scatter_slots(pools[number % count], address_A, dense[number % count], True)
 
     call = gather if operator == "gather_slots" else scatter
     return {"probe": probe.memory(size, device, rotation), operator: call}
@@ -62,14 +62,14 @@ def _prepare(
 def _check(operator: str, shape: RowsShape, device: torch.device) -> str | None:
     """Bits are moved, so they must be equal."""
     rows = make_rows(shape, device)
-    address_N = addresses(rows).flip(0)
+    address_A = addresses(rows).flip(0)
     reference = ops.implementation(operator, "reference")
     if operator == "gather_slots":
-        given = ops.gather_slots(rows.key_PDS, address_N, True)
-        plain = reference(rows.key_PDS, address_N, True)
+        given = ops.gather_slots(rows.key_PDS, address_A, True)
+        plain = reference(rows.key_PDS, address_A, True)
     else:
-        slots_ND = torch.randn(len(address_N), shape.width, device=device).to(shape.dtype)
+        slots_AD = torch.randn(len(address_A), shape.width, device=device).to(shape.dtype)
         given, plain = rows.key_PDS.clone(), rows.key_PDS.clone()
-        ops.scatter_slots(given, address_N, slots_ND, True)
-        reference(plain, address_N, slots_ND, True)
+        ops.scatter_slots(given, address_A, slots_AD, True)
+        reference(plain, address_A, slots_AD, True)
     return None if torch.equal(given, plain) else "slots differ from the reference's"

@@ -182,8 +182,8 @@ def _check(shape: RowsShape, device: torch.device) -> str | None:
     for name in ("positions", "keys", "values"):
         if not torch.equal(*held[name]):
             return f"the {name} held after {STEPS} steps differ from the reference's"
-    row_N = torch.arange(len(mass_RT), device=device).repeat_interleave(given.rows.counts_R)
-    return difference("masses", *held["masses"], mass_RT[row_N, held["positions"][0].long()])
+    row_A = torch.arange(len(mass_RT), device=device).repeat_interleave(given.rows.counts_R)
+    return difference("masses", *held["masses"], mass_RT[row_A, held["positions"][0].long()])
 
 
 def _mass_by_position(step: Step) -> Tensor:
@@ -192,8 +192,8 @@ def _mass_by_position(step: Step) -> Tensor:
     counts_R = step.rows.counts_R
     mass_RT = torch.zeros(len(counts_R), tokens, dtype=torch.double, device=counts_R.device)
     position_N, mass_N = step.held()[:2]
-    row_N = torch.arange(len(counts_R), device=counts_R.device).repeat_interleave(counts_R)
-    mass_RT[row_N, position_N.long()] = mass_N.double()
+    row_A = torch.arange(len(counts_R), device=counts_R.device).repeat_interleave(counts_R)
+    mass_RT[row_A, position_N.long()] = mass_N.double()
     return mass_RT
 
 

@@ -103,12 +103,12 @@ def attention_sums_case(shape: SumsShape) -> Case:
 def _operands(shape: SumsShape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(SEED)
     heads = shape.heads * shape.group
-    query_BNPD, key_BHSD = (
+    query_BNQD, key_BHSD = (
         torch.randn(1, n, shape.tokens, shape.width, generator=generator, device=device)
         for n in (heads, shape.heads)
     )
     position_BHS = torch.arange(shape.tokens, device=device).repeat(1, shape.heads, 1)
-    return query_BNPD, key_BHSD, position_BHS
+    return query_BNQD, key_BHSD, position_BHS
 
 
 def _settings(shape: SumsShape) -> tuple[Any, ...]:
@@ -173,14 +173,14 @@ def _check(shape: SumsShape, device: torch.device) -> str | None:
     return out or difference("sums of attend_sums", sums, plain, exact)
 
 
-def _exact(shape: SumsShape, query_BNPD: Tensor, key_BHSD: Tensor, position_BHS: Tensor) -> Tensor:
+def _exact(shape: SumsShape, query_BNQD: Tensor, key_BHSD: Tensor, position_BHS: Tensor) -> Tensor:
     """The formula in float64, with the whole matrix; the noise is exact by definition."""
-    query_BHGPD = query_BNPD.double().reshape(
-        len(query_BNPD), shape.heads, shape.group, shape.tokens, shape.width
+    query_BHGQD = query_BNQD.double().reshape(
+        len(query_BNQD), shape.heads, shape.group, shape.tokens, shape.width
     )
-    logits_BHGPS = query_BHGPD @ key_BHSD.double()[:, :, None].mT * shape.scaling
+    logits_BHGQS = query_BHGQD @ key_BHSD.double()[:, :, None].mT * shape.scaling
     if shape.noise == "fresh":
-        head_HG11 = torch.arange(shape.heads * shape.group, device=query_BNPD.device)
+        head_HG11 = torch.arange(shape.heads * shape.group, device=query_BNQD.device)
         position_BH1S = position_BHS[:, :, None]
         noise = exponential(
             SEED,
@@ -189,8 +189,8 @@ def _exact(shape: SumsShape, query_BNPD: Tensor, key_BHSD: Tensor, position_BHS:
             position_BH1S[..., None],
             position_BH1S[..., None, :],
         )
-        logits_BHGPS = logits_BHGPS - noise.double().log()
-    token_P = torch.arange(shape.tokens, device=query_BNPD.device)
-    logits_BHGPS = logits_BHGPS.masked_fill(token_P > token_P[:, None], -torch.inf)
-    sums_BNS: Tensor = logits_BHGPS.softmax(-1)[..., -shape.queries :, :].sum(3).flatten(1, 2)
+        logits_BHGQS = logits_BHGQS - noise.double().log()
+    token_P = torch.arange(shape.tokens, device=query_BNQD.device)
+    logits_BHGQS = logits_BHGQS.masked_fill(token_P > token_P[:, None], -torch.inf)
+    sums_BNS: Tensor = logits_BHGQS.softmax(-1)[..., -shape.queries :, :].sum(3).flatten(1, 2)
     return sums_BNS

@@ -25,21 +25,21 @@ class Score(NamedTuple):
     agreement: float | None = None
 
 
-def score(logits_TV: Tensor, answer: Sequence[int], full_TV: Tensor | None = None) -> Score:
+def score(logits_TY: Tensor, answer: Sequence[int], full_TY: Tensor | None = None) -> Score:
     """The score of the logits that precede each token of the answer.
 
-    full_TV: those of the full cache, where they are known.
+    full_TY: those of the full cache, where they are known.
     """
-    logits_TV = logits_TV.float()
-    answer_T = torch.tensor(list(answer), device=logits_TV.device)
-    best_T = logits_TV.argmax(-1)
+    logits_TY = logits_TY.float()
+    answer_T = torch.tensor(list(answer), device=logits_TY.device)
+    best_T = logits_TY.argmax(-1)
     right_T = best_T == answer_T
-    log_TV = logits_TV.log_softmax(-1)
-    nll = -log_TV.gather(1, answer_T[:, None]).mean()
+    log_TY = logits_TY.log_softmax(-1)
+    nll = -log_TY.gather(1, answer_T[:, None]).mean()
     made = Score(float(right_T.all()), float(right_T.float().mean()), float(nll))
-    if full_TV is None:
+    if full_TY is None:
         return made
-    log_full_TV = full_TV.float().log_softmax(-1)
-    kl = (log_full_TV.exp() * (log_full_TV - log_TV)).sum(-1).mean().clamp_min(0)
-    agreement = (full_TV.argmax(-1) == best_T).float().mean()
+    log_full_TY = full_TY.float().log_softmax(-1)
+    kl = (log_full_TY.exp() * (log_full_TY - log_TY)).sum(-1).mean().clamp_min(0)
+    agreement = (full_TY.argmax(-1) == best_T).float().mean()
     return made._replace(kl=float(kl), agreement=float(agreement))

@@ -40,7 +40,7 @@ class Captured:
         def see(given: Given, _: Tensor) -> None:
             nonlocal index
             if index in found:
-                found[index].append(given._replace(key_BHPD=given.key_BHPD.clone()))
+                found[index].append(given._replace(key_BHQD=given.key_BHQD.clone()))
             index += 1
 
         full = candidate(self._model, "full")
@@ -50,7 +50,7 @@ class Captured:
     def of_length(self, layer: int, tokens: int) -> Given:
         """What a layer would hand over for so many tokens. Raises CaptureError."""
         given = self.layers[layer]
-        known = given.key_BHPD.shape[2]
+        known = given.key_BHQD.shape[2]
         if tokens > known:
             raise CaptureError(
                 f"{tokens:,} tokens were asked for, and {known:,} were read: read more parts."

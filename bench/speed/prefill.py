@@ -34,7 +34,7 @@ _RANGE = ("low", "high")
 def measurement(
     setting: Setting, model: Any, ids: torch.Tensor, batch: int, name: str
 ) -> Measurement:
-    """A candidate that reads the prompts `ids`, `[B, P]`."""
+    """A candidate that reads the prompts `ids`, `[B, Q]`."""
     return _Prefill(candidate(model, name, setting.cache_dtype), ids[:batch])
 
 

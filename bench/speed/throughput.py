@@ -23,7 +23,7 @@ LEGEND = (
 def measurement(
     setting: Setting, model: Any, ids: torch.Tensor, batch: int, name: str
 ) -> Measurement:
-    """A candidate that generates from the prompts `ids`, `[B, P]`."""
+    """A candidate that generates from the prompts `ids`, `[B, Q]`."""
     made = candidate(model, name, setting.cache_dtype, setting.new_tokens)
     return _Generate(made, ids[:batch], setting.new_tokens)
 

@@ -41,7 +41,7 @@ def computed_of(model: Any, ids_1T: Tensor, policy: str, layer: int) -> Tensor:
         if len(found) == layer:
             tau_N = limits.tau_LN[layer]
             found.append(
-                block_map(given.query_BNPD, given.key_BHPD, given.scaling, tau_N, limits.local)
+                block_map(given.query_BNQD, given.key_BHQD, given.scaling, tau_N, limits.local)
             )
         elif len(found) < layer:
             found.append(torch.empty(0))

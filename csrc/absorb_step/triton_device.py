@@ -162,14 +162,16 @@ def merge_values(to_E, from_E, merges, own_part, part, e_E, E: tl.constexpr):
 
 @triton.jit
 def merge_keys(
-    to_key, from_key, merges, own_part, part, frequency, start, by, WIDTH: tl.constexpr,
-    PAGE: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr,
+    to_key, from_key, to_position, from_position, merges, own_part, part, frequency, start,
+    WIDTH: tl.constexpr, PAGE: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The same for keys, the evicted one turned by `by` positions."""
+    """The same for keys, the evicted one turned to the position of the kept one."""
     d_D = tl.arange(0, BLOCK_D)
     mask_D = d_D < tl.where(merges, WIDTH, 0)
     lost_D = tl.load(from_key + d_D * PAGE, mask=mask_D, other=0).to(tl.float32)
     if PAIRS > 0:
+        by = tl.load(to_position) - tl.load(from_position)
         lost_D = turned(
             from_key, lost_D, d_D, frequency, start, by, mask_D, PAGE, PAIRS, INTERLEAVED
         )
@@ -220,12 +222,9 @@ def merge_kernel(
         from_key = key + from_page * (D * PAGE) + from_offset
         to_key = key + to_page * (D * PAGE) + to_offset
         if KEYS:
-            by = 0
-            if PAIRS > 0:
-                by = tl.load(position + to) - tl.load(position + source)
             merge_keys(
-                to_key, from_key, merges, own_part, part, frequency, start, by,
-                WIDTH, PAGE, PAIRS, INTERLEAVED, BLOCK_D,
+                to_key, from_key, position + to, position + source, merges, own_part, part,
+                frequency, start, WIDTH, PAGE, PAIRS, INTERLEAVED, BLOCK_D,
             )  # fmt: skip
         if COUNTS:
             merge_counts(to_key + (D - 1) * PAGE, from_key + (D - 1) * PAGE, merges)

@@ -10,20 +10,20 @@ from kvpress.ops.operands import schema
 
 
 class Operands(NamedTuple):
-    """The P queries belong to the last P of S slots. Values of no channels give the LSE alone."""
+    """The Q queries belong to the last Q of S slots. Values of no channels give the LSE alone."""
 
-    query_BNPD: Tensor
+    query_BNQD: Tensor
     key_BHSD: Tensor
     value_BHSE: Tensor
     map_BNX: Tensor
     scaling: float
 
 
-SCHEMA = schema("attend_blocks", Operands, "(Tensor out_BNPE, Tensor lse_BNP)")
+SCHEMA = schema("attend_blocks", Operands, "(Tensor out_BNQE, Tensor lse_BNQ)")
 
 
 def fake(operands: Operands) -> tuple[Tensor, Tensor]:
     """Empty results of the right shapes and dtypes."""
-    query_BNPD = operands.query_BNPD
-    out_BNPE = query_BNPD.new_empty(*query_BNPD.shape[:3], operands.value_BHSE.shape[3])
-    return out_BNPE, query_BNPD.new_empty(query_BNPD.shape[:3]).float()
+    query_BNQD = operands.query_BNQD
+    out_BNQE = query_BNQD.new_empty(*query_BNQD.shape[:3], operands.value_BHSE.shape[3])
+    return out_BNQE, query_BNQD.new_empty(query_BNQD.shape[:3]).float()

@@ -37,24 +37,24 @@ LAUNCH = {
 
 def attend_blocks(operands: Operands) -> tuple[Tensor, Tensor]:
     """The same as the reference. Raises OperatorError."""
-    query_BNPD, key_BHSD, value_BHSE, map_BNX, scaling = operands
+    query_BNQD, key_BHSD, value_BHSE, map_BNX, scaling = operands
     check(operands)
     query, key, value = (
         x if x.stride(3) == 1 or x.shape[3] < 2 else x.contiguous()
-        for x in (query_BNPD, key_BHSD, value_BHSE)
+        for x in (query_BNQD, key_BHSD, value_BHSE)
     )
     batch, heads, queries, width = query.shape
     slots, value_width, device = key.shape[2], value.shape[3], query.device
     blocks = Blocks(queries, slots)
     offsets = blocks.offsets
     offset, end, _ = blocks.tables(0, device)
-    out_BNPE = query.new_empty(batch, heads, queries, value_width)
-    lse_BNP = torch.empty(batch, heads, queries, dtype=torch.float32, device=device)
+    out_BNQE = query.new_empty(batch, heads, queries, value_width)
+    lse_BNQ = torch.empty(batch, heads, queries, dtype=torch.float32, device=device)
     is_wide, wide_value = wide(query.dtype, key.dtype), wide(value.dtype)
     launch = by_architecture(LAUNCH, query, max(width, value_width), is_wide or wide_value)
     with device_of(query):
         attend_kernel[(triton.cdiv(queries, launch.block_m), batch * heads)](
-            query, key, value, map_BNX, offset, end, out_BNPE, lse_BNP,
+            query, key, value, map_BNX, offset, end, out_BNQE, lse_BNQ,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
             queries, slots, offsets[-1], heads, heads // key.shape[1], scaling,
             WIDTH=width, VALUE_WIDTH=value_width,
@@ -63,4 +63,4 @@ def attend_blocks(operands: Operands) -> tuple[Tensor, Tensor]:
             BLOCK_M=launch.block_m, BLOCK_S=SLOTS, WIDE=is_wide, WIDE_VALUE=wide_value,
             num_warps=launch.num_warps, num_stages=1, **FUSED,
         )  # fmt: skip
-    return out_BNPE, lse_BNP
+    return out_BNQE, lse_BNQ

@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor> attend_sums(Tensor query, Tensor key, Tensor value, T
                                        std::optional<Tensor> map) {
   const char* op = "attend_sums";
   Shapes shapes(op);
-  shapes.bind(query, "query_BNPD");
+  shapes.bind(query, "query_BNQD");
   shapes.bind(key, "key_BHSD");
   shapes.bind(value, "value_BHSE");
   check_prompt(op, shapes);
@@ -20,12 +20,12 @@ std::tuple<Tensor, Tensor> attend_sums(Tensor query, Tensor key, Tensor value, T
   shapes.at_least_one("E");
   shapes.at_most("E", kMostWidth);
   if (key.scalar_type() != query.scalar_type() || value.scalar_type() != query.scalar_type())
-    refuse(op, "key_BHSD and value_BHSE must be of the dtype of query_BNPD");
-  if (shapes['P'] != shapes['S'])
-    refuse(op, shapes['P'], " queries for ", shapes['S'],
+    refuse(op, "key_BHSD and value_BHSE must be of the dtype of query_BNQD");
+  if (shapes['Q'] != shapes['S'])
+    refuse(op, shapes['Q'], " queries for ", shapes['S'],
            " slots; a whole prompt has as many of both. Use attention_sums for a chunk");
-  const Strided queries(op, query, "query_BNPD"), keys(op, key, "key_BHSD"), values(op, value, "value_BHSE");
-  Tensor out = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['P'], shapes['E']});
+  const Strided queries(op, query, "query_BNQD"), keys(op, key, "key_BHSD"), values(op, value, "value_BHSE");
+  Tensor out = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['Q'], shapes['E']});
   Tensor sums = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['S']}, ScalarType::Float);
   AttentionSums a =
       sums_of(op, shapes, queries, keys, positions, sums, scaling, softcap, noise_of(op, noise, tau, seed, layer));

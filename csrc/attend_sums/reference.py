@@ -16,7 +16,7 @@ from kvpress.ops import shapes
 
 
 def attend_sums(operands: Operands) -> tuple[Tensor, Tensor]:
-    """Causal attention of a whole prompt, `[B, N, P, E]`, and what each slot received of it.
+    """Causal attention of a whole prompt, `[B, N, Q, E]`, and what each slot received of it.
 
     The sums, fp32 `[B, N, S]`, are those of `attention_sums` over all queries. Every slot holds a
     token, so that P = S. Both are of the blocks of the map, where there is one. Raises
@@ -30,35 +30,35 @@ def attend(
     operands: Operands, attend_mapped: Callable[[AttendBlocks], tuple[Tensor, Tensor]]
 ) -> Tensor:
     """The attention alone: of everything, or of the blocks of the map."""
-    query_BNPD, key_BHSD, value_BHSE, _, logits, _, map_BNX = operands
+    query_BNQD, key_BHSD, value_BHSE, _, logits, _, map_BNX = operands
     if map_BNX is None:
-        return prompt_attention(query_BNPD, key_BHSD, value_BHSE, None, *logits)
-    return attend_mapped(AttendBlocks(query_BNPD, key_BHSD, value_BHSE, map_BNX, logits.scaling))[0]
+        return prompt_attention(query_BNQD, key_BHSD, value_BHSE, None, *logits)
+    return attend_mapped(AttendBlocks(query_BNQD, key_BHSD, value_BHSE, map_BNX, logits.scaling))[0]
 
 
 def of_sums(operands: Operands) -> AttentionSums:
     """The operands of `attention_sums` over all queries."""
-    query_BNPD, key_BHSD, _, position_BHS, logits, noise, map_BNX = operands
-    queries = query_BNPD.shape[2]
-    return AttentionSums(query_BNPD, key_BHSD, position_BHS, logits, queries, noise, map_BNX)
+    query_BNQD, key_BHSD, _, position_BHS, logits, noise, map_BNX = operands
+    queries = query_BNQD.shape[2]
+    return AttentionSums(query_BNQD, key_BHSD, position_BHS, logits, queries, noise, map_BNX)
 
 
 def check(operands: Operands) -> None:
     """Raises OperatorError for operands that do not fit together."""
     op = "attend_sums"
-    named = {name: getattr(operands, name) for name in ("query_BNPD", "key_BHSD", "value_BHSE")}
+    named = {name: getattr(operands, name) for name in ("query_BNQD", "key_BHSD", "value_BHSE")}
     lengths = shapes.bind(op, {**named, "position_BHS": operands.position_BHS})
     shapes.floating(op, named)
     for name, tensor in named.items():
-        if tensor.dtype != operands.query_BNPD.dtype:
-            wanted = operands.query_BNPD.dtype
+        if tensor.dtype != operands.query_BNQD.dtype:
+            wanted = operands.query_BNQD.dtype
             shapes.refuse(op, f"{name} is {tensor.dtype}; it must be {wanted}")
     shapes.at_least_one(op, lengths, "E")
     shapes.at_most(op, lengths, "E", shapes.MOST_WIDTH)
-    if lengths["P"] != lengths["S"]:
+    if lengths["Q"] != lengths["S"]:
         shapes.refuse(
             op,
-            f"{lengths['P']} queries for {lengths['S']} slots; a whole prompt has as many of both."
+            f"{lengths['Q']} queries for {lengths['S']} slots; a whole prompt has as many of both."
             " Use attention_sums for a chunk",
         )
     sums.check(of_sums(operands), holes=False)

@@ -1,4 +1,4 @@
-"""Column sums of softmax attention over the queries of a prompt, without the P×S matrix."""
+"""Column sums of softmax attention over the queries of a prompt, without the Q×S matrix."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from kvpress.ops.operands import Logits, Noise, schema
 
 
 class Operands(NamedTuple):
-    """The P queries belong to the last P of S slots, in order; the last `window` are summed.
+    """The Q queries belong to the last Q of S slots, in order; the last `window` are summed.
 
     position_BHS: int64, EMPTY where there is no token. map_BNX: the blocks that are attended to.
     """
 
-    query_BNPD: Tensor
+    query_BNQD: Tensor
     key_BHSD: Tensor
     position_BHS: Tensor
     logits: Logits
@@ -30,6 +30,6 @@ SCHEMA = schema("attention_sums", Operands, "Tensor sums_BNS")
 
 def fake(operands: Operands) -> Tensor:
     """An empty result of the right shape and dtype."""
-    query_BNPD, key_BHSD = operands[:2]
-    shape = (*query_BNPD.shape[:2], key_BHSD.shape[2])
+    query_BNQD, key_BHSD = operands[:2]
+    shape = (*query_BNQD.shape[:2], key_BHSD.shape[2])
     return key_BHSD.new_empty(shape, dtype=torch.float32)

@@ -21,7 +21,7 @@ BLOCK_ELEMENTS = 1 << 20  # logits per block: 4 MiB in fp32, which stays near th
 class Prompt(NamedTuple):
     """What blocks of queries share: fp32, whatever the model computes in."""
 
-    query_BHGPD: Tensor  # times the scaling
+    query_BHGQD: Tensor  # times the scaling
     key_BHSD: Tensor
     position_BHS: Tensor
     head_HG11: Tensor
@@ -37,37 +37,37 @@ class Prompt(NamedTuple):
 def attention_sums(operands: Operands) -> Tensor:
     """Attention that each slot receives from the last `window` queries: fp32 `[B, N, S]`.
 
-    The P queries belong to the last P slots, in order; query i sees
+    The Q queries belong to the last Q slots, in order; query i sees
     slots 0 … S − P + i that hold a token (position >= 0), of the blocks of the map where there is
     one; it adds nothing where it sees none. See README.md for the formulas of the three kinds of
     noise. Raises OperatorError.
     """
     check(operands)
     prompt = _prompt(operands)
-    batch, heads, group, queries, _ = prompt.query_BHGPD.shape
+    batch, heads, group, queries, _ = prompt.query_BHGQD.shape
     slots = prompt.key_BHSD.shape[2]
     sums_BHGS = prompt.key_BHSD.new_zeros(batch, heads, group, slots)
     frozen_BHG1S = _frozen(prompt, operands.noise)
     step = max(1, BLOCK_ELEMENTS // max(1, batch * heads * group * slots))
     for start in range(max(0, queries - operands.window), queries, step):
         stop = min(start + step, queries)
-        x_BHGps = _logits(prompt, operands.logits, start, stop)
-        seen = x_BHGps.shape[-1]
-        sums_BHGS[..., :seen] += _sums(prompt, operands.noise, frozen_BHG1S, x_BHGps, stop - start)
+        x_BHGqs = _logits(prompt, operands.logits, start, stop)
+        seen = x_BHGqs.shape[-1]
+        sums_BHGS[..., :seen] += _sums(prompt, operands.noise, frozen_BHG1S, x_BHGqs, stop - start)
     return sums_BHGS.flatten(1, 2)
 
 
 def _prompt(operands: Operands) -> Prompt:
-    query_BNPD, key_BHSD, position_BHS, logits, *_, map_BNX = operands
-    query_heads, queries = query_BNPD.shape[1:3]
+    query_BNQD, key_BHSD, position_BHS, logits, *_, map_BNX = operands
+    query_heads, queries = query_BNQD.shape[1:3]
     heads, slots = key_BHSD.shape[1:3]
-    query_BHGPD = torch.unflatten(query_BNPD.float(), 1, (heads, -1)) * logits.scaling
-    head_HG11 = torch.arange(query_heads, device=query_BNPD.device).view(heads, -1, 1, 1)
+    query_BHGQD = torch.unflatten(query_BNQD.float(), 1, (heads, -1)) * logits.scaling
+    head_HG11 = torch.arange(query_heads, device=query_BNQD.device).view(heads, -1, 1, 1)
     position_BHS = position_BHS.clamp_min(EMPTY)
     empty_BH11S = position_BHS[:, :, None, None] < 0
     computed_BNIJ = None if map_BNX is None else from_map(map_BNX, Blocks(queries, slots))
     empty = empty_BH11S if bool(empty_BH11S.any()) else None
-    return Prompt(query_BHGPD, key_BHSD.float(), position_BHS, head_HG11, empty, computed_BNIJ)
+    return Prompt(query_BHGQD, key_BHSD.float(), position_BHS, head_HG11, empty, computed_BNIJ)
 
 
 def _frozen(prompt: Prompt, noise: Noise) -> Tensor | None:
@@ -81,66 +81,66 @@ def _frozen(prompt: Prompt, noise: Noise) -> Tensor | None:
 
 def _logits(prompt: Prompt, logits: Logits, start: int, stop: int) -> Tensor:
     """Logits of some queries with all slots that one of them sees; -inf for what is hidden."""
-    batch, heads, group, queries, _ = prompt.query_BHGPD.shape
+    batch, heads, group, queries, _ = prompt.query_BHGQD.shape
     first = prompt.key_BHSD.shape[2] - queries  # the slot of the first query
     seen = first + stop  # later slots are in the future of the whole block
     # The group is folded into the queries, so that the matrix product never expands the keys.
-    block_BHMD = prompt.query_BHGPD[:, :, :, start:stop].flatten(2, 3)
-    x_BHGps = torch.matmul(block_BHMD, prompt.key_BHSD[:, :, :seen].mT)
-    x_BHGps = x_BHGps.view(batch, heads, group, stop - start, seen)
+    block_BHMD = prompt.query_BHGQD[:, :, :, start:stop].flatten(2, 3)
+    x_BHGqs = torch.matmul(block_BHMD, prompt.key_BHSD[:, :, :seen].mT)
+    x_BHGqs = x_BHGqs.view(batch, heads, group, stop - start, seen)
     if logits.softcap:
-        x_BHGps = torch.tanh(x_BHGps / logits.softcap) * logits.softcap
-    own_p = torch.arange(first + start, seen, device=x_BHGps.device)
-    x_BHGps[..., first + start :].masked_fill_(own_p > own_p[:, None], -torch.inf)
+        x_BHGqs = torch.tanh(x_BHGqs / logits.softcap) * logits.softcap
+    own_q = torch.arange(first + start, seen, device=x_BHGqs.device)
+    x_BHGqs[..., first + start :].masked_fill_(own_q > own_q[:, None], -torch.inf)
     if prompt.empty_BH11S is not None:
-        x_BHGps.masked_fill_(prompt.empty_BH11S[..., :seen], -torch.inf)
+        x_BHGqs.masked_fill_(prompt.empty_BH11S[..., :seen], -torch.inf)
     if prompt.computed_BNIJ is not None:
-        row_p = torch.arange(start, stop, device=x_BHGps.device) // QUERIES
-        chosen_BNps = prompt.computed_BNIJ[:, :, row_p].repeat_interleave(SLOTS, -1)[..., :seen]
-        x_BHGps.masked_fill_(~chosen_BNps.view_as(x_BHGps), -torch.inf)
-    return x_BHGps
+        row_p = torch.arange(start, stop, device=x_BHGqs.device) // QUERIES
+        chosen_BNqs = prompt.computed_BNIJ[:, :, row_p].repeat_interleave(SLOTS, -1)[..., :seen]
+        x_BHGqs.masked_fill_(~chosen_BNqs.view_as(x_BHGqs), -torch.inf)
+    return x_BHGqs
 
 
 def _sums(
-    prompt: Prompt, noise: Noise, frozen_BHG1S: Tensor | None, x_BHGps: Tensor, queries: int
+    prompt: Prompt, noise: Noise, frozen_BHG1S: Tensor | None, x_BHGqs: Tensor, queries: int
 ) -> Tensor:
     """What slots receive of some queries, from their logits, which are overwritten."""
-    seen = x_BHGps.shape[-1]
+    seen = x_BHGqs.shape[-1]
     if frozen_BHG1S is not None and noise.tau == 1.0:
         # N_q = Σ_j A_qj·exp(ζ_j), so that one ordinary softmax gives the noisy sums (README,
         # identity).
-        w_BHGps = _softmax(x_BHGps, prompt.hides)
+        w_BHGqs = _softmax(x_BHGqs, prompt.hides)
         boost_BHG1s = frozen_BHG1S[..., :seen].reciprocal()
-        norm_BHGp1 = torch.matmul(w_BHGps, boost_BHG1s.mT)
+        norm_BHGq1 = torch.matmul(w_BHGqs, boost_BHG1s.mT)
         if prompt.hides:
-            norm_BHGp1.masked_fill_(norm_BHGp1 == 0, 1.0)
-        return (torch.matmul(norm_BHGp1.reciprocal().mT, w_BHGps) * boost_BHG1s).squeeze(3)
+            norm_BHGq1.masked_fill_(norm_BHGq1 == 0, 1.0)
+        return (torch.matmul(norm_BHGq1.reciprocal().mT, w_BHGqs) * boost_BHG1s).squeeze(3)
     if frozen_BHG1S is not None:
-        x_BHGps -= frozen_BHG1S[..., :seen].log()
+        x_BHGqs -= frozen_BHG1S[..., :seen].log()
     elif noise.noise == "fresh":
         key_BH11s = prompt.position_BHS[:, :, None, None, :seen]
         query_BH1p1 = prompt.position_BHS[:, :, None, seen - queries : seen, None]
-        x_BHGps -= exponential(
+        x_BHGqs -= exponential(
             noise.seed, noise.layer, prompt.head_HG11, query_BH1p1, key_BH11s
         ).log_()
     if noise.tau != 1.0:
-        x_BHGps /= noise.tau
-    return _softmax(x_BHGps, prompt.hides).sum(3)
+        x_BHGqs /= noise.tau
+    return _softmax(x_BHGqs, prompt.hides).sum(3)
 
 
-def _softmax(x_BHGps: Tensor, some_hidden: bool) -> Tensor:
+def _softmax(x_BHGqs: Tensor, some_hidden: bool) -> Tensor:
     """Weights; zeros for a query that sees no slot."""
-    w_BHGps = x_BHGps.softmax(-1)
+    w_BHGqs = x_BHGqs.softmax(-1)
     if some_hidden:
-        w_BHGps = w_BHGps.masked_fill(x_BHGps.amax(-1, keepdim=True) == -torch.inf, 0.0)
-    return w_BHGps
+        w_BHGqs = w_BHGqs.masked_fill(x_BHGqs.amax(-1, keepdim=True) == -torch.inf, 0.0)
+    return w_BHGqs
 
 
 def check(operands: Operands, holes: bool = True) -> None:
     """Raises OperatorError for operands that do not fit together. holes: whether slots may be."""
     op = "attention_sums"
-    query_BNPD, key_BHSD, position_BHS, logits, window, noise, map_BNX = operands
-    named = {"query_BNPD": query_BNPD, "key_BHSD": key_BHSD}
+    query_BNQD, key_BHSD, position_BHS, logits, window, noise, map_BNX = operands
+    named = {"query_BNQD": query_BNQD, "key_BHSD": key_BHSD}
     lengths = shapes.bind(op, {**named, "position_BHS": position_BHS})
     shapes.floating(op, named)
     if position_BHS.dtype != torch.int64:
@@ -161,7 +161,7 @@ def check(operands: Operands, holes: bool = True) -> None:
 
 def check_map(op: str, map_BNX: Tensor, lengths: dict[str, int], softcap: float) -> None:
     """Raises OperatorError for a map that is not of this prompt."""
-    shape = (lengths["B"], lengths["N"], Blocks(lengths["P"], lengths["S"]).offsets[-1])
+    shape = (lengths["B"], lengths["N"], Blocks(lengths["Q"], lengths["S"]).offsets[-1])
     shapes.of_dtype(op, torch.uint8, {"map_BNX": map_BNX})
     if tuple(map_BNX.shape) != shape:
         shapes.refuse(

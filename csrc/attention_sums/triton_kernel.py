@@ -1,6 +1,6 @@
 """Triton kernels of `attention_sums`: one pass for the normalisers, one for the columns.
 
-Both compute the logits anew, so that no P×S matrix exists. Every column is summed by one program in
+Both compute the logits anew, so that no Q×S matrix exists. Every column is summed by one program in
 a fixed order: the result is the same in every run.
 """
 
@@ -50,51 +50,51 @@ def attention_sums(operands: Operands) -> Tensor:
     keys, and holds 4 bytes per query and part of the keys. Raises OperatorError.
     """
     check(operands)
-    query_BNPD, key_BHSD = operands[:2]
-    (batch, query_heads, queries, width), slots = query_BNPD.shape, key_BHSD.shape[2]
+    query_BNQD, key_BHSD = operands[:2]
+    (batch, query_heads, queries, width), slots = query_BNQD.shape, key_BHSD.shape[2]
     summed = min(operands.window, queries)
     shape = (batch, query_heads, slots)
-    sums_BNS = torch.zeros(shape, dtype=torch.float32, device=query_BNPD.device)
+    sums_BNS = torch.zeros(shape, dtype=torch.float32, device=query_BNQD.device)
     if not summed or not sums_BNS.numel():
         return sums_BNS
-    launch = by_architecture(LAUNCH, query_BNPD, width, wide(query_BNPD.dtype, key_BHSD.dtype))
+    launch = by_architecture(LAUNCH, query_BNQD, width, wide(query_BNQD.dtype, key_BHSD.dtype))
     blocks, key_blocks = triton.cdiv(summed, launch.block_m), triton.cdiv(slots, launch.block_s)
     splits = min(key_blocks, max(1, PROGRAMS // (blocks * batch * query_heads)))
     chunk = triton.cdiv(key_blocks, splits) * launch.block_s
     lse = sums_BNS.new_empty(splits, batch, query_heads, summed)
     tensors, numbers, options = operands[:3], _numbers(operands), _options(operands, launch)
     sizes = (queries, slots, summed)
-    with device_of(query_BNPD):
+    with device_of(query_BNQD):
         lse_kernel[(blocks, batch * query_heads, splits)](
             *tensors, lse, *numbers, *sizes, chunk, **options
         )
-        lse_BNP = lse.logsumexp(0) if splits > 1 else lse
+        lse_BNQ = lse.logsumexp(0) if splits > 1 else lse
         sums_kernel[(key_blocks, batch * query_heads)](
-            *tensors, lse_BNP, sums_BNS, *numbers, *sizes, **options
+            *tensors, lse_BNQ, sums_BNS, *numbers, *sizes, **options
         )
     return sums_BNS
 
 
 def _numbers(operands: Operands) -> tuple[Any, ...]:
     """What both kernels take besides their tensors: the map, how logits are made, strides."""
-    query_BNPD, key_BHSD, position_BHS, logits, _, noise, map_BNX = operands
-    blocks = Blocks(query_BNPD.shape[2], key_BHSD.shape[2])
-    offset_I = torch.tensor(blocks.offsets, dtype=torch.int32, device=query_BNPD.device)
+    query_BNQD, key_BHSD, position_BHS, logits, _, noise, map_BNX = operands
+    blocks = Blocks(query_BNQD.shape[2], key_BHSD.shape[2])
+    offset_I = torch.tensor(blocks.offsets, dtype=torch.int32, device=query_BNQD.device)
     chosen = (position_BHS if map_BNX is None else map_BNX, offset_I)  # not read without a map
     stream = noise_stream(noise.seed, noise.layer)
-    strides = (*query_BNPD.stride(), *key_BHSD.stride(), *position_BHS.stride())
+    strides = (*query_BNQD.stride(), *key_BHSD.stride(), *position_BHS.stride())
     return (*chosen, blocks.offsets[-1], *logits, 1.0 / noise.tau, stream, *strides)
 
 
 def _options(operands: Operands, launch: Launch) -> dict[str, Any]:
     """What both kernels are compiled for."""
-    query_BNPD, key_BHSD = operands[:2]
-    width, heads = query_BNPD.shape[3], key_BHSD.shape[1]
+    query_BNQD, key_BHSD = operands[:2]
+    width, heads = query_BNQD.shape[3], key_BHSD.shape[1]
     return {
         "HEADS": heads,
-        "GROUP": query_BNPD.shape[1] // heads,
+        "GROUP": query_BNQD.shape[1] // heads,
         "D": width,
-        "WIDE": wide(query_BNPD.dtype, key_BHSD.dtype),
+        "WIDE": wide(query_BNQD.dtype, key_BHSD.dtype),
         "CAPPED": operands.logits.softcap != 0,
         "NOISE": NOISES[operands.noise.noise],
         "MAPPED": operands.map_BNX is not None,

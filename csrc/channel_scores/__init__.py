@@ -12,7 +12,7 @@ from kvpress.ops.operands import schema
 class Operands(NamedTuple):
     """Some queries, keys, and which slots are held: bool."""
 
-    query_BNWD: Tensor
+    query_BNQD: Tensor
     key_BHSD: Tensor
     held_BHS: Tensor
 
@@ -23,4 +23,4 @@ SCHEMA = schema("channel_scores", Operands, "Tensor score_BHD")
 def fake(operands: Operands) -> Tensor:
     """An empty result of the right shape and dtype."""
     batch, heads, _, width = operands.key_BHSD.shape
-    return operands.query_BNWD.float().new_empty(batch, heads, width)
+    return operands.query_BNQD.float().new_empty(batch, heads, width)

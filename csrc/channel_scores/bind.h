@@ -10,15 +10,15 @@ namespace {
 Tensor channel_scores(Tensor query, Tensor key, Tensor held) {
   const char* op = "channel_scores";
   Shapes shapes(op);
-  shapes.bind(query, "query_BNWD");
+  shapes.bind(query, "query_BNQD");
   shapes.bind(key, "key_BHSD");
   shapes.bind(held, "held_BHS");
   if (held.scalar_type() != ScalarType::Bool) refuse(op, "held_BHS must be bool");
-  shapes.at_least_one("BHNWD");
+  shapes.at_least_one("BHNQD");
   shapes.at_most("D", kMostWidth);
   shapes.at_most("S", kMostSlots);
   if (shapes['N'] % shapes['H']) refuse(op, shapes['N'], " query heads are no multiple of ", shapes['H'], " KV heads");
-  const Strided queries(op, query, "query_BNWD"), keys(op, key, "key_BHSD");
+  const Strided queries(op, query, "query_BNQD"), keys(op, key, "key_BHSD");
   const Tensor holds = torch::stable::contiguous(held);
   Tensor scores = empty(op, {shapes['B'], shapes['H'], shapes['D']}, ScalarType::Float);
   ChannelScores a{queries.heads,
@@ -27,7 +27,7 @@ Tensor channel_scores(Tensor query, Tensor key, Tensor held) {
                   shapes['B'],
                   shapes['H'],
                   shapes['N'] / shapes['H'],
-                  shapes['W'],
+                  shapes['Q'],
                   shapes['S'],
                   shapes['D'],
                   static_cast<float*>(scores.data_ptr())};

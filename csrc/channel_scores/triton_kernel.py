@@ -18,12 +18,12 @@ def channel_scores(operands: Operands) -> Tensor:
 
     Raises OperatorError.
     """
-    query_BNWD, key_BHSD, held_BHS = operands
+    query_BNQD, key_BHSD, held_BHS = operands
     check(operands)
     batch, heads, _, width = key_BHSD.shape
-    every = torch.ones(query_BNWD.shape[:3], dtype=torch.bool, device=query_BNWD.device)
-    query_BND = _squares(query_BNWD, every)
-    queries = query_BNWD.shape[1] // heads * query_BNWD.shape[2]
+    every = torch.ones(query_BNQD.shape[:3], dtype=torch.bool, device=query_BNQD.device)
+    query_BND = _squares(query_BNQD, every)
+    queries = query_BNQD.shape[1] // heads * query_BNQD.shape[2]
     energy_BHD = query_BND.view(batch, heads, -1, width).sum(2) / queries
     slots_BH1 = held_BHS.sum(-1, keepdim=True).clamp_min(1)
     return energy_BHD * (_squares(key_BHSD, held_BHS) / slots_BH1)

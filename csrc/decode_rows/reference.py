@@ -66,10 +66,10 @@ def _recent(pages: Pages, queries: int) -> Dense:
     """The slots in pages of the store's dtype."""
     key_PDS, value_PSE, table_RW, counts_R = pages
     rows, slots = len(table_RW), table_RW.shape[1] * key_PDS.shape[2]
-    page_N = pages_of(table_RW, counts_R, key_PDS.shape[2])
+    page_A = pages_of(table_RW, counts_R, key_PDS.shape[2])
     key_PDS, value_PSE = at_least_a_page(key_PDS), at_least_a_page(value_PSE)
-    key_RSD = key_PDS[page_N].mT.reshape(rows, slots, key_PDS.shape[1])
-    value_RSE = value_PSE[page_N].view(rows, slots, value_PSE.shape[2])
+    key_RSD = key_PDS[page_A].mT.reshape(rows, slots, key_PDS.shape[1])
+    value_RSE = value_PSE[page_A].view(rows, slots, value_PSE.shape[2])
     slot_S = torch.arange(slots, device=counts_R.device)
     # Memory that was never written may hold NaN, and 0 · NaN is NaN.
     value_RSE = value_RSE.masked_fill((slot_S >= counts_R[:, None])[..., None], 0)
@@ -92,15 +92,15 @@ def _old(layout: PageLayout, tensors: Sequence[Tensor], queries: int, like: Tens
     """The slots in formatted pages, unpacked; all queries see them."""
     pages, key_channels, value_channels, table_RW, counts_R, position_PS, *_ = tensors
     rows, width = table_RW.shape
-    page_N = pages_of(table_RW, counts_R, layout.slots)
+    page_A = pages_of(table_RW, counts_R, layout.slots)
     pages = at_least_a_page(pages)
     channels = [x.repeat_interleave(width, 0) for x in (key_channels, value_channels)]
-    key, value = numbers(pages[page_N], channels[0], channels[1], layout, like.dtype)
+    key, value = numbers(pages[page_A], channels[0], channels[1], layout, like.dtype)
     slots = width * layout.slots
     slot_S = torch.arange(slots, device=counts_R.device)
     hidden_RS = slot_S >= counts_R[:, None]
     if position_PS.numel():
-        hidden_RS = hidden_RS | (position_PS[page_N].view(rows, slots) < 0)
+        hidden_RS = hidden_RS | (position_PS[page_A].view(rows, slots) < 0)
     extra = span(layout, width) - slots
     key_RSD, value_RSE = (x.view(rows, slots, x.shape[-1]) for x in (key, value))
     value_RSE = value_RSE.masked_fill((slot_S >= counts_R[:, None])[..., None], 0)

@@ -15,6 +15,13 @@ SIZES = ["splits", "table_width", "chunk", "queries", "first_split", "first_colu
 
 
 @triton.jit
+def chunk_of(counts):
+    """The row and the chunk of a program, and how many slots the row has."""
+    row = tl.program_id(0).to(tl.int64)
+    return row, tl.program_id(1), tl.load(counts + row).to(tl.int32)
+
+
+@triton.jit
 def members(
     row, queries, query_batch, query_head, query_token,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -61,8 +68,7 @@ def split_kernel(
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Maximum, sum and output of the softmax of one (row, chunk, block of members)."""
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    count = tl.load(counts + row).to(tl.int32)
+    row, split, count = chunk_of(counts)
     first = split * chunk
     if first >= count:
         return
@@ -78,7 +84,7 @@ def split_kernel(
         s_S = start + tl.arange(0, BLOCK_S)
         # Whole pages are read, because a mask that changes inside a page forbids wide loads. What
         # is not occupied is hidden from the logits, and never read from the values.
-        used_S, held_S = s_S // PAGE * PAGE < count, s_S < count
+        used_S = s_S // PAGE * PAGE < count
         page_S = tl.load(table + row * table_width + s_S // PAGE, mask=used_S, other=0).to(tl.int64)
         at_DS = key + (page_S * (D * PAGE) + s_S % PAGE)[None, :] + d_D[:, None] * PAGE
         key_DS = tl.load(at_DS, mask=used_S[None, :] & real_D[:, None], other=0)
@@ -86,12 +92,13 @@ def split_kernel(
         logits_MS = finish_logits(products_MS, scaling, softcap, CAPPED)
         logits_MS = tl.where(s_S[None, :] <= last_M[:, None], logits_MS, float("-inf"))
         if KEEPS:
+            all_members, held_S = GROUP * queries, s_S < count
             keep_logits(
-                logits, logits_MS, m_M, s_S, row, first_column, columns, GROUP * queries, held_S
+                logits, logits_MS, m_M, s_S, row, first_column, columns, all_members, held_S
             )
         weights_MS, shrink_M, top_M, total_M = grow(logits_MS, top_M, total_M)
         at_SE = value + ((page_S * PAGE + s_S % PAGE) * E)[:, None] + e_E[None, :]
-        value_SE = tl.load(at_SE, mask=held_S[:, None] & real_E[None, :], other=0)
+        value_SE = tl.load(at_SE, mask=(s_S < count)[:, None] & real_E[None, :], other=0)
         part_ME = weighted(weights_MS, value_SE, part_ME * shrink_M[:, None], WIDE)
     to_M = (row * splits + first_split + split) * (GROUP * queries) + m_M
     store_chunk(top, total, part, top_M, total_M, part_ME, to_M, real_M, e_E, real_E, E)
@@ -99,25 +106,25 @@ def split_kernel(
 
 @triton.jit
 def old_keys(
-    words, halves, stored, page, s_S, t_T, T: tl.constexpr, PAGE: tl.constexpr, BYTES: tl.constexpr,
+    words, halves, stored, page, s_S, t_C, T: tl.constexpr, PAGE: tl.constexpr, BYTES: tl.constexpr,
     BITS: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr, ITEM: tl.constexpr,
 ):  # fmt: skip
     """Kept channels of the keys of slots of a page: codes from its first byte on."""
-    mask_TS = (t_T < T)[:, None] & (s_S < PAGE)[None, :]
+    mask_CS = (t_C < T)[:, None] & (s_S < PAGE)[None, :]
     return numbers(
-        words, halves, stored, page, s_S[None, :], t_T[:, None], mask_TS, BITS, PAGE, T, BYTES,
+        words, halves, stored, page, s_S[None, :], t_C[:, None], mask_CS, BITS, PAGE, T, BYTES,
         0, SCALES, GROUP, PAGE // GROUP, PAGE // 8, ITEM, True,
     )  # fmt: skip
 
 
 @triton.jit
 def old_logits(
-    query_MT, key_TS, position, page, s_S, held_S, scaling, softcap,
+    query_MC, key_CS, position, page, s_S, held_S, scaling, softcap,
     PAGE: tl.constexpr, HOLES: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Logits of old slots, -inf for those that are dropped; and which ones are held."""
-    zeros_MS = tl.zeros([query_MT.shape[0], key_TS.shape[1]], tl.float32)
-    logits_MS = finish_logits(dot(query_MT, key_TS, zeros_MS, True), scaling, softcap, CAPPED)
+    zeros_MS = tl.zeros([query_MC.shape[0], key_CS.shape[1]], tl.float32)
+    logits_MS = finish_logits(dot(query_MC, key_CS, zeros_MS, True), scaling, softcap, CAPPED)
     if HOLES:
         held_S = held_S & (tl.load(position + page * PAGE + s_S, mask=held_S, other=-1) >= 0)
     return tl.where(held_S[None, :], logits_MS, float("-inf")), held_S
@@ -137,29 +144,28 @@ def old_kernel(
     BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     """Maximum, sum and output of the softmax of one (row, chunk of old slots, block of members)."""
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    count = tl.load(counts + row).to(tl.int32)
+    row, split, count = chunk_of(counts)
     first = split * chunk
     if first >= count:
         return
     places = members(row, queries, query_batch, query_head, query_token, HEADS, GROUP, BLOCK_M)
     m_M, _, from_M = places
-    t_T, u_U = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_U)
+    t_C, u_U = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_U)
     real_M = m_M < GROUP * queries
-    channel_T = tl.load(key_channels + row * T + t_T, mask=t_T < T, other=0).to(tl.int32)
-    at_MT = query + from_M[:, None] + channel_T[None, :] * query_width
-    query_MT = tl.load(at_MT, mask=real_M[:, None] & (t_T < T)[None, :], other=0)
+    channel_C = tl.load(key_channels + row * T + t_C, mask=t_C < T, other=0).to(tl.int32)
+    at_MC = query + from_M[:, None] + channel_C[None, :] * query_width
+    query_MC = tl.load(at_MC, mask=real_M[:, None] & (t_C < T)[None, :], other=0)
     top_M, total_M, part_MU = empty_softmax(BLOCK_M, BLOCK_U)
     for start in range(first, tl.minimum(first + chunk, count), BLOCK_S):
         page = tl.load(table + row * table_width + start // PAGE).to(tl.int64)
         place_S = start + tl.arange(0, BLOCK_S)
         s_S = start % PAGE + tl.arange(0, BLOCK_S)
-        key_TS = old_keys(
-            words, halves, stored, page, s_S, t_T, T, PAGE, BYTES, KEY_BITS, KEY_SCALES, KEY_GROUP,
+        key_CS = old_keys(
+            words, halves, stored, page, s_S, t_C, T, PAGE, BYTES, KEY_BITS, KEY_SCALES, KEY_GROUP,
             ITEM,
         )  # fmt: skip
         logits_MS, held_S = old_logits(
-            query_MT, key_TS, position, page, s_S, place_S < count, scaling, softcap,
+            query_MC, key_CS, position, page, s_S, place_S < count, scaling, softcap,
             PAGE, HOLES, CAPPED,
         )  # fmt: skip
         if KEEPS:

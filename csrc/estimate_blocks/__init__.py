@@ -14,12 +14,12 @@ from kvpress.ops.operands import schema
 class Operands(NamedTuple):
     """Codes int8 with fp32 steps, shifts and thresholds; see README.md. local: slots, at least."""
 
-    query_BNPD: Tensor
-    query_scale_BNP: Tensor
+    query_BNQD: Tensor
+    query_scale_BNQ: Tensor
     key_BHSD: Tensor
-    key_scale_BHJK: Tensor
+    key_scale_BHJ4: Tensor
     shift_BNS: Tensor
-    threshold_BNP: Tensor
+    threshold_BNQ: Tensor
     local: int
 
 
@@ -28,7 +28,7 @@ SCHEMA = schema("estimate_blocks", Operands, "Tensor map_BNX")
 
 def fake(operands: Operands) -> Tensor:
     """An empty map of the right shape."""
-    query_BNPD = operands.query_BNPD
-    blocks = Blocks(query_BNPD.shape[2], operands.key_BHSD.shape[2])
-    shape = (*query_BNPD.shape[:2], blocks.offsets[-1])
-    return query_BNPD.new_empty(shape, dtype=torch.uint8)
+    query_BNQD = operands.query_BNQD
+    blocks = Blocks(query_BNQD.shape[2], operands.key_BHSD.shape[2])
+    shape = (*query_BNQD.shape[:2], blocks.offsets[-1])
+    return query_BNQD.new_empty(shape, dtype=torch.uint8)

@@ -23,23 +23,23 @@ Tensor estimate_blocks(Tensor query, Tensor query_scale, Tensor key, Tensor key_
                        int64_t local) {
   const char* op = "estimate_blocks";
   Shapes shapes(op);
-  shapes.bind(query, "query_BNPD");
-  shapes.bind(query_scale, "query_scale_BNP");
+  shapes.bind(query, "query_BNQD");
+  shapes.bind(query_scale, "query_scale_BNQ");
   shapes.bind(key, "key_BHSD");
-  shapes.bind(key_scale, "key_scale_BHJK");
+  shapes.bind(key_scale, "key_scale_BHJ4");
   shapes.bind(shift, "shift_BNS");
-  shapes.bind(threshold, "threshold_BNP");
-  expect(op, query, "query_BNPD", ScalarType::Char, "int8");
+  shapes.bind(threshold, "threshold_BNQ");
+  expect(op, query, "query_BNQD", ScalarType::Char, "int8");
   expect(op, key, "key_BHSD", ScalarType::Char, "int8");
-  expect(op, query_scale, "query_scale_BNP", ScalarType::Float, "float32");
-  expect(op, key_scale, "key_scale_BHJK", ScalarType::Float, "float32");
+  expect(op, query_scale, "query_scale_BNQ", ScalarType::Float, "float32");
+  expect(op, key_scale, "key_scale_BHJ4", ScalarType::Float, "float32");
   expect(op, shift, "shift_BNS", ScalarType::Float, "float32");
-  expect(op, threshold, "threshold_BNP", ScalarType::Float, "float32");
+  expect(op, threshold, "threshold_BNQ", ScalarType::Float, "float32");
   BlockMap map = map_of(op, shapes, nullptr);
-  if (shapes['J'] != map.columns() || shapes['K'] != BlockMap::kGroups)
-    refuse(op, "key_scale_BHJK must hold ", map.columns(), " × ", BlockMap::kGroups, " scales per head");
+  if (shapes['J'] != map.columns() || shapes['4'] != BlockMap::kGroups)
+    refuse(op, "key_scale_BHJ4 must hold ", map.columns(), " × ", BlockMap::kGroups, " scales per head");
   if (local < 0) refuse(op, "local is ", local, "; it must not be negative");
-  check_codes(op, query, "query_BNPD");
+  check_codes(op, query, "query_BNQD");
   check_codes(op, key, "key_BHSD");
   Tensor bytes = torch::stable::new_empty(query, {shapes['B'], shapes['N'], map.offset(map.rows())}, ScalarType::Byte);
   map.bytes = static_cast<uint8_t*>(bytes.data_ptr());

@@ -22,16 +22,16 @@ def estimate_blocks(operands: Operands) -> Tensor:
     """The same as the reference, to the bit. Raises OperatorError."""
     check(operands)
     *tensors, local = operands
-    query_BNPD, key_BHSD = operands.query_BNPD, operands.key_BHSD
-    if cuda_kernel.available(query_BNPD):
+    query_BNQD, key_BHSD = operands.query_BNQD, operands.key_BHSD
+    if cuda_kernel.available(query_BNQD):
         return cuda_kernel.estimate_blocks(operands)
-    batch, heads, queries, width = query_BNPD.shape
-    slots, device = key_BHSD.shape[2], query_BNPD.device
+    batch, heads, queries, width = query_BNQD.shape
+    slots, device = key_BHSD.shape[2], query_BNQD.device
     blocks = Blocks(queries, slots)
     offsets = blocks.offsets
     map_BNX = torch.empty(batch, heads, offsets[-1], dtype=torch.uint8, device=device)
     offset, end, first_local = blocks.tables(local, device)
-    with device_of(query_BNPD):
+    with device_of(query_BNQD):
         block_kernel[(blocks.rows, batch * heads)](
             *tensors,
             offset, end, first_local, map_BNX, queries, slots, blocks.columns, offsets[-1],

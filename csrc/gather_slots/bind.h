@@ -10,13 +10,13 @@ namespace {
 // Checks what gather_slots and scatter_slots share; `slots` is filled in by them.
 CopySlots copy_of(const char* op, const Tensor& pool, const Tensor& address, bool slot_last) {
   check_defined(op, pool, "pool_PX");
-  check_defined(op, address, "address_N");
+  check_defined(op, address, "address_A");
   const int64_t dims = pool.dim();
   if (dims < 2 || (slot_last && dims != 3))
     refuse(op, "pool_PX has shape ", shape_of(pool), "; [P, S, ...] or [P, D, S]");
-  if (address.dim() != 1) refuse(op, "address_N has shape ", shape_of(address), "; it must be a list");
+  if (address.dim() != 1) refuse(op, "address_A has shape ", shape_of(address), "; it must be a list");
   expect(op, pool, "pool_PX", pool.scalar_type(), "");
-  expect(op, address, "address_N", ScalarType::Long, "int64");
+  expect(op, address, "address_A", ScalarType::Long, "int64");
   CopySlots a{};
   a.pool = pool.data_ptr();
   a.address = static_cast<const int64_t*>(address.data_ptr());
@@ -32,7 +32,7 @@ CopySlots copy_of(const char* op, const Tensor& pool, const Tensor& address, boo
     refuse(op, "pool_PX has shape ", shape_of(pool), ", more slots than memory has bytes");
   for (int64_t n = 0; n < a.count; n++)
     if (a.address[n] < 0 || a.address[n] >= slots)
-      refuse(op, "address_N names slot ", a.address[n], "; slots 0 to ", slots - 1, " exist");
+      refuse(op, "address_A names slot ", a.address[n], "; slots 0 to ", slots - 1, " exist");
   return a;
 }
 

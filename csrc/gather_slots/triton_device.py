@@ -12,17 +12,17 @@ def copy_kernel(
     SLOT_LAST: tl.constexpr, INTO_POOL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """A block of slots and numbers of them."""
-    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_A = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     x_X = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
-    page_N = tl.load(page + n_N, mask=n_N < count, other=0)
-    slot_N = tl.load(slot + n_N, mask=n_N < count, other=0)
+    page_A = tl.load(page + n_A, mask=n_A < count, other=0)
+    slot_A = tl.load(slot + n_A, mask=n_A < count, other=0)
     if SLOT_LAST:
-        pool_NX = pool + (page_N * (WIDTH * PAGE) + slot_N)[:, None] + x_X[None, :] * PAGE
+        pool_AX = pool + (page_A * (WIDTH * PAGE) + slot_A)[:, None] + x_X[None, :] * PAGE
     else:
-        pool_NX = pool + ((page_N * PAGE + slot_N) * WIDTH)[:, None] + x_X[None, :]
-    slots_NX = slots + n_N.to(tl.int64)[:, None] * WIDTH + x_X[None, :]
-    mask_NX = (n_N < count)[:, None] & (x_X < WIDTH)[None, :]
+        pool_AX = pool + ((page_A * PAGE + slot_A) * WIDTH)[:, None] + x_X[None, :]
+    slots_AX = slots + n_A.to(tl.int64)[:, None] * WIDTH + x_X[None, :]
+    mask_AX = (n_A < count)[:, None] & (x_X < WIDTH)[None, :]
     if INTO_POOL:
-        tl.store(pool_NX, tl.load(slots_NX, mask=mask_NX), mask=mask_NX)
+        tl.store(pool_AX, tl.load(slots_AX, mask=mask_AX), mask=mask_AX)
     else:
-        tl.store(slots_NX, tl.load(pool_NX, mask=mask_NX), mask=mask_NX)
+        tl.store(slots_AX, tl.load(pool_AX, mask=mask_AX), mask=mask_AX)

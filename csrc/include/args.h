@@ -183,7 +183,7 @@ struct BlockMap {
 };
 
 struct AttentionSums {
-  Heads query, key;         // [B, N, P, D], [B, H, S, D]
+  Heads query, key;         // [B, N, Q, D], [B, H, S, D]
   const int64_t* position;  // [B, H, S]
   int64_t batch, heads, group, queries, slots, width, window;
   Logits logits;
@@ -191,27 +191,27 @@ struct AttentionSums {
   float* sums;  // [B, N, S]
   Heads value;  // [B, H, S, D'], where there is `out`
   int64_t value_width;
-  void* out;     // [B, N, P, D'], contiguous, of the query's type; or null
+  void* out;     // [B, N, Q, D'], contiguous, of the query's type; or null
   BlockMap map;  // the blocks that are attended to; all of them where it has no bytes
 };
 
 struct EstimateBlocks {
-  const int8_t *query, *key;  // codes [B, N, P, D], [B, H, S, D]
-  const float* query_scale;   // [B, N, P]
+  const int8_t *query, *key;  // codes [B, N, Q, D], [B, H, S, D]
+  const float* query_scale;   // [B, N, Q]
   const float* key_scale;     // [B, H, J, kGroups]
   const float* shift;         // [B, N, S]
-  const float* threshold;     // [B, N, P]
+  const float* threshold;     // [B, N, Q]
   int64_t batch, heads, group, width, local;
   BlockMap map;
 };
 
 struct AttendBlocks {
-  Heads query, key, value;  // [B, N, P, D], [B, H, S, D], [B, H, S, E]
+  Heads query, key, value;  // [B, N, Q, D], [B, H, S, D], [B, H, S, E]
   int64_t batch, heads, group, width, value_width;
   double scaling;
   BlockMap map;
-  void* out;   // [B, N, P, E], contiguous, of the query's type
-  float* lse;  // [B, N, P]
+  void* out;   // [B, N, Q, E], contiguous, of the query's type
+  float* lse;  // [B, N, Q]
 };
 
 struct MatchKeys {

@@ -8,16 +8,16 @@ namespace {
 
 // Checks what operators of a prompt share.
 void check_prompt(const char* op, const Shapes& shapes) {
-  shapes.at_least_one("BNHDPS");
+  shapes.at_least_one("BNHDQS");
   shapes.at_most("D", kMostWidth);
   shapes.at_most("S", kMostSlots);
   if (shapes['N'] % shapes['H']) refuse(op, shapes['N'], " query heads are no multiple of ", shapes['H'], " KV heads");
-  if (shapes['P'] > shapes['S']) refuse(op, shapes['P'], " queries for ", shapes['S'], " slots; 1 to S are allowed");
+  if (shapes['Q'] > shapes['S']) refuse(op, shapes['Q'], " queries for ", shapes['S'], " slots; 1 to S are allowed");
 }
 
 BlockMap map_of(const char* op, const Shapes& shapes, uint8_t* bytes) {
   check_prompt(op, shapes);
-  return {shapes['P'], shapes['S'], bytes};
+  return {shapes['Q'], shapes['S'], bytes};
 }
 
 // The map of a prompt, where there is one.
@@ -43,7 +43,7 @@ AttentionSums sums_of(const char* op, Shapes& shapes, const Strided& queries, co
   a.batch = shapes['B'];
   a.heads = shapes['H'];
   a.group = shapes['N'] / shapes['H'];
-  a.queries = a.window = shapes['P'];
+  a.queries = a.window = shapes['Q'];
   a.slots = shapes['S'];
   a.width = shapes['D'];
   a.logits = logits_of(op, scaling, softcap);

@@ -11,18 +11,18 @@ from kvpress.ops.operands import schema
 
 
 class Operands(NamedTuple):
-    """allowed_BHC: bool, the kept keys that may be matched."""
+    """allowed_BHK: bool, the kept keys that may be matched."""
 
-    evicted_BHED: Tensor
-    kept_BHCD: Tensor
-    allowed_BHC: Tensor
+    evicted_BHVD: Tensor
+    kept_BHKD: Tensor
+    allowed_BHK: Tensor
 
 
-SCHEMA = schema("match_keys", Operands, "(Tensor similarity_BHE, Tensor target_BHE)")
+SCHEMA = schema("match_keys", Operands, "(Tensor similarity_BHV, Tensor target_BHV)")
 
 
 def fake(operands: Operands) -> tuple[Tensor, Tensor]:
     """Empty results of the right shape and dtypes."""
-    shape = operands.evicted_BHED.shape[:3]
-    similarity_BHE = operands.evicted_BHED.new_empty(shape, dtype=torch.float32)
-    return similarity_BHE, operands.evicted_BHED.new_empty(shape, dtype=torch.int64)
+    shape = operands.evicted_BHVD.shape[:3]
+    similarity_BHV = operands.evicted_BHVD.new_empty(shape, dtype=torch.float32)
+    return similarity_BHV, operands.evicted_BHVD.new_empty(shape, dtype=torch.int64)

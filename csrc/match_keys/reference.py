@@ -18,24 +18,24 @@ def match_keys(operands: Operands) -> tuple[Tensor, Tensor]:
     all keys; keys whose norm is not finite match none. Of equal cosines the lowest index is taken.
     Raises OperatorError.
     """
-    evicted_BHED, kept_BHCD, allowed_BHC = operands
+    evicted_BHVD, kept_BHKD, allowed_BHK = operands
     check(operands)
-    batch, heads, evicted, _ = evicted_BHED.shape
-    shape, kept = (batch, heads, evicted), kept_BHCD.shape[2]
-    similarity_BHE = torch.full(shape, -torch.inf, device=evicted_BHED.device, dtype=torch.float32)
-    target_BHE = torch.full(shape, -1, dtype=torch.int64, device=evicted_BHED.device)
+    batch, heads, evicted, _ = evicted_BHVD.shape
+    shape, kept = (batch, heads, evicted), kept_BHKD.shape[2]
+    similarity_BHV = torch.full(shape, -torch.inf, device=evicted_BHVD.device, dtype=torch.float32)
+    target_BHV = torch.full(shape, -1, dtype=torch.int64, device=evicted_BHVD.device)
     if not kept:
-        return similarity_BHE, target_BHE
-    unit_BHCD = unit(kept_BHCD)
+        return similarity_BHV, target_BHV
+    unit_BHKD = unit(kept_BHKD)
     step = max(1, BLOCK_ELEMENTS // max(1, batch * heads * kept))
     for start in range(0, evicted, step):
         block = slice(start, start + step)
-        cosine_BHeC = unit(evicted_BHED[:, :, block]) @ unit_BHCD.mT
-        never_BHeC = ~allowed_BHC[:, :, None] | cosine_BHeC.isnan()
-        largest_BHe, index_BHe = cosine_BHeC.masked_fill_(never_BHeC, -torch.inf).max(-1)
-        similarity_BHE[:, :, block] = largest_BHe
-        target_BHE[:, :, block] = index_BHe.masked_fill_(largest_BHe == -torch.inf, -1)
-    return similarity_BHE, target_BHE
+        cosine_BHvK = unit(evicted_BHVD[:, :, block]) @ unit_BHKD.mT
+        never_BHvK = ~allowed_BHK[:, :, None] | cosine_BHvK.isnan()
+        largest_BHv, index_BHv = cosine_BHvK.masked_fill_(never_BHvK, -torch.inf).max(-1)
+        similarity_BHV[:, :, block] = largest_BHv
+        target_BHV[:, :, block] = index_BHv.masked_fill_(largest_BHv == -torch.inf, -1)
+    return similarity_BHV, target_BHV
 
 
 def unit(key_BHSD: Tensor) -> Tensor:
@@ -49,14 +49,14 @@ def unit(key_BHSD: Tensor) -> Tensor:
 def check(operands: Operands) -> None:
     """Raises OperatorError for operands that do not fit together."""
     op = "match_keys"
-    evicted_BHED, kept_BHCD, allowed_BHC = operands
-    named = {"evicted_BHED": evicted_BHED, "kept_BHCD": kept_BHCD}
-    lengths = shapes.bind(op, {**named, "allowed_BHC": allowed_BHC})
+    evicted_BHVD, kept_BHKD, allowed_BHK = operands
+    named = {"evicted_BHVD": evicted_BHVD, "kept_BHKD": kept_BHKD}
+    lengths = shapes.bind(op, {**named, "allowed_BHK": allowed_BHK})
     shapes.floating(op, named)
-    if kept_BHCD.dtype != evicted_BHED.dtype:
-        shapes.refuse(op, f"kept_BHCD is {kept_BHCD.dtype}; it must be {evicted_BHED.dtype}")
-    if allowed_BHC.dtype != torch.bool:
-        shapes.refuse(op, f"allowed_BHC is {allowed_BHC.dtype}; it must be torch.bool")
+    if kept_BHKD.dtype != evicted_BHVD.dtype:
+        shapes.refuse(op, f"kept_BHKD is {kept_BHKD.dtype}; it must be {evicted_BHVD.dtype}")
+    if allowed_BHK.dtype != torch.bool:
+        shapes.refuse(op, f"allowed_BHK is {allowed_BHK.dtype}; it must be torch.bool")
     shapes.at_least_one(op, lengths, "D")
     shapes.at_most(op, lengths, "D", shapes.MOST_WIDTH)
-    shapes.at_most(op, lengths, "EC", shapes.MOST_SLOTS)
+    shapes.at_most(op, lengths, "VK", shapes.MOST_SLOTS)

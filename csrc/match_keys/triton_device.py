@@ -34,29 +34,29 @@ def match_kernel(
     evicted += sequence * evicted_batch
     kept += sequence * kept_batch + head * kept_head
     allowed += sequence * allowed_batch + head * allowed_head
-    e_E = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    evicted_ED = load_queries(
-        evicted, head, e_E, evicted_head, evicted_key, evicted_width, keys, D, BLOCK_D
+    e_V = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    evicted_VD = load_queries(
+        evicted, head, e_V, evicted_head, evicted_key, evicted_width, keys, D, BLOCK_D
     )
-    largest_E = tl.full([BLOCK_E], float("-inf"), tl.float32)  # times |e|
-    target_E = tl.full([BLOCK_E], -1, tl.int32)
-    zeros_EC = tl.zeros([BLOCK_E, BLOCK_C], tl.float32)
+    largest_V = tl.full([BLOCK_E], float("-inf"), tl.float32)  # times |e|
+    target_V = tl.full([BLOCK_E], -1, tl.int32)
+    zeros_VK = tl.zeros([BLOCK_E, BLOCK_C], tl.float32)
     for start in range(0, slots, BLOCK_C):
-        c_C = start + tl.arange(0, BLOCK_C)
-        kept_DC = load_keys(kept, c_C, kept_slot, kept_width, slots, D, BLOCK_D)
-        allowed_C = tl.load(allowed + c_C.to(tl.int64) * allowed_slot, mask=c_C < slots, other=0)
-        product_EC = dot(evicted_ED, kept_DC, zeros_EC, WIDE) * inverse_norm(kept_DC, 0)[None, :]
+        c_K = start + tl.arange(0, BLOCK_C)
+        kept_DK = load_keys(kept, c_K, kept_slot, kept_width, slots, D, BLOCK_D)
+        allowed_K = tl.load(allowed + c_K.to(tl.int64) * allowed_slot, mask=c_K < slots, other=0)
+        product_VK = dot(evicted_VD, kept_DK, zeros_VK, WIDE) * inverse_norm(kept_DK, 0)[None, :]
         # What is no number is never a target.
-        may_EC = (allowed_C != 0)[None, :] & (product_EC == product_EC)
-        product_EC = tl.where(may_EC, product_EC, float("-inf"))
-        top_E, index_E = tl.max(product_EC, 1, return_indices=True)  # of equal ones the first
-        larger_E = top_E > largest_E
-        largest_E = tl.where(larger_E, top_E, largest_E)
-        target_E = tl.where(larger_E, start + index_E, target_E)
+        may_VK = (allowed_K != 0)[None, :] & (product_VK == product_VK)
+        product_VK = tl.where(may_VK, product_VK, float("-inf"))
+        top_V, index_V = tl.max(product_VK, 1, return_indices=True)  # of equal ones the first
+        larger_V = top_V > largest_V
+        largest_V = tl.where(larger_V, top_V, largest_V)
+        target_V = tl.where(larger_V, start + index_V, target_V)
     # Not before the loop: through it all evicted keys would stay in registers, which spill.
-    inverse_E = inverse_norm(evicted_ED, 1)
-    none_E = (target_E < 0) | (inverse_E != inverse_E)
-    similarity_E = tl.where(none_E, 0.0, largest_E) * inverse_E
-    to_E = row * keys + e_E
-    tl.store(similarity + to_E, tl.where(none_E, float("-inf"), similarity_E), mask=e_E < keys)
-    tl.store(target + to_E, tl.where(none_E, -1, target_E).to(tl.int64), mask=e_E < keys)
+    inverse_V = inverse_norm(evicted_VD, 1)
+    none_V = (target_V < 0) | (inverse_V != inverse_V)
+    similarity_V = tl.where(none_V, 0.0, largest_V) * inverse_V
+    to_V = row * keys + e_V
+    tl.store(similarity + to_V, tl.where(none_V, float("-inf"), similarity_V), mask=e_V < keys)
+    tl.store(target + to_V, tl.where(none_V, -1, target_V).to(tl.int64), mask=e_V < keys)

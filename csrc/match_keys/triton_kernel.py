@@ -45,20 +45,20 @@ def match_keys(operands: Operands) -> tuple[Tensor, Tensor]:
     The same as the reference. Moves the evicted keys once and the kept keys once per block of them.
     Raises OperatorError.
     """
-    evicted_BHED, kept_BHCD, allowed_BHC = operands
+    evicted_BHVD, kept_BHKD, allowed_BHK = operands
     check(operands)
-    batch, heads, keys, width = evicted_BHED.shape
-    similarity_BHE, target_BHE = fake(operands)
-    if not target_BHE.numel():
-        return similarity_BHE, target_BHE
-    is_wide = wide(evicted_BHED.dtype)
-    launch = by_architecture(LAUNCH, evicted_BHED, width, is_wide)
-    allowed_BHC = allowed_BHC.view(torch.int8)
-    strides = (*evicted_BHED.stride(), *kept_BHCD.stride(), *allowed_BHC.stride())
-    with device_of(evicted_BHED):
+    batch, heads, keys, width = evicted_BHVD.shape
+    similarity_BHV, target_BHV = fake(operands)
+    if not target_BHV.numel():
+        return similarity_BHV, target_BHV
+    is_wide = wide(evicted_BHVD.dtype)
+    launch = by_architecture(LAUNCH, evicted_BHVD, width, is_wide)
+    allowed_BHK = allowed_BHK.view(torch.int8)
+    strides = (*evicted_BHVD.stride(), *kept_BHKD.stride(), *allowed_BHK.stride())
+    with device_of(evicted_BHVD):
         match_kernel[(triton.cdiv(keys, launch.block_e), batch * heads)](
-            *(evicted_BHED, kept_BHCD, allowed_BHC, similarity_BHE, target_BHE),
-            *(*strides, keys, kept_BHCD.shape[2]),
+            *(evicted_BHVD, kept_BHKD, allowed_BHK, similarity_BHV, target_BHV),
+            *(*strides, keys, kept_BHKD.shape[2]),
             HEADS=heads,
             D=width,
             WIDE=is_wide,
@@ -69,4 +69,4 @@ def match_keys(operands: Operands) -> tuple[Tensor, Tensor]:
             num_stages=launch.num_stages,
             **FUSED,
         )
-    return similarity_BHE, target_BHE
+    return similarity_BHV, target_BHV

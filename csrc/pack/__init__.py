@@ -17,7 +17,7 @@ class Operands(NamedTuple):
 
     key_PSD: Tensor
     value_PSE: Tensor
-    channel_PT: Tensor
+    channel_PC: Tensor
     channel_PU: Tensor
     layout: Sequence[int]
 

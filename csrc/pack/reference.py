@@ -13,23 +13,23 @@ from kvpress.ops import shapes
 def pack(operands: Operands) -> Tensor:
     """Pages uint8 `[P, bytes]` of S slots each. Raises OperatorError.
 
-    channel_PT, channel_PU: the kept channels of keys and values, int16, ascending.
+    channel_PC, channel_PU: the kept channels of keys and values, int16, ascending.
     """
-    key_PSD, value_PSE, channel_PT, channel_PU, _ = operands
+    key_PSD, value_PSE, channel_PC, channel_PU, _ = operands
     sizes = check(operands)
     if not len(key_PSD):
         return key_PSD.new_empty((0, sizes.page_bytes), dtype=torch.uint8)
-    key_PTS = key_PSD.gather(2, _over_slots(channel_PT, sizes.slots)).mT
+    key_PCS = key_PSD.gather(2, _over_slots(channel_PC, sizes.slots)).mT
     value_PSU = value_PSE.gather(2, _over_slots(channel_PU, sizes.slots))
     page_PX = key_PSD.new_zeros((len(key_PSD), sizes.page_bytes), dtype=torch.uint8)
     key_scales, value_codes, value_scales, _ = sizes.offsets
     if sizes.key_bits == 16:
-        _put(page_PX, 0, key_PTS)
+        _put(page_PX, 0, key_PCS)
     else:
-        key_PTgs = torch.unflatten(key_PTS, 2, (-1, sizes.key_group))
-        code_PTgs, step_PTg, zero_PTg = quantise(key_PTgs, sizes.key_bits)
-        _put(page_PX, 0, to_bytes(code_PTgs.flatten(2), sizes.key_bits))
-        _put(page_PX, key_scales, torch.stack([step_PTg.mT, zero_PTg.mT], 2))
+        key_PCgs = torch.unflatten(key_PCS, 2, (-1, sizes.key_group))
+        code_PCgs, step_PCg, zero_PCg = quantise(key_PCgs, sizes.key_bits)
+        _put(page_PX, 0, to_bytes(code_PCgs.flatten(2), sizes.key_bits))
+        _put(page_PX, key_scales, torch.stack([step_PCg.mT, zero_PCg.mT], 2))
     if sizes.value_bits == 16:
         _put(page_PX, value_codes, value_PSU)
         return page_PX
@@ -74,40 +74,40 @@ def _put(page_PX: Tensor, offset: int, numbers: Tensor) -> None:
     page_PX[:, offset : offset + data_PX.shape[1]] = data_PX
 
 
-def _over_slots(channel_PT: Tensor, slots: int) -> Tensor:
-    return channel_PT.long()[:, None].expand(-1, slots, -1)
+def _over_slots(channel_PC: Tensor, slots: int) -> Tensor:
+    return channel_PC.long()[:, None].expand(-1, slots, -1)
 
 
 def check(operands: Operands) -> PageLayout:
     """The layout. Raises OperatorError for tensors that do not fit it."""
-    key_PSD, value_PSE, channel_PT, channel_PU, layout = operands
+    key_PSD, value_PSE, channel_PC, channel_PU, layout = operands
     op, sizes = "pack", checked("pack", layout)
     floats = {"key_PSD": key_PSD, "value_PSE": value_PSE}
-    channels = {"channel_PT": channel_PT, "channel_PU": channel_PU}
+    channels = {"channel_PC": channel_PC, "channel_PU": channel_PU}
     lengths = shapes.bind(op, {**floats, **channels})
     shapes.floating(op, floats)
     shapes.of_dtype(op, key_PSD.dtype, floats)
     shapes.of_dtype(op, torch.int16, channels)
-    given = [lengths[letter] for letter in "SDETU"]
+    given = [lengths[letter] for letter in "SDECU"]
     if given != list(sizes[:5]) or key_PSD.element_size() != sizes.item_bytes:
-        shapes.refuse(op, f"key_PSD, value_PSE and channels have S, D, E, T, U = {given}, {sizes}")
-    check_channels(op, channel_PT, sizes.key_width)
+        shapes.refuse(op, f"key_PSD, value_PSE and channels have S, D, E, C, U = {given}, {sizes}")
+    check_channels(op, channel_PC, sizes.key_width)
     check_channels(op, channel_PU, sizes.value_width)
     return sizes
 
 
-def check_channels(op: str, channel_RT: Tensor, width: int, counts_R: Tensor | None = None) -> None:
+def check_channels(op: str, channel_RC: Tensor, width: int, counts_R: Tensor | None = None) -> None:
     """Raises OperatorError for kept channels that do not exist or do not ascend. On the CPU.
 
     Those of rows without slots may be any that exist.
     """
-    if channel_RT.device.type != "cpu" or not channel_RT.numel():
+    if channel_RC.device.type != "cpu" or not channel_RC.numel():
         return
-    if int(channel_RT.min()) < 0 or int(channel_RT.max()) >= width:
-        bad = channel_RT[(channel_RT < 0) | (channel_RT >= width)][0]
+    if int(channel_RC.min()) < 0 or int(channel_RC.max()) >= width:
+        bad = channel_RC[(channel_RC < 0) | (channel_RC >= width)][0]
         shapes.refuse(op, f"channel {int(bad)} of {width}; 0 to {width - 1} exist")
-    falls_R = (channel_RT.diff(dim=1) <= 0).any(1)
+    falls_R = (channel_RC.diff(dim=1) <= 0).any(1)
     if counts_R is not None:
         falls_R &= counts_R > 0
     if bool(falls_R.any()):
-        shapes.refuse(op, f"channels {channel_RT[falls_R][0].tolist()} of a row must ascend")
+        shapes.refuse(op, f"channels {channel_RC[falls_R][0].tolist()} of a row must ascend")

@@ -29,52 +29,34 @@ def step_of(low, high, BITS: tl.constexpr):
 
 @triton.jit
 def key_steps_kernel(
-    key,
-    channels,
-    scales,
-    BITS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    KEPT: tl.constexpr,
-    SCALES: tl.constexpr,
-    PAGE: tl.constexpr,
-    GROUP: tl.constexpr,
+    key, channels, scales, BITS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
+    KEPT: tl.constexpr, SCALES: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
-):
+):  # fmt: skip
     """Steps and zeros of some channels in one group of tokens of a page."""
     page, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    t_T = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
-    channel_T = tl.load(channels + page * KEPT + t_T, mask=t_T < KEPT, other=0).to(tl.int32)
-    low_T = tl.full([BLOCK_T], float("inf"), tl.float32)
-    high_T = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    t_C = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
+    channel_C = tl.load(channels + page * KEPT + t_C, mask=t_C < KEPT, other=0).to(tl.int32)
+    low_C = tl.full([BLOCK_T], float("inf"), tl.float32)
+    high_C = tl.full([BLOCK_T], float("-inf"), tl.float32)
     for start in range(0, GROUP, 32):
         s_S = group * GROUP + start + tl.arange(0, 32)
-        from_ST = (page * SLOTS + s_S)[:, None] * WIDTH + channel_T[None, :]
-        x_ST = tl.load(key + from_ST).to(tl.float32)
-        low_T = tl.minimum(low_T, tl.min(x_ST, 0))
-        high_T = tl.maximum(high_T, tl.max(x_ST, 0))
-    step_T, zero_T = step_of(low_T, high_T, BITS)
-    to_T = scales + page * PAGE + SCALES + group * 2 * KEPT + t_T
-    tl.store(to_T, step_T, mask=t_T < KEPT)
-    tl.store(to_T + KEPT, zero_T, mask=t_T < KEPT)
+        from_SC = (page * SLOTS + s_S)[:, None] * WIDTH + channel_C[None, :]
+        x_SC = tl.load(key + from_SC).to(tl.float32)
+        low_C = tl.minimum(low_C, tl.min(x_SC, 0))
+        high_C = tl.maximum(high_C, tl.max(x_SC, 0))
+    step_C, zero_C = step_of(low_C, high_C, BITS)
+    to_C = scales + page * PAGE + SCALES + group * 2 * KEPT + t_C
+    tl.store(to_C, step_C, mask=t_C < KEPT)
+    tl.store(to_C + KEPT, zero_C, mask=t_C < KEPT)
 
 
 @triton.jit
 def value_steps_kernel(
-    value,
-    channels,
-    scales,
-    BITS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    KEPT: tl.constexpr,
-    SCALES: tl.constexpr,
-    PAGE: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):
+    value, channels, scales, BITS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
+    KEPT: tl.constexpr, SCALES: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
     """Steps and zeros of some slots in one group of channels of a page."""
     page, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     s_S = tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -110,21 +92,21 @@ def words_kernel(
         line_N = vector_N % BLOCKS * 8 + n_N % 16 // 2
         pair_N = vector_N // BLOCKS * 2 + n_N % 2
         if KEYS:
-            slot_N, rank_N = line_N, pair_N
-            scale_N = slot_N // GROUP * 2 * KEPT + rank_N
+            slot_A, rank_N = line_N, pair_N
+            scale_N = slot_A // GROUP * 2 * KEPT + rank_N
         else:
-            slot_N, rank_N = pair_N, line_N
-            scale_N = rank_N // GROUP * SLOTS + slot_N
-        real_N = (n_N < words) & (rank_N < KEPT) & (slot_N < SLOTS)
+            slot_A, rank_N = pair_N, line_N
+            scale_N = rank_N // GROUP * SLOTS + slot_A
+        real_N = (n_N < words) & (rank_N < KEPT) & (slot_A < SLOTS)
         channel_N = tl.load(channels + page * KEPT + rank_N, mask=real_N, other=0).to(tl.int32)
-        from_N = (page * SLOTS + slot_N) * WIDTH + channel_N
-        x_N = tl.load(numbers + from_N, mask=real_N, other=0).to(tl.float32)
+        from_A = (page * SLOTS + slot_A) * WIDTH + channel_N
+        x_N = tl.load(numbers + from_A, mask=real_N, other=0).to(tl.float32)
         at_N = scales + page * PAGE + SCALES + scale_N
         step_N = tl.load(at_N, mask=real_N, other=1).to(tl.float32)
         at_N += KEPT if KEYS else GROUPS * SLOTS
         zero_N = tl.load(at_N, mask=real_N, other=0).to(tl.float32)
         exact_N = tl.div_rn(x_N - zero_N, tl.where(step_N == 0, 1.0, step_N))
-        code_N = (exact_N + 12582912.0) - 12582912.0  # 1.5·2²³ rounds half to even
-        code_N = tl.minimum(tl.maximum(code_N, 0.0), (1 << BITS) - 1.0).to(tl.int32)
-        word_N += tl.where(real_N, code_N << (field * BITS), 0)
+        code_A = (exact_N + 12582912.0) - 12582912.0  # 1.5·2²³ rounds half to even
+        code_A = tl.minimum(tl.maximum(code_A, 0.0), (1 << BITS) - 1.0).to(tl.int32)
+        word_N += tl.where(real_N, code_A << (field * BITS), 0)
     tl.store(codes + page * PAGE + CODES + n_N, word_N.to(tl.int16), mask=n_N < words)

@@ -19,7 +19,7 @@ BLOCK = 256  # words of a program
 
 def pack(operands: Operands) -> Tensor:
     """Pages uint8 `[P, bytes]`, the same as the reference, bit by bit. Raises OperatorError."""
-    key_PSD, value_PSE, channel_PT, channel_PU, _ = operands
+    key_PSD, value_PSE, channel_PC, channel_PU, _ = operands
     sizes = check(operands)
     page_PX = key_PSD.new_zeros((len(key_PSD), sizes.page_bytes), dtype=torch.uint8)
     if not len(key_PSD):
@@ -27,9 +27,9 @@ def pack(operands: Operands) -> Tensor:
     key_scales, value_codes, value_scales, _ = sizes.offsets
     with device_of(key_PSD):
         if sizes.key_bits == 16:
-            put(page_PX, 0, kept(key_PSD, channel_PT).mT)
+            put(page_PX, 0, kept(key_PSD, channel_PC).mT)
         else:
-            _keys(page_PX, key_PSD, channel_PT, sizes, key_scales)
+            _keys(page_PX, key_PSD, channel_PC, sizes, key_scales)
         if sizes.value_bits == 16:
             put(page_PX, value_codes, kept(value_PSE, channel_PU))
         else:
@@ -37,9 +37,9 @@ def pack(operands: Operands) -> Tensor:
     return page_PX
 
 
-def kept(x_PSD: Tensor, channel_PT: Tensor) -> Tensor:
+def kept(x_PSD: Tensor, channel_PC: Tensor) -> Tensor:
     """The kept channels of pages."""
-    return x_PSD.gather(2, channel_PT.long()[:, None].expand(-1, x_PSD.shape[1], -1))
+    return x_PSD.gather(2, channel_PC.long()[:, None].expand(-1, x_PSD.shape[1], -1))
 
 
 def put(page_PX: Tensor, offset: int, numbers: Tensor) -> None:
@@ -49,11 +49,11 @@ def put(page_PX: Tensor, offset: int, numbers: Tensor) -> None:
 
 
 def _keys(
-    page_PX: Tensor, key_PSD: Tensor, channel_PT: Tensor, sizes: PageLayout, scales: int
+    page_PX: Tensor, key_PSD: Tensor, channel_PC: Tensor, sizes: PageLayout, scales: int
 ) -> None:
     groups = sizes.slots // sizes.key_group
     common = _common(page_PX, key_PSD, sizes.key_bits, sizes.key_kept, sizes.key_group, scales)
-    operands = (key_PSD, channel_PT, page_PX.view(torch.float16))
+    operands = (key_PSD, channel_PC, page_PX.view(torch.float16))
     grid = (len(page_PX), groups, triton.cdiv(sizes.key_kept, 16))
     key_steps_kernel[grid](*operands, **common, BLOCK_T=16)
     places = {"CODES": 0, "BLOCKS": sizes.slots // LINES, "GROUPS": groups, "KEYS": True}

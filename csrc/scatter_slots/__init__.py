@@ -13,8 +13,8 @@ class Operands(NamedTuple):
     """A pool `[P, S, ...]`, or `[P, D, S]` with slot_last; addresses are page · S + slot."""
 
     pool_PX: Tensor
-    address_N: Tensor
-    slots_NX: Tensor
+    address_A: Tensor
+    slots_AX: Tensor
     slot_last: bool = False
 
 

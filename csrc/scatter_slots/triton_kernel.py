@@ -8,10 +8,10 @@ from kvpress.csrc.scatter_slots.reference import check
 
 
 def scatter_slots(operands: Operands) -> None:
-    """Writes slot n of `[N, ...]` to `address_N[n]` of a pool; the inverse of `gather_slots`.
+    """Writes slot n of `[N, ...]` to `address_A[n]` of a pool; the inverse of `gather_slots`.
 
     The same as the reference; items of 1, 2, 4 or 8 bytes. Raises OperatorError.
     """
-    pool_PX, _, slots_NX, slot_last = operands
-    page_N, slot_N = check(operands)
-    copy(pool_PX, page_N, slot_N, slots_NX.contiguous(), slot_last, into_pool=True)
+    pool_PX, _, slots_AX, slot_last = operands
+    page_A, slot_A = check(operands)
+    copy(pool_PX, page_A, slot_A, slots_AX.contiguous(), slot_last, into_pool=True)

@@ -15,7 +15,7 @@ class Operands(NamedTuple):
     """What `pack` returned, and what it was given. like: a tensor of the dtype of the results."""
 
     page_PX: Tensor
-    channel_PT: Tensor
+    channel_PC: Tensor
     channel_PU: Tensor
     layout: Sequence[int]
     like: Tensor

@@ -16,14 +16,14 @@ def unpack(operands: Operands) -> tuple[Tensor, Tensor]:
 
     Dropped channels are zero. Raises OperatorError.
     """
-    page_PX, channel_PT, channel_PU, _, like = operands
+    page_PX, channel_PC, channel_PU, _, like = operands
     sizes = check(operands)
-    key_PSD, value_PSE = numbers(page_PX, channel_PT, channel_PU, sizes, like.dtype)
+    key_PSD, value_PSE = numbers(page_PX, channel_PC, channel_PU, sizes, like.dtype)
     return key_PSD.to(like.dtype), value_PSE.to(like.dtype)
 
 
 def numbers(
-    page_PX: Tensor, channel_PT: Tensor, channel_PU: Tensor, sizes: PageLayout, stored: torch.dtype
+    page_PX: Tensor, channel_PC: Tensor, channel_PU: Tensor, sizes: PageLayout, stored: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The same in fp32; `stored` is the dtype of numbers of 16 bits."""
     pages, slots = len(page_PX), sizes.slots
@@ -32,14 +32,14 @@ def numbers(
         return empty.expand(-1, -1, sizes.key_width), empty.expand(-1, -1, sizes.value_width)
     key_scales, value_codes, value_scales, _ = sizes.offsets
     if sizes.key_bits == 16:
-        key_PTS = _raw(page_PX, 0, sizes.key_kept * slots, stored).view(pages, -1, slots)
+        key_PCS = _raw(page_PX, 0, sizes.key_kept * slots, stored).view(pages, -1, slots)
     else:
-        code_PTS = from_bytes(page_PX[:, :key_scales], sizes.key_kept, slots, sizes.key_bits)
+        code_PCS = from_bytes(page_PX[:, :key_scales], sizes.key_kept, slots, sizes.key_bits)
         groups = slots // sizes.key_group
         scale = _halves(page_PX, key_scales, 2 * groups * sizes.key_kept)
-        scale_P2TS = scale.view(pages, groups, 2, -1).permute(0, 2, 3, 1)
-        scale_P2TS = scale_P2TS.repeat_interleave(sizes.key_group, 3)
-        key_PTS = code_PTS.float() * scale_P2TS[:, 0] + scale_P2TS[:, 1]
+        scale_P2CS = scale.view(pages, groups, 2, -1).permute(0, 2, 3, 1)
+        scale_P2CS = scale_P2CS.repeat_interleave(sizes.key_group, 3)
+        key_PCS = code_PCS.float() * scale_P2CS[:, 0] + scale_P2CS[:, 1]
     if sizes.value_bits == 16:
         value_PSU = _raw(page_PX, value_codes, slots * sizes.value_kept, stored)
         value_PSU = value_PSU.view(pages, slots, -1)
@@ -51,7 +51,7 @@ def numbers(
         scale_P2SU = scale.view(pages, 2, -1, slots)[:, :, group_U].mT
         value_PSU = code_PSU.float() * scale_P2SU[:, 0] + scale_P2SU[:, 1]
     return (
-        _spread(key_PTS.mT, channel_PT, sizes.key_width),
+        _spread(key_PCS.mT, channel_PC, sizes.key_width),
         _spread(value_PSU, channel_PU, sizes.value_width),
     )
 
@@ -75,20 +75,20 @@ def _spread(x_PSt: Tensor, channel_Pt: Tensor, width: int) -> Tensor:
 
 def check(operands: Operands) -> PageLayout:
     """The layout. Raises OperatorError for tensors that do not fit it."""
-    page_PX, channel_PT, channel_PU, layout, like = operands
+    page_PX, channel_PC, channel_PU, layout, like = operands
     op, sizes = "unpack", checked("unpack", layout)
-    channels = {"channel_PT": channel_PT, "channel_PU": channel_PU}
+    channels = {"channel_PC": channel_PC, "channel_PU": channel_PU}
     lengths = shapes.bind(op, {"page_PX": page_PX, **channels})
     shapes.dense(op, {"like": like})
     shapes.floating(op, {"like": like})
     shapes.of_dtype(op, torch.uint8, {"page_PX": page_PX})
     shapes.of_dtype(op, torch.int16, channels)
-    given = [lengths[letter] for letter in "XTU"]
+    given = [lengths[letter] for letter in "XCU"]
     wanted = [sizes.page_bytes, sizes.key_kept, sizes.value_kept]
     if given != wanted or like.element_size() != sizes.item_bytes:
-        shapes.refuse(op, f"page_PX and channels have X, T, U = {given}, not {wanted} of {sizes}")
+        shapes.refuse(op, f"page_PX and channels have X, C, U = {given}, not {wanted} of {sizes}")
     check_packed(op, page_PX, sizes)
-    check_channels(op, channel_PT, sizes.key_width)
+    check_channels(op, channel_PC, sizes.key_width)
     check_channels(op, channel_PU, sizes.value_width)
     return sizes
 

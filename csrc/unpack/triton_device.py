@@ -44,11 +44,11 @@ def unpack_kernel(
     """Some numbers of a page, to the channels that they belong to."""
     page = tl.program_id(0).to(tl.int64)
     n_N = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    slot_N, rank_N, real_N = n_N // KEPT, n_N % KEPT, n_N < SLOTS * KEPT
+    slot_A, rank_N, real_N = n_N // KEPT, n_N % KEPT, n_N < SLOTS * KEPT
     x_N = numbers(
-        words, halves, stored, page, slot_N, rank_N, real_N, BITS, SLOTS, KEPT, BYTES,
+        words, halves, stored, page, slot_A, rank_N, real_N, BITS, SLOTS, KEPT, BYTES,
         CODES, SCALES, GROUP, GROUPS, BLOCKS, ITEM, KEYS,
     )  # fmt: skip
     channel_N = tl.load(channels + page * KEPT + rank_N, mask=real_N, other=0).to(tl.int32)
-    to_N = out + (page * SLOTS + slot_N) * WIDTH + channel_N
-    tl.store(to_N, x_N.to(out.dtype.element_ty), mask=real_N)
+    to_A = out + (page * SLOTS + slot_A) * WIDTH + channel_N
+    tl.store(to_A, x_N.to(out.dtype.element_ty), mask=real_N)

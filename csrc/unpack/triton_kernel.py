@@ -17,7 +17,7 @@ BLOCK = 512  # numbers of a program
 
 def unpack(operands: Operands) -> tuple[Tensor, Tensor]:
     """Keys `[P, S, D]` and values `[P, S, E]`, the same as the reference. Raises OperatorError."""
-    page_PX, channel_PT, channel_PU, _, like = operands
+    page_PX, channel_PC, channel_PU, _, like = operands
     sizes = check(operands)
     pages, slots = len(page_PX), sizes.slots
     key_scales, value_codes, value_scales, _ = sizes.offsets
@@ -35,7 +35,7 @@ def unpack(operands: Operands) -> tuple[Tensor, Tensor]:
     values |= {"KEYS": False}
     common = {"SLOTS": slots, "BYTES": sizes.page_bytes, "ITEM": sizes.item_bytes, "BLOCK": BLOCK}
     with device_of(page_PX):
-        for channels, out, places in ((channel_PT, key, keys), (channel_PU, value, values)):
+        for channels, out, places in ((channel_PC, key, keys), (channel_PU, value, values)):
             grid = (pages, triton.cdiv(slots * places["KEPT"], BLOCK))
             options = {**common, **places, "num_warps": 4, **FUSED}
             unpack_kernel[grid](*views, channels, out, **options)

@@ -12,7 +12,7 @@ BLOCK_ELEMENTS = 1 << 24  # largest mask or logit block of the general path
 
 
 def prompt_attention(
-    query_BNPD: Tensor,
+    query_BNQD: Tensor,
     key_BHSD: Tensor,
     value_BHSD: Tensor,
     position_BHS: Tensor | None,
@@ -20,33 +20,33 @@ def prompt_attention(
     softcap: float = 0.0,
     window: int | None = None,
 ) -> Tensor:
-    """Softmax attention `[B, N, P, D]` of the P tokens that own the last P slots, in order.
+    """Softmax attention `[B, N, Q, D]` of the Q tokens that own the last Q slots, in order.
 
     Query i sees slots 0 … S − P + i that hold a token and, with a sliding `window`, whose position
     is less than `window` before its own. `position_BHS` None means that slot s holds position s in
     every row.
     """
-    slots, new = key_BHSD.shape[2], query_BNPD.shape[2]
+    slots, new = key_BHSD.shape[2], query_BNQD.shape[2]
     if new == 0:
-        return query_BNPD.new_zeros(*query_BNPD.shape[:3], value_BHSD.shape[-1])
+        return query_BNQD.new_zeros(*query_BNQD.shape[:3], value_BHSD.shape[-1])
     plain = position_BHS is None and slots == new and (window is None or slots <= window)
     if plain and not softcap:
-        grouped = query_BNPD.shape[1] != key_BHSD.shape[1]
+        grouped = query_BNQD.shape[1] != key_BHSD.shape[1]
         return F.scaled_dot_product_attention(
-            query_BNPD, key_BHSD, value_BHSD, is_causal=new > 1, scale=scaling, enable_gqa=grouped
+            query_BNQD, key_BHSD, value_BHSD, is_causal=new > 1, scale=scaling, enable_gqa=grouped
         )
     if position_BHS is None:
         position_BHS = torch.arange(slots, device=key_BHSD.device).expand(
             *key_BHSD.shape[:2], slots
         )
-    step = max(1, BLOCK_ELEMENTS // max(1, query_BNPD.shape[0] * query_BNPD.shape[1] * slots))
+    step = max(1, BLOCK_ELEMENTS // max(1, query_BNQD.shape[0] * query_BNQD.shape[1] * slots))
     rest = (new, key_BHSD, value_BHSD, position_BHS, scaling, softcap, window)
-    blocks = [_block(query_BNPD[:, :, i : i + step], i, *rest) for i in range(0, new, step)]
+    blocks = [_block(query_BNQD[:, :, i : i + step], i, *rest) for i in range(0, new, step)]
     return torch.cat(blocks, dim=2)
 
 
 def _block(
-    query_BNpD: Tensor,
+    query_BNqD: Tensor,
     start: int,
     new: int,
     key_BHSD: Tensor,
@@ -57,16 +57,16 @@ def _block(
     window: int | None,
 ) -> Tensor:
     """The attention of the queries from `start` on, over the slots that some of them see."""
-    batch, query_heads, queries, width = query_BNpD.shape
+    batch, query_heads, queries, width = query_BNqD.shape
     heads, slots = position_BHS.shape[1:]
     first = slots - new + start
     seen = first + queries
     key, value = key_BHSD[:, :, :seen], value_BHSD[:, :, :seen]
-    visible_BHps = _visible(position_BHS[..., :seen], first, window)
+    visible_BHqs = _visible(position_BHS[..., :seen], first, window)
     group = query_heads // heads
-    query_BHMD = query_BNpD.reshape(batch, heads, -1, width)  # M = G·p: rows are read once
-    visible_BHGps = visible_BHps[:, :, None].expand(-1, -1, group, -1, -1)
-    visible_BHMs = visible_BHGps.reshape(batch, heads, -1, seen)
+    query_BHMD = query_BNqD.reshape(batch, heads, -1, width)  # M = G·p: rows are read once
+    visible_BHGqs = visible_BHqs[:, :, None].expand(-1, -1, group, -1, -1)
+    visible_BHMs = visible_BHGqs.reshape(batch, heads, -1, seen)
     if softcap:
         logits = torch.tanh(torch.matmul(query_BHMD * scaling, key.mT).float() / softcap) * softcap
         weights = logits.masked_fill(~visible_BHMs, -torch.inf).softmax(-1)
@@ -81,7 +81,7 @@ def _block(
 def _visible(position_BHs: Tensor, first: int, window: int | None) -> Tensor:
     """Which slots each query sees, those from slot `first` on: bool `[B, H, p, s]`."""
     slot_s = torch.arange(position_BHs.shape[2], device=position_BHs.device)
-    visible_BHps = (slot_s <= slot_s[first:, None]) & (position_BHs != EMPTY)[:, :, None]
+    visible_BHqs = (slot_s <= slot_s[first:, None]) & (position_BHs != EMPTY)[:, :, None]
     if window is None:
-        return visible_BHps
-    return visible_BHps & (position_BHs[:, :, None] > position_BHs[..., first:, None] - window)
+        return visible_BHqs
+    return visible_BHqs & (position_BHs[:, :, None] > position_BHs[..., first:, None] - window)

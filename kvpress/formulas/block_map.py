@@ -119,7 +119,7 @@ def computed_blocks(map_BNX: Tensor) -> Tensor:
     return ones_256[map_BNX.int()].sum(-1)
 
 
-def of_slots(scale_BHJK: Tensor, slots: int) -> Tensor:
+def of_slots(scale_BHJ4: Tensor, slots: int) -> Tensor:
     """The scale of every key from those of its block: `[B, H, S]`."""
-    group_s = torch.arange(SLOTS, device=scale_BHJK.device) % 8 // 2
-    return scale_BHJK[..., group_s].flatten(2)[:, :, :slots]
+    group_s = torch.arange(SLOTS, device=scale_BHJ4.device) % 8 // 2
+    return scale_BHJ4[..., group_s].flatten(2)[:, :, :slots]

@@ -16,29 +16,29 @@ class Codes(NamedTuple):
     """Smoothed queries or keys in 4 bits: x ≈ code · scale + mean."""
 
     code: Tensor  # int8
-    scale: Tensor  # fp32: of queries [B, N, P], of keys [B, H, J, 4]
+    scale: Tensor  # fp32: of queries [B, N, Q], of keys [B, H, J, 4]
     smooth: Tensor  # fp32, of the shape of the codes: x − mean
     mean: Tensor  # fp32 [B, N or H, 1, D]
 
 
-def quantise_queries(query_BNPD: Tensor) -> Codes:
+def quantise_queries(query_BNQD: Tensor) -> Codes:
     """Codes of queries; rows r and r + 8 of 16 share a scale."""
-    smooth_BNPD, mean_BN1D = _smooth(query_BNPD)
-    most_BNR = _largest(smooth_BNPD, _ROWS)
+    smooth_BNQD, mean_BN1D = _smooth(query_BNQD)
+    most_BNR = _largest(smooth_BNQD, _ROWS)
     most_BNt2g = most_BNR.view(*most_BNR.shape[:2], -1, 2, _ROWS // 2)
     scale_BNtg = _scale(most_BNt2g.amax(3))
-    scale_BNP = scale_BNtg.repeat(1, 1, 1, 2).flatten(2)[..., : query_BNPD.shape[2]].contiguous()
-    return Codes(_codes(smooth_BNPD, scale_BNP[..., None]), scale_BNP, smooth_BNPD, mean_BN1D)
+    scale_BNQ = scale_BNtg.repeat(1, 1, 1, 2).flatten(2)[..., : query_BNQD.shape[2]].contiguous()
+    return Codes(_codes(smooth_BNQD, scale_BNQ[..., None]), scale_BNQ, smooth_BNQD, mean_BN1D)
 
 
 def quantise_keys(key_BHSD: Tensor) -> Codes:
     """Codes of keys; those of a block whose number mod 8 is 2j or 2j + 1 share a scale."""
     smooth_BHSD, mean_BH1D = _smooth(key_BHSD)
     most_BHR = _largest(smooth_BHSD, SLOTS)
-    most_BHJoK2 = most_BHR.view(*most_BHR.shape[:2], -1, SLOTS // 8, 4, 2)
-    scale_BHJK = _scale(most_BHJoK2.amax((3, 5)))
-    codes_BHSD = _codes(smooth_BHSD, of_slots(scale_BHJK, key_BHSD.shape[2])[..., None])
-    return Codes(codes_BHSD, scale_BHJK, smooth_BHSD, mean_BH1D)
+    most_BHJs42 = most_BHR.view(*most_BHR.shape[:2], -1, SLOTS // 8, 4, 2)
+    scale_BHJ4 = _scale(most_BHJs42.amax((3, 5)))
+    codes_BHSD = _codes(smooth_BHSD, of_slots(scale_BHJ4, key_BHSD.shape[2])[..., None])
+    return Codes(codes_BHSD, scale_BHJ4, smooth_BHSD, mean_BH1D)
 
 
 def _largest(x_BNSD: Tensor, multiple: int) -> Tensor:

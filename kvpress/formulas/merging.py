@@ -51,16 +51,16 @@ class Merging(NamedTuple):
 
 
 def next_threshold(
-    merging: Merging, threshold_B: Tensor, similarity_BHE: Tensor, real_BHE: Tensor
+    merging: Merging, threshold_B: Tensor, similarity_BHV: Tensor, real_BHV: Tensor
 ) -> Tensor:
     """The threshold of every sequence after an eviction: fp32 `[B]`.
 
-    threshold_B: before it; NaN where nothing was evicted yet. real_BHE: the slots that have a
+    threshold_B: before it; NaN where nothing was evicted yet. real_BHV: the slots that have a
     nearest key; a sequence without any keeps its threshold.
     """
-    count_B = real_BHE.sum((1, 2))
-    mean_B = similarity_BHE.where(real_BHE, 0.0).sum((1, 2)) / count_B
-    top_B = similarity_BHE.where(real_BHE, -torch.inf).amax((1, 2)) if merging.largest else mean_B
+    count_B = real_BHV.sum((1, 2))
+    mean_B = similarity_BHV.where(real_BHV, 0.0).sum((1, 2)) / count_B
+    top_B = similarity_BHV.where(real_BHV, -torch.inf).amax((1, 2)) if merging.largest else mean_B
     memory, gain = merging.motion
     moved_B = memory * threshold_B + gain * top_B
     moved_B = torch.where(threshold_B.isnan(), mean_B, moved_B)
@@ -68,66 +68,66 @@ def next_threshold(
 
 
 def merged(
-    merging: Merging, threshold_B: Tensor, similarity_BHE: Tensor, real_BHE: Tensor
+    merging: Merging, threshold_B: Tensor, similarity_BHV: Tensor, real_BHV: Tensor
 ) -> Tensor:
     """Which evicted slots are merged, the others being dropped: bool `[B, H, E]`."""
-    u_BHE = similarity_BHE
+    u_BHV = similarity_BHV
     if merging.together:
-        heads_B1E = real_BHE.sum(1, keepdim=True).clamp_min(1)
-        u_BHE = similarity_BHE.where(real_BHE, 0.0).sum(1, keepdim=True) / heads_B1E
-    return real_BHE & (u_BHE >= threshold_B[:, None, None])
+        heads_B1V = real_BHV.sum(1, keepdim=True).clamp_min(1)
+        u_BHV = similarity_BHV.where(real_BHV, 0.0).sum(1, keepdim=True) / heads_B1V
+    return real_BHV & (u_BHV >= threshold_B[:, None, None])
 
 
 class Shares(NamedTuple):
     """What vectors count in the kept slots that they end in: fp32."""
 
-    evicted_BHE: Tensor  # 0 for what is dropped
-    kept_BHC: Tensor  # 1 where nothing is merged in
-    got_BHC: Tensor  # how many are merged in
-    target_BHE: Tensor  # the kept slot of every evicted one
+    evicted_BHV: Tensor  # 0 for what is dropped
+    kept_BHK: Tensor  # 1 where nothing is merged in
+    got_BHK: Tensor  # how many are merged in
+    target_BHV: Tensor  # the kept slot of every evicted one
 
-    def add(self, kept_BHCD: Tensor, evicted_BHED: Tensor) -> Tensor:
+    def add(self, kept_BHKD: Tensor, evicted_BHVD: Tensor) -> Tensor:
         """The kept vectors with the merged ones in them, in their dtype; others bit for bit."""
-        sums_BHCD = (kept_BHCD.float() * self.kept_BHC[..., None]).contiguous()
-        part_ND = (evicted_BHED.float() * self.evicted_BHE[..., None]).flatten(0, 2)
-        into_N = _flat(self.target_BHE, kept_BHCD.shape[2])
-        used_N = (self.evicted_BHE != 0).flatten().nonzero().flatten()
-        sums_BHCD.flatten(0, 2).index_add_(0, into_N[used_N], part_ND[used_N])
-        return torch.where(self.got_BHC[..., None] > 0, sums_BHCD.to(kept_BHCD.dtype), kept_BHCD)
+        sums_BHKD = (kept_BHKD.float() * self.kept_BHK[..., None]).contiguous()
+        part_AD = (evicted_BHVD.float() * self.evicted_BHV[..., None]).flatten(0, 2)
+        into_A = _flat(self.target_BHV, kept_BHKD.shape[2])
+        used_A = (self.evicted_BHV != 0).flatten().nonzero().flatten()
+        sums_BHKD.flatten(0, 2).index_add_(0, into_A[used_A], part_AD[used_A])
+        return torch.where(self.got_BHK[..., None] > 0, sums_BHKD.to(kept_BHKD.dtype), kept_BHKD)
 
 
 def shares(
-    merging: Merging, similarity_BHE: Tensor, target_BHE: Tensor, merged_BHE: Tensor, kept: int
+    merging: Merging, similarity_BHV: Tensor, target_BHV: Tensor, merged_BHV: Tensor, kept: int
 ) -> Shares:
     """What merged slots and the kept ones that they are merged into count."""
-    u_BHE = similarity_BHE.where(merged_BHE, 0.0)
-    raw_BHE = (u_BHE.exp() if merging.normalised else u_BHE).where(merged_BHE, 0.0)
-    got_BHC = _sum_by_target(merged_BHE.float(), target_BHE, kept)
+    u_BHV = similarity_BHV.where(merged_BHV, 0.0)
+    raw_BHV = (u_BHV.exp() if merging.normalised else u_BHV).where(merged_BHV, 0.0)
+    got_BHK = _sum_by_target(merged_BHV.float(), target_BHV, kept)
     if merging.normalised:
-        own, whole_BHC = merging.own, merging.own + _sum_by_target(raw_BHE, target_BHE, kept)
+        own, whole_BHK = merging.own, merging.own + _sum_by_target(raw_BHV, target_BHV, kept)
     else:
-        own, whole_BHC = 1.0, 1.0 + got_BHC
-    share_BHC = torch.where(got_BHC > 0, own / whole_BHC, 1.0)
-    return Shares(raw_BHE / whole_BHC.gather(2, target_BHE), share_BHC, got_BHC, target_BHE)
+        own, whole_BHK = 1.0, 1.0 + got_BHK
+    share_BHK = torch.where(got_BHK > 0, own / whole_BHK, 1.0)
+    return Shares(raw_BHV / whole_BHK.gather(2, target_BHV), share_BHK, got_BHK, target_BHV)
 
 
 def add_counts(
-    bias_BHC: Tensor, evicted_BHE: Tensor, target_BHE: Tensor, merged_BHE: Tensor
+    bias_BHK: Tensor, evicted_BHV: Tensor, target_BHV: Tensor, merged_BHV: Tensor
 ) -> Tensor:
-    """The log of the number of tokens in every kept slot, in the dtype of `bias_BHC`."""
-    count_BHE = evicted_BHE.float().exp().where(merged_BHE, 0.0)
-    count_BHC = bias_BHC.float().exp() + _sum_by_target(count_BHE, target_BHE, bias_BHC.shape[2])
-    return count_BHC.log().to(bias_BHC.dtype)
+    """The log of the number of tokens in every kept slot, in the dtype of `bias_BHK`."""
+    count_BHV = evicted_BHV.float().exp().where(merged_BHV, 0.0)
+    count_BHK = bias_BHK.float().exp() + _sum_by_target(count_BHV, target_BHV, bias_BHK.shape[2])
+    return count_BHK.log().to(bias_BHK.dtype)
 
 
-def _sum_by_target(values_BHE: Tensor, target_BHE: Tensor, kept: int) -> Tensor:
+def _sum_by_target(values_BHV: Tensor, target_BHV: Tensor, kept: int) -> Tensor:
     """For every kept slot the sum over the slots that have it as their target: `[B, H, C]`."""
-    sums_BHC = values_BHE.new_zeros(*values_BHE.shape[:2], kept)
-    return sums_BHC.scatter_add_(2, target_BHE, values_BHE)
+    sums_BHK = values_BHV.new_zeros(*values_BHV.shape[:2], kept)
+    return sums_BHK.scatter_add_(2, target_BHV, values_BHV)
 
 
-def _flat(target_BHE: Tensor, kept: int) -> Tensor:
+def _flat(target_BHV: Tensor, kept: int) -> Tensor:
     """Targets as rows of all kept slots, row after row."""
-    batch, heads, _ = target_BHE.shape
-    first_BH1 = torch.arange(batch * heads, device=target_BHE.device).view(batch, heads, 1) * kept
-    return (target_BHE + first_BH1).flatten()
+    batch, heads, _ = target_BHV.shape
+    first_BH1 = torch.arange(batch * heads, device=target_BHV.device).view(batch, heads, 1) * kept
+    return (target_BHV + first_BH1).flatten()

@@ -106,16 +106,16 @@ def _code_bytes(pairs: int, lines: int, bits: int) -> int:
     return _up(vectors, 16 // bits) * _WORDS * bits // 8
 
 
-def to_bytes(code_PXY: Tensor, bits: int) -> Tensor:
+def to_bytes(code_PXg: Tensor, bits: int) -> Tensor:
     """The bytes of codes: X is the axis of pairs, Y that of lines. uint8 `[P, bytes]`."""
-    pages, pairs, lines = code_PXY.shape
-    code_PXY = torch.nn.functional.pad(code_PXY, (0, -lines % LINES, 0, pairs % 2))
+    pages, pairs, lines = code_PXg.shape
+    code_PXg = torch.nn.functional.pad(code_PXg, (0, -lines % LINES, 0, pairs % 2))
     sizes = (pages, -(-pairs // 2), 2, -(-lines // LINES), LINES)
-    vector_PVw = code_PXY.reshape(sizes).permute(0, 1, 3, 4, 2).reshape(pages, -1, _WORDS)
+    vector_PXw = code_PXg.reshape(sizes).permute(0, 1, 3, 4, 2).reshape(pages, -1, _WORDS)
     fields = 16 // bits
-    vector_PVw = torch.nn.functional.pad(vector_PVw, (0, 0, 0, -vector_PVw.shape[1] % fields))
-    shift_f1 = torch.arange(fields, device=code_PXY.device, dtype=torch.int32)[:, None] * bits
-    word_Puw = (vector_PVw.view(pages, -1, fields, _WORDS).int() << shift_f1).sum(2)
+    vector_PXw = torch.nn.functional.pad(vector_PXw, (0, 0, 0, -vector_PXw.shape[1] % fields))
+    shift_f1 = torch.arange(fields, device=code_PXg.device, dtype=torch.int32)[:, None] * bits
+    word_Puw = (vector_PXw.view(pages, -1, fields, _WORDS).int() << shift_f1).sum(2)
     return torch.stack([word_Puw & 255, word_Puw >> 8], -1).flatten(1).to(torch.uint8)
 
 
@@ -125,11 +125,11 @@ def from_bytes(data_PX: Tensor, pairs: int, lines: int, bits: int) -> Tensor:
     word_Puw = data_PX.int().view(len(data_PX), -1, _WORDS, 2)
     word_Pu1w = (word_Puw[..., 0] | word_Puw[..., 1] << 8)[:, :, None]
     shift_f1 = torch.arange(fields, device=data_PX.device, dtype=torch.int32)[:, None] * bits
-    vector_PVw = (word_Pu1w >> shift_f1 & (2**bits - 1)).flatten(1, 2)
+    vector_PXw = (word_Pu1w >> shift_f1 & (2**bits - 1)).flatten(1, 2)
     vectors = -(-pairs // 2) * blocks
-    code = vector_PVw[:, :vectors].reshape(len(data_PX), -1, blocks, LINES, 2)
-    code_PXY = code.permute(0, 1, 4, 2, 3).flatten(3).flatten(1, 2)
-    codes: Tensor = code_PXY[:, :pairs, :lines].to(torch.uint8)
+    code = vector_PXw[:, :vectors].reshape(len(data_PX), -1, blocks, LINES, 2)
+    code_PXg = code.permute(0, 1, 4, 2, 3).flatten(3).flatten(1, 2)
+    codes: Tensor = code_PXg[:, :pairs, :lines].to(torch.uint8)
     return codes
 
 

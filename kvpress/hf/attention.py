@@ -42,7 +42,7 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: `[B, N, P, D]` queries in, `[B, P, N, D]` out.
+    """transformers' attention function: `[B, N, Q, D]` queries in, `[B, Q, N, D]` out.
 
     Keys that an engine cache returned are attended from its store; without a cache attention is
     dense.
@@ -101,16 +101,16 @@ def _dense(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    valid_BP: Tensor | None,
+    valid_BQ: Tensor | None,
     scale: float,
     softcap: float,
     window: int | None,
 ) -> Tensor:
     """Attention without a cache."""
-    if valid_BP is None:
+    if valid_BQ is None:
         return prompt_attention(query, key, value, None, scale, softcap, window)
-    column_P = torch.arange(key.shape[2], device=key.device)
-    position_BP = column_P.where(valid_BP, EMPTY)
-    position_BHP = position_BP[:, None].expand(-1, key.shape[1], -1)
-    out = prompt_attention(query, key, value, position_BHP, scale, softcap, window)
-    return out.masked_fill(~valid_BP[:, None, :, None], 0.0)
+    column_Q = torch.arange(key.shape[2], device=key.device)
+    position_BQ = column_Q.where(valid_BQ, EMPTY)
+    position_BHQ = position_BQ[:, None].expand(-1, key.shape[1], -1)
+    out = prompt_attention(query, key, value, position_BHQ, scale, softcap, window)
+    return out.masked_fill(~valid_BQ[:, None, :, None], 0.0)

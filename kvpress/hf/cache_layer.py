@@ -58,7 +58,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, Tensor]:
-        """Takes keys and values `[B, H, P, D]`; returns them tagged for the attention function.
+        """Takes keys and values `[B, H, Q, D]`; returns them tagged for the attention function.
 
         A model that computes attention by itself gets `Keys` instead, which attend in the end.
         """
@@ -77,8 +77,8 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_initialized = True
         self.waiting = own_value
 
-        def attends(query: Tensor, valid_BP: Tensor | None, scaling: float) -> Tensor:
-            return self.attend(query, own_key, own_value, valid_BP, scaling, 0.0)
+        def attends(query: Tensor, valid_BQ: Tensor | None, scaling: float) -> Tensor:
+            return self.attend(query, own_key, own_value, valid_BQ, scaling, 0.0)
 
         return Keys(key, self.state.kind.slopes is not None, attends), value
 
@@ -87,11 +87,11 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        valid_BP: Tensor | None,
+        valid_BQ: Tensor | None,
         scaling: float,
         softcap: float,
     ) -> Tensor:
-        """The attention output `[B, N, P, D]` of the tokens that `update` took, once."""
+        """The attention output `[B, N, Q, D]` of the tokens that `update` took, once."""
         if self.waiting is not value:
             again = "a second time" if self.waiting is None else "with other values"
             raise CacheError(
@@ -100,13 +100,13 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 " which this engine does not support. Use another model."
             )
         self.waiting = None
-        valid_BP = None if valid_BP is None else valid_BP.cpu()
+        valid_BQ = None if valid_BQ is None else valid_BQ.cpu()
         tokens, slopes = Tokens(query, key, value, scaling, softcap), self.state.kind.slopes
         if slopes is not None:
-            tokens = with_positions(tokens, slopes, _seen_before(self.state, len(key)), valid_BP)
+            tokens = with_positions(tokens, slopes, _seen_before(self.state, len(key)), valid_BQ)
         if counts_tokens(self.state.recipe):
             tokens = with_counts(tokens)
-        return run_layer(self.state, tokens, valid_BP)
+        return run_layer(self.state, tokens, valid_BQ)
 
     def check_attended(self) -> None:
         """Raises CacheError if keys were taken that the engine's attention function never saw."""

@@ -18,13 +18,13 @@ from kvpress.errors import UnsupportedModelError
 
 
 class Attends(Protocol):
-    """Who attends in the end: queries `[B, N, P, D]`, valid_BP, scaling -> `[B, N, P, E]`."""
+    """Who attends in the end: queries `[B, N, Q, D]`, valid_BQ, scaling -> `[B, N, Q, E]`."""
 
-    def __call__(self, query: Tensor, valid_BP: Tensor | None, scaling: float) -> Tensor: ...
+    def __call__(self, query: Tensor, valid_BQ: Tensor | None, scaling: float) -> Tensor: ...
 
 
 class Keys:
-    """New keys `[B, H, P, D]`, of which a model makes scores, however it lays them out.
+    """New keys `[B, H, Q, D]`, of which a model makes scores, however it lays them out.
 
     biased: whether the scores get a bias by distance (ALiBi), which `attends` adds itself.
     """
@@ -58,7 +58,7 @@ class Scores:
     def __init__(self, keys: Keys, query: Tensor, scaling: float = 1.0) -> None:
         self.dtype, self.device = query.dtype, query.device
         self._keys, self._query, self._scaling = keys, query, float(scaling)
-        self._valid_BP: Tensor | None = None
+        self._valid_BQ: Tensor | None = None
 
     def view(self, *_: Any, **__: Any) -> Scores:
         """Themselves: layout and dtype are for whoever attends to choose."""
@@ -83,7 +83,7 @@ class Scores:
         if bias is None:
             return self
         if bias.dtype == torch.bool and bias.dim() == 2:
-            self._valid_BP = bias
+            self._valid_BQ = bias
         elif not self._keys.biased:
             _refuse("a bias")
         return self
@@ -98,12 +98,12 @@ class Scores:
 
     def __matmul__(self, _: Tensor) -> Tensor:
         batch, width = self._keys.shape[0], self._query.shape[-1]
-        query_BNPD = self._query.reshape(batch, -1, self._query.shape[-2], width)
-        valid_BP = self._valid_BP
-        if valid_BP is not None and bool(valid_BP.all()):
-            valid_BP = None
-        out_BNPE = self._keys.attends(query_BNPD, valid_BP, self._scaling)
-        return out_BNPE.reshape(*self._query.shape[:-1], out_BNPE.shape[-1])
+        query_BNQD = self._query.reshape(batch, -1, self._query.shape[-2], width)
+        valid_BQ = self._valid_BQ
+        if valid_BQ is not None and bool(valid_BQ.all()):
+            valid_BQ = None
+        out_BNQE = self._keys.attends(query_BNQD, valid_BQ, self._scaling)
+        return out_BNQE.reshape(*self._query.shape[:-1], out_BNQE.shape[-1])
 
     @classmethod
     def __torch_function__(

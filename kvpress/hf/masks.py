@@ -27,7 +27,7 @@ def new_token_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' mask function: `[B, P]` bool, which new tokens are real; None if all are.
+    """transformers' mask function: `[B, Q]` bool, which new tokens are real; None if all are.
 
     Causality and sliding windows follow from logical positions; stored slots are real by
     construction.
@@ -43,8 +43,8 @@ def new_token_mask(
             f" ({batch_size}, {kv_length}). Pass a mask that covers every token seen, evicted ones"
             " included."
         )
-    valid_BP = attention_mask[:, kv_length - q_length :].bool()
-    return None if bool(valid_BP.all()) else valid_BP
+    valid_BQ = attention_mask[:, kv_length - q_length :].bool()
+    return None if bool(valid_BQ.all()) else valid_BQ
 
 
 @uncompiled
@@ -58,10 +58,10 @@ def inline_token_mask(
 ) -> Tensor:
     """The same for models that compute attention by themselves, and always want a mask."""
     plain = mask_function is causal_mask_function
-    valid_BP = new_token_mask(batch_size, q_length, kv_length, allow_is_causal_skip=plain, **kwargs)
-    if valid_BP is None:
+    valid_BQ = new_token_mask(batch_size, q_length, kv_length, allow_is_causal_skip=plain, **kwargs)
+    if valid_BQ is None:
         return torch.ones(batch_size, q_length, dtype=torch.bool, device=kwargs.get("device"))
-    return valid_BP
+    return valid_BQ
 
 
 def with_mask(given: dict[str, Any]) -> dict[str, Any]:
@@ -75,8 +75,8 @@ def with_mask(given: dict[str, Any]) -> dict[str, Any]:
     known = given.get("attention_mask"), given.get("position_ids")
     if tokens is None or any(x is not None for x in known):
         return given
-    mask_BP = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    return given | {"attention_mask": mask_BP}
+    mask_BQ = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    return given | {"attention_mask": mask_BQ}
 
 
 def refuse_packing(given: dict[str, Any]) -> None:
@@ -139,9 +139,9 @@ def _check_positions(position: Any, tokens: Tensor, known_B: Tensor, seen: int) 
     """Raises MaskError if tokens after a sequence's early end, without a mask, stand elsewhere."""
     if isinstance(position, Tensor) and tokens.shape[1] == 1 and position.device.type != "cpu":
         return  # a step must not wait
-    offset_P = torch.arange(tokens.shape[1], device=known_B.device)
-    right_BP = known_B[:, None] + offset_P
-    if isinstance(position, Tensor) and bool((position.to(known_B.device) == right_BP).all()):
+    offset_Q = torch.arange(tokens.shape[1], device=known_B.device)
+    right_BQ = known_B[:, None] + offset_Q
+    if isinstance(position, Tensor) and bool((position.to(known_B.device) == right_BQ).all()):
         return
     raise MaskError(
         f"Sequences of this cache met their end early: {known_B.tolist()} of {seen} columns are"

@@ -95,10 +95,10 @@ def heads(op: str, lengths: Mapping[str, int], letters: str) -> None:
 
 
 def prompt(op: str, lengths: Mapping[str, int]) -> None:
-    """Raises OperatorError unless P queries own the last of S slots, and heads fit."""
-    heads(op, lengths, "BNHDPS")
-    if lengths["P"] > lengths["S"]:
-        refuse(op, f"{lengths['P']} queries for {lengths['S']} slots; 1 to S are allowed")
+    """Raises OperatorError unless Q queries own the last of S slots, and heads fit."""
+    heads(op, lengths, "BNHDQS")
+    if lengths["Q"] > lengths["S"]:
+        refuse(op, f"{lengths['Q']} queries for {lengths['S']} slots; 1 to S are allowed")
 
 
 def logits(op: str, scaling: float, softcap: float = 0.0) -> None:

@@ -26,12 +26,12 @@ _BLOCK = 32  # queries that `decode_rows` takes at once
 
 
 def run_drafts(layer: Layer, tokens: Tokens) -> Tensor:
-    """Attention output `[B, N, P, D]` of drafted tokens of all sequences, which are then stored."""
+    """Attention output `[B, N, Q, D]` of drafted tokens of all sequences, which are then stored."""
     layer.mark_dirty()
     outputs, group = [], list(range(len(layer.sequences)))
-    for start in range(0, tokens.key_bHPD.shape[2], _BLOCK):
+    for start in range(0, tokens.key_bHQD.shape[2], _BLOCK):
         block = tokens.part(start, start + _BLOCK)
-        new = block.key_bHPD.shape[2]
+        new = block.key_bHQD.shape[2]
         with layer.timed("store"):
             layer.append(block, group, layer.sequences.seen_B)
         layer.advance(new, layer.sequences.seen_B + new, padded=False)
@@ -45,17 +45,17 @@ def _draft_attention(layer: Layer, tokens: Tokens) -> Tensor:
     rows = layer.rows
     if layer.kind.window is not None:  # a row is short, and each token sees another part of it
         columns = rows.dense_by_position(range(rows.sequences))
-        dtype = tokens.key_bHPD.dtype
+        dtype = tokens.key_bHQD.dtype
         key, value = columns[KEY].to(dtype), columns[VALUE].to(dtype)
         rest = (columns[POSITION], tokens.scaling, tokens.softcap, layer.kind.window)
-        return prompt_attention(tokens.query_bNPD, key, value, *rest)
+        return prompt_attention(tokens.query_bNQD, key, value, *rest)
     watched = _request(layer, 0) is not None
-    out_bNPD, weights_bNPS = rows.attend(
-        tokens.query_bNPD, None, tokens.scaling, tokens.softcap, watched
+    out_bNQD, weights_bNQS = rows.attend(
+        tokens.query_bNQD, None, tokens.scaling, tokens.softcap, watched
     )
-    if weights_bNPS is not None:
-        layer.sequences.drafts.blocks.append(weights_bNPS)
-    return out_bNPD
+    if weights_bNQS is not None:
+        layer.sequences.drafts.blocks.append(weights_bNQS)
+    return out_bNQD
 
 
 @lasting
@@ -75,7 +75,7 @@ def commit(layer: Layer) -> None:
     layer.context.dirty = None
 
 
-def _commit(layer: Layer, group: list[int], tokens: int, weights_bNPS: Tensor | None) -> None:
+def _commit(layer: Layer, group: list[int], tokens: int, weights_bNQS: Tensor | None) -> None:
     before, interval = (
         layer.sequences.decoded.of(group[0]),
         layer.limits.interval if layer.limits else 0,
@@ -89,18 +89,18 @@ def _commit(layer: Layer, group: list[int], tokens: int, weights_bNPS: Tensor | 
         for token in range(tokens):
             layer.count_decoded(1, group)
             if layer.recipe.accumulates or (evicts and token == tokens - 1):
-                slots = _observe(layer, group, weights_bNPS, token, tokens)
+                slots = _observe(layer, group, weights_bNQS, token, tokens)
     if evicts:
         evict(layer, group, slots, excess_bH)
 
 
 def _observe(
-    layer: Layer, group: list[int], weights_bNPS: Tensor | None, token: int, tokens: int
+    layer: Layer, group: list[int], weights_bNQS: Tensor | None, token: int, tokens: int
 ) -> Slots:
     """The slots as one of the tokens leaves them."""
     request, weights_bN1S = _request(layer, group[0]), None
-    if weights_bNPS is not None and request is not None:
-        weights_bN1S = weights_bNPS[:, :, token : token + 1]
+    if weights_bNQS is not None and request is not None:
+        weights_bN1S = weights_bNQS[:, :, token : token + 1]
         held = int(layer.rows.counts_BH[group].max())
         weights_bN1S = F.pad(weights_bN1S, (0, max(0, held - weights_bN1S.shape[-1])))
     seen_b = layer.sequences.seen_B[group] - (tokens - 1 - token)

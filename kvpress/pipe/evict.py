@@ -33,9 +33,9 @@ def evict(
                 score(layer, slots), slots.position_BHS, protected(layer, slots, group)
             )
             over_r = (excess_bH > 0).flatten().nonzero().flatten()
-            row_N = layer.rows.paging.table.row_index(group)[over_r]
-            victim_N = victim_bH.flatten()[over_r.to(victim_bH.device)]
-            layer.rows.evict_one(row_N, victim_N, some(layer, group))
+            row_A = layer.rows.paging.table.row_index(group)[over_r]
+            victim_A = victim_bH.flatten()[over_r.to(victim_bH.device)]
+            layer.rows.evict_one(row_A, victim_A, some(layer, group))
             layer.excess.forget()
             return
         kept_BHS, counts_bH = select(layer, slots, group, layer.rows.counts_BH[group])

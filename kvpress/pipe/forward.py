@@ -30,43 +30,43 @@ class Group(NamedTuple):
     decodes: bool
 
 
-def run_layer(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
-    """Attention output `[B, N, P, D]` of new tokens, which are then stored and compressed.
+def run_layer(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
+    """Attention output `[B, N, Q, D]` of new tokens, which are then stored and compressed.
 
-    valid_BP: host bool, False for padding, whose output is zero; None means that all tokens are
+    valid_BQ: host bool, False for padding, whose output is zero; None means that all tokens are
     real. One new token of a sequence that has seen others is a decode step, everything else is a
     prompt. Raises BudgetError before anything changes.
     """
-    if torch.is_inference_mode_enabled() and not _is_step(layer, tokens, valid_BP):
-        return _pass_outside(layer, tokens, valid_BP)
-    return _pass(layer, tokens, valid_BP)
+    if torch.is_inference_mode_enabled() and not _is_step(layer, tokens, valid_BQ):
+        return _pass_outside(layer, tokens, valid_BQ)
+    return _pass(layer, tokens, valid_BQ)
 
 
-def _is_step(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> bool:
+def _is_step(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> bool:
     """Whether this is a decode step that makes next to nothing that lasts.
 
     Leaving inference mode costs such a step a tenth; the few places where it makes something do so
     themselves. Counts on another device, packing, merging and drafts make something in every step.
     """
-    single = tokens.key_bHPD.shape[2] == 1 and valid_BP is None and layer.store is not None
+    single = tokens.key_bHQD.shape[2] == 1 and valid_BQ is None and layer.store is not None
     drafts = layer.context.recording.on or layer.sequences.drafts.tokens
     if not single or drafts or not layer.rows.on_host:
         return False
     return layer.recipe.merging is None and not layer.recipe.formats and layer.in_step
 
 
-def _pass(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
+def _pass(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
     if layer.store is None:
-        layer.start(tokens.key_bHPD, tokens.value_bHPD)
+        layer.start(tokens.key_bHQD, tokens.value_bHQD)
     drafted = layer.context.recording.drafted(
-        tokens.key_bHPD.shape[2], first=layer.columns_seen == 0
+        tokens.key_bHQD.shape[2], first=layer.columns_seen == 0
     )
-    if drafted and valid_BP is not None:
+    if drafted and valid_BQ is not None:
         raise CacheError(
             "Speculative decoding (activate_past_recording) of a batch with padding among the"
             " new tokens is not supported. Draft as many tokens for every sequence."
         )
-    if drafted and layer.recipe.shares and drafted < tokens.key_bHPD.shape[2]:
+    if drafted and layer.recipe.shares and drafted < tokens.key_bHQD.shape[2]:
         raise CacheError(
             f"{layer.recipe} divides its budget among the layers once a prompt has passed all of"
             " them, and this pass holds a prompt and drafted tokens. Read the prompt in a pass of"
@@ -79,7 +79,7 @@ def _pass(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
         out = (
             _with_drafts(layer, tokens, drafted)
             if drafted
-            else _run_groups(layer, tokens, valid_BP)
+            else _run_groups(layer, tokens, valid_BQ)
         )
         if not layer.sequences.drafts.tokens:
             pack_due(layer)
@@ -92,30 +92,30 @@ _pass_outside = lasting(_pass)
 
 def _with_drafts(layer: Layer, tokens: Tokens, drafted: int) -> Tensor:
     """The output of tokens of which the last ones may be taken back."""
-    new = tokens.key_bHPD.shape[2]
+    new = tokens.key_bHQD.shape[2]
     certain, drafts = tokens.part(0, new - drafted), tokens.part(new - drafted, new)
     outputs = [_run_groups(layer, certain, None)] if new > drafted else []
     return torch.cat([*outputs, run_drafts(layer, drafts)], dim=2)
 
 
-def _run_groups(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor:
-    columns = tokens.key_bHPD.shape[2]
-    if columns == 1 and valid_BP is None and layer.in_step:
+def _run_groups(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
+    columns = tokens.key_bHQD.shape[2]
+    if columns == 1 and valid_BQ is None and layer.in_step:
         layer.advance_one()
         watch(layer, range(len(layer.sequences)), tokens)
         return run_decode(layer, None, tokens)
     before_B = layer.sequences.seen_B
-    new_B = torch.full_like(before_B, columns) if valid_BP is None else valid_BP.sum(1)
-    groups = _groups(layer, new_B, columns, padded=valid_BP is not None)
+    new_B = torch.full_like(before_B, columns) if valid_BQ is None else valid_BQ.sum(1)
+    groups = _groups(layer, new_B, columns, padded=valid_BQ is not None)
     prompts = [b for group in groups if not group.decodes for b in group.sequences]
     if layer.recipe.shares:
         foresee(layer, prompts, (before_B + new_B)[prompts])
     set_quotas(layer, prompts, (before_B + new_B)[prompts])
-    layer.advance(columns, before_B + new_B, padded=valid_BP is not None)
+    layer.advance(columns, before_B + new_B, padded=valid_BQ is not None)
 
     outputs, survivors, chunks = [], [], []
     for group in groups:
-        part = _take(tokens, group.sequences, valid_BP)
+        part = _take(tokens, group.sequences, valid_BQ)
         watch(layer, group.sequences, part)
         if group.decodes:
             outputs.append(run_decode(layer, group.sequences, part))
@@ -128,9 +128,9 @@ def _run_groups(layer: Layer, tokens: Tokens, valid_BP: Tensor | None) -> Tensor
     store_prompt(layer, survivors, chunks)
     if layer.recipe.shares:
         trim(layer, prompts)
-    if valid_BP is None and len(groups) == 1:
+    if valid_BQ is None and len(groups) == 1:
         return outputs[0]
-    return _scatter(tokens, groups, outputs, valid_BP)
+    return _scatter(tokens, groups, outputs, valid_BQ)
 
 
 def _groups(layer: Layer, new_B: Tensor, columns: int, padded: bool) -> list[Group]:
@@ -156,29 +156,29 @@ def _groups(layer: Layer, new_B: Tensor, columns: int, padded: bool) -> list[Gro
     return [Group(group, decodes) for (decodes, _), group in together.items()]
 
 
-def _take(tokens: Tokens, group: list[int], valid_BP: Tensor | None) -> Tokens:
+def _take(tokens: Tokens, group: list[int], valid_BQ: Tensor | None) -> Tokens:
     """The real tokens of some sequences: of all, of one, or one token of each."""
-    query, key, value = tokens.query_bNPD, tokens.key_bHPD, tokens.value_bHPD
+    query, key, value = tokens.query_bNQD, tokens.key_bHQD, tokens.value_bHQD
     if len(group) < len(key):
         index_b = torch.tensor(group, dtype=torch.int64, device=key.device)
         query, key, value = (x.index_select(0, index_b) for x in (query, key, value))
-    if valid_BP is not None and len(group) == 1:
-        real_P = valid_BP[group[0]].nonzero().flatten().to(key.device)
-        query, key, value = (x.index_select(2, real_P) for x in (query, key, value))
+    if valid_BQ is not None and len(group) == 1:
+        real_Q = valid_BQ[group[0]].nonzero().flatten().to(key.device)
+        query, key, value = (x.index_select(2, real_Q) for x in (query, key, value))
     return Tokens(query, key, value, tokens.scaling, tokens.softcap)
 
 
 def _scatter(
-    tokens: Tokens, groups: list[Group], outputs: list[Tensor], valid_BP: Tensor | None
+    tokens: Tokens, groups: list[Group], outputs: list[Tensor], valid_BQ: Tensor | None
 ) -> Tensor:
     """The outputs of groups of a batch, at the columns of their tokens; zeros elsewhere."""
-    width = tokens.value_bHPD.shape[-1]
-    out_BNPD = tokens.query_bNPD.new_zeros(*tokens.query_bNPD.shape[:3], width)
+    width = tokens.value_bHQD.shape[-1]
+    out_BNQD = tokens.query_bNQD.new_zeros(*tokens.query_bNQD.shape[:3], width)
     for group, out in zip(groups, outputs, strict=True):
         if len(group.sequences) > 1:  # one token of each
-            out_BNPD[group.sequences] = out
+            out_BNQD[group.sequences] = out
             continue
         (b,) = group.sequences
-        columns = slice(None) if valid_BP is None else valid_BP[b].to(out.device)
-        out_BNPD[b, :, columns] = out[0]
-    return out_BNPD
+        columns = slice(None) if valid_BQ is None else valid_BQ[b].to(out.device)
+        out_BNQD[b, :, columns] = out[0]
+    return out_BNQD

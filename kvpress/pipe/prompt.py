@@ -43,26 +43,26 @@ class _Chunk(NamedTuple):
 def run_prompt(
     layer: Layer, group: list[int], tokens: Tokens, before_b: Tensor
 ) -> tuple[Tensor, Survivors]:
-    """Attention output `[b, N, P, D]` of a prompt chunk, and the slots that stay."""
+    """Attention output `[b, N, Q, D]` of a prompt chunk, and the slots that stay."""
     layer.sequences.decoded.tokens_B[group] = 0
     layer.prompted_at = layer.columns_seen
     layer.evicted_in_prompt = layer.evicted_in_prompt - set(group)  # a new one: forks share it
     columns = _candidates(layer, group, tokens, before_b)
-    where = step(layer, group[0], tokens.query_bNPD.shape[2])
+    where = step(layer, group[0], tokens.query_bNQD.shape[2])
     chunk = _Chunk(group, tokens, columns, layer.recipe.stage("observe").observe(where))
     with layer.timed("prefill attention"):
-        out_bNPD, sums_BNS = _attention_and_sums(layer, tokens, columns, chunk.request)
+        out_bNQD, sums_BNS = _attention_and_sums(layer, tokens, columns, chunk.request)
     with torch.no_grad():
-        return out_bNPD, _compress(layer, chunk, sums_BNS)
+        return out_bNQD, _compress(layer, chunk, sums_BNS)
 
 
 def _attention_and_sums(
     layer: Layer, tokens: Tokens, columns: dict[str, Tensor], request: Observation | None
 ) -> tuple[Tensor, Tensor | None]:
     """The attention output, and the sums that a policy asked for, where they come with it."""
-    query, scaling, softcap = tokens.query_bNPD, tokens.scaling, tokens.softcap
+    query, scaling, softcap = tokens.query_bNQD, tokens.scaling, tokens.softcap
     key, value, position = columns[KEY], columns[VALUE], columns[POSITION]
-    fresh = key is tokens.key_bHPD  # nothing was stored before
+    fresh = key is tokens.key_bHQD  # nothing was stored before
     trains = torch.is_grad_enabled() and query.requires_grad
     map_bNX = choose(layer, tokens, key, position, trains)
     index = layer.kind.index
@@ -74,8 +74,8 @@ def _attention_and_sums(
                 query, key, value, position, index, request, scaling, softcap, map_bNX
             )
         if map_bNX is not None:
-            out_bNPD, _ = ops.attend_blocks(query, key, value, map_bNX, scaling)
-            return out_bNPD, prompt_sums(
+            out_bNQD, _ = ops.attend_blocks(query, key, value, map_bNX, scaling)
+            return out_bNQD, prompt_sums(
                 query, key, position, index, request, scaling, softcap, map_bNX
             )
     if map_bNX is not None:
@@ -91,7 +91,7 @@ def store_prompt(
     """Stores what stays: in new pages, or in place where little changed and pages are shared."""
     if not survivors:
         return
-    new = sum(x.nbytes for tokens, _ in chunks for x in (tokens.key_bHPD, tokens.value_bHPD))
+    new = sum(x.nbytes for tokens, _ in chunks for x in (tokens.key_bHQD, tokens.value_bHQD))
     layer.note_peak(new)
     _store(layer, survivors, chunks)
     layer.context.note_peak(
@@ -127,7 +127,7 @@ def _in_place(
         return False  # where slots are merged, kept ones change too
     stored_BH = layer.rows.counts_BH
     for kept, (tokens, _) in zip(survivors, chunks, strict=True):
-        lost_bH = stored_BH[list(kept.sequences)] + tokens.key_bHPD.shape[2] - kept.counts_BH
+        lost_bH = stored_BH[list(kept.sequences)] + tokens.key_bHQD.shape[2] - kept.counts_BH
         if int(lost_bH.max()) > _MOST_EVICTED:
             return False
     return True
@@ -137,11 +137,11 @@ def _candidates(
     layer: Layer, group: list[int], tokens: Tokens, before_b: Tensor
 ) -> dict[str, Tensor]:
     """What is stored of some sequences, in position order, followed by their new tokens: dense."""
-    batch, heads, new = tokens.key_bHPD.shape[:3]
-    device = tokens.key_bHPD.device
-    position_bP = host.arange(new) + before_b[:, None]
-    position_bHP = position_bP.to(device)[:, None].expand(batch, heads, new)
-    columns = {KEY: tokens.key_bHPD, VALUE: tokens.value_bHPD, POSITION: position_bHP}
+    batch, heads, new = tokens.key_bHQD.shape[:3]
+    device = tokens.key_bHQD.device
+    position_bQ = host.arange(new) + before_b[:, None]
+    position_bHQ = position_bQ.to(device)[:, None].expand(batch, heads, new)
+    columns = {KEY: tokens.key_bHQD, VALUE: tokens.value_bHQD, POSITION: position_bHQ}
     if layer.recipe.accumulates:
         columns[MASS] = torch.zeros(batch, heads, new, device=device, dtype=torch.float32)
     if not bool((layer.rows.counts_BH[group] > 0).any()):
@@ -182,7 +182,7 @@ def _observe(layer: Layer, chunk: _Chunk, sums_BNS: Tensor | None) -> Slots:
     tokens, columns, request = chunk.tokens, chunk.columns, chunk.request
     if request is not None and sums_BNS is None:
         sums_BNS = prompt_sums(
-            tokens.query_bNPD,
+            tokens.query_bNQD,
             columns[KEY],
             columns[POSITION],
             layer.kind.index,
@@ -193,8 +193,8 @@ def _observe(layer: Layer, chunk: _Chunk, sums_BNS: Tensor | None) -> Slots:
     slots = Slots(
         layer=layer.kind.index,
         position_BHS=columns[POSITION],
-        seen_B=layer.sequences.seen_B[chunk.group].to(tokens.key_bHPD.device),
-        new_tokens=tokens.query_bNPD.shape[2],
+        seen_B=layer.sequences.seen_B[chunk.group].to(tokens.key_bHQD.device),
+        new_tokens=tokens.query_bNQD.shape[2],
         fetch=columns.__getitem__,
         attention_BHS=None if sums_BNS is None else over_group(sums_BNS, layer.kind.heads),
         attention_BNS=sums_BNS,

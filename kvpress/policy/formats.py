@@ -41,7 +41,7 @@ class Packing(NamedTuple):
 class Channels(NamedTuple):
     """The kept channels of keys and values: whole numbers, ascending; None: all of them."""
 
-    key_BHT: Tensor | None = None
+    key_BHC: Tensor | None = None
     value_BHU: Tensor | None = None
 
 
@@ -53,7 +53,7 @@ class Window:
     """
 
     layer: int
-    query_BNWD: Tensor
+    query_BNQD: Tensor
     key_BHSD: Tensor
     value_BHSE: Tensor
     position_BHS: Tensor  # int64; EMPTY where there is no token
@@ -85,17 +85,17 @@ class Window:
 
     def _attention(self, key_BHSD: Tensor) -> Tensor:
         batch, heads, _, width = key_BHSD.shape
-        queries = self.query_BNWD.shape[2]
-        query_BHMD = self.query_BNWD.float().reshape(batch, heads, -1, width)
+        queries = self.query_BNQD.shape[2]
+        query_BHMD = self.query_BNQD.float().reshape(batch, heads, -1, width)
         logits = query_BHMD @ key_BHSD.float().mT * self.scaling
         if self.softcap:
             logits = torch.tanh(logits / self.softcap) * self.softcap
-        own_W = torch.arange(queries, device=key_BHSD.device) - queries
-        own_BW = self.seen_B.to(key_BHSD.device)[:, None] + own_W
-        seen = self.position_BHS[:, :, None] <= own_BW[:, None, :, None]
-        hidden_BHWS = ~(seen & self.held_BHS[:, :, None])
+        own_Q = torch.arange(queries, device=key_BHSD.device) - queries
+        own_BQ = self.seen_B.to(key_BHSD.device)[:, None] + own_Q
+        seen = self.position_BHS[:, :, None] <= own_BQ[:, None, :, None]
+        hidden_BHQS = ~(seen & self.held_BHS[:, :, None])
         groups = query_BHMD.shape[2] // queries
-        hidden_BHMS = hidden_BHWS.repeat(1, 1, groups, 1)  # M = g·W + w
+        hidden_BHMS = hidden_BHQS.repeat(1, 1, groups, 1)  # M = g·W + w
         return logits.masked_fill(hidden_BHMS, -torch.inf).softmax(-1)
 
 

@@ -75,7 +75,7 @@ class PageAging:
         self,
         sequences: Sequence[int],
         layouts: Sequence[PageLayout],
-        key_channels_bHT: Tensor,
+        key_channels_bHC: Tensor,
         value_channels_bHU: Tensor,
         wide_bH: Tensor,
     ) -> None:
@@ -94,7 +94,7 @@ class PageAging:
                 PackedRows(*sizes, layout, volatile, like, self._ordered) for layout in layouts
             ]
         row_R = recent.paging.table.row_index(sequences)
-        self.decided.settle(sequences, row_R, key_channels_bHT, value_channels_bHU, wide_bH)
+        self.decided.settle(sequences, row_R, key_channels_bHC, value_channels_bHU, wide_bH)
         _share_channels(self.decided, self.parts)
 
     # Recent slots become old, and old ones recent
@@ -118,19 +118,19 @@ class PageAging:
         # One entry for each new page: the number of its row among these, and, since entries of a
         # row are neighbours, which of its pages it is. Dense rows end together: they start at S −
         # count.
-        from_N = host.arange(len(row_r)).repeat_interleave(pages_r)
-        page_N = host.arange(len(from_N)) - torch.searchsorted(from_N, from_N)
-        first_N = columns[POSITION].shape[2] - count_r[from_N] + page_N * size
-        slot_NS = first_N[:, None] + host.arange(size)
+        from_A = host.arange(len(row_r)).repeat_interleave(pages_r)
+        page_A = host.arange(len(from_A)) - torch.searchsorted(from_A, from_A)
+        first_A = columns[POSITION].shape[2] - count_r[from_A] + page_A * size
+        slot_AS = first_A[:, None] + host.arange(size)
         for number, part in enumerate(self.parts):
-            mine_N = self.decided.wide_R[row_r[from_N]] == bool(number)
-            if bool(mine_N.any()):
-                own_N, slots = from_N[mine_N], slot_NS[mine_N].to(device)
-                at = (own_N.to(device)[:, None], slots)
+            mine_A = self.decided.wide_R[row_r[from_A]] == bool(number)
+            if bool(mine_A.any()):
+                own_A, slots = from_A[mine_A], slot_AS[mine_A].to(device)
+                at = (own_A.to(device)[:, None], slots)
                 old = {name: column.flatten(0, 1)[at] for name, column in columns.items()}
-                channels = part.channels(row_r[own_N])
-                page_NX = pack(part.layout, old.pop(KEY), old.pop(VALUE), channels)
-                part.add(row_r[own_N], page_NX, old)
+                channels = part.channels(row_r[own_A])
+                page_AX = pack(part.layout, old.pop(KEY), old.pop(VALUE), channels)
+                part.add(row_r[own_A], page_AX, old)
             compact(part)
 
     def _leave_last(
@@ -191,9 +191,9 @@ class PageAging:
         channels = (state["key_channels"], state["value_channels"])
         if len(channels[0]):
             device = self.recent.device
-            key_BHT, value_BHU = (self._by_sequence(x).to(device) for x in channels)
+            key_BHC, value_BHU = (self._by_sequence(x).to(device) for x in channels)
             wide_BH = self._by_sequence(state["wide"])
-            self.decide(range(self.recent.sequences), ours, key_BHT, value_BHU, wide_BH)
+            self.decide(range(self.recent.sequences), ours, key_BHC, value_BHU, wide_BH)
         self.decided.decided_B = state["decided"].clone()
 
     def check_integrity(self) -> None:
@@ -207,5 +207,5 @@ class PageAging:
 
 def _share_channels(decided: Decided, parts: Sequence[PackedRows]) -> None:
     for part in parts:
-        part.key_channels_RT = decided.key_channels_RT
+        part.key_channels_RC = decided.key_channels_RC
         part.value_channels_RU = decided.value_channels_RU

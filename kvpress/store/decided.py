@@ -22,13 +22,13 @@ class Decided:
     def __init__(self, sequences: int, heads: int, device: torch.device) -> None:
         self.heads = heads
         nothing = torch.empty(0, 0, dtype=torch.int16, device=device)
-        self.key_channels_RT = self.value_channels_RU = nothing  # until something is
+        self.key_channels_RC = self.value_channels_RU = nothing  # until something is
         self.wide_R = host.zeros(sequences * heads, dtype=torch.bool)
         self.decided_B = host.zeros(sequences, dtype=torch.bool)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that this keeps alive."""
-        yield from (self.key_channels_RT, self.value_channels_RU, self.wide_R, self.decided_B)
+        yield from (self.key_channels_RC, self.value_channels_RU, self.wide_R, self.decided_B)
 
     @property
     def decided_R(self) -> Tensor:
@@ -37,35 +37,35 @@ class Decided:
 
     def make_room(self, layout: PageLayout) -> None:
         """Makes room for the channels of every row."""
-        rows, device = len(self.wide_R), self.key_channels_RT.device
+        rows, device = len(self.wide_R), self.key_channels_RC.device
         channels = torch.zeros(rows, layout.key_kept, dtype=torch.int16, device=device)
-        self.key_channels_RT = channels
+        self.key_channels_RC = channels
         self.value_channels_RU = channels.new_zeros(rows, layout.value_kept)
 
     def settle(
         self,
         sequences: Sequence[int],
         row_R: Tensor,
-        key_channels_bHT: Tensor,
+        key_channels_bHC: Tensor,
         value_channels_bHU: Tensor,
         wide_bH: Tensor,
     ) -> None:
         """Decides for some sequences, whose rows these are."""
-        on_device = row_R.to(self.key_channels_RT.device)
-        self.key_channels_RT[on_device] = key_channels_bHT.flatten(0, 1).to(torch.int16)
+        on_device = row_R.to(self.key_channels_RC.device)
+        self.key_channels_RC[on_device] = key_channels_bHC.flatten(0, 1).to(torch.int16)
         self.value_channels_RU[on_device] = value_channels_bHU.flatten(0, 1).to(torch.int16)
         self.wide_R[row_R] = wide_bH.flatten()
         self.decided_B[list(sequences)] = True
 
     def select(self, index: Sequence[int], row_R: Tensor) -> Decided:
         """What is decided of some sequences, whose rows these are."""
-        device = self.key_channels_RT.device
+        device = self.key_channels_RC.device
         chosen, on_device = Decided(0, self.heads, device), row_R.to(device)
         chosen.wide_R, chosen.decided_B = self.wide_R[row_R], self.decided_B[list(index)]
-        chosen.key_channels_RT = self.key_channels_RT
+        chosen.key_channels_RC = self.key_channels_RC
         chosen.value_channels_RU = self.value_channels_RU
-        if len(self.key_channels_RT):
-            chosen.key_channels_RT = self.key_channels_RT[on_device]
+        if len(self.key_channels_RC):
+            chosen.key_channels_RC = self.key_channels_RC[on_device]
             chosen.value_channels_RU = self.value_channels_RU[on_device]
         return chosen
 
@@ -74,7 +74,7 @@ class Decided:
         return {
             "wide": self.wide_R.clone(),
             "decided": self.decided_B.clone(),
-            "key_channels": self.key_channels_RT.cpu().clone(),
+            "key_channels": self.key_channels_RC.cpu().clone(),
             "value_channels": self.value_channels_RU.cpu().clone(),
         }
 
@@ -98,10 +98,10 @@ class Decided:
         if bool(decided_R.any()) and not known:
             raise CacheError("It was decided how old slots are stored, but not in which channels.")
         for name, width in (("key", layout.key_width), ("value", layout.value_width)):
-            kept_RT = state[f"{name}_channels"]
-            kept_RT = kept_RT[decided_R].int() if known else kept_RT
-            inside = (kept_RT >= 0) & (kept_RT < width)
-            if not bool(inside.all()) or not bool((kept_RT.diff(dim=1) > 0).all()):
+            kept_RC = state[f"{name}_channels"]
+            kept_RC = kept_RC[decided_R].int() if known else kept_RC
+            inside = (kept_RC >= 0) & (kept_RC < width)
+            if not bool(inside.all()) or not bool((kept_RC.diff(dim=1) > 0).all()):
                 raise CacheError(
                     f"The channels of {name}s are not ascending numbers below {width}."
                 )

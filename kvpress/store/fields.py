@@ -43,16 +43,16 @@ class Fields:
 
     # Writing; the pages must have no other users
 
-    def scatter(self, name: str, address_N: Tensor, values: Tensor) -> None:
+    def scatter(self, name: str, address_A: Tensor, values: Tensor) -> None:
         """Writes values `[..., *shape]` of one column to the addresses, in the column's dtype."""
         column = self.paging.columns[name]
-        slots_NX = values.to(column.dtype).reshape(-1, *column.shape).contiguous()
-        ops.scatter_slots(self.paging.pages(name), address_N, slots_NX, column.slot_last)
+        slots_AX = values.to(column.dtype).reshape(-1, *column.shape).contiguous()
+        ops.scatter_slots(self.paging.pages(name), address_A, slots_AX, column.slot_last)
 
     def put(self, row_R: Tensor, slot_RT: Tensor, columns: Mapping[str, Tensor]) -> None:
         """Writes slots (on the host) of some rows; columns that are not given become zero."""
         table = self.paging.table
-        address_N = table.host_address(row_R[:, None], slot_RT).flatten().to(table.device)
+        address_A = table.host_address(row_R[:, None], slot_RT).flatten().to(table.device)
         for name, column in self.paging.columns.items():
             shape = (len(row_R) // table.heads, table.heads, slot_RT.shape[1], *column.shape)
             absent = torch.zeros((), dtype=column.dtype, device=table.device)
@@ -60,18 +60,18 @@ class Fields:
             if self.overlay is not None and name in self.overlay:
                 self.overlay.write(name, row_R, slot_RT, source.flatten(0, 1))
             else:
-                self.scatter(name, address_N, source)
+                self.scatter(name, address_A, source)
 
-    def put_pages(self, row_N: Tensor, place_N: Tensor, columns: Mapping[str, Tensor]) -> None:
+    def put_pages(self, row_A: Tensor, place_A: Tensor, columns: Mapping[str, Tensor]) -> None:
         """Writes whole pages at some places of rows: each column `[N, *page_shape]`."""
         table = self.paging.table
-        page_N = table.pages_RW[row_N, place_N].long().to(table.device)
+        page_A = table.pages_RW[row_A, place_A].long().to(table.device)
         for name, column in self.paging.columns.items():
             if self.overlay is not None and name in self.overlay:
-                slot_NS = place_N[:, None] * table.page_slots + host.arange(table.page_slots)
-                self.overlay.write(name, row_N, slot_NS, columns[name])
+                slot_AS = place_A[:, None] * table.page_slots + host.arange(table.page_slots)
+                self.overlay.write(name, row_A, slot_AS, columns[name])
             else:
-                self.paging.pages(name).index_copy_(0, page_N, columns[name].to(column.dtype))
+                self.paging.pages(name).index_copy_(0, page_A, columns[name].to(column.dtype))
 
     def write(self, name: str, values_bHS: Tensor, sequences: Sequence[int] | None = None) -> None:
         """Overwrites a volatile column of all slots from the form that `dense` gives it."""
@@ -88,19 +88,19 @@ class Fields:
         values_RS = values_RS[:, : address_RS.shape[1]]
         self.scatter(name, address_RS[held_RS], values_RS[held_RS])
 
-    def move(self, row_N: Tensor, from_N: Tensor, to_N: Tensor, to_address_N: Tensor) -> None:
+    def move(self, row_A: Tensor, from_A: Tensor, to_A: Tensor, to_address_A: Tensor) -> None:
         """Copies one slot of each of some rows onto another one, in every column.
 
-        row_N, from_N: on the host. to_N: a place in the row, where `to_address_N` is.
+        row_A, from_A: on the host. to_A: a place in the row, where `to_address_A` is.
         """
         table = self.paging.table
-        from_address_N = table.host_address(row_N, from_N).to(table.device)
+        from_address_A = table.host_address(row_A, from_A).to(table.device)
         for name, column in self.paging.columns.items():
             pages = self.paging.pages(name)
-            moved = ops.gather_slots(pages, from_address_N, column.slot_last)
-            ops.scatter_slots(pages, to_address_N, moved, column.slot_last)
+            moved = ops.gather_slots(pages, from_address_A, column.slot_last)
+            ops.scatter_slots(pages, to_address_A, moved, column.slot_last)
         if self.overlay is not None:
-            self.overlay.move(row_N, from_N, to_N)
+            self.overlay.move(row_A, from_A, to_A)
 
     def fill(self, groups: Sequence[Survivors], headroom: int) -> None:
         """Trades all pages for new ones that hold every sequence of some groups, no other.
@@ -124,15 +124,15 @@ class Fields:
         address_RS = first_page_R[rows, None] * table.page_slots + slot_S
         held_RS = slot_S < counts_R[:, None]
         everything = bool(held_RS.all())
-        address_N = (address_RS.flatten() if everything else address_RS[held_RS]).to(table.device)
-        held_N = held_RS.flatten().to(table.device)
+        address_A = (address_RS.flatten() if everything else address_RS[held_RS]).to(table.device)
+        held_A = held_RS.flatten().to(table.device)
         for name, column in self.paging.columns.items():
             shape = (len(group.sequences), table.heads, slots, *column.shape)
             absent = torch.zeros((), dtype=column.dtype, device=table.device).expand(shape)
             source = group.columns.get(name, absent)[:, :, :slots].detach()
             if not everything:
-                source = source.reshape(-1, *column.shape)[held_N]
-            self.scatter(name, address_N, source)
+                source = source.reshape(-1, *column.shape)[held_A]
+            self.scatter(name, address_A, source)
 
     def renew(self, survivors: Survivors, position_BHS: Tensor) -> Tensor:
         """Writes the volatile columns of survivors, which are known by their positions.

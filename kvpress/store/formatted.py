@@ -122,19 +122,19 @@ class FormattedRows(Rows):
         self.aging.recent.write(name, values_bHS[:, :, start:], sequences)
 
     def evict_one(
-        self, row_N: Tensor, slot_N: Tensor, sequences: Sequence[int] | None = None
+        self, row_A: Tensor, slot_A: Tensor, sequences: Sequence[int] | None = None
     ) -> None:
         """Drops one slot of each of some rows, by its place in the dense form of some sequences."""
-        slot_N = slot_N.cpu()
+        slot_A = slot_A.cpu()
         for part, slots in zip(self.aging.parts, self._widths(sequences), strict=True):
-            mine_N = (slot_N >= 0) & (slot_N < slots)
-            if bool(mine_N.any()):
-                part.evict_one(row_N[mine_N], slot_N[mine_N])
+            mine_A = (slot_A >= 0) & (slot_A < slots)
+            if bool(mine_A.any()):
+                part.evict_one(row_A[mine_A], slot_A[mine_A])
             # From here on places count from the end of this part; -1: that slot was found.
-            slot_N = torch.where(mine_N, -1, slot_N - slots)
-        mine_N = slot_N >= 0
-        if bool(mine_N.any()):
-            self.aging.recent.evict_one(row_N[mine_N], slot_N[mine_N].to(self.device))
+            slot_A = torch.where(mine_A, -1, slot_A - slots)
+        mine_A = slot_A >= 0
+        if bool(mine_A.any()):
+            self.aging.recent.evict_one(row_A[mine_A], slot_A[mine_A].to(self.device))
 
     def retain(self, survivors: Survivors) -> None:
         """Drops what did not survive of some sequences; their volatile columns are renewed."""

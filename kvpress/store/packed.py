@@ -24,7 +24,7 @@ _DROPPED = "dropped"  # holes of every row: slots that were dropped
 class PackedRows:
     """Old slots of one layer, all in the layout of their pages.
 
-    `key_channels_RT` and `value_channels_RU` say which channels each row keeps; whoever owns this
+    `key_channels_RC` and `value_channels_RU` say which channels each row keeps; whoever owns this
     store sets them. columns: what is kept of a slot besides. ordered: nothing is ever dropped, and
     slot s of a row holds token s: then no positions are stored.
     """
@@ -45,7 +45,7 @@ class PackedRows:
         self.paging = Paging({PAGE: page, **columns, **positions}, table)
         self.fields = Fields(self.paging)
         self.memory = PageMemory(self.fields)
-        self.key_channels_RT = self.value_channels_RU = host.zeros(0, dtype=torch.int16)
+        self.key_channels_RC = self.value_channels_RU = host.zeros(0, dtype=torch.int16)
         # What operators get where there are no positions, no mass, no counts on their device.
         self._none = [like.new_empty(0, dtype=t) for t in (torch.int32, torch.float32, torch.int64)]
 
@@ -64,16 +64,16 @@ class PackedRows:
         """Slots of every row that hold a token: int64 `[R]`, on the host."""
         return self.counts - self.dropped
 
-    def channels(self, row_N: Tensor) -> tuple[Tensor, Tensor]:
+    def channels(self, row_A: Tensor) -> tuple[Tensor, Tensor]:
         """The kept channels of some rows (int64, on the host)."""
-        row_N = row_N.to(self.like.device)
-        return self.key_channels_RT[row_N], self.value_channels_RU[row_N]
+        row_A = row_A.to(self.like.device)
+        return self.key_channels_RC[row_A], self.value_channels_RU[row_A]
 
     def part(self, sequences: Sequence[int] | None = None) -> list[Tensor]:
         """The tensors that operators take; see formulas/page_layout.py."""
         no_position, no_mass, no_counts = self._none
         pages, table = self.paging.pool.by_name, self.paging.table
-        channels = self.key_channels_RT, self.value_channels_RU
+        channels = self.key_channels_RC, self.value_channels_RU
         dropped = self.dropped if table.on_host else no_counts
         if sequences is not None:
             row_R = table.row_index(sequences)
@@ -84,11 +84,11 @@ class PackedRows:
 
     # Slots
 
-    def unpack(self, row_N: Tensor, place_N: Tensor) -> tuple[Tensor, Tensor]:
+    def unpack(self, row_A: Tensor, place_A: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the pages at some places of rows, `[N, S, D]` and `[N, S, E]`."""
-        page_N = self.paging.table.pages_RW[row_N, place_N].long().to(self.like.device)
-        packed_NX = self.paging.pages(PAGE)[page_N]
-        return ops.unpack(packed_NX, *self.channels(row_N), list(self.layout), self.like)
+        page_A = self.paging.table.pages_RW[row_A, place_A].long().to(self.like.device)
+        packed_AX = self.paging.pages(PAGE)[page_A]
+        return ops.unpack(packed_AX, *self.channels(row_A), list(self.layout), self.like)
 
     def dense(self, name: str, sequences: Sequence[int] | None = None) -> Tensor:
         """A dense copy of one column; keys and values unpacked, zeros where channels were dropped.
@@ -107,33 +107,33 @@ class PackedRows:
         places_R = self.counts[rows] // table.page_slots
         width = int(places_R.max()) if len(rows) else 0
         used_RW = host.arange(width) < places_R[:, None]
-        row_N, place_N = used_RW.nonzero().unbind(1)
-        values_NSD = self.unpack(rows[row_N], place_N)[name == VALUE]
-        full = values_NSD.new_zeros(len(rows), width, *values_NSD.shape[1:])
-        full[row_N, place_N] = values_NSD
-        return full.view(batch, table.heads, width * table.page_slots, values_NSD.shape[2])
+        row_A, place_A = used_RW.nonzero().unbind(1)
+        values_ASD = self.unpack(rows[row_A], place_A)[name == VALUE]
+        full = values_ASD.new_zeros(len(rows), width, *values_ASD.shape[1:])
+        full[row_A, place_A] = values_ASD
+        return full.view(batch, table.heads, width * table.page_slots, values_ASD.shape[2])
 
-    def add(self, row_N: Tensor, page_NX: Tensor, columns: Mapping[str, Tensor]) -> None:
+    def add(self, row_A: Tensor, page_AX: Tensor, columns: Mapping[str, Tensor]) -> None:
         """Adds whole pages to rows (int64 on the host, ascending; several pages may go to one).
 
         columns: positions and what else is kept per slot, `[N, S]`.
         """
-        if not len(row_N):
+        if not len(row_A):
             return
         slots = self.paging.table.page_slots
         # Equal rows are neighbours: the first of them stands where a search finds it.
-        rank_N = host.arange(len(row_N)) - torch.searchsorted(row_N, row_N)
-        place_N = self.counts[row_N] // slots + rank_N
-        counts = self.counts.index_add(0, row_N, torch.full_like(row_N, slots))
+        rank_A = host.arange(len(row_A)) - torch.searchsorted(row_A, row_A)
+        place_A = self.counts[row_A] // slots + rank_A
+        counts = self.counts.index_add(0, row_A, torch.full_like(row_A, slots))
         self.paging.reserve(counts)
         self.paging.table.set_counts(counts)
-        self.fields.put_pages(row_N, place_N, {**columns, PAGE: page_NX})
+        self.fields.put_pages(row_A, place_A, {**columns, PAGE: page_AX})
 
-    def evict_one(self, row_N: Tensor, slot_N: Tensor) -> None:
+    def evict_one(self, row_A: Tensor, slot_A: Tensor) -> None:
         """Drops one slot of each of some rows."""
-        drops_NS = host.zeros(len(row_N), int(self.counts[row_N].max()), dtype=torch.bool)
-        drops_NS[host.arange(len(row_N)), slot_N.cpu()] = True
-        self._drop(row_N, drops_NS)
+        drops_AS = host.zeros(len(row_A), int(self.counts[row_A].max()), dtype=torch.bool)
+        drops_AS[host.arange(len(row_A)), slot_A.cpu()] = True
+        self._drop(row_A, drops_AS)
 
     def retain(self, survivors: Survivors) -> None:
         """Drops what did not survive of some sequences; their volatile columns are renewed."""
@@ -143,14 +143,14 @@ class PackedRows:
             self._drop(self.paging.table.row_index(survivors.sequences), drops_RS)
 
     def _drop(self, row_R: Tensor, drops_RS: Tensor) -> None:
-        row_N, slot_N = drops_RS.nonzero().unbind(1)
-        if not len(row_N):
+        row_A, slot_A = drops_RS.nonzero().unbind(1)
+        if not len(row_A):
             return
-        row_N = row_R[row_N]
-        self.paging.own_slots(row_N, slot_N)
-        address_N = self.paging.table.host_address(row_N, slot_N).to(self.like.device)
-        self.paging.pages(POSITION).view(-1)[address_N] = EMPTY
-        self.dropped.index_add_(0, row_N, torch.ones_like(row_N))
+        row_A = row_R[row_A]
+        self.paging.own_slots(row_A, slot_A)
+        address_A = self.paging.table.host_address(row_A, slot_A).to(self.like.device)
+        self.paging.pages(POSITION).view(-1)[address_A] = EMPTY
+        self.dropped.index_add_(0, row_A, torch.ones_like(row_A))
 
     def take_last(self, tokens_R: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Removes whole pages with at least so many tokens of each row: how many slots, and them.

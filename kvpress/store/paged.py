@@ -98,7 +98,7 @@ class PagedRows(Rows):
         self.fields.write(name, values_bHS, sequences)
 
     def evict_one(
-        self, row_N: Tensor, slot_N: Tensor, sequences: Sequence[int] | None = None
+        self, row_A: Tensor, slot_A: Tensor, sequences: Sequence[int] | None = None
     ) -> None:
         """Drops one slot (int64, on the device) of each of some rows (int64, on the host).
 
@@ -107,13 +107,13 @@ class PagedRows(Rows):
         The last slot of each such row moves into the gap. Raises CacheError for an empty row.
         """
         table = self.paging.table
-        last_N = table.counts[row_N] - 1
-        if bool((last_N < 0).any()):
+        last_A = table.counts[row_A] - 1
+        if bool((last_A < 0).any()):
             raise CacheError("evict_one needs at least one slot in every row: a row is empty.")
         if self.paging.pool.lent:
-            self.paging.own(row_N, (slot_N // self.page_slots).cpu())
-        self.fields.move(row_N, last_N, slot_N, table.device_address(row_N, slot_N))
-        self.paging.shorten(table.counts.index_copy(0, row_N, last_N))
+            self.paging.own(row_A, (slot_A // self.page_slots).cpu())
+        self.fields.move(row_A, last_A, slot_A, table.device_address(row_A, slot_A))
+        self.paging.shorten(table.counts.index_copy(0, row_A, last_A))
 
     def retain(self, survivors: Survivors) -> None:
         """Drops what did not survive of some sequences; pages that lose nothing stay shared.
@@ -133,12 +133,12 @@ class PagedRows(Rows):
         # Of the places that stay, those that are dropped are gaps; of the places behind them, those
         # that are kept are fillers. A row has as many of the one as of the other.
         stays_RS = slot_S < left_R[:, None]
-        gap_N = (drops_RS & stays_RS).nonzero()
-        filler_N = (~drops_RS & ~stays_RS & (slot_S < table.counts[row_R, None])).nonzero()
-        row_N, to_N, last_N = row_R[gap_N[:, 0]], gap_N[:, 1], filler_N[:, 1]
-        self.paging.own_slots(row_N, to_N)
-        to_address_N = table.host_address(row_N, to_N).to(self.device)
-        self.fields.move(row_N, last_N, to_N, to_address_N)
+        gap_A = (drops_RS & stays_RS).nonzero()
+        filler_A = (~drops_RS & ~stays_RS & (slot_S < table.counts[row_R, None])).nonzero()
+        row_A, to_A, last_A = row_R[gap_A[:, 0]], gap_A[:, 1], filler_A[:, 1]
+        self.paging.own_slots(row_A, to_A)
+        to_address_A = table.host_address(row_A, to_A).to(self.device)
+        self.fields.move(row_A, last_A, to_A, to_address_A)
         self.paging.shorten(table.counts.index_copy(0, row_R, left_R))
 
     def fill(self, groups: Sequence[Survivors], headroom: int = 0) -> None:

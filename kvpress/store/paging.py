@@ -83,8 +83,8 @@ class Paging:
         if self.pool.lent:
             self.pool.trim()
             next_page = table.counts // table.page_slots
-            row_N = ((counts > table.counts) & (next_page < table.owned)).nonzero().flatten()
-            self.own(row_N, next_page[row_N])
+            row_A = ((counts > table.counts) & (next_page < table.owned)).nonzero().flatten()
+            self.own(row_A, next_page[row_A])
         missing = (table.pages_for(counts) - table.owned).clamp_min_(0)
         total = int(missing.sum())
         if total == 0:
@@ -100,15 +100,15 @@ class Paging:
         table.owned = table.owned + missing
         table.set_pages(pages_RW)
 
-    def own(self, row_N: Tensor, place_N: Tensor) -> None:
+    def own(self, row_A: Tensor, place_A: Tensor) -> None:
         """Copies those of some pages, by their places in rows, that have other users.
 
         The last user keeps its own. A page may be named once.
         """
         uses, pages_RW = self.pool.uses().tolist(), self.table.pages_RW.clone()
         shared = []
-        pages = pages_RW[row_N, place_N].tolist()
-        for row, place, page in zip(row_N.tolist(), place_N.tolist(), pages, strict=True):
+        pages = pages_RW[row_A, place_A].tolist()
+        for row, place, page in zip(row_A.tolist(), place_A.tolist(), pages, strict=True):
             if uses[page] > 1:
                 uses[page] -= 1
                 shared.append((row, place, page))
@@ -120,10 +120,10 @@ class Paging:
             pages_RW[row, place] = page
         self.table.set_pages(pages_RW)
 
-    def own_slots(self, row_N: Tensor, slot_N: Tensor) -> None:
+    def own_slots(self, row_A: Tensor, slot_A: Tensor) -> None:
         """Makes some slots (on the host) safe to be written: their pages have no other users."""
         if self.pool.lent:
-            both = torch.stack([row_N, slot_N // self.table.page_slots], dim=1)
+            both = torch.stack([row_A, slot_A // self.table.page_slots], dim=1)
             self.own(*torch.unique(both, dim=0).unbind(1))
 
     # After slots are gone
@@ -179,12 +179,12 @@ class Paging:
 
     def state(self) -> dict[str, Tensor]:
         """The table and as many pages as it needs: tensors on the host."""
-        live_N = torch.unique(self.owned_pages())
+        live_A = torch.unique(self.owned_pages())
         place_P = host.zeros(self.pool.pages)
-        place_P[live_N] = host.arange(len(live_N))
-        index_N = live_N.to(self.table.device)
+        place_P[live_A] = host.arange(len(live_A))
+        index_A = live_A.to(self.table.device)
         pages = {
-            f"page.{name}": self.pages(name).index_select(0, index_N).cpu() for name in self.columns
+            f"page.{name}": self.pages(name).index_select(0, index_A).cpu() for name in self.columns
         }
         return {**self.table.state(place_P), **pages}
 
@@ -212,8 +212,8 @@ class Paging:
                 f"{pages} pages, but {len(used)} in use and {len(free)} free do not add up."
             )
         table = self.table
-        pages_N, places_N = self.owned_pages().tolist(), place_RW[table.held_RW].tolist()
-        if len(set(pages_N)) != len(set(zip(pages_N, places_N, strict=True))):
+        pages_A, places_A = self.owned_pages().tolist(), place_RW[table.held_RW].tolist()
+        if len(set(pages_A)) != len(set(zip(pages_A, places_A, strict=True))):
             raise CacheError("Rows of different heads, or different parts of rows, share a page.")
         if bool((table.counts > table.owned * table.page_slots).any()):
             raise CacheError("A row holds more slots than its pages have room for.")

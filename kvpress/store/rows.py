@@ -185,7 +185,7 @@ class Rows(ABC):
 
     @abstractmethod
     def evict_one(
-        self, row_N: Tensor, slot_N: Tensor, sequences: Sequence[int] | None = None
+        self, row_A: Tensor, slot_A: Tensor, sequences: Sequence[int] | None = None
     ) -> None:
         """Drops one slot (int64, on the device) of each of some rows (int64, on the host).
 

@@ -121,10 +121,10 @@ class PageTable:
         page = self.pages_RW[row, slot // self.page_slots].long()
         return page * self.page_slots + slot % self.page_slots
 
-    def device_address(self, row_N: Tensor, slot_N: Tensor) -> Tensor:
+    def device_address(self, row_A: Tensor, slot_A: Tensor) -> Tensor:
         """The same from slots that only the device knows, so that nothing waits for it."""
-        page_N = self._device_pages[row_N.to(self.device), slot_N // self.page_slots].long()
-        return page_N * self.page_slots + slot_N % self.page_slots
+        page_A = self._device_pages[row_A.to(self.device), slot_A // self.page_slots].long()
+        return page_A * self.page_slots + slot_A % self.page_slots
 
     def named_pages(self) -> Tensor:
         """The pages of all rows, as often as rows hold them: int64, on the host."""

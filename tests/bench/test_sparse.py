@@ -49,12 +49,12 @@ def test_beyond_the_context_positions_turn_as_in_yarn(tiny: Any) -> None:
         near, far = captured.of_length(0, 100), captured.of_length(0, 300)
         # Attention is sharper by YaRN's factor; where nothing turns, that is all there is.
         factor = (0.1 * torch.tensor(3.0).log() + 1).item()
-        torch.testing.assert_close(far.key_BHPD[:, :, 0], near.key_BHPD[:, :, 0] * factor)
+        torch.testing.assert_close(far.key_BHQD[:, :, 0], near.key_BHQD[:, :, 0] * factor)
         torch.testing.assert_close(
-            far.key_BHPD.norm(dim=-1),
+            far.key_BHQD.norm(dim=-1),
             Captured(tiny, [text], {0}).layers[0][1].norm(dim=-1) * factor,
         )
-        assert not torch.allclose(far.key_BHPD[:, :, 50], near.key_BHPD[:, :, 50] * factor)
+        assert not torch.allclose(far.key_BHQD[:, :, 50], near.key_BHQD[:, :, 50] * factor)
         tiny.config.rope_parameters["rope_type"] = "linear"
         with pytest.raises(CaptureError, match="at most 100 tokens"):
             captured.of_length(0, 300)
@@ -68,7 +68,7 @@ def test_a_model_without_rotation_has_its_own_length(tiny: Any) -> None:
     captured = Captured(tiny, [text, text], {0})
     captured._model = torch.nn.Module()
     captured._model.base_model = None
-    assert captured.of_length(0, 100).key_BHPD.shape[2] == 100
+    assert captured.of_length(0, 100).key_BHQD.shape[2] == 100
     with pytest.raises(CaptureError, match="up to 100 tokens"):
         captured.of_length(0, 101)
 

@@ -172,12 +172,12 @@ def test_maps_are_exact_where_estimates_are_next_to_their_bounds(most: float) ->
     for scale in given[1], given[3]:
         scale.fill_(1)
     given[4].uniform_(-most, 20).mul_(2).round_().div_(2)  # halves too
-    dot_BHGPS = given[0].float().unflatten(1, (2, -1)) @ given[2].float()[:, :, None].mT
-    moved_BNPS = given[4].round().clamp(-32768, 32767)[:, :, None] + dot_BHGPS.flatten(1, 2)
-    highest_BNP = moved_BNPS[..., SLOTS:448].clamp(-32768, 32767).amax(-1)
+    dot_BHGQS = given[0].float().unflatten(1, (2, -1)) @ given[2].float()[:, :, None].mT
+    moved_BNQS = given[4].round().clamp(-32768, 32767)[:, :, None] + dot_BHGQS.flatten(1, 2)
+    highest_BNQ = moved_BNQS[..., SLOTS:448].clamp(-32768, 32767).amax(-1)
     computed = []
     for under in (0.0, 0.5, 1.0, 2.0):
-        given[5].copy_(highest_BNP - under)
+        given[5].copy_(highest_BNQ - under)
         bits = ops.estimate_blocks(*given)
         assert torch.equal(bits, estimate_reference(*given))
         computed.append(int(from_map(bits, Blocks(160, 700)).sum()))
@@ -332,9 +332,9 @@ def test_zeros_and_equal_keys_make_no_nan() -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda x: {**x, "query_BNPD": x["query_BNPD"].float()}, "int8"),
-        (lambda x: {**x, "threshold_BNP": x["threshold_BNP"].double()}, "float32"),
-        (lambda x: {**x, "key_scale_BHJK": x["key_scale_BHJK"][:, :, 1:]}, "scales per head"),
+        (lambda x: {**x, "query_BNQD": x["query_BNQD"].float()}, "int8"),
+        (lambda x: {**x, "threshold_BNQ": x["threshold_BNQ"].double()}, "float32"),
+        (lambda x: {**x, "key_scale_BHJ4": x["key_scale_BHJ4"][:, :, 1:]}, "scales per head"),
         (lambda x: {**x, "shift_BNS": x["shift_BNS"][..., 1:]}, "S is"),
         (lambda x: {**x, "local": -1}, "negative"),
     ],
@@ -345,7 +345,7 @@ def test_wrong_operands_are_refused(
 ) -> None:
     run = ops.estimate_blocks if kind == "operator" else estimate_reference
     query, key, _ = operands(1, 2, 1, 100, 100, 16)
-    names = "query_BNPD query_scale_BNP key_BHSD key_scale_BHJK shift_BNS threshold_BNP local"
+    names = "query_BNQD query_scale_BNQ key_BHSD key_scale_BHJ4 shift_BNS threshold_BNQ local"
     given = dict(zip(names.split(), estimate_operands(query, key, 0.01), strict=True))
     with pytest.raises((OperatorError, RuntimeError), match=message):
         run(*(x.contiguous() if torch.is_tensor(x) else x for x in change(given).values()))

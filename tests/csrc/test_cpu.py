@@ -246,7 +246,7 @@ def test_wide_heads_and_strides_are_refused() -> None:
     wrong["value_PSE"] = wrong["value_PSE"].transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(RuntimeError, match="contiguous"):
         ops.decode_rows(*calls.operands("decode_rows", wrong))
-    with pytest.raises(RuntimeError, match="address_N names slot"):
+    with pytest.raises(RuntimeError, match="address_A names slot"):
         ops.gather_slots(pages.key_PDS, torch.tensor([len(pages.key_PDS) * 4]), True)
 
 

@@ -30,12 +30,12 @@ def paged(
                 int(store.paging.table.pages_RW[r, s // page]) * page + s % page
                 for s in range(count)
             ]
-            page_N, slot_N = (
+            page_A, slot_A = (
                 torch.tensor(address).long() // page,
                 torch.tensor(address).long() % page,
             )
-            store.paging.pages("key")[page_N, :, slot_N] = torch.randn(count, width).to(dtype)
-            store.paging.pages("value")[page_N, slot_N] = torch.randn(count, value_width).to(dtype)
+            store.paging.pages("key")[page_A, :, slot_A] = torch.randn(count, width).to(dtype)
+            store.paging.pages("value")[page_A, slot_A] = torch.randn(count, value_width).to(dtype)
     store.paging.table.set_counts(torch.tensor(counts).flatten())
     return store
 

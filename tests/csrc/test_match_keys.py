@@ -215,13 +215,13 @@ def test_bad_operands_are_refused_by_name(run: Run) -> None:
     evicted, kept, allowed = matching.operands(2, 2, 5, 9, 16, FP32)
     wide = torch.randn(2, 2, 5, 264)
     refused: list[tuple[tuple[torch.Tensor, ...], str]] = [
-        ((evicted[0], kept, allowed), "evicted_BHED has 3 dimensions"),
-        ((evicted, kept[..., :8], allowed), "kept_BHCD has shape .* but D is 16"),
+        ((evicted[0], kept, allowed), "evicted_BHVD has 3 dimensions"),
+        ((evicted, kept[..., :8], allowed), "kept_BHKD has shape .* but D is 16"),
         ((evicted, kept[:, :1], allowed), "but H is 2"),
-        ((evicted, kept, allowed[..., :8]), "allowed_BHC has shape .* but C is 9"),
-        ((evicted, kept, allowed.int()), "allowed_BHC .*bool"),
-        ((evicted.int(), kept.int(), allowed), "evicted_BHED .*float32, bfloat16 or float16"),
-        ((evicted, kept.half(), allowed), "kept_BHCD .*must be"),
+        ((evicted, kept, allowed[..., :8]), "allowed_BHK has shape .* but K is 9"),
+        ((evicted, kept, allowed.int()), "allowed_BHK .*bool"),
+        ((evicted.int(), kept.int(), allowed), "evicted_BHVD .*float32, bfloat16 or float16"),
+        ((evicted, kept.half(), allowed), "kept_BHKD .*must be"),
         ((wide, wide, allowed[..., :5]), "D is 264; at most 256"),
     ]
     for tensors, message in refused:

@@ -86,7 +86,7 @@ def test_more_slots_than_can_be_numbered(slots: int, backend: str) -> None:
 def test_layouts_whose_bytes_cannot_be_counted(index: int, size: int, backend: str) -> None:
     call = calls.pack(calls.Maker(0))
     call["layout"][index] = size
-    refused(backend, "pack", call, "layout|Layout|S, D, E, T, U")
+    refused(backend, "pack", call, "layout|Layout|S, D, E, C, U")
 
 
 @BACKENDS
@@ -146,7 +146,7 @@ def test_kept_channels_of_packed_pages_exist_and_ascend(backend: str) -> None:
     for name, make in (("pack", calls.pack), ("unpack", calls.unpack)):
         for bad in (-1, 99, -32768):
             call = make(calls.Maker(0))
-            call["channel_PT"][0, 0] = bad
+            call["channel_PC"][0, 0] = bad
             refused(backend, name, call, f"channel {bad} of")
         call = make(calls.Maker(0))
         call["channel_PU"] = call["channel_PU"].flip(1).contiguous()
@@ -235,14 +235,14 @@ def test_memory_that_is_written_is_no_other_operands(name: str, backend: str) ->
     call["quota_R"] = call["counts_R"]
     refused(backend, name, call, "share memory")
     pool = torch.randn(4, 3, 2)
-    moved = {"pool_PX": pool, "address_N": torch.tensor([0, 4])}
-    moved |= {"slots_NX": pool[0, 1:], "slot_last": False}
+    moved = {"pool_PX": pool, "address_A": torch.tensor([0, 4])}
+    moved |= {"slots_AX": pool[0, 1:], "slot_last": False}
     refused(backend, "scatter_slots", moved, "share memory")
 
 
 @BACKENDS
 def test_codes_whose_sums_do_not_fit(backend: str) -> None:
-    for argument, code in (("query_BNPD", 8), ("key_BHSD", -8), ("key_BHSD", -128)):
+    for argument, code in (("query_BNQD", 8), ("key_BHSD", -8), ("key_BHSD", -128)):
         call = valid("estimate_blocks")
         call[argument][0, 0, 0, 0] = code
         refused(backend, "estimate_blocks", call, "codes")
@@ -251,9 +251,9 @@ def test_codes_whose_sums_do_not_fit(backend: str) -> None:
 @BACKENDS
 def test_slots_of_numbers_that_are_too_large(backend: str) -> None:
     pool = torch.zeros(3, 4, 2, dtype=torch.complex128)
-    call = {"pool_PX": pool, "address_N": torch.tensor([1]), "slot_last": False}
+    call = {"pool_PX": pool, "address_A": torch.tensor([1]), "slot_last": False}
     refused(backend, "gather_slots", call, "16 bytes")
-    call["slots_NX"] = torch.zeros(1, 2, dtype=pool.dtype)
+    call["slots_AX"] = torch.zeros(1, 2, dtype=pool.dtype)
     refused(backend, "scatter_slots", call, "16 bytes")
 
 
@@ -266,7 +266,7 @@ def test_a_pool_of_more_slots_than_memory(backend: str) -> None:
 
 
 def test_the_words_of_the_schema_are_operator_errors() -> None:
-    with pytest.raises(OperatorError, match="argument 'address_N'"):
+    with pytest.raises(OperatorError, match="argument 'address_A'"):
         ops.gather_slots(torch.zeros(2, 2), 3, False)
     for missing in ((None, torch.tensor([0])), (torch.zeros(2, 2), None)):
         with pytest.raises(OperatorError, match="None"):

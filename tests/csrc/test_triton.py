@@ -330,7 +330,7 @@ def test_protected_slots_stay_and_rows_without_others_keep_everything(run: Run) 
 def dense_sums(
     query: torch.Tensor, key: torch.Tensor, position: torch.Tensor, *numbers: Any
 ) -> torch.Tensor:
-    """`attention_sums` in float64 with the engine's uniform numbers, by the P×S matrix."""
+    """`attention_sums` in float64 with the engine's uniform numbers, by the Q×S matrix."""
     (scaling, softcap), window, (noise, tau, seed, layer) = numbers
     (_, query_heads, new, _), (_, heads, slots, _) = query.shape, key.shape
     group = query_heads // heads

@@ -165,8 +165,8 @@ def test_positions_are_exact_in_half_precision(dtype: torch.dtype) -> None:
     query, key = torch.zeros(4, 6, new, 8, dtype=dtype), torch.zeros(4, 3, new, 8, dtype=dtype)
     given = Tokens(query, key, key, 0.25, 0.0)
     tokens = with_positions(given, [2.0**-i for i in range(6)], seen, None)
-    assert tokens.key_bHPD.shape[-1] == 8 + CHANNELS
-    score = tokens.query_bNPD.double() @ tokens.key_bHPD.double()[:, [0, 0, 1, 1, 2, 2]].mT * 0.25
+    assert tokens.key_bHQD.shape[-1] == 8 + CHANNELS
+    score = tokens.query_bNQD.double() @ tokens.key_bHQD.double()[:, [0, 0, 1, 1, 2, 2]].mT * 0.25
     position = seen[:, None] + torch.arange(new)
     for head in range(6):
         expected = (2.0**-head * position)[:, None].expand(-1, new, -1)

@@ -26,23 +26,23 @@ UNKNOWN = "keys that depend on their positions in an unknown way"
 
 
 @torch.no_grad()
-def keys_at(model: Any, position_P: torch.Tensor) -> list[torch.Tensor]:
+def keys_at(model: Any, position_Q: torch.Tensor) -> list[torch.Tensor]:
     """The keys `[P, H, D]` of every layer: one token at each position, alone in its sequence.
 
     Each attends to itself only, so that nothing but its own position can make a difference.
     """
-    ids = torch.full((len(position_P), 1), 5)
-    out = model(ids, position_ids=position_P[:, None], use_cache=True)
+    ids = torch.full((len(position_Q), 1), 5)
+    out = model(ids, position_ids=position_Q[:, None], use_cache=True)
     return [layer.keys[:, :, 0] for layer in out.past_key_values.layers]
 
 
-def assert_turned(model: Any, found: list[Rotation | None], position_P: torch.Tensor) -> None:
+def assert_turned(model: Any, found: list[Rotation | None], position_Q: torch.Tensor) -> None:
     """That keys turned from each position to the next ones are the model's own, within rounding."""
-    for rotation, key_PHD in zip(found, keys_at(model, position_P), strict=True):
-        for steps in range(len(position_P)):
-            by_P1 = (position_P.roll(-steps) - position_P)[:, None]
+    for rotation, key_PHD in zip(found, keys_at(model, position_Q), strict=True):
+        for steps in range(len(position_Q)):
+            by_P1 = (position_Q.roll(-steps) - position_Q)[:, None]
             turned = key_PHD.float() if rotation is None else rotation.turn(key_PHD, by_P1)
-            angles = 2 * int(position_P.max()) * torch.finfo(torch.float32).eps
+            angles = 2 * int(position_Q.max()) * torch.finfo(torch.float32).eps
             bound = 8 * torch.finfo(key_PHD.dtype).eps + angles
             error = (turned - key_PHD.roll(-steps, 0).float()).abs().amax()
             assert error <= bound * key_PHD.float().abs().amax()

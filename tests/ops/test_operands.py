@@ -32,7 +32,7 @@ class Pair(NamedTuple):
 class Operands(NamedTuple):
     """Of no operator."""
 
-    query_BNPD: Tensor
+    query_BNQD: Tensor
     pair: Pair
     noise: NoiseKind
     sizes: Sequence[int]
@@ -50,7 +50,7 @@ class WiderPair(NamedTuple):
 class More(NamedTuple):
     """With one operand more, and one more in the group."""
 
-    query_BNPD: Tensor
+    query_BNQD: Tensor
     pair: WiderPair
     noise: NoiseKind
     sizes: Sequence[int]
@@ -60,7 +60,7 @@ class More(NamedTuple):
 
 def test_a_schema_follows_from_the_operands() -> None:
     assert schema("some", Operands, "Tensor out", writes=("key_BHSD", "count_B")) == (
-        "some(Tensor query_BNPD, Tensor(a!) key_BHSD, Tensor(b!)? count_B, str noise, int[] sizes,"
+        "some(Tensor query_BNQD, Tensor(a!) key_BHSD, Tensor(b!)? count_B, str noise, int[] sizes,"
         " float scaling) -> Tensor out"
     )
 

@@ -21,7 +21,7 @@ def slots(position: list[list[int]], seen: int, **fields: Any) -> Slots:
 
 
 def attention(model: Any, ids: torch.Tensor, layer: int) -> torch.Tensor:
-    """transformers' own attention weights of one layer, `[B, N, P, P]`."""
+    """transformers' own attention weights of one layer, `[B, N, Q, P]`."""
     model.set_attn_implementation("eager")
     with torch.no_grad():
         weights = model(ids, output_attentions=True).attentions[layer]

@@ -37,18 +37,18 @@ class Compaction:
     """One eviction by the engine's functions, on dense kept and evicted slots `[B, H, S, D]`."""
 
     def __init__(self, merge: Merging, kept: Any, lost: Any, threshold: Any = None) -> None:
-        key_BHCD, value_BHCE = kept
+        key_BHKD, value_BHKE = kept
         lost_key, lost_value = lost
-        allowed = torch.ones(key_BHCD.shape[:3], dtype=torch.bool)
-        self.u, self.target = ops.match_keys(lost_key, key_BHCD, allowed)
+        allowed = torch.ones(key_BHKD.shape[:3], dtype=torch.bool)
+        self.u, self.target = ops.match_keys(lost_key, key_BHKD, allowed)
         real = torch.ones_like(self.u, dtype=torch.bool)
-        before = torch.full((len(key_BHCD),), merge.initial) if threshold is None else threshold
+        before = torch.full((len(key_BHKD),), merge.initial) if threshold is None else threshold
         self.threshold = merging.next_threshold(merge, before, self.u, real)
         self.merged = merging.merged(merge, self.threshold, self.u, real)
-        self.shares = merging.shares(merge, self.u, self.target, self.merged, key_BHCD.shape[2])
-        self.got = self.shares.got_BHC
-        self.key = self.shares.add(key_BHCD, lost_key)
-        self.value = self.shares.add(value_BHCE, lost_value)
+        self.shares = merging.shares(merge, self.u, self.target, self.merged, key_BHKD.shape[2])
+        self.got = self.shares.got_BHK
+        self.key = self.shares.add(key_BHKD, lost_key)
+        self.value = self.shares.add(value_BHKE, lost_value)
 
 
 def row(*vectors: tuple[float, ...]) -> torch.Tensor:
@@ -150,15 +150,15 @@ def test_a_layer_never_gets_more_than_while_others_were_unknown(demand: Any, kep
         assert bool((bound[:known] >= final[:known] - 1e-9).all())
 
 
-def variance(attention_NPS: torch.Tensor) -> torch.Tensor:
+def variance(attention_NQS: torch.Tensor) -> torch.Tensor:
     """F of every head, by its definition."""
-    return attention_NPS.sum(1).var(dim=1)
+    return attention_NQS.sum(1).var(dim=1)
 
 
-def demand(attention_NPS: torch.Tensor) -> float:
-    heads, _, tokens = attention_NPS.shape
+def demand(attention_NQS: torch.Tensor) -> float:
+    heads, _, tokens = attention_NQS.shape
     position = torch.arange(tokens).expand(1, heads, tokens)
-    sums = attention_NPS.sum(1)[None].float()
+    sums = attention_NQS.sum(1)[None].float()
     return float(load_policy("d2o").demand(sums, position))
 
 
@@ -216,7 +216,7 @@ def test_weights_of_both_forms() -> None:
     kept, lost = random_rows(20, 60)
     for options, low in (({}, 1.0), (CODE, 0.0)):
         done = Compaction(rule(**options), kept, lost)
-        kept_share, lost_share = done.shares.kept_BHC, done.shares.evicted_BHE
+        kept_share, lost_share = done.shares.kept_BHK, done.shares.evicted_BHV
         shares = kept_share.scatter_add(2, done.target, lost_share)
         if options:
             u = torch.zeros_like(shares).scatter_add(2, done.target, done.u * done.merged)
@@ -302,9 +302,9 @@ def test_count_bias_makes_merging_equal_tokens_lossless() -> None:
     query, key, value = torch.randn(1, 2, 1, 8), torch.randn(1, 1, 3, 8), torch.randn(1, 1, 3, 8)
     key[:, :, 2], value[:, :, 2] = key[:, :, 1], value[:, :, 1]
     new = with_counts(Tokens(query, key, value, 0.4, 0.0))
-    both, merged_BHE = torch.tensor([[[1]]]), torch.ones(1, 1, 1, dtype=torch.bool)
+    both, merged_BHV = torch.tensor([[[1]]]), torch.ones(1, 1, 1, dtype=torch.bool)
     bias = merging.add_counts(
-        new.key_bHPD[:, :, :2, -1], new.key_bHPD[:, :, 2:, -1], both, merged_BHE
+        new.key_bHQD[:, :, :2, -1], new.key_bHQD[:, :, 2:, -1], both, merged_BHV
     )
     torch.testing.assert_close(bias, torch.tensor([[[0.0, math.log(2)]]]))
     counted = torch.cat([key[:, :, :2], bias[..., None]], dim=-1)
@@ -313,7 +313,7 @@ def test_count_bias_makes_merging_equal_tokens_lossless() -> None:
         return ((q @ k.mT) * 0.4).softmax(-1) @ v
 
     full = attend(query, key, value)
-    torch.testing.assert_close(attend(new.query_bNPD, counted, value[:, :, :2]), full)
+    torch.testing.assert_close(attend(new.query_bNQD, counted, value[:, :, :2]), full)
     uncounted = attend(query, key[:, :, :2], value[:, :, :2])
     assert float((uncounted - full).abs().max()) > 1e-3  # a merged slot sags without its count
 

@@ -41,7 +41,7 @@ def window(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None = 
     slots = key.shape[2]
     return Window(
         layer=0,
-        query_BNWD=query,
+        query_BNQD=query,
         key_BHSD=key,
         value_BHSE=key if value is None else value,
         position_BHS=torch.arange(slots).expand(*key.shape[:2], slots),
@@ -75,7 +75,7 @@ def test_think_scores_and_channels_of_the_worked_example() -> None:
     torch.testing.assert_close((score * 6).sqrt(), norms, rtol=1e-4, atol=1e-5)
     for method, kept in (("greedy", [0, 3]), ("forward_selection", [0, 1])):
         chosen = load_policy("think", keep=0.5, method=method).prune(window(QUERY, KEYS))
-        assert chosen.key_BHT.tolist() == [[kept]]
+        assert chosen.key_BHC.tolist() == [[kept]]
         assert chosen.value_BHU is None
     lost = KEYS.clone()
     lost[..., [0, 3]] = 0
@@ -112,16 +112,16 @@ def test_think_keeps_as_many_channels_as_the_code() -> None:
         chosen = load_policy("think", keep=keep).prune(
             window(torch.randn(1, 2, 8, width), torch.randn(1, 1, 20, width))
         )
-        assert chosen.key_BHT.shape == (1, 1, kept)
+        assert chosen.key_BHC.shape == (1, 1, kept)
     whole = load_policy("think", keep=1.0).prune(window(QUERY, KEYS))
-    assert whole.key_BHT is None
+    assert whole.key_BHC is None
 
 
 @pytest.mark.parametrize("method", ["greedy", "forward_selection"])
 def test_think_residual_is_the_sum_of_the_gram_matrix(method: str) -> None:
     query, key = torch.randn(1, 1, 6, 10).double(), torch.randn(1, 1, 30, 10).double()
     chosen = load_policy("think", keep=0.6, method=method).prune(window(query.float(), key.float()))
-    lost = [j for j in range(10) if j not in chosen.key_BHT[0, 0].tolist()]
+    lost = [j for j in range(10) if j not in chosen.key_BHC[0, 0].tolist()]
     q, k = query[0, 0], key[0, 0]
     gram = (q.T @ q) * (k.T @ k)
     residual = (q[:, lost] @ k[:, lost].T).square().sum()
@@ -140,14 +140,14 @@ def test_think_forward_selection_drops_what_changes_the_logits_least_step_by_ste
             rest = [j for j in range(12) if j not in lost]
             change = [(q[:, [*lost, j]] @ k[:, [*lost, j]].T).norm() for j in rest]
             lost.append(rest[int(torch.stack(change).argmin())])
-        kept = prune(window(q[None, None], k[None, None])).key_BHT[0, 0].tolist()
+        kept = prune(window(q[None, None], k[None, None])).key_BHC[0, 0].tolist()
         assert kept == [j for j in range(12) if j not in lost]
 
 
 def test_think_masks_do_not_change_with_order_scale_sign_or_copies() -> None:
     prune = load_policy("think", keep=0.5).prune
     query, key = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 40, 16)
-    wanted = prune(window(query, key)).key_BHT
+    wanted = prune(window(query, key)).key_BHC
     sign = torch.ones(16)
     sign[3] = -1
     stretch = torch.rand(16) + 0.5
@@ -158,13 +158,13 @@ def test_think_masks_do_not_change_with_order_scale_sign_or_copies() -> None:
         (query * stretch, key / stretch),
         (query.repeat_interleave(3, 1), key),
     ]:
-        assert torch.equal(prune(window(q, k)).key_BHT, wanted)
+        assert torch.equal(prune(window(q, k)).key_BHC, wanted)
 
 
 def test_think_greedy_is_best_where_the_queries_channels_are_orthogonal() -> None:
     query = torch.linalg.qr(torch.randn(12, 8))[0][None, None]
     key = torch.randn(1, 1, 30, 8)
-    kept = load_policy("think", keep=0.5).prune(window(query, key)).key_BHT[0, 0].tolist()
+    kept = load_policy("think", keep=0.5).prune(window(query, key)).key_BHC[0, 0].tolist()
     q, k = query[0, 0], key[0, 0]
     gram = (q.T @ q) * (k.T @ k)
 
@@ -181,7 +181,7 @@ def test_think_ranks_tiny_half_precision_channels() -> None:
     query = (1e-3 * energy * torch.ones(1, 1, 8, 16)).half()
     key = (1e-3 * torch.ones(1, 1, 20, 16)).half()
     assert (query**2).mean(2).max() * (key**2).mean(2).max() == 0  # what half precision makes of it
-    kept = load_policy("think", keep=0.5).prune(window(query, key)).key_BHT[0, 0]
+    kept = load_policy("think", keep=0.5).prune(window(query, key)).key_BHC[0, 0]
     assert kept.tolist() == sorted(energy.argsort(descending=True)[:8].tolist())
 
 
@@ -204,7 +204,7 @@ def test_think_prunes_pairs_that_turn_together() -> None:
         cache = engine.new_cache()
         model(ids, past_key_values=cache)
     width = cache.states[0].key_width
-    for row in cache.states[0].store.aging.decided.key_channels_RT.tolist():
+    for row in cache.states[0].store.aging.decided.key_channels_RC.tolist():
         assert {(j + width // 2) % width for j in row} == set(row)
         assert len(row) == width - int(width * 0.4) // 2 * 2
 
@@ -389,13 +389,13 @@ def test_chunks_and_turns_keep_the_channels(recipe: str) -> None:
     with kvpress.attach(model, recipe) as engine, torch.no_grad():
         cache = engine.new_cache(max_new_tokens=20)
         model(ids[:, :130], past_key_values=cache)
-        chosen = cache.states[0].store.aging.decided.key_channels_RT.clone()
+        chosen = cache.states[0].store.aging.decided.key_channels_RC.clone()
         model(ids[:, 130:], past_key_values=cache)
         for step in range(5):
             model(ids[:, step : step + 1], past_key_values=cache)
     assert cache.check_integrity()
     if len(chosen):
-        assert torch.equal(cache.states[0].store.aging.decided.key_channels_RT, chosen)
+        assert torch.equal(cache.states[0].store.aging.decided.key_channels_RC, chosen)
     if "budget" not in recipe:
         assert helpers.positions(cache)[0][0] == list(range(265))
 
@@ -471,7 +471,7 @@ def test_queries_that_later_ones_replace_are_not_held(
 
     def window_of(*args: Any) -> Window:
         window = made(*args)
-        windows.append(window.query_BNWD.clone())
+        windows.append(window.query_BNQD.clone())
         return window
 
     monkeypatch.setattr(format, "_window", window_of)

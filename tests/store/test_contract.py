@@ -39,7 +39,7 @@ def test_operators_get_the_parts_of_some_sequences(on_host: bool) -> None:
     """Where operators are not on the host, they are told of no holes."""
     layout = layout_of(16, 16, (8, 6), (8, 6), torch.float32, 32, (32, 32))
     store = PackedRows(2, 2, layout, {}, torch.empty(0), ordered=False)
-    store.key_channels_RT = torch.arange(8).short().repeat(4, 1)
+    store.key_channels_RC = torch.arange(8).short().repeat(4, 1)
     store.value_channels_RU = torch.arange(6).short().repeat(4, 1)
     store.dropped[3] = 5
     store.paging.table.on_host = on_host

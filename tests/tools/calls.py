@@ -132,7 +132,7 @@ class Maker:
         queries = min(slots, self.size(1, 3, 66, 130))
         query = self.floats(batch, queries, query_heads, 8).transpose(1, 2)
         key = self.floats(batch, heads, slots, 8, dtype=self.random.choice(FLOATS))
-        return {"query_BNPD": query, "key_BHSD": key}, Blocks(queries, slots)
+        return {"query_BNQD": query, "key_BHSD": key}, Blocks(queries, slots)
 
 
 def decode_rows(make: Maker) -> Call:
@@ -206,7 +206,7 @@ def attention_sums(make: Maker) -> Call:
 
 def attend_sums(make: Maker) -> Call:
     call, blocks = make.prompt()
-    call["query_BNPD"] = make.floats(*call["query_BNPD"].shape[:2], blocks.slots, 8)
+    call["query_BNQD"] = make.floats(*call["query_BNQD"].shape[:2], blocks.slots, 8)
     call["key_BHSD"] = call["key_BHSD"].to(make.dtype)
     value = make.floats(*call["key_BHSD"].shape[:3], make.size(1, 6, 16))
     positions = torch.arange(blocks.slots).repeat(*call["key_BHSD"].shape[:2], 1)
@@ -219,7 +219,7 @@ def attend_sums(make: Maker) -> Call:
 
 def _map(make: Maker, call: Call, blocks: Blocks) -> Tensor:
     """Some blocks, of which every query sees one."""
-    map_BNX = torch.randint(0, 256, (*call["query_BNPD"].shape[:2], blocks.offsets[-1]))
+    map_BNX = torch.randint(0, 256, (*call["query_BNQD"].shape[:2], blocks.offsets[-1]))
     for offset in blocks.offsets[:-1]:
         map_BNX[..., offset] |= 1
     return map_BNX.to(torch.uint8)
@@ -236,12 +236,12 @@ def estimate_blocks(make: Maker) -> Call:
     query, key = (torch.randint(-7, 8, x.shape).to(torch.int8) for x in call.values())
     batch, heads, queries, _ = query.shape
     return {
-        "query_BNPD": query,
-        "query_scale_BNP": torch.rand(batch, heads, queries) + 0.1,
+        "query_BNQD": query,
+        "query_scale_BNQ": torch.rand(batch, heads, queries) + 0.1,
         "key_BHSD": key,
-        "key_scale_BHJK": torch.rand(batch, key.shape[1], blocks.columns, 4) + 0.1,
+        "key_scale_BHJ4": torch.rand(batch, key.shape[1], blocks.columns, 4) + 0.1,
         "shift_BNS": torch.randn(batch, heads, blocks.slots),
-        "threshold_BNP": torch.randn(batch, heads, queries) * 20 + 60,
+        "threshold_BNQ": torch.randn(batch, heads, queries) * 20 + 60,
         "local": make.random.choice((0, 1, 31, 32, 33, 128)),
     }
 
@@ -250,9 +250,9 @@ def match_keys(make: Maker) -> Call:
     batch, heads, _ = make.heads()
     evicted, kept = make.size(1, 4, 17), make.size(1, 9, 40)
     return {
-        "evicted_BHED": make.floats(batch, evicted, heads, 8).transpose(1, 2),
-        "kept_BHCD": make.floats(batch, heads, kept, 8),
-        "allowed_BHC": torch.rand(batch, heads, kept) < 0.7,
+        "evicted_BHVD": make.floats(batch, evicted, heads, 8).transpose(1, 2),
+        "kept_BHKD": make.floats(batch, heads, kept, 8),
+        "allowed_BHK": torch.rand(batch, heads, kept) < 0.7,
     }
 
 
@@ -263,7 +263,7 @@ def pack(make: Maker) -> Call:
     return {
         "key_PSD": make.floats(pages, 64, widths[0]),
         "value_PSE": make.floats(pages, 64, widths[1]),
-        "channel_PT": _subsets(pages, kept[0], widths[0]),
+        "channel_PC": _subsets(pages, kept[0], widths[0]),
         "channel_PU": _subsets(pages, kept[1], widths[1]),
         "layout": list(packing.layout_of(*bits, widths, kept, make.dtype, 64, (32, 32))),
     }
@@ -279,14 +279,14 @@ def unpack(make: Maker) -> Call:
     call = pack(make)
     like = call["key_PSD"].new_empty(0)
     page_PX = packing.implementation("pack", "reference")(*call.values())
-    rest = {name: call[name] for name in ("channel_PT", "channel_PU", "layout")}
+    rest = {name: call[name] for name in ("channel_PC", "channel_PU", "layout")}
     return {"page_PX": page_PX, **rest, "like": like}
 
 
 def channel_scores(make: Maker) -> Call:
     (batch, heads, query_heads), slots = make.heads(), make.size(1, 9, 33)
     return {
-        "query_BNWD": make.floats(batch, query_heads, make.size(1, 3), 8),
+        "query_BNQD": make.floats(batch, query_heads, make.size(1, 3), 8),
         "key_BHSD": make.floats(batch, slots, heads, 8).transpose(1, 2),
         "held_BHS": torch.rand(batch, heads, slots) < 0.7,
     }
@@ -296,15 +296,15 @@ def gather_slots(make: Maker) -> Call:
     pages, page, width, last = make.size(1, 4), make.size(1, 5), make.size(1, 7), make.flag()
     address = torch.randperm(pages * page)[: make.size(1, 3, 20)]
     pool = torch.randint(0, 90, (pages, width, page) if last else (pages, page, width))
-    return {"pool_PX": pool.to(make.random.choice(DTYPES)), "address_N": address, "slot_last": last}
+    return {"pool_PX": pool.to(make.random.choice(DTYPES)), "address_A": address, "slot_last": last}
 
 
 def scatter_slots(make: Maker) -> Call:
     call = gather_slots(make)
     width = call["pool_PX"].shape[1 if call["slot_last"] else 2]
-    slots = torch.randint(0, 90, (len(call["address_N"]), width)).to(call["pool_PX"].dtype)
+    slots = torch.randint(0, 90, (len(call["address_A"]), width)).to(call["pool_PX"].dtype)
     last = call.pop("slot_last")
-    return {**call, "slots_NX": slots, "slot_last": last}
+    return {**call, "slots_AX": slots, "slot_last": last}
 
 
 MAKERS: dict[str, Callable[[Maker], Call]] = {
@@ -329,7 +329,7 @@ ENTRIES: dict[str, tuple[int, ...]] = {
     "position_PS": (-1, 2**31 - 1, 2**31 - 2),
     "table_RW": (-(2**31), -1, 999, 2**31 - 1),
     "width": tuple(n for n in INTEGERS if n != 1),
-    "address_N": (-(2**63), -1, 999, 2**40, 2**63 - 1),
+    "address_A": (-(2**63), -1, 999, 2**40, 2**63 - 1),
 }
 
 

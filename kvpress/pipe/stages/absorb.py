@@ -68,53 +68,53 @@ def _absorb(
     rule: Merging,
 ) -> dict[str, Tensor]:
     """The kept keys and values with the evicted ones merged into them."""
-    index_BHE, lost_BHE = _evicted(slots, evicted_BHS, rule)
-    key_BHCD, evicted_BHED = columns[KEY], gather(slots.fetch(KEY), index_BHE)
+    index_BHV, lost_BHV = _evicted(slots, evicted_BHS, rule)
+    key_BHKD, evicted_BHVD = columns[KEY], gather(slots.fetch(KEY), index_BHV)
     width, own = layer.key_width, list(group)
-    similarity_BHE, target_BHE = ops.match_keys(
-        evicted_BHED[..., :width],
-        key_BHCD[..., :width],
+    similarity_BHV, target_BHV = ops.match_keys(
+        evicted_BHVD[..., :width],
+        key_BHKD[..., :width],
         _allowed(layer, columns[POSITION], counts_BH, rule),
     )
-    real_BHE = lost_BHE & (target_BHE >= 0)
-    target_BHE = target_BHE.clamp_min(0)
+    real_BHV = lost_BHV & (target_BHV >= 0)
+    target_BHV = target_BHV.clamp_min(0)
     threshold_b = layer.sequences.threshold_B[own]
-    threshold_b = merging.next_threshold(rule, threshold_b, similarity_BHE, real_BHE)
+    threshold_b = merging.next_threshold(rule, threshold_b, similarity_BHV, real_BHV)
     layer.sequences.threshold_B[own] = threshold_b
-    merged_BHE = merging.merged(rule, threshold_b, similarity_BHE, real_BHE)
+    merged_BHV = merging.merged(rule, threshold_b, similarity_BHV, real_BHV)
 
-    shares = merging.shares(rule, similarity_BHE, target_BHE, merged_BHE, key_BHCD.shape[2])
-    value_BHCE = shares.add(columns[VALUE], gather(slots.fetch(VALUE), index_BHE))
-    own_BHCD, extra_BHCX = key_BHCD.tensor_split((width,), dim=-1)
+    shares = merging.shares(rule, similarity_BHV, target_BHV, merged_BHV, key_BHKD.shape[2])
+    value_BHKE = shares.add(columns[VALUE], gather(slots.fetch(VALUE), index_BHV))
+    own_BHKD, extra_BHKX = key_BHKD.tensor_split((width,), dim=-1)
     if rule.keys != "values_only":
-        lost_BHED = evicted_BHED[..., :width]
+        lost_BHVD = evicted_BHVD[..., :width]
         if rule.keys == "unrotated" and layer.rotation is not None:
-            to_BHE = columns[POSITION].gather(2, target_BHE)
-            by_BHE = to_BHE - slots.position_BHS.gather(2, index_BHE)
-            lost_BHED = layer.rotation.turn(lost_BHED, by_BHE)
-        own_BHCD = shares.add(own_BHCD, lost_BHED)
+            to_BHV = columns[POSITION].gather(2, target_BHV)
+            by_BHV = to_BHV - slots.position_BHS.gather(2, index_BHV)
+            lost_BHVD = layer.rotation.turn(lost_BHVD, by_BHV)
+        own_BHKD = shares.add(own_BHKD, lost_BHVD)
     if rule.counts:
-        counts = (key_BHCD[..., -1], evicted_BHED[..., -1], target_BHE, merged_BHE)
-        bias_BHC1 = merging.add_counts(*counts)[..., None]
-        extra_BHCX = torch.cat([extra_BHCX[..., :-1], bias_BHC1], dim=-1)
-    return {KEY: torch.cat([own_BHCD, extra_BHCX], dim=-1), VALUE: value_BHCE}
+        counts = (key_BHKD[..., -1], evicted_BHVD[..., -1], target_BHV, merged_BHV)
+        bias_BHK1 = merging.add_counts(*counts)[..., None]
+        extra_BHKX = torch.cat([extra_BHKX[..., :-1], bias_BHK1], dim=-1)
+    return {KEY: torch.cat([own_BHKD, extra_BHKX], dim=-1), VALUE: value_BHKE}
 
 
 def _evicted(slots: Slots, evicted_BHS: Tensor, rule: Merging) -> tuple[Tensor, Tensor]:
     """The indices of the evicted slots `[B, H, E]`, and which of these are there."""
     losses_BH = evicted_BHS.sum(-1)
-    index_BHE = kept_index(evicted_BHS, losses_BH)
-    lost_BHE = torch.arange(index_BHE.shape[2], device=losses_BH.device) < losses_BH[..., None]
+    index_BHV = kept_index(evicted_BHS, losses_BH)
+    lost_BHV = torch.arange(index_BHV.shape[2], device=losses_BH.device) < losses_BH[..., None]
     if rule.together:  # ranks are those of positions, and slots may stand in any order
-        position_BHE = slots.position_BHS.gather(2, index_BHE).masked_fill(~lost_BHE, 2**31 - 1)
-        index_BHE = index_BHE.gather(2, position_BHE.argsort(dim=-1, stable=True))
-    return index_BHE, lost_BHE
+        position_BHV = slots.position_BHS.gather(2, index_BHV).masked_fill(~lost_BHV, 2**31 - 1)
+        index_BHV = index_BHV.gather(2, position_BHV.argsort(dim=-1, stable=True))
+    return index_BHV, lost_BHV
 
 
-def _allowed(layer: Layer, position_BHC: Tensor, counts_BH: Tensor, rule: Merging) -> Tensor:
+def _allowed(layer: Layer, position_BHK: Tensor, counts_BH: Tensor, rule: Merging) -> Tensor:
     """The kept slots that others may be merged into: bool `[B, H, C]`."""
-    stays_BHC = host.arange(position_BHC.shape[2]) < counts_BH[..., None]
-    allowed_BHC = stays_BHC.to(position_BHC.device)
+    stays_BHK = host.arange(position_BHK.shape[2]) < counts_BH[..., None]
+    allowed_BHK = stays_BHK.to(position_BHK.device)
     if rule.sinks or layer.limits is None:
-        return allowed_BHC
-    return allowed_BHC & (position_BHC >= layer.limits.sink)
+        return allowed_BHK
+    return allowed_BHK & (position_BHK >= layer.limits.sink)

@@ -30,7 +30,7 @@ def watch(layer: Layer, group: Sequence[int], tokens: Tokens) -> None:
         return
     most = layer.recipe.watched
     layer.logits = (tokens.scaling, tokens.softcap)
-    new = tokens.query_bNPD.shape[2]
+    new = tokens.query_bNQD.shape[2]
     for i, b in enumerate(group):
         if aging.decided_B[b]:
             continue
@@ -38,9 +38,9 @@ def watch(layer: Layer, group: Sequence[int], tokens: Tokens) -> None:
         if follow >= most:
             layer.sequences.watched.pop(b, None)
             continue
-        query_NPD = tokens.query_bNPD[i].detach()
+        query_NQD = tokens.query_bNQD[i].detach()
         before = layer.sequences.watched.get(b)
-        joined = query_NPD if before is None else torch.cat([before, query_NPD], dim=1)
+        joined = query_NQD if before is None else torch.cat([before, query_NQD], dim=1)
         layer.sequences.watched[b] = joined[:, follow - most :].clone()
 
 
@@ -73,8 +73,8 @@ def _pack(layer: Layer, aging: Aging, due: Sequence[int]) -> None:
 
 def _watched(layer: Layer, b: int) -> int:
     """Queries of a sequence that are kept."""
-    query_NWD = layer.sequences.watched.get(b)
-    return 0 if query_NWD is None else query_NWD.shape[1]
+    query_NQD = layer.sequences.watched.get(b)
+    return 0 if query_NQD is None else query_NQD.shape[1]
 
 
 def _decide(layer: Layer, aging: Aging, b: int) -> None:
@@ -108,7 +108,7 @@ def _window(layer: Layer, aging: Aging, b: int) -> Window:
     scaling, softcap = layer.logits
     return Window(
         layer=layer.kind.index,
-        query_BNWD=layer.sequences.watched.get(b, none)[None],
+        query_BNQD=layer.sequences.watched.get(b, none)[None],
         key_BHSD=key_BHSD,
         value_BHSE=columns[VALUE],
         position_BHS=columns[POSITION].long(),
@@ -139,7 +139,7 @@ def _checked(
 
 
 def _guard(
-    layer: Layer, window: Window, layout: PageLayout, key_BHT: Tensor, value_BHU: Tensor
+    layer: Layer, window: Window, layout: PageLayout, key_BHC: Tensor, value_BHU: Tensor
 ) -> Tensor:
     """Rows whose attention output the packed slots would move too far: bool `[1, H]`, host."""
     packing = layer.recipe.packing
@@ -150,7 +150,7 @@ def _guard(
     for x in (window.key_BHSD, window.value_BHSE):
         rough.append(x[:, :, : pages * size].reshape(-1, size, x.shape[3]))
     channels = [
-        c.flatten(0, 1).to(torch.int16).repeat_interleave(pages, 0) for c in (key_BHT, value_BHU)
+        c.flatten(0, 1).to(torch.int16).repeat_interleave(pages, 0) for c in (key_BHC, value_BHU)
     ]
     packed_PX = pack(layout, rough[0], rough[1], (channels[0], channels[1]))
     both = ops.unpack(packed_PX, *channels, list(layout), window.key_BHSD.new_empty(0))

@@ -16,10 +16,10 @@ from kvpress.store.base import MASS, POSITION
 
 
 def attend_and_sum(
-    query_BNPD: Tensor,
-    key_BHPD: Tensor,
-    value_BHPE: Tensor,
-    position_BHP: Tensor,
+    query_BNQD: Tensor,
+    key_BHQD: Tensor,
+    value_BHQE: Tensor,
+    position_BHQ: Tensor,
     layer: int,
     observation: Observation,
     scaling: float,
@@ -27,20 +27,20 @@ def attend_and_sum(
     map_BNX: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output of a whole prompt and its `prompt_sums` over all queries, in one pass."""
-    out_BNPE, sums_BNP = ops.attend_sums(
-        query_BNPD,
-        key_BHPD,
-        value_BHPE,
-        position_BHP,
+    out_BNQE, sums_BNQ = ops.attend_sums(
+        query_BNQD,
+        key_BHQD,
+        value_BHQE,
+        position_BHQ,
         Logits(scaling, softcap),
         Noise(observation.noise, observation.tau, observation.seed, layer),
         map_BNX,
     )
-    return out_BNPE, sums_BNP if observation.weight == 1.0 else sums_BNP * observation.weight
+    return out_BNQE, sums_BNQ if observation.weight == 1.0 else sums_BNQ * observation.weight
 
 
 def prompt_sums(
-    query_BNPD: Tensor,
+    query_BNQD: Tensor,
     key_BHSD: Tensor,
     position_BHS: Tensor,
     layer: int,
@@ -51,14 +51,14 @@ def prompt_sums(
 ) -> Tensor:
     """Attention of a prompt chunk summed over its queries: fp32 `[B, N, S]`.
 
-    The chunk's own tokens are the last P slots, in order. With a map: over its blocks.
+    The chunk's own tokens are the last Q slots, in order. With a map: over its blocks.
     """
     sums_BNS = ops.attention_sums(
-        query_BNPD,
+        query_BNQD,
         key_BHSD,
         position_BHS,
         Logits(scaling, softcap),
-        query_BNPD.shape[2] if observation.window is None else observation.window,
+        query_BNQD.shape[2] if observation.window is None else observation.window,
         Noise(observation.noise, observation.tau, observation.seed, layer),
         map_BNX,
     )

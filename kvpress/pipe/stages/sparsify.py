@@ -31,8 +31,8 @@ def choose(
         layer.context.ledger.note(f"Attention was computed in full for {why}.")
         return None
     tau_N = limits.tau_LN[layer.kind.index]
-    map_bNX = block_map(tokens.query_bNPD, key_bHSD, tokens.scaling, tau_N, limits.local)
-    blocks = Blocks(tokens.query_bNPD.shape[2], key_bHSD.shape[2])
+    map_bNX = block_map(tokens.query_bNQD, key_bHSD, tokens.scaling, tau_N, limits.local)
+    blocks = Blocks(tokens.query_bNQD.shape[2], key_bHSD.shape[2])
     count_blocks(layer, computed_blocks(map_bNX), blocks.causal)
     return map_bNX
 
@@ -47,9 +47,9 @@ def _why_in_full(
         return "layers with a cap on their logits"
     if layer.kind.slopes is not None:
         return "layers with ALiBi"
-    if limits.tau_LN.shape[1] != tokens.query_bNPD.shape[1]:
+    if limits.tau_LN.shape[1] != tokens.query_bNQD.shape[1]:
         return "layers whose number of query heads is not the model's"
-    if tokens.query_bNPD.shape[2] < limits.least:
+    if tokens.query_bNQD.shape[2] < limits.least:
         return f"prompts of fewer than {limits.least:,} new tokens"
     if bool((position_bHS == EMPTY).any()):
         return "prompts that go on from rows of different lengths"
@@ -57,53 +57,53 @@ def _why_in_full(
 
 
 def sparse_attention(
-    query_BNPD: Tensor,
+    query_BNQD: Tensor,
     key_BHSD: Tensor,
     value_BHSE: Tensor,
     scaling: float,
     tau_N: Tensor,
     local: int,
 ) -> tuple[Tensor, Tensor]:
-    """Attention `[B, N, P, E]` of the last P slots' queries, and the blocks computed `[B, N]`."""
-    map_BNX = block_map(query_BNPD, key_BHSD, scaling, tau_N, local)
-    out_BNPE, _ = ops.attend_blocks(query_BNPD, key_BHSD, value_BHSE, map_BNX, scaling)
-    return out_BNPE, computed_blocks(map_BNX)
+    """Attention `[B, N, Q, E]` of the last Q slots' queries, and the blocks computed `[B, N]`."""
+    map_BNX = block_map(query_BNQD, key_BHSD, scaling, tau_N, local)
+    out_BNQE, _ = ops.attend_blocks(query_BNQD, key_BHSD, value_BHSE, map_BNX, scaling)
+    return out_BNQE, computed_blocks(map_BNX)
 
 
 def block_map(
-    query_BNPD: Tensor, key_BHSD: Tensor, scaling: float, tau_N: Tensor, local: int
+    query_BNQD: Tensor, key_BHSD: Tensor, scaling: float, tau_N: Tensor, local: int
 ) -> Tensor:
     """The bit map of blocks to compute: uint8 `[B, N, X]`, see blocks.py."""
-    keys, own = quantise_keys(key_BHSD), quantise_queries(query_BNPD)
-    bound_BNP = thresholds(query_BNPD, key_BHSD, keys.mean, scaling, tau_N, local)
+    keys, own = quantise_keys(key_BHSD), quantise_queries(query_BNQD)
+    bound_BNQ = thresholds(query_BNQD, key_BHSD, keys.mean, scaling, tau_N, local)
     shift_BNS = lost_by_smoothing(own.mean, keys)
     return ops.estimate_blocks(
-        own.code, own.scale, keys.code, keys.scale, shift_BNS, bound_BNP, local
+        own.code, own.scale, keys.code, keys.scale, shift_BNS, bound_BNQ, local
     )
 
 
 def thresholds(
-    query_BNPD: Tensor,
+    query_BNQD: Tensor,
     key_BHSD: Tensor,
     mean_BH1D: Tensor,
     scaling: float,
     tau_N: Tensor,
     local: int,
 ) -> Tensor:
-    """The least q · k' that counts, of every query: fp32 `[B, N, P]`.
+    """The least q · k' that counts, of every query: fp32 `[B, N, Q]`.
 
     With l = Σ exp(σ q·k') over the first block and the local area, exact, and keys less their mean:
     exp(σ q·k') / l > τ is q·k' > (ln τ + ln l) / σ.
     """
-    batch, heads, queries, _ = query_BNPD.shape
+    batch, heads, queries, _ = query_BNQD.shape
     blocks = Blocks(queries, key_BHSD.shape[2])
-    always_BNIJ = blocks.always(local, query_BNPD.device).expand(batch, heads, -1, -1)
+    always_BNIJ = blocks.always(local, query_BNQD.device).expand(batch, heads, -1, -1)
     always_BNX = to_map(always_BNIJ, blocks)
-    _, lse_BNP = ops.attend_blocks(query_BNPD, key_BHSD, key_BHSD[..., :0], always_BNX, scaling)
+    _, lse_BNQ = ops.attend_blocks(query_BNQD, key_BHSD, key_BHSD[..., :0], always_BNX, scaling)
     # This LSE is that of whole keys: that of smoothed ones lacks q · k̄.
-    moved_BNP = _products(query_BNPD.float(), mean_BH1D).view(batch, heads, queries)
-    tau_N1 = tau_N.to(lse_BNP.device)[:, None]
-    return ((lse_BNP + tau_N1.log()) / scaling - moved_BNP).contiguous()
+    moved_BNQ = _products(query_BNQD.float(), mean_BH1D).view(batch, heads, queries)
+    tau_N1 = tau_N.to(lse_BNQ.device)[:, None]
+    return ((lse_BNQ + tau_N1.log()) / scaling - moved_BNQ).contiguous()
 
 
 def lost_by_smoothing(mean_BN1D: Tensor, keys: Codes) -> Tensor:
@@ -113,7 +113,7 @@ def lost_by_smoothing(mean_BN1D: Tensor, keys: Codes) -> Tensor:
     return own_BHGS.flatten(1, 2)
 
 
-def _products(query_BNPD: Tensor, key_BHSD: Tensor) -> Tensor:
+def _products(query_BNQD: Tensor, key_BHSD: Tensor) -> Tensor:
     """q · k of every query head and the keys of its group: fp32 `[B, H, G·P, S]`."""
     batch, heads, _, width = key_BHSD.shape
-    return query_BNPD.reshape(batch, heads, -1, width) @ key_BHSD.mT
+    return query_BNQD.reshape(batch, heads, -1, width) @ key_BHSD.mT

@@ -39,34 +39,34 @@ def with_counts(tokens: Tokens) -> Tokens:
             f"This model caps its logits at {tokens.softcap}, and with them the effect of counts."
             " Do not count merged tokens on this model (count_bias=false)."
         )
-    query_BNP1, key_BHP1 = tokens.query_bNPD[..., :1], tokens.key_bHPD[..., :1]
-    query_BNP1 = torch.full_like(query_BNP1, 1 / tokens.scaling)
+    query_BNQ1, key_BHQ1 = tokens.query_bNQD[..., :1], tokens.key_bHQD[..., :1]
+    query_BNQ1 = torch.full_like(query_BNQ1, 1 / tokens.scaling)
     return tokens._replace(
-        query_bNPD=torch.cat([tokens.query_bNPD, query_BNP1], dim=-1),
-        key_bHPD=torch.cat([tokens.key_bHPD, torch.zeros_like(key_BHP1)], dim=-1),
+        query_bNQD=torch.cat([tokens.query_bNQD, query_BNQ1], dim=-1),
+        key_bHQD=torch.cat([tokens.key_bHQD, torch.zeros_like(key_BHQ1)], dim=-1),
     )
 
 
 def with_positions(
-    tokens: Tokens, slopes: Sequence[float], seen_B: Tensor, valid_BP: Tensor | None
+    tokens: Tokens, slopes: Sequence[float], seen_B: Tensor, valid_BQ: Tensor | None
 ) -> Tokens:
     """The tokens with `CHANNELS` more channels in queries and keys.
 
     slopes: of every query head, on scaled scores. seen_B: real tokens before these, on the host.
     """
-    query_BNPD, key_BHPD = tokens.query_bNPD, tokens.key_bHPD
-    batch, query_heads, new, _ = query_BNPD.shape
-    offset_BP = host.arange(new)[None] if valid_BP is None else valid_BP.cumsum(1) - 1
-    position_BP = (seen_B[:, None] + offset_BP).clamp_min(0)
-    parts_BPC = torch.stack([position_BP // _BASE, position_BP % _BASE], dim=-1)
-    parts_B1PC = parts_BPC[:, None].to(key_BHPD)
+    query_BNQD, key_BHQD = tokens.query_bNQD, tokens.key_bHQD
+    batch, query_heads, new, _ = query_BNQD.shape
+    offset_BQ = host.arange(new)[None] if valid_BQ is None else valid_BQ.cumsum(1) - 1
+    position_BQ = (seen_B[:, None] + offset_BQ).clamp_min(0)
+    parts_BQC = torch.stack([position_BQ // _BASE, position_BQ % _BASE], dim=-1)
+    parts_B1QC = parts_BQC[:, None].to(key_BHQD)
     slope_N = host.tensor(slopes, dtype=torch.float64) / tokens.scaling
-    slope_NC = torch.stack([slope_N * _BASE, slope_N], dim=-1).to(query_BNPD)
+    slope_NC = torch.stack([slope_N * _BASE, slope_N], dim=-1).to(query_BNQD)
     query = slope_NC[None, :, None].expand(batch, query_heads, new, CHANNELS)
-    key = parts_B1PC.expand(batch, key_BHPD.shape[1], new, CHANNELS)
+    key = parts_B1QC.expand(batch, key_BHQD.shape[1], new, CHANNELS)
     return tokens._replace(
-        query_bNPD=torch.cat([query_BNPD, query], dim=-1),
-        key_bHPD=torch.cat([key_BHPD, key], dim=-1),
+        query_bNQD=torch.cat([query_BNQD, query], dim=-1),
+        key_bHQD=torch.cat([key_BHQD, key], dim=-1),
     )
 
 

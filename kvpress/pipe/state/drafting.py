@@ -46,7 +46,7 @@ class Drafts:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.blocks: list[Tensor] = []  # softmax weights `[B, N, P, S]`, where a policy wants them
+        self.blocks: list[Tensor] = []  # softmax weights `[B, N, Q, S]`, where a policy wants them
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +66,7 @@ class Drafts:
         return drafted
 
     def finish(self) -> tuple[int, Tensor | None]:
-        """Ends as no drafts: how many there were, and their weights `[B, N, P, S]`.
+        """Ends as no drafts: how many there were, and their weights `[B, N, Q, S]`.
 
         A token has no weight at slots that came after it.
         """

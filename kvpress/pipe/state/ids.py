@@ -42,8 +42,8 @@ class SeenIds:
     def append(self, tokens: Tensor, mask: Tensor | None) -> None:
         """Adds the columns of a forward pass.
 
-        tokens: ids `[B, P]`, or embeddings `[B, P, E]`, whose ids are not known. mask: `[B, T]`,
-        0 for padding, of which the last P columns count; None: all tokens are real.
+        tokens: ids `[B, Q]`, or embeddings `[B, Q, E]`, whose ids are not known. mask: `[B, T]`,
+        0 for padding, of which the last Q columns count; None: all tokens are real.
         """
         batch, new = tokens.shape[:2]
         if tokens.dim() == 2:

@@ -63,13 +63,13 @@ class Layer:
         assert self.store is not None, "start() makes the store"
         return self.store
 
-    def start(self, key_BHPD: Tensor, value_BHPD: Tensor) -> None:
+    def start(self, key_BHQD: Tensor, value_BHQD: Tensor) -> None:
         """Makes the store for rows of this shape."""
-        self.token_dtype = key_BHPD.dtype
-        self.store = self.stores.new(key_BHPD, value_BHPD)
+        self.token_dtype = key_BHQD.dtype
+        self.store = self.stores.new(key_BHQD, value_BHQD)
         merging = self.recipe.merging
         threshold = torch.nan if merging is None else merging.initial
-        self.sequences.begin(len(key_BHPD), threshold, key_BHPD.device)
+        self.sequences.begin(len(key_BHQD), threshold, key_BHQD.device)
         self._in_step, self.excess = None, Excess()
 
     # Whole sequences
@@ -162,9 +162,9 @@ class Layer:
 
     def append(self, tokens: Tokens, group: Sequence[int], before_b: Tensor) -> None:
         """Stores new tokens of some sequences behind those that are there."""
-        offset_P = host.arange(tokens.key_bHPD.shape[2])
-        position_b1P = (before_b[:, None] + offset_P)[:, None].to(tokens.key_bHPD.device)
-        columns = {KEY: tokens.key_bHPD, VALUE: tokens.value_bHPD, POSITION: position_b1P}
+        offset_Q = host.arange(tokens.key_bHQD.shape[2])
+        position_b1Q = (before_b[:, None] + offset_Q)[:, None].to(tokens.key_bHQD.device)
+        columns = {KEY: tokens.key_bHQD, VALUE: tokens.value_bHQD, POSITION: position_b1Q}
         self.rows.append(columns, group)
         self.excess.forget()
 

@@ -77,7 +77,7 @@ class Decoded:
 
 
 class Watched(dict[int, Tensor]):
-    """The last queries `[N, W, D]` of those sequences of which no slot is old yet."""
+    """The last queries `[N, Q, D]` of those sequences of which no slot is old yet."""
 
     PREFIX = "watched."  # before the number of a sequence, in files
 
@@ -95,8 +95,8 @@ class Watched(dict[int, Tensor]):
 
     def take_back(self, tokens: int) -> None:
         """Forgets the last queries of every sequence."""
-        for b, query_NWD in self.items():
-            self[b] = query_NWD[:, : max(0, query_NWD.shape[1] - tokens)]
+        for b, query_NQD in self.items():
+            self[b] = query_NQD[:, : max(0, query_NQD.shape[1] - tokens)]
 
 
 class Counter(NamedTuple):

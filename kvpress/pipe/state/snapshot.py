@@ -221,11 +221,11 @@ def _set_watched(layer: Layer, watched: Mapping[str, Tensor]) -> None:
     allowed = {f"{Watched.PREFIX}{b}": b for b, known in enumerate(decided) if not known}
     sizes = (layer.kind.queries or ANY, ANY, layer.key_width)
     expect(watched, dict.fromkeys(watched.keys() & allowed.keys(), (layer.token_dtype, sizes)))
-    for name, query_NWD in watched.items():
-        heads, queries = query_NWD.shape[:2]
+    for name, query_NQD in watched.items():
+        heads, queries = query_NQD.shape[:2]
         if heads % layer.kind.heads or not heads or queries > most:
-            raise CacheError(f"{name} is {list(query_NWD.shape)}: no last {most} queries.")
-        layer.sequences.watched[allowed[name]] = query_NWD.to(rows.device, copy=True)
+            raise CacheError(f"{name} is {list(query_NQD.shape)}: no last {most} queries.")
+        layer.sequences.watched[allowed[name]] = query_NQD.to(rows.device, copy=True)
 
 
 def layer_numbers(state: Layer) -> dict[str, Any] | None:

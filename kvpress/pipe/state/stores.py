@@ -24,13 +24,13 @@ class Stores:
     page_slots: int
     cache_dtype: torch.dtype | None  # of keys and values; None: as they come
 
-    def new(self, key_BHPD: Tensor, value_BHPD: Tensor) -> Rows:
+    def new(self, key_BHQD: Tensor, value_BHQD: Tensor) -> Rows:
         """An empty store for tokens like these. Raises PolicyError where it cannot count them."""
-        batch, heads, _, key_width = key_BHPD.shape
-        columns = self.columns(key_BHPD.dtype, key_width, value_BHPD.shape[-1])
+        batch, heads, _, key_width = key_BHQD.shape
+        columns = self.columns(key_BHQD.dtype, key_width, value_BHQD.shape[-1])
         if channels.counts_tokens(self.recipe):
-            channels.check_counts({key_BHPD.dtype, columns[KEY].dtype}, key_width)
-        return self.empty(columns, batch, heads, key_BHPD.device)
+            channels.check_counts({key_BHQD.dtype, columns[KEY].dtype}, key_width)
+        return self.empty(columns, batch, heads, key_BHQD.device)
 
     def empty(
         self, columns: dict[str, Column], batch: int, heads: int, device: torch.device

@@ -10,9 +10,9 @@ from torch import Tensor
 class Tokens(NamedTuple):
     """New tokens of some sequences of one layer, all real, and how they attend."""
 
-    query_bNPD: Tensor
-    key_bHPD: Tensor
-    value_bHPD: Tensor
+    query_bNQD: Tensor
+    key_bHQD: Tensor
+    value_bHQD: Tensor
     scaling: float
     softcap: float
 
