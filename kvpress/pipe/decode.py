@@ -41,7 +41,10 @@ def _run(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
         if _is_due(layer, 0):
             if layer.grows:
                 grow(layer)
-            over = layer.excess.most(layer.rows.counts, layer.sequences.quota_R) + 1
+            known = layer.excess.most
+            if known is None:
+                known = layer.excess.measure(layer.rows.counts, layer.sequences.quota_R)
+            over = known + 1
         observation = _fusable(layer, over)
         if observation is not None:
             return _run_fused(layer, tokens, over > 0, observation)

@@ -48,9 +48,9 @@ def _is_step(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> bool:
     Leaving inference mode costs such a step a tenth; the few places where it makes something do so
     themselves. Counts on another device, packing, merging and drafts make something in every step.
     """
-    single = tokens.key_bHQD.shape[2] == 1 and valid_BQ is None and layer.store is not None
+    single = tokens.key_bHQD.shape[2] == 1 and valid_BQ is None
     drafts = layer.context.recording.on or layer.sequences.drafts.tokens
-    if not single or drafts or not layer.rows.on_host:
+    if not single or drafts or layer.store is None or not layer.store.on_host:
         return False
     return layer.recipe.merging is None and not layer.recipe.formats and layer.in_step
 
@@ -58,15 +58,14 @@ def _is_step(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> bool:
 def _pass(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
     if layer.store is None:
         layer.start(tokens.key_bHQD, tokens.value_bHQD)
-    drafted = layer.context.recording.drafted(
-        tokens.key_bHQD.shape[2], first=layer.columns_seen == 0
-    )
+    recording, new = layer.context.recording, tokens.key_bHQD.shape[2]
+    drafted = recording.drafted(new, first=layer.columns_seen == 0) if recording.on else 0
     if drafted and valid_BQ is not None:
         raise CacheError(
             "Speculative decoding (activate_past_recording) of a batch with padding among the"
             " new tokens is not supported. Draft as many tokens for every sequence."
         )
-    if drafted and layer.recipe.shares and drafted < tokens.key_bHQD.shape[2]:
+    if drafted and layer.recipe.shares and drafted < new:
         raise CacheError(
             f"{layer.recipe} divides its budget among the layers once a prompt has passed all of"
             " them, and this pass holds a prompt and drafted tokens. Read the prompt in a pass of"
@@ -76,12 +75,11 @@ def _pass(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
         if layer.sequences.drafts.tokens:
             commit(layer)
             pack_due(layer)
-        out = (
-            _with_drafts(layer, tokens, drafted)
-            if drafted
-            else _run_groups(layer, tokens, valid_BQ)
-        )
-        if not layer.sequences.drafts.tokens:
+        if drafted:
+            out = _with_drafts(layer, tokens, drafted)
+        else:
+            out = _run_groups(layer, tokens, valid_BQ)
+        if layer.recipe.formats and not layer.sequences.drafts.tokens:
             pack_due(layer)
     layer.context.dirty = None
     return out
@@ -102,7 +100,8 @@ def _run_groups(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor
     columns = tokens.key_bHQD.shape[2]
     if columns == 1 and valid_BQ is None and layer.in_step:
         layer.advance_one()
-        watch(layer, range(len(layer.sequences)), tokens)
+        if layer.recipe.watched:
+            watch(layer, range(len(layer.sequences)), tokens)
         return run_decode(layer, None, tokens)
     before_B = layer.sequences.seen_B
     new_B = torch.full_like(before_B, columns) if valid_BQ is None else valid_BQ.sum(1)

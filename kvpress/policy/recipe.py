@@ -113,7 +113,7 @@ class Recipe:
         """Last tokens that stay as they came."""
         return max(self.stage("prune").residual, self.stage("pack").residual)
 
-    @property
+    @functools.cached_property
     def watched(self) -> int:
         """Last queries that decide how old slots are stored."""
         guards = self.packing is not None and self.packing.bound is not None

@@ -31,12 +31,10 @@ class Recording:
         self._announced = judged - 1 if known else None
 
     def drafted(self, tokens: int, first: bool) -> int:
-        """How many of the tokens of this pass may be taken back; by default all or none.
+        """How many of the tokens of a recorded pass may be taken back; by default all or none.
 
         first: whether the cache is empty.
         """
-        if not self.on:
-            return 0
         default = 0 if first else tokens
         return default if self._announced is None else min(self._announced, tokens)
 

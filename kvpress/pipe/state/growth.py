@@ -38,39 +38,39 @@ class Excess:
     """
 
     def __init__(self) -> None:
-        self._most: int | None = None  # of the fullest row, seen from its quota; None: not known
+        self.most: int | None = None  # of the fullest row, seen from its quota; None: not known
         self._least = 0  # of the emptiest one
         self.growth: Growth | None = None  # of the quotas, once a step needed it
         self.grown = -1  # the version of `growth` that the quotas are
 
     def forget(self) -> None:
         """Rows or quotas changed in a way that is not followed."""
-        self._most = None
+        self.most = None
 
-    def most(self, counts_R: Tensor, quota_R: Tensor) -> int:
-        """Of the fullest row, seen from its quota; negative: it is below."""
-        if self._most is None:
-            low, high = (counts_R - quota_R).aminmax()
-            self._most, self._least = int(high), int(low)
-        return self._most
+    def measure(self, counts_R: Tensor, quota_R: Tensor) -> int:
+        """Asks all rows: of the fullest one, seen from its quota; negative: it is below."""
+        low, high = (counts_R - quota_R).aminmax()
+        self.most, self._least = int(high), int(low)
+        return self.most
 
     def quotas_grew(self, growth: Growth) -> None:
         """The quotas are now those of a growth."""
-        known = self._most is not None and self.grown == growth.version - 1
-        if known and (self._most == self._least or growth.least == growth.most):
-            assert self._most is not None, "just checked"
-            self._most, self._least = self._most - growth.least, self._least - growth.most
+        known = self.most is not None and self.grown == growth.version - 1
+        if known and (self.most == self._least or growth.least == growth.most):
+            assert self.most is not None, "just checked"
+            self.most, self._least = self.most - growth.least, self._least - growth.most
         else:
-            self._most = None
+            self.most = None
         self.grown = growth.version
 
-    def loses_everywhere(self, evicted: bool) -> bool:
-        """Whether a step that evicts takes a slot of every row."""
-        return evicted and self._least == self._most
+    def step(self, evicted: bool) -> bool:
+        """Every row got a slot; where something was evicted, rows above their quotas lost one.
 
-    def step(self, evicted: bool) -> None:
-        """Every row got a slot; where something was evicted, rows above their quotas lost one."""
-        if self._most is not None:
-            self._most, self._least = self._most + 1, self._least + 1
+        Returns whether all of them did.
+        """
+        everywhere = evicted and self._least == self.most
+        if self.most is not None:
+            self.most, self._least = self.most + 1, self._least + 1
         if evicted:
-            self._most, self._least = 0, min(self._least, 0)
+            self.most, self._least = 0, min(self._least, 0)
+        return everywhere

@@ -185,9 +185,8 @@ class Layer:
 
     def count_step(self, evicted: bool) -> None:
         """Counts what the operator `decode_step` did."""
-        everywhere = self.excess.loses_everywhere(evicted)
+        everywhere = self.excess.step(evicted)
         self.rows.count_step(self.sequences.quota_R if evicted else None, everywhere)
-        self.excess.step(evicted)
         if evicted:
             self.evicted_at = self.columns_seen
 
