@@ -150,6 +150,30 @@ def test_every_letter_of_a_shape_is_in_the_legend(path: Path) -> None:
         assert letters <= LEGEND.keys(), f"{name.group(0)}: {letters - LEGEND.keys()}"
 
 
+SCRIPTS = [p for folder in ("scripts", ".ci") for p in (ROOT / folder).rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_name_what_is_there(path: Path) -> None:
+    """Tests by their paths, the slow ones of a list by folder/name, modules where they are."""
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"\btests/[\w/]*\w(?:\.py)?", text):
+        assert (ROOT / name).exists(), name
+    for folder, name in re.findall(
+        r"(\w+)/(\w+)", "".join(re.findall(r"for slow in (.*?);", text, re.S))
+    ):
+        assert (ROOT / "tests" / folder / f"test_{name}.py").exists(), f"{folder}/{name}"
+    for module in re.findall(r"(?:from|-m) kvpress\.([\w.]+)", text):
+        tree, _, rest = module.partition(".")
+        at = (
+            ROOT
+            / ("" if tree in {"bench", "csrc", "policies"} else "kvpress")
+            / tree
+            / rest.replace(".", "/")
+        )
+        assert at.is_dir() or at.with_suffix(".py").is_file(), module
+
+
 def test_package_list_equals_the_folders() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     listed = set(settings["tool"]["setuptools"]["packages"])
