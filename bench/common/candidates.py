@@ -62,7 +62,7 @@ class Candidate:
         return cache
 
     def generate(self, ids_BQ: torch.Tensor, cache: Any, new_tokens: int) -> torch.Tensor:
-        """Prompts and exactly so many new tokens, greedily: `[B, P + new_tokens]`."""
+        """Prompts and exactly so many new tokens, greedily: `[B, Q + new_tokens]`."""
         out: torch.Tensor = self.model.generate(
             ids_BQ,
             attention_mask=torch.ones_like(ids_BQ),

@@ -17,7 +17,7 @@ _CITED = re.compile(r" \((?:[^()]*(?:arXiv|\d{4})[^()]*)\)(?=\.)")
 _ROOMS = ("hf", "pipe", "policy", "store", "formulas", "ops", "report")
 _BACKENDS = {
     "reference.py": "PyTorch",
-    "cpu.h": "C++",
+    "bind.h": "C++",
     "triton_kernel.py": "Triton",
     "cuda_kernel.py": "CUDA",
 }
@@ -105,7 +105,7 @@ def _first_sentence(path: Path) -> str:
     paragraph = " ".join(path.read_text(encoding="utf-8").split("\n\n")[1].split())
     plain = re.sub(r" \([^()]*\)", "", paragraph)
     sentence = re.split(r"(?<=\.) (?=[A-Z])|: |; ", plain, maxsplit=1)[0].strip()
-    return escaped(f"{sentence.rstrip('.')}.")
+    return escaped(f"{sentence.rstrip('.:')}.")
 
 
 PARTS: Mapping[str, Callable[[], str]] = {

@@ -12,10 +12,10 @@ from kvpress.policy.loading import available
 
 
 def replaced_by() -> dict[str, list[str]]:
-    """The installed policies that replace each stage; one that declares a `rank` replaces score."""
+    """The installed policies that replace each stage, as combining them goes by."""
     found: dict[str, list[str]] = {stage.name: [] for stage in STAGES}
     for name, cls in available().items():
-        own = {*vars(cls), *(["score"] if "rank" in vars(cls) else [])}
+        own = cls().replaces()
         for stage in (stage.name for stage in STAGES):
             if stage in own:
                 found[stage].append(name)

@@ -102,7 +102,7 @@ class Peer:
         return int(self.request(do="read", tokens=[list(tokens)])["bytes"])
 
     def ask(self, cache: int, question: Question, stepwise: bool = False) -> Tensor:
-        """The logits before each token of the answer, `[T, V]`."""
+        """The logits before each token of the answer, `[T, Y]`."""
         file = str(Path(self._files.name, "logits.safetensors"))
         prompt, answer = list(question.prompt), list(question.answer)
         self.request(do="ask", prompt=prompt, answer=answer, stepwise=stepwise, file=file)

@@ -39,7 +39,7 @@ class System(Protocol):
         """
 
     def ask(self, cache: Any, question: Question, stepwise: bool) -> Tensor:
-        """The logits before each token of the answer, `[T, V]`; the cache stays as it was.
+        """The logits before each token of the answer, `[T, Y]`; the cache stays as it was.
 
         stepwise: the answer is fed token by token, as it would be decoded.
         """
@@ -76,7 +76,7 @@ class LocalSystem:
         return cache
 
     def ask(self, cache: Any, question: Question, stepwise: bool = False) -> Tensor:
-        """The logits before each token of the answer, `[T, V]`."""
+        """The logits before each token of the answer, `[T, Y]`."""
         forked = copy.deepcopy(cache) if self.name in CACHES else cache.fork()
         given = [*question.prompt, *question.answer[:-1]]
         if not stepwise:

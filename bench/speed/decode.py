@@ -21,6 +21,8 @@ from kvpress.bench.speed.rounds import Measurement
 from kvpress.bench.speed.rows import Column, against, milliseconds, of_ideal, times
 from kvpress.bench.speed.setting import Setting
 
+from kvpress.hf.cache import EngineCache
+
 TITLE = "One decode step"
 LEGEND = (
     "vs tf, vs full: speed-up over transformers and over the engine without compression, from"
@@ -66,7 +68,8 @@ class _Decode:
 
 def _ledger(cache: Any) -> float:
     """Seconds of all stages so far; none for a cache that keeps no ledger."""
-    return sum(cache.context.ledger.meter.seconds().values()) if hasattr(cache, "context") else 0.0
+    known = isinstance(cache, EngineCache)
+    return sum(cache.context.ledger.meter.seconds().values()) if known else 0.0
 
 
 def columns(rows: dict[str, Row]) -> list[Column]:

@@ -19,6 +19,8 @@ from kvpress.bench.speed.rounds import Measurement
 from kvpress.bench.speed.rows import Column, against, milliseconds, times
 from kvpress.bench.speed.setting import Setting
 
+from kvpress.hf.cache import EngineCache
+
 TITLE = "Time to first token"
 LEGEND = (
     "attend, observe, keep (select and store): stages of the engine, over all layers, ms. vs tf, vs"
@@ -54,8 +56,8 @@ class _Prefill:
     def settle(self, timed: bool) -> None:
         self._bytes = storage_bytes(self._cache)
         # A ledger starts at zero with its cache, so that what it says is this round's.
-        if timed and hasattr(self._cache, "ledger"):
-            self._stages.append(self._cache.ledger.meter.seconds())
+        if timed and isinstance(self._cache, EngineCache):
+            self._stages.append(self._cache.context.ledger.meter.seconds())
         # An engine remembers its newest cache. Without this empty one it would free the used one
         # inside the next round, which is timed.
         self._cache = self._candidate.new_cache()

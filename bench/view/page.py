@@ -42,7 +42,8 @@ def _body(kept: Kept) -> Iterable[str]:
     yield from _bars(kept)
     yield '<div id="tip" hidden></div>'
     yield f'<script type="application/json" id="data">{_data(kept)}</script>'
-    yield f"<script>{(_HERE / 'page.js').read_text(encoding='utf-8')}</script>"
+    scripts = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.js", "tip.js"))
+    yield f"<script>{''.join(scripts)}</script>"
 
 
 def _header(kept: Kept) -> Iterable[str]:

@@ -10,7 +10,7 @@ A page is one run of bytes, whose parts begin at multiples of 16:
 A code c stands for `step · c + zero`. A vector is 16 codes: 8 neighbouring lines (slots of keys,
 channels of values), each of a pair (of channels of keys, of slots of values) side by side, as
 instructions multiply and add them. 16 / bits vectors are a unit of 16 words of 16 bits: the first
-one in the lowest bits of each word. With 16 bits numbers are stored as they came, keys `[T, S]` and
+one in the lowest bits of each word. With 16 bits numbers are stored as they came, keys `[C, S]` and
 values `[S, U]`, and there are no scales.
 """
 

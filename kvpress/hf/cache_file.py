@@ -1,6 +1,7 @@
 """Caches as files: everything that a cache needs to go on as if it had not been saved.
 
-What is added to a layer is added to the tables here, and restoring.py checks its type and shape.
+What belongs to a sequence is saved with the others (pipe/state/sequences.py); what is read back is
+checked in pipe/state/snapshot.py.
 """
 
 from __future__ import annotations

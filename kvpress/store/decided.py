@@ -16,7 +16,7 @@ from kvpress.store.saved import expect
 class Decided:
     """What is decided of `sequences × heads` rows; at first nothing is.
 
-    The channels (int16 `[R, T]` and `[R, U]`) are on the device, the rest is on the host.
+    The channels (int16 `[R, C]` and `[R, U]`) are on the device, the rest is on the host.
     """
 
     def __init__(self, sequences: int, heads: int, device: torch.device) -> None:

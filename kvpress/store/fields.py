@@ -49,16 +49,16 @@ class Fields:
         slots_AX = values.to(column.dtype).reshape(-1, *column.shape).contiguous()
         ops.scatter_slots(self.paging.pages(name), address_A, slots_AX, column.slot_last)
 
-    def put(self, row_R: Tensor, slot_RT: Tensor, columns: Mapping[str, Tensor]) -> None:
+    def put(self, row_R: Tensor, slot_RQ: Tensor, columns: Mapping[str, Tensor]) -> None:
         """Writes slots (on the host) of some rows; columns that are not given become zero."""
         table = self.paging.table
-        address_A = table.host_address(row_R[:, None], slot_RT).flatten().to(table.device)
+        address_A = table.host_address(row_R[:, None], slot_RQ).flatten().to(table.device)
         for name, column in self.paging.columns.items():
-            shape = (len(row_R) // table.heads, table.heads, slot_RT.shape[1], *column.shape)
+            shape = (len(row_R) // table.heads, table.heads, slot_RQ.shape[1], *column.shape)
             absent = torch.zeros((), dtype=column.dtype, device=table.device)
             source = columns.get(name, absent).detach().expand(shape)
             if self.overlay is not None and name in self.overlay:
-                self.overlay.write(name, row_R, slot_RT, source.flatten(0, 1))
+                self.overlay.write(name, row_R, slot_RQ, source.flatten(0, 1))
             else:
                 self.scatter(name, address_A, source)
 

@@ -31,14 +31,14 @@ class Overlay:
         chosen = {name: x[row_R.to(x.device)] for name, x in self.columns.items()}
         return Overlay(chosen)
 
-    def write(self, name: str, row_R: Tensor, slot_RT: Tensor, values_RC: Tensor) -> None:
+    def write(self, name: str, row_R: Tensor, slot_RQ: Tensor, values_RQ: Tensor) -> None:
         """Sets slots of some rows; the columns grow as far as they must."""
         column_RS = self.columns[name]
-        missing = (int(slot_RT.max()) + 1 if slot_RT.numel() else 0) - column_RS.shape[1]
+        missing = (int(slot_RQ.max()) + 1 if slot_RQ.numel() else 0) - column_RS.shape[1]
         if missing > 0:
             column_RS = torch.nn.functional.pad(column_RS, (0, missing))
         device = column_RS.device
-        column_RS[row_R.to(device)[:, None], slot_RT.to(device)] = values_RC.to(column_RS.dtype)
+        column_RS[row_R.to(device)[:, None], slot_RQ.to(device)] = values_RQ.to(column_RS.dtype)
         self.columns[name] = column_RS
 
     def move(self, row_A: Tensor, source_A: Tensor, target_A: Tensor) -> None:

@@ -87,10 +87,10 @@ class PagedRows(Rows):
         """
         table = self.paging.table
         row_R, tokens = table.row_index(sequences), columns[POSITION].shape[2]
-        slot_RT = table.counts[row_R, None] + host.arange(tokens)
+        slot_RQ = table.counts[row_R, None] + host.arange(tokens)
         counts = table.counts.index_add(0, row_R, torch.full_like(row_R, tokens))
         self.paging.reserve(counts)
-        self.fields.put(row_R, slot_RT, columns)
+        self.fields.put(row_R, slot_RQ, columns)
         table.set_counts(counts)
 
     def write(self, name: str, values_bHS: Tensor, sequences: Sequence[int] | None = None) -> None:

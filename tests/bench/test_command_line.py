@@ -24,6 +24,7 @@ from kvpress.bench.speed import benches
 from rich.console import Console
 from typer.testing import CliRunner
 
+from kvpress import cli
 from kvpress.cli import app
 
 torch = pytest.importorskip("torch")
@@ -147,6 +148,7 @@ def test_other_tables_fold_and_lose_nothing(width: int) -> None:
 @pytest.mark.parametrize("width", ["60", "80"])
 def test_lists_of_the_command_line_fold(width: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", width)
+    monkeypatch.setattr(cli.console, "_width", None)  # where it was made, columns were others
     for command, words in (
         ("policies", ["policy", "what it does", "options", "keyformer", "budget="]),
         ("info", ["versions", "torch", "devices", "operators", "KVPRESS_CACHE"]),

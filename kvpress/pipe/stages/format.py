@@ -122,7 +122,7 @@ def _window(layer: Layer, aging: Aging, b: int) -> Window:
 def _checked(
     layer: Layer, channels: Tensor | None, heads: int, width: int, device: torch.device
 ) -> Tensor:
-    """The channels that a policy chose: int64 `[1, H, T]`. Raises PolicyError."""
+    """The channels that a policy chose: int64 `[1, H, C]`. Raises PolicyError."""
     if channels is None:
         return torch.arange(width, device=device).expand(1, heads, width)
     fits = channels.dim() == 3 and channels.shape[:2] == (1, heads) and channels.shape[2] > 0
@@ -133,7 +133,7 @@ def _checked(
     ):
         raise PolicyError(
             f"{layer.recipe} chose channels {channels.tolist()} in layer {layer.kind.index}; the"
-            f" prune stage returns ascending ones of 0 to {width - 1}, shape [1, {heads}, T]."
+            f" prune stage returns ascending ones of 0 to {width - 1}, shape [1, {heads}, C]."
         )
     return channels.long()
 

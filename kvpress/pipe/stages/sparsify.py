@@ -73,7 +73,7 @@ def sparse_attention(
 def block_map(
     query_BNQD: Tensor, key_BHSD: Tensor, scaling: float, tau_N: Tensor, local: int
 ) -> Tensor:
-    """The bit map of blocks to compute: uint8 `[B, N, X]`, see blocks.py."""
+    """The bit map of blocks to compute: uint8 `[B, N, X]`, see formulas/block_map.py."""
     keys, own = quantise_keys(key_BHSD), quantise_queries(query_BNQD)
     bound_BNQ = thresholds(query_BNQD, key_BHSD, keys.mean, scaling, tau_N, local)
     shift_BNS = lost_by_smoothing(own.mean, keys)
@@ -114,6 +114,6 @@ def lost_by_smoothing(mean_BN1D: Tensor, keys: Codes) -> Tensor:
 
 
 def _products(query_BNQD: Tensor, key_BHSD: Tensor) -> Tensor:
-    """q · k of every query head and the keys of its group: fp32 `[B, H, G·P, S]`."""
+    """q · k of every query head and the keys of its group: fp32 `[B, H, G·Q, S]`."""
     batch, heads, _, width = key_BHSD.shape
     return query_BNQD.reshape(batch, heads, -1, width) @ key_BHSD.mT

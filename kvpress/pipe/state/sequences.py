@@ -116,10 +116,10 @@ def counter(start: float = 0, dtype: torch.dtype = torch.int64) -> Any:
 
 @dataclass
 class Sequences:
-    """A field added here is selected, cloned, saved and loaded with the others.
+    """A counter added here is begun, selected, cloned, saved and loaded with the others.
 
-    Counters are on the host, but those that are made with a device. Where a field is not a counter,
-    it answers `Kept`.
+    Counters are on the host, but the threshold. A field that is no counter answers `Kept`, and
+    snapshot.py says how it is read back.
     """
 
     heads: int  # KV heads, rows of a sequence

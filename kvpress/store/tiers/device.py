@@ -21,7 +21,7 @@ class PageUser(Protocol):
     """Who has a part in a pool, as rows do."""
 
     def owned_pages(self) -> Tensor:
-        """The pages in use, once for each row that holds them: int64 `[N]`, on the host."""
+        """The pages in use, once for each row that holds them: int64 `[A]`, on the host."""
 
     def renumber(self, place_P: Tensor) -> None:
         """Follows the pages to their new places, `place_P[page]`."""
