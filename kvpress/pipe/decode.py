@@ -118,11 +118,7 @@ def _run_stages(layer: Layer, group: list[int], tokens: Tokens, due: bool) -> Te
     request = layer.recipe.stage("observe").observe(step(layer, group[0], 1)) if looks else None
     with layer.timed("decode attention"):
         out_bN1D, weights_bN1S = rows.attend(
-            tokens.query_bNQD,
-            some(layer, group),
-            tokens.scaling,
-            tokens.softcap,
-            request is not None,
+            tokens.query_bNQD, some(layer, group), tokens.logits, request is not None
         )
     if looks:
         with layer.timed("observe"):

@@ -60,12 +60,11 @@ class PagedRows(Rows):
         self,
         query_bNQD: Tensor,
         sequences: Sequence[int] | None,
-        scaling: float,
-        softcap: float,
+        logits: Logits,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention output of new queries, and weights in the order of `dense` where asked for."""
-        pages, logits = self.paging.operands(sequences), Logits(scaling, softcap)
+        pages = self.paging.operands(sequences)
         out_bNQE, _, weights_bNQS = ops.decode_rows(query_bNQD, pages, logits, need_weights)
         return out_bNQE, weights_bNQS if need_weights else None
 

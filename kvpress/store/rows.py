@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpress.formulas.page_layout import PageLayout
-from kvpress.ops import Old
+from kvpress.ops import Logits, Old
 from kvpress.store.base import POSITION, Column, Survivors
 from kvpress.store.paging import Paging
 
@@ -151,8 +151,7 @@ class Rows(ABC):
         self,
         query_bNQD: Tensor,
         sequences: Sequence[int] | None,
-        scaling: float,
-        softcap: float,
+        logits: Logits,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention output of new queries, and weights in the order of `dense` where asked for."""

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from kvpress.ops import Logits
+
 
 class Tokens(NamedTuple):
     """New tokens of some sequences of one layer, all real, and how they attend."""
@@ -15,6 +17,11 @@ class Tokens(NamedTuple):
     value_bHQD: Tensor
     scaling: float
     softcap: float
+
+    @property
+    def logits(self) -> Logits:
+        """How their logits follow from products."""
+        return Logits(self.scaling, self.softcap)
 
     def part(self, start: int, end: int) -> Tokens:
         """The tokens from number `start` on and before `end`."""
