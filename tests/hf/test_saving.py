@@ -94,6 +94,16 @@ def test_an_empty_cache_can_be_saved(tmp_path: Path) -> None:
         assert engine.load_cache(tmp_path / "cache").get_seq_length() == 0
 
 
+def test_forks_and_loaded_caches_say_whether_they_hold_tokens(tmp_path: Path) -> None:
+    with kvpress.attach(helpers.tiny(), "h2o:budget=0.5") as engine, torch.no_grad():
+        cache = engine.new_cache()
+        for filled in (False, True):
+            cache.save(tmp_path / "cache")
+            others = (cache.fork(), engine.load_cache(tmp_path / "cache"))
+            assert [other.is_initialized for other in others] == [filled, filled]
+            engine.model(helpers.prompt(2, 20), past_key_values=cache)
+
+
 def test_a_loaded_cache_refuses_a_text_that_does_not_go_on_from_it(tmp_path: Path) -> None:
     with kvpress.attach(helpers.tiny(), "full") as engine:
         text = engine.generate(helpers.prompt(1, 20), max_new_tokens=5, do_sample=False)
