@@ -93,7 +93,7 @@ def operands(width: int, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[A
     yield "decode_rows", "softcap Q=32", (many, pages, Logits(0.1, 50.0), True)
     yield from packed_operands(query, pages)
     columns = Columns(torch.zeros(1, page, dtype=torch.int32), torch.zeros(1, page))
-    bounds = Bounds(batch, counts.clone(), batch.clone(), 4, "mass_per_age")
+    bounds = Bounds(batch, counts.clone(), counts.clone(), batch.clone(), "mass_per_age")
     for kind in get_args(NoiseKind):
         noise = Noise(kind, 1.0, 7, 3)
         held = (pages, columns, bounds)

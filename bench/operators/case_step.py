@@ -64,7 +64,8 @@ class Step:
     mass_PS: Tensor
     seen_B: Tensor
     quota_R: Tensor
-    recent_B: Tensor
+    recent_R: Tensor
+    sink_B: Tensor
     threshold_B: Tensor
 
     @property
@@ -75,7 +76,7 @@ class Step:
     @property
     def bounds(self) -> Bounds:
         """Which slots stay, as operators take it."""
-        return Bounds(self.seen_B, self.quota_R, self.recent_B, 0, "mass")
+        return Bounds(self.seen_B, self.quota_R, self.recent_R, self.sink_B, "mass")
 
     def run(self, operator: Callable[..., Any], scaling: float, evict: bool = True) -> Tensor:
         """The next decode step of these rows."""
@@ -142,7 +143,8 @@ def make_step(shape: RowsShape, device: torch.device) -> Step:
         torch.rand(pool, device=device),
         seen_B,
         rows.counts_R.clone(),
-        (seen_B * RECENT).long(),
+        (seen_B * RECENT).long().repeat_interleave(shape.heads),
+        torch.zeros_like(seen_B),
         torch.zeros(shape.batch, device=device),
     )
 

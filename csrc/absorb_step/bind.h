@@ -39,17 +39,17 @@ Turning turning_of(const char* op, Shapes& shapes, const std::optional<Tensor>& 
 
 void absorb_step(const Tensor& key_pool, const Tensor& value_pool, const Tensor& table, const Tensor& counts,
                  const Tensor& position_pool, const std::optional<Tensor>& mass_pool, const Tensor& seen,
-                 const Tensor& quota, const Tensor& recent, int64_t sink, const std::string& rank,
+                 const Tensor& quota, const Tensor& recent, const Tensor& sink, const std::string& rank,
                  const Tensor& threshold, const std::optional<Tensor>& frequency, bool interleaved, int64_t start,
                  int64_t width, double own, double memory, double gain, bool largest, bool normalised, bool together,
                  std::optional<double> fixed, const std::string& keys, bool sinks, bool counted) {
   const char* op = "absorb_step";
   const PageTensors pages{key_pool, value_pool, table, counts};
   const ColumnTensors columns{position_pool, mass_pool};
-  const BoundTensors bounds{seen, quota, recent};
+  const BoundTensors bounds{seen, quota, recent, sink};
   Shapes shapes(op);
   AbsorbStep a{};
-  a.bounds = bounds_of(op, shapes, bounds, sink, rank_of(op, rank, !mass_pool), 0);
+  a.bounds = bounds_of(op, shapes, bounds, rank_of(op, rank, !mass_pool), 0);
   shapes.bind(threshold, "threshold_B");
   expect(op, threshold, "threshold_B", ScalarType::Float, "float32");
   const int64_t batch = shapes['B'], rows = shapes['R'];

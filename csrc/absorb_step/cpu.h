@@ -28,7 +28,7 @@ class Absorption {
   Loss find(int64_t r) const {
     const int64_t count = a_.counts[r], b = r / a_.heads;
     if (count <= a_.bounds.quota[r]) return {-1, -1, 0};
-    Victim victim(a_.bounds, b);
+    Victim victim(a_.bounds, b, r);
     alignas(64) int32_t position[kTile];
     alignas(64) float mass[kTile] = {};
     slots_.each_tile(r, count, [&](int64_t s, int64_t slots, const Place& place) {
@@ -52,7 +52,7 @@ class Absorption {
     IntVec at[kVectors];
     for (int v = 0; v < kVectors; v++) best[v] = splat(-INFINITY), at[v] = splat(int32_t(-1));
     alignas(64) int32_t position[kTile] = {};
-    const int32_t first = a_.merging.sinks ? INT32_MIN : int32_t(std::min<int64_t>(a_.bounds.sink, INT32_MAX));
+    const int32_t first = a_.merging.sinks ? INT32_MIN : int32_t(a_.bounds.sink[r / a_.heads]);
     slots_.each_tile(r, count, [&](int64_t s, int64_t slots, const Place& place) {
       Vec dot[kVectors], square[kVectors];
       if (slots_.in_place()) {

@@ -58,7 +58,7 @@ def absorb_step(operands: Operands) -> None:
     victim_BH1 = victim_BH[..., None]
     others_BHS = held.held_BHS.scatter(2, victim_BH1, False)
     if not rule.sinks:
-        others_BHS &= held.position_BHS >= bounds.sink
+        others_BHS &= held.position_BHS >= bounds.sink_B[:, None, None]
     lost_BH1D = _take(key_BHSD, victim_BH1)
     near = MatchKeys(lost_BH1D[..., :width], key_BHSD[..., :width], others_BHS)
     u_BH1, target_BH1 = match_keys(near)
@@ -132,7 +132,7 @@ def check(operands: Operands) -> None:
     check_rank(op, bounds, columns.mass_PS is None)
     _check_channels(op, operands)
     check_rule(op, rule)
-    shapes.ages(op, bounds.seen_B, bounds.recent_B, bounds.sink, 0)
+    shapes.ages(op, bounds, 0)
 
 
 def check_rule(op: str, rule: Merging) -> None:

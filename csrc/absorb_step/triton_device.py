@@ -76,10 +76,10 @@ def nearest(
     return best, tl.min(tl.where((best_S == best) & (at_S >= 0), at_S, 2147483647), 0)
 
 
-@triton.jit(do_not_specialize=["sink", "table_width"])
+@triton.jit(do_not_specialize=["table_width"])
 def find_kernel(
-    key, position, mass, slots_of, similarity, table, counts, seen, quota, recent,
-    sink, table_width, HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    key, position, mass, slots_of, similarity, table, counts, seen, quota, recent, sinks,
+    table_width, HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     PAGE: tl.constexpr, RANK: tl.constexpr, KEEPS: tl.constexpr, SINKS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,8 @@ def find_kernel(
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(counts + row).to(tl.int32)
     now = tl.load(seen + row // HEADS).to(tl.int32)
-    open_to = tl.maximum(now - tl.load(recent + row // HEADS), 0)
+    open_to = tl.maximum(now - tl.load(recent + row), 0)
+    sink = tl.load(sinks + row // HEADS)
     table += row * table_width
     slots_of += row
     rows = tl.num_programs(0)

@@ -21,13 +21,13 @@ void check_old(const char* op, const DecodeStep& a) {
 Tensor decode_step(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_pool,
                    const Tensor& value_pool, const Tensor& table, const Tensor& counts, const Tensor& position_pool,
                    const std::optional<Tensor>& mass_pool, const Tensor& seen, const Tensor& quota,
-                   const Tensor& recent, int64_t sink, const std::string& rank, bool evict, const std::string& noise,
+                   const Tensor& recent, const Tensor& sink, const std::string& rank, bool evict, const std::string& noise,
                    double tau, int64_t seed, int64_t layer, double scaling, double softcap,
                    const std::vector<Tensor>& old, const std::vector<int64_t>& layouts) {
   const char* op = "decode_step";
   const PageTensors pages{key_pool, value_pool, table, counts};
   const ColumnTensors columns{position_pool, mass_pool};
-  const BoundTensors bounds{seen, quota, recent};
+  const BoundTensors bounds{seen, quota, recent, sink};
   Shapes shapes(op);
   shapes.bind(query, "query_BN1D");
   shapes.bind(key, "key_BH1D");
@@ -41,7 +41,7 @@ Tensor decode_step(const Tensor& query, const Tensor& key, const Tensor& value, 
   a.value = values.heads;
   a.columns = columns_of(op, shapes, columns);
   a.counts = static_cast<int64_t*>(counts.data_ptr());
-  a.bounds = bounds_of(op, shapes, bounds, sink, rank_of(op, rank, evict && !mass_pool), 1);
+  a.bounds = bounds_of(op, shapes, bounds, rank_of(op, rank, evict && !mass_pool), 1);
   a.evict = evict;
   a.noise = noise_of(op, noise, tau, seed, layer);
   add_parts(op, a.attend, old, layouts);

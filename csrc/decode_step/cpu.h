@@ -10,9 +10,10 @@ namespace kvpress::KERNEL_ISA {
 // The unprotected slot with the smallest score; of equal ones the latest. A NaN is the smallest of all.
 class Victim {
  public:
-  Victim(const Bounds& bounds, int64_t b)
-      : seen_(bounds.seen[b]), sink_(int32_t(std::min<int64_t>(bounds.sink, INT32_MAX))),
-        until_(int32_t(std::max<int64_t>(0, seen_ - bounds.recent[b]))), rank_(bounds.rank) {}
+  // Of row r, which is one of sequence b.
+  Victim(const Bounds& bounds, int64_t b, int64_t r)
+      : seen_(bounds.seen[b]), sink_(int32_t(bounds.sink[b])),
+        until_(int32_t(std::max<int64_t>(0, seen_ - bounds.recent[r]))), rank_(bounds.rank) {}
 
   // Slots slot … slot + kWidth − 1, of which those from `count` on are none.
   void consider(int64_t slot, int64_t count, IntVec position, Vec score) {
@@ -98,7 +99,7 @@ class Step {
     if (!a_.columns.mass && !evicts) return;
     for (int64_t m = 0; m < kept_.m && a_.columns.mass; m++)
       kept_.normalise(r, m, regions, plain_ ? lse[m] : noisy_lse(r, m, regions));
-    Victim victim(a_.bounds, r / heads());
+    Victim victim(a_.bounds, r / heads(), r);
     alignas(64) int32_t position[kTile];
     alignas(64) float mass[kTile] = {};
     for (int p = 0; p < a_.attend.parts; p++) {

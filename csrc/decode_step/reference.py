@@ -100,7 +100,8 @@ def victims(held: Held, columns: Columns, bounds: Bounds) -> tuple[Tensor, Tenso
     position_BHS, mass_PS = held.position_BHS, columns.mass_PS
     mass_BHS = None if mass_PS is None else held.column(mass_PS)
     score_BHS = ranking(bounds.rank, position_BHS, mass_BHS, bounds.seen_B)
-    guarded_BHS = protect(position_BHS, bounds.seen_B, bounds.sink, bounds.recent_B)
+    recent_BH = bounds.recent_R.view(position_BHS.shape[:2])
+    guarded_BHS = protect(position_BHS, bounds.seen_B, bounds.sink_B, recent_BH)
     victim_BH = drop_one(score_BHS, position_BHS, guarded_BHS)
     return victim_BH, (~guarded_BHS & held.held_BHS).any(-1)
 
@@ -139,14 +140,12 @@ def check(operands: Operands) -> None:
     check_rank(op, bounds, evict and columns.mass_PS is None)
     check_noise(op, noise)
     shapes.logits(op, *logits)
-    shapes.ages(op, bounds.seen_B, bounds.recent_B, bounds.sink, 1)
+    shapes.ages(op, bounds, 1)
 
 
 def of_layer(pages: Pages, columns: Columns, bounds: Bounds) -> dict[str, Tensor]:
     """The tensors of what a layer stores and may keep, by name."""
-    seen_B, quota_R, recent_B, *_ = bounds
-    longs = {"seen_B": seen_B, "quota_R": quota_R, "recent_B": recent_B}
-    named = {**pages._asdict(), "position_PS": columns.position_PS, **longs}
+    named = {**pages._asdict(), "position_PS": columns.position_PS, **_longs(bounds)}
     return named if columns.mass_PS is None else {**named, "mass_PS": columns.mass_PS}
 
 
@@ -156,9 +155,12 @@ def check_layer(op: str, pages: Pages, columns: Columns, bounds: Bounds) -> None
     shapes.of_dtype(op, torch.int32, {"position_PS": columns.position_PS})
     if columns.mass_PS is not None:
         shapes.of_dtype(op, torch.float32, {"mass_PS": columns.mass_PS})
-    shapes.of_dtype(
-        op, torch.int64, dict(zip(("seen_B", "quota_R", "recent_B"), bounds[:3], strict=True))
-    )
+    shapes.of_dtype(op, torch.int64, _longs(bounds))
+
+
+def _longs(bounds: Bounds) -> dict[str, Tensor]:
+    """The tensors among the bounds, by name."""
+    return dict(zip(bounds._fields[:4], bounds[:4], strict=True))
 
 
 def check_rank(op: str, bounds: Bounds, lacks_mass: bool) -> None:

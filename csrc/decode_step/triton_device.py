@@ -158,10 +158,10 @@ def move_last(
     tl.store(counts + row, (count - 1).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["sink", "stream", "table_width"])
+@triton.jit(do_not_specialize=["stream", "table_width"])
 def finish_kernel(
-    key, value, position, mass, logits, lse, table, counts, seen, quota, recent,
-    sink, coldness, stream, table_width, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    key, value, position, mass, logits, lse, table, counts, seen, quota, recent, sinks,
+    coldness, stream, table_width, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     E: tl.constexpr, PAGE: tl.constexpr, OBSERVES: tl.constexpr, NOISE: tl.constexpr,
     PLAIN: tl.constexpr, EVICTS: tl.constexpr, RANK: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -170,7 +170,7 @@ def finish_kernel(
     row = tl.program_id(0).to(tl.int64)
     count, slots = tl.load(counts + row).to(tl.int32), table_width * PAGE
     now = tl.load(seen + row // HEADS).to(tl.int32)
-    open_to = tl.maximum(now - tl.load(recent + row // HEADS), 0)
+    open_to, sink = tl.maximum(now - tl.load(recent + row), 0), tl.load(sinks + row // HEADS)
     table += row * table_width
     g_G = tl.arange(0, BLOCK_G)
     noise_G = noise_of(stream, row, now, HEADS, NOISE, g_G, GROUP)

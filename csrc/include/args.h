@@ -48,8 +48,7 @@ enum class Rank { kMass, kMassPerAge, kPosition };
 
 // Which slots stay: of more than a quota the one that ranks lowest goes. The first and the last tokens are protected.
 struct Bounds {
-  const int64_t *seen, *quota, *recent;  // [B], [R], [B]
-  int64_t sink;
+  const int64_t *seen, *quota, *recent, *sink;  // [B], [R], [R], [B]
   Rank rank;
 };
 

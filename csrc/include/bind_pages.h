@@ -93,25 +93,28 @@ Columns columns_of(const char* op, Shapes& shapes, const ColumnTensors& x) {
 }
 
 struct BoundTensors {
-  const Tensor &seen, &quota, &recent;
+  const Tensor &seen, &quota, &recent, &sink;
 };
 
 // Checks what says which slots stay. `least`: of seen.
-Bounds bounds_of(const char* op, Shapes& shapes, const BoundTensors& x, int64_t sink, Rank rank, int64_t least) {
+Bounds bounds_of(const char* op, Shapes& shapes, const BoundTensors& x, Rank rank, int64_t least) {
   shapes.bind(x.seen, "seen_B");
   shapes.bind(x.quota, "quota_R");
-  shapes.bind(x.recent, "recent_B");
-  for (const Tensor* each : {&x.seen, &x.quota, &x.recent})
-    expect(op, *each, "seen_B, quota_R and recent_B", ScalarType::Long, "int64");
+  shapes.bind(x.recent, "recent_R");
+  shapes.bind(x.sink, "sink_B");
+  for (const Tensor* each : {&x.seen, &x.quota, &x.recent, &x.sink})
+    expect(op, *each, "seen_B, quota_R, recent_R and sink_B", ScalarType::Long, "int64");
   const auto longs = [](const Tensor& each) { return static_cast<const int64_t*>(each.data_ptr()); };
-  const Bounds bounds{longs(x.seen), longs(x.quota), longs(x.recent), sink, rank};
-  if (sink < 0 || sink > kMostSlots) refuse(op, "sink is ", sink, "; 0 to ", kMostSlots, " are allowed");
+  const Bounds bounds{longs(x.seen), longs(x.quota), longs(x.recent), longs(x.sink), rank};
   for (int64_t b = 0; b < shapes['B']; b++) {
     if (bounds.seen[b] < least || bounds.seen[b] > kMostSlots)
       refuse(op, "sequence ", b, " has seen ", bounds.seen[b], " tokens; ", least, " to ", kMostSlots, " are allowed");
-    if (bounds.recent[b] < 0)
-      refuse(op, "the last ", bounds.recent[b], " tokens of sequence ", b, " stay; it must not be negative");
+    if (bounds.sink[b] < 0 || bounds.sink[b] > kMostSlots)
+      refuse(op, "the first ", bounds.sink[b], " tokens of sequence ", b, " stay; 0 to ", kMostSlots, " are allowed");
   }
+  for (int64_t r = 0; r < shapes['R']; r++)
+    if (bounds.recent[r] < 0)
+      refuse(op, "the last ", bounds.recent[r], " tokens of row ", r, " stay; it must not be negative");
   return bounds;
 }
 
@@ -131,7 +134,8 @@ void add(Memory& memory, const PageTensors& pages, const ColumnTensors& columns,
   if (columns.mass) memory.writes(*columns.mass, "mass_PS");
   memory.reads(bounds.seen, "seen_B");
   memory.reads(bounds.quota, "quota_R");
-  memory.reads(bounds.recent, "recent_B");
+  memory.reads(bounds.recent, "recent_R");
+  memory.reads(bounds.sink, "sink_B");
 }
 
 }  // namespace

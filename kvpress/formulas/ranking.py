@@ -22,10 +22,10 @@ def ranking(rank: Rank, position_BHS: Tensor, mass_BHS: Tensor | None, seen_B: T
     return mass_BHS / (seen_B[:, None, None] - position_BHS).clamp_min(1)
 
 
-def protect(position_BHS: Tensor, seen_B: Tensor, sink: int, recent_B: Tensor) -> Tensor:
+def protect(position_BHS: Tensor, seen_B: Tensor, sink_B: Tensor, recent_BH: Tensor) -> Tensor:
     """True for the slots of the first `sink` and the last `recent` tokens of each sequence."""
-    first = (position_BHS >= 0) & (position_BHS < sink)
-    last = position_BHS >= (seen_B - recent_B).clamp_min(0)[:, None, None]
+    first = (position_BHS >= 0) & (position_BHS < sink_B[:, None, None])
+    last = position_BHS >= (seen_B[:, None] - recent_BH).clamp_min(0)[..., None]
     return first | last
 
 

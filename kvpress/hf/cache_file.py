@@ -23,7 +23,7 @@ from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.snapshot import IDS, Restored, layer_numbers, layer_tensors, restore
 from kvpress.store import sealed
 
-FORMAT = 4  # of the file; another one is refused
+FORMAT = 5  # of the file; another one is refused
 
 
 def save(path: str | Path, layers: Sequence[Layer], ids: SeenIds, facts: Mapping[str, Any]) -> None:

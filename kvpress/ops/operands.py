@@ -46,14 +46,14 @@ class Columns(NamedTuple):
 class Bounds(NamedTuple):
     """Which slots stay: of more than `quota_R` the one that ranks lowest goes.
 
-    seen_B: tokens of each sequence. The first `sink` and the last `recent_B` of them are protected.
-    All int64.
+    seen_B: tokens of each sequence. A row keeps the first `sink_B` and the last `recent_R` of them.
+    Rows are numbered sequence · heads + head. All int64.
     """
 
     seen_B: Tensor
     quota_R: Tensor
-    recent_B: Tensor
-    sink: int
+    recent_R: Tensor
+    sink_B: Tensor
     rank: Rank
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpress.errors import OperatorError
+from kvpress.ops.operands import Bounds
 from kvpress.types import MOST_WIDTH as MOST_WIDTH
 
 MOST_SLOTS = 2**31 - 1  # kernels number slots with 32 bits, as positions are
@@ -115,16 +116,17 @@ def temperature(op: str, tau: float) -> None:
         refuse(op, f"tau is {tau}; it must be positive (1e-6 to 1e6)")
 
 
-def ages(op: str, seen_B: Tensor, recent_B: Tensor, sink: int, least: int) -> None:
-    """Raises OperatorError for counts of tokens that cannot be; those of tensors on the CPU."""
-    if not 0 <= sink <= MOST_SLOTS:
-        refuse(op, f"sink is {sink}; 0 to {MOST_SLOTS} are allowed")
+def ages(op: str, bounds: Bounds, least: int) -> None:
+    """Raises OperatorError for counts of tokens that cannot be. Only on the CPU."""
+    seen_B, _, recent_R, sink_B, _ = bounds
     if seen_B.device.type != "cpu":
         return
     if bool(((seen_B < least) | (seen_B > MOST_SLOTS)).any()):
         refuse(op, f"seen_B is {seen_B.tolist()}; {least} to {MOST_SLOTS} are allowed")
-    if bool((recent_B < 0).any()):
-        refuse(op, f"recent_B is {recent_B.tolist()}; it must not be negative")
+    if bool((recent_R < 0).any()):
+        refuse(op, f"recent_R is {recent_R.tolist()}; it must not be negative")
+    if bool(((sink_B < 0) | (sink_B > MOST_SLOTS)).any()):
+        refuse(op, f"sink_B is {sink_B.tolist()}; 0 to {MOST_SLOTS} are allowed")
 
 
 def apart(op: str, tensors: Mapping[str, Tensor], written: Collection[str]) -> None:

@@ -80,11 +80,12 @@ class Rows:
 
     def stored(self, quota: list[int], o: dict[str, Any]) -> tuple[Pages, Columns, Bounds]:
         """The store as operators take it."""
-        recent = torch.full_like(self.seen, o["recent"])
+        recent = torch.as_tensor(o["recent"]).expand(len(self.counts)).contiguous()
+        sink = torch.as_tensor(o["sink"]).expand(len(self.seen)).contiguous()
         return (
             Pages(self.key, self.value, self.table, self.counts),
             Columns(self.position, self.mass),
-            Bounds(self.seen, torch.tensor(quota), recent, o["sink"], o["rank"]),
+            Bounds(self.seen, torch.tensor(quota), recent, sink, o["rank"]),
         )
 
     def dense(self, row: int) -> dict[str, torch.Tensor]:
@@ -159,7 +160,9 @@ def expected(rows: Rows, quota: list[int], o: dict[str, Any]) -> tuple[Any, list
         losses = []
         for r in (2 * b, 2 * b + 1):
             d, now = dense[r], int(rows.seen[b])
-            open_S = (d["position"] >= o["sink"]) & (d["position"] < now - o["recent"])
+            sink, recent = (torch.as_tensor(o[n]).flatten() for n in ("sink", "recent"))
+            sink, recent = int(sink[b % len(sink)]), int(recent[r % len(recent)])
+            open_S = (d["position"] >= sink) & (d["position"] < now - recent)
             if int(rows.counts[r]) <= quota[r] or not open_S.any():
                 continue
             rank = {
@@ -170,7 +173,7 @@ def expected(rows: Rows, quota: list[int], o: dict[str, Any]) -> tuple[Any, list
             victim = int(rank.masked_fill(~open_S, math.inf).argmin())
             others = torch.arange(len(open_S)) != victim
             if not o["sinks"]:
-                others &= d["position"] >= o["sink"]
+                others &= d["position"] >= sink
             target, u = None, math.nan
             if others.any():
                 cosines = torch.cosine_similarity(
@@ -248,6 +251,7 @@ CASES: dict[str, dict[str, Any]] = {
     "extra-channels": {"extra": 3},
     "by-age": {"rank": "mass_per_age"},
     "by-position": {"rank": "position", "sinks": True},
+    "protected-by-row": {"sink": [1, 6], "recent": [0, 30, 7, 2], "largest": False},
     "never": {"threshold": [2.0, 2.0], "memory": 1.0, "gain": 0.0},
 }
 

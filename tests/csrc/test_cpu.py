@@ -148,7 +148,8 @@ def test_decode_steps_equal_the_reference(step: tuple[Any, ...]) -> None:
         page_S = table[row].long()[slot_S // page]
         position[page_S, slot_S % page] = torch.randperm(50)[:count].int()
         mass[page_S, slot_S % page] = torch.rand(count)
-    quota, recent = torch.tensor([40, 17, 2, 60]), torch.tensor([3, 1])
+    quota, recent = torch.tensor([40, 17, 2, 60]), torch.tensor([3, 20, 1, 9])
+    sink = torch.tensor([2, 5])
     sides = [[x.clone() for x in (key, value, position, mass, table, counts)] for _ in range(2)]
     for number in range(4):
         query, new_key = torch.randn(2, 6, 1, 32), torch.randn(2, 2, 1, 32)
@@ -159,7 +160,7 @@ def test_decode_steps_equal_the_reference(step: tuple[Any, ...]) -> None:
         ):
             k, v, p, m, t, c = side
             held = (Pages(k, v, t, c), Columns(p, m if massive else None))
-            bounds = Bounds(seen, quota, recent, 2, rank)
+            bounds = Bounds(seen, quota, recent, sink, rank)
             numbers = (Noise(noise, tau, (5 << 32) + 12345, 3), Logits(0.2, softcap))
             token = Token(query, new_key, new_value)
             outputs.append(run(token, *held, bounds, evict, *numbers))

@@ -264,10 +264,11 @@ def test_decode_steps_leave_the_same_rows_as_the_reference(run: Run, case: tuple
     given = make_rows([0, 9, 23, 19], width, width, page, dtype, spare=4)
     wanted = given.copy()
     quota_R = torch.tensor([2, 9, 18, 40], device=DEVICE)
-    recent_B = torch.tensor([3, 2], device=DEVICE)
+    recent_R = torch.tensor([3, 1, 2, 6], device=DEVICE)
+    sink_B = torch.tensor([2, 3], device=DEVICE)
     for step in range(4):
         seen_B = torch.tensor([10, 24], device=DEVICE) + step
-        bounds = Bounds(seen_B, quota_R, recent_B, 2, rank)
+        bounds = Bounds(seen_B, quota_R, recent_R, sink_B, rank)
         numbers = (evict, Noise(noise, tau, (5 << 32) + 12345, 3), Logits(0.3, softcap))
         step_both(run, given, wanted, massive, group, bounds, *numbers)
     expected = [3, 9, 23, 23] if evict else [4, 13, 27, 23]
@@ -298,9 +299,9 @@ def victims(
         torch.zeros(1, 1, 1, 32, device=DEVICE),
         torch.zeros(1, group, 1, 32, device=DEVICE),
     )
-    numbers = torch.tensor([[len(mass) + 1], [len(mass)], [recent]], device=DEVICE)
+    numbers = torch.tensor([[len(mass) + 1], [len(mass)], [recent], [sink]], device=DEVICE)
     held = (rows.pages(True), Columns(rows.position_PS, rows.mass_PS))
-    bounds = Bounds(*numbers, sink, rank)
+    bounds = Bounds(*numbers, rank)
     choices = (bounds, True, Noise("none", 1.0, 0, 0))
     run("decode_step", Token(query, one, one), *held, *choices, Logits(1.0))
     kept = torch.arange(int(rows.counts_R[0]), device=DEVICE)

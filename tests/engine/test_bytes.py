@@ -40,7 +40,8 @@ def test_bytes_held_are_those_of_all_tensors_that_the_cache_keeps_alive(
                     *(
                         state.sequences.seen_B,
                         state.sequences.quota_R,
-                        state.sequences.recent_B,
+                        state.sequences.recent_R,
+                        state.sequences.sink_B,
                         state.sequences.decoded.tokens_B,
                     ),
                     *(

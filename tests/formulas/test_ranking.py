@@ -56,9 +56,9 @@ def test_ragged_quotas_in_one_call() -> None:
 
 def test_protection_follows_positions_not_slots() -> None:
     position = torch.tensor([[[7, 0, 3, EMPTY, 8, 1]]])
-    kept = protect(position, torch.tensor([9]), 2, torch.tensor([2]))
+    kept = protect(position, torch.tensor([9]), torch.tensor([2]), torch.tensor([[2]]))
     assert kept.tolist() == [[[True, True, False, False, True, True]]]
-    short = protect(position, torch.tensor([9]), 0, torch.tensor([100]))
+    short = protect(position, torch.tensor([9]), torch.tensor([0]), torch.tensor([[100]]))
     assert short.tolist() == [[[True, True, True, False, True, True]]]
 
 

@@ -125,8 +125,8 @@ def test_layers_that_are_alike_share_the_quotas_of_a_step() -> None:
         for seen in feed(model, cache, ids, [10, *[1] * 12]):
             if seen > 10:
                 assert len({id(state.sequences.quota_R) for state in cache.states}) == 1
-                assert len({id(state.sequences.recent_B) for state in cache.states}) == 1
-    assert cache.states[0].sequences.recent_B.tolist() == [5, 5]
+                assert len({id(state.sequences.recent_R) for state in cache.states}) == 1
+    assert cache.states[0].sequences.recent_R.tolist() == [5] * 4
 
 
 @pytest.mark.parametrize("policy", ["h2o:budget=0.3", "d2o:budget=0.3,sink=1", "tova:budget=0.3"])

@@ -19,6 +19,7 @@ from kvpress.pipe.stages.observe import prompt_sums
 from kvpress.policy.loading import load_policy
 from kvpress.policy.slots import Slots, Step
 
+NONE = torch.tensor([0])  # first tokens that are protected
 ZETA = torch.tensor([0.0, -1.5, 1.0, 0.2, -1.0])
 
 
@@ -68,7 +69,7 @@ def test_worked_example_without_noise() -> None:
     torch.testing.assert_close(
         f, torch.tensor([2.76183, 0.72450, 0.37920, 0.13447]), atol=1e-5, rtol=0
     )
-    protected = protect(torch.arange(4)[None, None], torch.tensor([4]), 0, torch.tensor([1]))
+    protected = protect(torch.arange(4)[None, None], torch.tensor([4]), NONE, torch.tensor([[1]]))
     kept = keep_top(f[None, None], torch.arange(4)[None, None], protected, torch.tensor([[3]]))
     assert kept[0, 0].nonzero().flatten().tolist() == [0, 1, 3]
 
@@ -80,7 +81,7 @@ def test_worked_example_with_frozen_noise_promotes_token_3(frozen: None) -> None
         f, torch.tensor([2.79089, 0.17422, 0.86675, 0.16813]), atol=1e-5, rtol=0
     )
     position = torch.arange(4)[None, None]
-    protected = protect(position, torch.tensor([4]), 0, torch.tensor([1]))
+    protected = protect(position, torch.tensor([4]), NONE, torch.tensor([[1]]))
     kept = keep_top(f[None, None], position, protected, torch.tensor([[3]]))
     assert kept[0, 0].nonzero().flatten().tolist() == [0, 2, 3]
 
@@ -97,7 +98,7 @@ def test_worked_example_with_frozen_noise_promotes_token_3(frozen: None) -> None
     expected = torch.tensor([2.81220, 0.89854, 1.08325, 0.03179])
     torch.testing.assert_close(mass[0, 0], expected, atol=1e-5, rtol=0)
     slots = slots_of(mass[0, 0], held, 5)
-    protected = protect(slots.position_BHS, slots.seen_B, 0, torch.tensor([1]))
+    protected = protect(slots.position_BHS, slots.seen_B, NONE, torch.tensor([[1]]))
     dropped = drop_one(policy.score(slots), slots.position_BHS, protected)
     assert held[int(dropped)] == 2  # token 3 left the window and displaces key 2: {0, 3, 4} stay
 

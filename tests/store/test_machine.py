@@ -91,12 +91,12 @@ class Stores(RuleBasedStateMachine):
         key, value = torch.randn(*shape, 4), torch.randn(*shape, 3)
         everyone = torch.full((store.sequences,), self.seen + 1)
         mass_PS = store.paging.pages("mass") if "mass" in store.columns else None
-        never = torch.full_like(store.counts, 10**6), torch.zeros_like(everyone)
+        never = torch.full_like(store.counts, 10**6), torch.zeros_like(store.counts)
         ops.decode_step(
             Token(torch.randn(*shape, 4), key, value),
             store.paging.operands(),
             Columns(store.paging.pages("position"), mass_PS),
-            Bounds(everyone, *never, 0, "position"),
+            Bounds(everyone, *never, torch.zeros_like(everyone), "position"),
             False,
             Noise("none", 1.0, 0, 0),
             Logits(0.0),

@@ -155,12 +155,13 @@ class Packed(RuleBasedStateMachine):
         key, value = torch.randn(*shape, WIDTHS[0]), torch.randn(*shape, WIDTHS[1])
         seen = torch.full((store.sequences,), self.seen + 1)
         mass_PS = store.paging.pages("mass") if self.massive else None
-        bounds = (seen, torch.full_like(store.aging.recent.counts, quota), torch.zeros_like(seen))
+        quota_R = torch.full_like(store.aging.recent.counts, quota)
+        bounds = (seen, quota_R, torch.zeros_like(quota_R), torch.zeros_like(seen))
         ops.decode_step(
             Token(torch.randn(*shape, WIDTHS[0]), key, value),
             store.paging.operands(),
             Columns(store.paging.pages("position"), mass_PS),
-            Bounds(*bounds, 0, "position"),
+            Bounds(*bounds, "position"),
             True,
             Noise("none", 1.0, 0, 0),
             Logits(0.3),

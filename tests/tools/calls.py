@@ -102,9 +102,10 @@ class Maker:
     def books(self, batch: int, rows: int) -> Call:
         seen = [self.random.randint(200, 300) for _ in range(batch)]
         quota = [self.random.randint(0, 30) for _ in range(rows)]
-        recent = [self.random.randint(0, 40) for _ in range(batch)]
-        names = ("seen_B", "quota_R", "recent_B")
-        lists = (seen, quota, recent)
+        recent = [self.random.randint(0, 40) for _ in range(rows)]
+        sink = [self.random.choice((0, 4, 90)) for _ in range(batch)]
+        names = ("seen_B", "quota_R", "recent_R", "sink_B")
+        lists = (seen, quota, recent, sink)
         return {name: torch.tensor(x).long() for name, x in zip(names, lists, strict=True)}
 
     def columns(self, pools: Call, mass: bool) -> Call:
@@ -154,7 +155,6 @@ def decode_step(make: Maker) -> Call:
         **pools,
         **make.columns(pools, make.flag()),
         **make.books(batch, batch * heads),
-        "sink": make.random.choice((0, 4)),
         "evict": make.flag(),
     }
     ranks = ("mass", "mass_per_age", "position") if call["mass_PS"] is not None else ("position",)
@@ -174,7 +174,6 @@ def absorb_step(make: Maker) -> Call:
         **pools,
         **make.columns(pools, True),
         **make.books(batch, batch * heads),
-        "sink": make.random.choice((0, 4)),
         "rank": make.random.choice(ranks),
         "threshold_B": torch.tensor([make.random.choice((math.nan, -1.0)) for _ in range(batch)]),
         "frequency_F": torch.rand((width - counts) // 2) if turned else None,

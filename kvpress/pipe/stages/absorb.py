@@ -74,7 +74,7 @@ def _absorb(
     similarity_BHV, target_BHV = ops.match_keys(
         evicted_BHVD[..., :width],
         key_BHKD[..., :width],
-        _allowed(layer, columns[POSITION], counts_BH, rule),
+        _allowed(layer, group, columns[POSITION], counts_BH, rule),
     )
     real_BHV = lost_BHV & (target_BHV >= 0)
     target_BHV = target_BHV.clamp_min(0)
@@ -111,10 +111,12 @@ def _evicted(slots: Slots, evicted_BHS: Tensor, rule: Merging) -> tuple[Tensor, 
     return index_BHV, lost_BHV
 
 
-def _allowed(layer: Layer, position_BHK: Tensor, counts_BH: Tensor, rule: Merging) -> Tensor:
-    """The kept slots that others may be merged into: bool `[B, H, C]`."""
+def _allowed(
+    layer: Layer, group: Sequence[int], position_BHK: Tensor, counts_BH: Tensor, rule: Merging
+) -> Tensor:
+    """The kept slots that others may be merged into: bool `[B, H, K]`."""
     stays_BHK = host.arange(position_BHK.shape[2]) < counts_BH[..., None]
     allowed_BHK = stays_BHK.to(position_BHK.device)
     if rule.sinks or layer.limits is None:
         return allowed_BHK
-    return allowed_BHK & (position_BHK >= layer.limits.sink)
+    return allowed_BHK & (position_BHK >= layer.sequences.sink_B[list(group), None, None])

@@ -33,8 +33,8 @@ def set_quotas(
     quotas = [layer.limits.quota(seen, shape, portion) for seen, portion in sizes]
     slots = [_allocate(layer, quota) for quota in quotas]
     own = layer.sequences
-    own.quota_R, own.recent_B = own.quota_R.clone(), own.recent_B.clone()  # may be shared
-    own.recent_B[rows] = host.tensor([quota.recent for quota in quotas])
+    own.quota_R, own.recent_R = own.quota_R.clone(), own.recent_R.clone()  # may be shared
+    own.recent_BH[rows] = host.tensor([[quota.recent] for quota in quotas])
     own.quota_BH[rows] = host.tensor(slots)
     layer.excess.growth = None
     layer.excess.forget()
@@ -52,7 +52,7 @@ def grow(layer: Layer) -> None:
         _advance(growth, layer)
     if growth.version != layer.excess.grown:
         layer.excess.quotas_grew(growth)
-        layer.sequences.quota_R, layer.sequences.recent_B = growth.quota_R, growth.recent_B
+        layer.sequences.quota_R, layer.sequences.recent_R = growth.quota_R, growth.recent_R
 
 
 def _growth(layer: Layer) -> Growth:
@@ -84,7 +84,8 @@ def _advance(growth: Growth, layer: Layer) -> None:
         growth.version += 1
         growth.least, growth.most = min(changes), max(changes)
         growth.quota_R = host.tensor([slots for own in growth.slots for slots in own])
-        growth.recent_B = host.tensor([quota.recent for quota in growth.quotas])
+        recents = [quota.recent for quota in growth.quotas for _ in range(layer.kind.heads)]
+        growth.recent_R = host.tensor(recents)
 
 
 def _renew(growth: Growth, layer: Layer, seen_b: list[int]) -> list[int]:

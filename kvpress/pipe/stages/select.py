@@ -17,8 +17,9 @@ from kvpress.types import EMPTY
 def protected(layer: Layer, slots: Slots, group: Sequence[int]) -> Tensor:
     """True for the slots of some sequences that no policy may drop."""
     assert layer.limits is not None, "only layers with a budget select"
-    recent_b = layer.sequences.recent_B[list(group)].to(slots.position_BHS.device)
-    return protect(slots.position_BHS, slots.seen_B, layer.limits.sink, recent_b)
+    own, rows, device = layer.sequences, list(group), slots.position_BHS.device
+    recent_bH = own.recent_BH[rows].to(device)
+    return protect(slots.position_BHS, slots.seen_B, own.sink_B[rows], recent_bH)
 
 
 def score(layer: Layer, slots: Slots) -> Tensor:

@@ -26,7 +26,7 @@ class Growth:
     quotas: list[Quota] = field(default_factory=list)  # of each sequence
     slots: list[list[int]] = field(default_factory=list)  # of its KV heads
     quota_R: Tensor = field(default_factory=lambda: host.zeros(0))
-    recent_B: Tensor = field(default_factory=lambda: host.zeros(0))
+    recent_R: Tensor = field(default_factory=lambda: host.zeros(0))
     least: int = 0  # slots by which every row came to keep more in the last change
     most: int = 0  # slots by which a row did at the most
 

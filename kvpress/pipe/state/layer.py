@@ -67,9 +67,10 @@ class Layer:
         """Makes the store for rows of this shape."""
         self.token_dtype = key_BHQD.dtype
         self.store = self.stores.new(key_BHQD, value_BHQD)
-        merging = self.recipe.merging
-        threshold = torch.nan if merging is None else merging.initial
-        self.sequences.begin(len(key_BHQD), threshold, key_BHQD.device)
+        starts: dict[str, float] = {} if self.limits is None else {"sink_B": self.limits.sink}
+        if self.recipe.merging is not None:
+            starts["threshold_B"] = self.recipe.merging.initial
+        self.sequences.begin(len(key_BHQD), starts, key_BHQD.device)
         self._in_step, self.excess = None, Excess()
 
     # Whole sequences

@@ -21,11 +21,11 @@ def step(layer: Layer, sequence: int, new_tokens: int) -> Step:
 def bounds_of(layer: Layer) -> Bounds:
     """Which slots stay, where the operators are."""
     own, rows = layer.sequences, layer.rows
-    sink, rank = layer.limits.sink if layer.limits else 0, layer.recipe.rank or "position"
+    rank = layer.recipe.rank or "position"
     if rows.on_host:
-        return new(Bounds, (own.seen_B, own.quota_R, own.recent_B, sink, rank))
-    seen_B, quota_R, recent_B = (x.to(rows.device) for x in (own.seen_B, own.quota_R, own.recent_B))
-    return Bounds(seen_B, quota_R, recent_B, sink, rank)
+        return new(Bounds, (own.seen_B, own.quota_R, own.recent_R, own.sink_B, rank))
+    seen_B, quota_R, recent_R = (x.to(rows.device) for x in (own.seen_B, own.quota_R, own.recent_R))
+    return Bounds(seen_B, quota_R, recent_R, own.sink_B, rank)
 
 
 def geometry(layer: Layer) -> Geometry:

@@ -31,6 +31,9 @@ def check_counters(layer: Layer) -> None:
         if not used and not bool(getattr(own, name).isnan().all()):
             given = getattr(own, name).tolist()
             raise CacheError(f"{name} is {given}, but {layer.recipe} has none.")
+    sink = layer.limits.sink if layer.limits else 0
+    if bool((own.sink_B != sink).any()):
+        raise CacheError(f"{layer.recipe} protects {sink} first tokens, not {own.sink_B.tolist()}.")
     portion_B = own.portion_B
     if not bool((portion_B > 0).all() if layer.recipe.shares else (portion_B == 1).all()):
         raise CacheError(f"Layers cannot get {portion_B.tolist()} of a budget.")
@@ -59,23 +62,22 @@ def _unlost(layer: Layer, position_BHS: Tensor) -> bool:
     if limits is None or layer.evicted_at == 0:
         return bool((layer.rows.counts_BH == seen_B1).all())
     newest = layer.columns_seen - layer.evicted_at if layer.padded_at <= layer.evicted_at else 0
-    recent_B1 = (
-        layer.sequences.recent_B[:, None] if limits.recent is not None else 0
-    )  # a share grows
-    last_B1 = torch.minimum(recent_B1 + torch.full_like(seen_B1, newest), seen_B1)
-    last_BH = (position_BHS >= (seen_B1 - last_B1)[..., None]).sum(-1)
-    sinks_BH = ((position_BHS >= 0) & (position_BHS < limits.sink)).sum(-1)
-    return bool((last_BH == last_B1).all()) and bool(
-        (sinks_BH == seen_B1.clamp_max(limits.sink)).all()
-    )
+    recent_BH = layer.sequences.recent_BH
+    if limits.recent is None:
+        recent_BH = torch.zeros_like(recent_BH)  # a share grows
+    last_BH = torch.minimum(recent_BH + newest, seen_B1)
+    held_BH = (position_BHS >= (seen_B1 - last_BH)[..., None]).sum(-1)
+    sink_B1 = layer.sequences.sink_B[:, None]
+    sinks_BH = ((position_BHS >= 0) & (position_BHS < sink_B1[..., None])).sum(-1)
+    return bool((held_BH == last_BH).all()) and bool((sinks_BH == seen_B1.minimum(sink_B1)).all())
 
 
 def check_quotas(layer: Layer) -> None:
     """Raises CacheError unless the budget can have given these quotas."""
     limits, quota_BH, counts_BH = layer.limits, layer.sequences.quota_BH, layer.rows.counts_BH
-    index, seen_B, recent_B = layer.kind.index, layer.sequences.seen_B, layer.sequences.recent_B
+    index, seen_B, recent_R = layer.kind.index, layer.sequences.seen_B, layer.sequences.recent_R
     if limits is None:
-        if bool((quota_BH != UNLIMITED).any()) or bool(recent_B.any()):
+        if bool((quota_BH != UNLIMITED).any()) or bool(recent_R.any()):
             raise CacheError(f"Layer {index} has quotas, but {layer.recipe} has no budget.")
         return
     tokens = max(1, layer.prompted_at, layer.columns_seen)
@@ -91,11 +93,11 @@ def check_quotas(layer: Layer) -> None:
         raise CacheError(f"Rows of layer {index} lost tokens within their quotas.")
     if limits.interval and bool((counts_BH > quota_BH + limits.interval).any()):
         raise CacheError(f"Rows of layer {index} hold {counts_BH.tolist()} slots above quota.")
-    odd_B = recent_B > most
+    odd_R = recent_R > most
     if limits.recent is not None:
-        odd_B = (recent_B != 0) & (recent_B != limits.recent)
-    if bool(odd_B.any()):
-        raise CacheError(f"Layer {index} protects {recent_B.tolist()} recent tokens.")
+        odd_R = (recent_R != 0) & (recent_R != limits.recent)
+    if bool(odd_R.any()):
+        raise CacheError(f"Layer {index} protects {recent_R.tolist()} recent tokens.")
 
 
 def check_alike(layers: Sequence[Layer], layer: Layer) -> None:

@@ -104,13 +104,17 @@ class Counter(NamedTuple):
 
     start: float
     dtype: torch.dtype
+    on_host: bool
 
 
-def counter(start: float = 0, dtype: torch.dtype = torch.int64) -> Any:
-    """A field with a number for each sequence, or row where its name ends with `_R`."""
+def counter(start: float = 0, dtype: torch.dtype = torch.int64, on_host: bool = True) -> Any:
+    """A field with a number for each sequence, or row where its name ends with `_R`.
+
+    on_host: otherwise it is on the device of the layer, for what only operators read.
+    """
     return field(
         default_factory=lambda: host.zeros(0, dtype=dtype),
-        metadata={"counter": Counter(start, dtype)},
+        metadata={"counter": Counter(start, dtype, on_host)},
     )
 
 
@@ -118,17 +122,17 @@ def counter(start: float = 0, dtype: torch.dtype = torch.int64) -> Any:
 class Sequences:
     """A counter added here is begun, selected, cloned, saved and loaded with the others.
 
-    Counters are on the host, but the threshold. A field that is no counter answers `Kept`, and
-    snapshot.py says how it is read back.
+    A field that is no counter answers `Kept`, and snapshot.py says how it is read back.
     """
 
     heads: int  # KV heads, rows of a sequence
     seen_B: Tensor = counter()  # real tokens
-    recent_B: Tensor = counter()  # protected last tokens
+    sink_B: Tensor = counter(on_host=False)  # protected first tokens
     demand_B: Tensor = counter(math.nan, torch.float64)  # of slots; NaN: not known yet
     portion_B: Tensor = counter(1.0, torch.float64)  # of the budget, while decoding
-    threshold_B: Tensor = counter(math.nan, torch.float32)  # of merging; NaN: none evicted yet
+    threshold_B: Tensor = counter(math.nan, torch.float32, on_host=False)  # NaN: none evicted yet
     quota_R: Tensor = counter(UNLIMITED)  # slots that every row may keep
+    recent_R: Tensor = counter()  # protected last tokens of it
     decoded: Decoded = field(default_factory=Decoded)
     watched: Watched = field(default_factory=Watched)
     drafts: Drafts = field(default_factory=Drafts)
@@ -139,16 +143,22 @@ class Sequences:
         found = {f.name: f.metadata.get("counter") for f in fields(cls)}
         return {name: counter for name, counter in found.items() if counter is not None}
 
-    def begin(self, batch: int, threshold: float, device: torch.device) -> None:
+    def begin(self, batch: int, starts: Mapping[str, float], device: torch.device) -> None:
         """Gives every counter its first value, for so many sequences.
 
-        threshold: of merging, which is kept on the device of the layer.
+        starts: of counters that begin otherwise than they say. device: of the layer.
         """
         for name, of in self.counters().items():
-            length = batch * self.heads if name.endswith("_R") else batch
-            setattr(self, name, torch.full((length,), of.start, dtype=of.dtype, device="cpu"))
-        self.threshold_B = torch.full((batch,), threshold, dtype=torch.float32, device=device)
+            length, start = batch * self.heads if name.endswith("_R") else batch, of.start
+            setattr(self, name, host.full((length,), starts.get(name, start), dtype=of.dtype))
         self.decoded = Decoded(host.zeros(batch))
+        self.move(device)
+
+    def move(self, device: torch.device) -> None:
+        """Brings counters to where they are needed, in a layer on this device."""
+        for name, of in self.counters().items():
+            if not of.on_host:
+                setattr(self, name, getattr(self, name).to(device))
 
     def __len__(self) -> int:
         return len(self.seen_B)
@@ -157,6 +167,11 @@ class Sequences:
     def quota_BH(self) -> Tensor:
         """Slots that every row may keep, a view to be written to as well."""
         return self.quota_R.view(-1, self.heads)
+
+    @property
+    def recent_BH(self) -> Tensor:
+        """Protected last tokens of every row, a view to be written to as well."""
+        return self.recent_R.view(-1, self.heads)
 
     def select(self, index: Sequence[int]) -> Sequences:
         """Others, whose sequence i is what sequence `index[i]` is here."""

@@ -144,10 +144,10 @@ def _fill(layer: Layer, numbers: Any, tensors: dict[str, Tensor], device: torch.
     layer.store = _store(layer, tensors, device)
     if _kept_channels(layer.store) != numbers["kept_channels"]:
         raise CacheError(f"Old slots do not keep {numbers['kept_channels']} channels.")
-    layer.sequences.threshold_B = layer.sequences.threshold_B.to(layer.store.device)
     layer.store.check_integrity()
     check_slots(layer)
     check_quotas(layer)
+    layer.sequences.move(layer.store.device)
     _set_watched(layer, watched)
     layer.refresh()
 
