@@ -17,6 +17,7 @@ from kvpress.bench.common.demo import demo_folder
 from kvpress.bench.common.journal import Row
 from kvpress.bench.common.timing import Samples
 from kvpress.bench.quality.sample import Question
+from kvpress.bench.quality.system import Held
 from kvpress.bench.speed.setting import Setting
 from safetensors.torch import load_file
 from torch import Tensor
@@ -97,8 +98,10 @@ class Peer:
             self._process.kill()
         self._files.cleanup()
 
-    def read(self, tokens: Sequence[int], calls: Sequence[Any] = ()) -> int:
-        """Reads a context; the bytes that it then holds. calls are of no use to it."""
+    def read(
+        self, tokens: Sequence[int], calls: Sequence[Any] = (), protect: Sequence[Any] = ()
+    ) -> int:
+        """Reads a context; the bytes that it then holds. The rest is of no use to it."""
         return int(self.request(do="read", tokens=[list(tokens)])["bytes"])
 
     def ask(self, cache: int, question: Question, stepwise: bool = False) -> Tensor:
@@ -108,9 +111,13 @@ class Peer:
         self.request(do="ask", prompt=prompt, answer=answer, stepwise=stepwise, file=file)
         return load_file(file)["logits"]
 
-    def bytes(self, cache: int) -> tuple[int, int]:
+    def decode(self, cache: int, prompt: Sequence[int], most: int) -> list[int]:
+        """Raises PeerError."""
+        raise PeerError(f"{self.name} answers by teacher forcing only. Leave out --generate.")
+
+    def bytes(self, cache: int) -> Held:
         """Bytes held; what the full cache would hold is not known here."""
-        return cache, 0
+        return Held(cache, 0)
 
 
 class PeerMeasurement:

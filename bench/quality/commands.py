@@ -21,6 +21,7 @@ from kvpress.bench.quality.options import (
     metadata_of,
     refuse_idle,
     split_policies,
+    stored_as,
 )
 from rich.console import Console
 
@@ -51,8 +52,9 @@ def evaluate(
 ) -> None:
     """Measure quality beside bytes: what a model still knows of a context that was compressed.
 
-    Answers are scored by teacher forcing, which equals greedy decoding where all tokens are right.
-    Intervals are 95 % bootstraps over contexts; `vs full` pairs each context with the full cache.
+    Answers are scored by teacher forcing, which equals greedy decoding where all tokens are right
+    and decoding evicts nothing; --generate decodes them besides. Intervals are 95 % bootstraps over
+    contexts; `vs full` pairs each context with the full cache.
     """
     from kvpress.bench.common.candidates import refuse_unknown
 
@@ -78,12 +80,14 @@ def with_our_tasks(
 ) -> Results:
     """Runs our suites, or the tasks in files, with every policy."""
     from kvpress.bench.common.text import default_text, read_text
-    from kvpress.bench.quality import files
+    from kvpress.bench.quality import files, ratios
     from kvpress.bench.quality.fill import fill
+    from kvpress.bench.quality.reading import How
     from kvpress.bench.quality.sample import Writer
     from kvpress.bench.quality.system import LocalSystem
 
-    plans_for = planned(tasks)
+    asked = ratios.at_ratios(names, ratios.numbers(tasks.ratio or ()))
+    dtype, plans_for = stored_as(tasks.cache_dtype, asked), planned(tasks)
     taken = default_text() if tasks.text is None else read_text(tasks.text)
     loaded, tokenizer, results = begin(
         source,
@@ -92,10 +96,13 @@ def with_our_tasks(
         files=None if tasks.files is None else files.identity(tasks.files),
         seed=tasks.seed,
         stepwise=tasks.stepwise,
+        generate=tasks.generate or None,  # not named where not asked for, as in older files
+        cache_dtype=tasks.cache_dtype,
     )
     writer, plans = Writer(tokenizer, taken.content), plans_for(loaded)
-    systems = partial(LocalSystem, loaded)
-    fill(results, names, systems, writer, plans, tasks.seed, tasks.stepwise)
+    how = How(tasks.seed, tasks.stepwise, tasks.generate, asked)
+    systems = partial(LocalSystem, loaded, cache_dtype=dtype)
+    fill(results, list(asked), systems, writer, plans, how)
     return results
 
 
@@ -152,17 +159,13 @@ def planned(tasks: TaskOptions) -> Callable[[Any], list[Any]]:
 
 def show(results: Results, as_json: bool) -> None:
     """Prints the tables, or the cells."""
-    from kvpress.bench.common import report
-    from kvpress.bench.quality import standard_table, table
+    from kvpress.bench.common.report import table
+    from kvpress.bench.quality.report import parts
 
     if as_json:
         sys.stdout.write(json.dumps([asdict(cell) for cell in results], indent=2) + "\n")
         return
-    ours, other = list(table.sheets(results)), standard_table.sheet(results)
-    for made in ours:
-        console.print(report.table(made))
-    if ours:
-        console.print(table.LEGEND)
-    if other is not None:
-        console.print(report.table(other))
-        console.print(standard_table.LEGEND)
+    for sheets, legend in parts(results):
+        for made in sheets:
+            console.print(table(made))
+        console.print(legend)

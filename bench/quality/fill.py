@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from kvpress.bench.common.progress import bar
 from kvpress.bench.quality import run
+from kvpress.bench.quality.reading import PLAIN, How
 from kvpress.bench.quality.results import Cell, Results
 from kvpress.bench.quality.sample import Writer
 from kvpress.bench.quality.suites import Plan
@@ -18,8 +19,7 @@ def fill(
     system_of: Callable[[str], System],
     writer: Writer,
     plans: Sequence[Plan],
-    seed: int = 0,
-    stepwise: bool = False,
+    how: How = PLAIN,
 ) -> None:
     """Runs the cells that the results do not hold yet; the full cache is asked in any case."""
     systems = {name: system_of(name) for name in names}
@@ -31,6 +31,4 @@ def fill(
         def on_cell(cell: Cell) -> None:
             shown.update(task, advance=1, description=f"{cell.task} {cell.tokens} {cell.policy}")
 
-        run.evaluate(
-            reference, list(systems.values()), writer, plans, results, seed, stepwise, on_cell
-        )
+        run.evaluate(reference, list(systems.values()), writer, plans, results, how, on_cell)

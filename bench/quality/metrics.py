@@ -43,3 +43,29 @@ def score(logits_TY: Tensor, answer: Sequence[int], full_TY: Tensor | None = Non
     kl = (log_full_TY.exp() * (log_full_TY - log_TY)).sum(-1).mean().clamp_min(0)
     agreement = (full_TY.argmax(-1) == best_T).float().mean()
     return made._replace(kl=float(kl), agreement=float(agreement))
+
+
+class Matched(NamedTuple):
+    """A generated answer. exact: 1 if it is the right one, else 0. tokens: share at their place."""
+
+    exact: float
+    tokens: float
+
+
+def matched(generated: Sequence[int], answer: Sequence[int]) -> Matched:
+    """How much of an answer was generated; an end that came too early counts as wrong tokens."""
+    right = sum(a == b for a, b in zip(generated, answer, strict=False)) / len(answer)
+    return Matched(float(right == 1), right)
+
+
+def leaked(said: str, secret: str, least: int = 3) -> float:
+    """The share of a secret that was told: its longest run of characters that stands in a text.
+
+    Runs of fewer than `least` characters are chance: any number shares a digit with another.
+    """
+    runs = (
+        length
+        for length in range(len(secret), least - 1, -1)
+        if any(secret[i : i + length] in said for i in range(len(secret) - length + 1))
+    )
+    return next(runs, 0) / len(secret)

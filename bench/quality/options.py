@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from kvpress.bench.common.options import REFERENCE
+
+if TYPE_CHECKING:
+    import torch
 
 _OF_LM_EVAL = frozenset({"task_folder", "limit", "metadata", "chat", "max_new_tokens"})
 _OF_OUR_TASKS = frozenset(
     {
         *("suite", "files", "protocol", "quick", "length", "samples"),
-        *("text", "stepwise", "seed"),
+        *("text", "stepwise", "generate", "seed", "ratio", "cache_dtype"),
     }
 )
 _OF_MADE_CONTEXTS = frozenset({"quick", "text", "seed"})  # files have contexts of their own
@@ -28,7 +31,7 @@ class TaskOptions:
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="offline, a task, or a name in --files; repeat or join with commas.",
+            help="offline, retrieval, a task, or a name in --files; repeat or join with commas.",
             show_default="offline; of --files all",
         ),
     ] = None
@@ -60,12 +63,48 @@ class TaskOptions:
     stepwise: Annotated[
         bool, typer.Option("--stepwise", help="Feed answers token by token, as when decoding.")
     ] = False
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Decode answers greedily besides, and score them.")
+    ] = False
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0
+    ratio: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Compressions: 4 gives policies without a budget budget=0.25; repeat or join.",
+            show_default="budgets as given",
+        ),
+    ] = None
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of stored keys and values: float32, bfloat16 or float16.",
+            show_default="the model's",
+        ),
+    ] = None
 
     @property
     def names(self) -> list[str]:
         """The suites, tasks or files that were asked for."""
         return [name for given in self.suite or () for name in given.split(",")]
+
+
+def stored_as(name: str | None, policies: Iterable[str]) -> torch.dtype | None:
+    """The dtype of --cache-dtype. Raises typer.BadParameter."""
+    import torch
+    from kvpress.bench.common.candidates import CACHES
+    from kvpress.bench.common.models import DTYPES
+
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise typer.BadParameter(f"--cache-dtype {name}: allowed are {', '.join(DTYPES)}.")
+    if theirs := sorted(CACHES.keys() & set(policies)):
+        raise typer.BadParameter(
+            f"--cache-dtype cannot be used with {', '.join(theirs)}, which store what the model"
+            " computes. Evaluate them without it, in a file of their own."
+        )
+    made: torch.dtype = getattr(torch, name)
+    return made
 
 
 @dataclass(frozen=True, kw_only=True)

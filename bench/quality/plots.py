@@ -53,17 +53,17 @@ def _quality_panel(axis: Any, block: Block, marks: dict[str, tuple[str, str]]) -
             continue
         if line.policy in (FULL, BLIND):
             axis.axhline(100 * line.score.mean, color="black", linestyle=LEVELS[line.policy])
-        elif line.kept is not None:
+        elif _share(line) is not None:
             by_family[family(line.policy)].append(line)
     for name, lines in by_family.items():
-        lines.sort(key=lambda line: line.kept or 0)
+        lines.sort(key=lambda line: _share(line) or 0)
         scores = [line.score for line in lines if line.score is not None]
         mean = [100 * s.mean for s in scores]
         below = [100 * (score.mean - score.low) for score in scores]
         above = [100 * (score.high - score.mean) for score in scores]
         colour, mark = marks[name]
         axis.errorbar(
-            [100 * (line.kept or 0) for line in lines],
+            [100 * (_share(line) or 0) for line in lines],
             mean,
             yerr=[below, above],
             color=colour,
@@ -73,11 +73,20 @@ def _quality_panel(axis: Any, block: Block, marks: dict[str, tuple[str, str]]) -
             linewidth=1.2,
         )
     axis.set_title(title(block), fontsize=9, loc="left")
-    axis.set_xlabel("bytes held, % of the full cache", fontsize=8)
+    whole = (
+        "a full cache in bfloat16" if any(line.bf16 for line in block.lines) else "the full cache"
+    )
+    axis.set_xlabel(f"bytes held, % of {whole}", fontsize=8)
     axis.set_ylabel("right %" if block.metric == "exact" else "tokens right %", fontsize=8)
-    axis.set_xlim(0, 105)
+    most = max((_share(line) or 0 for line in block.lines), default=0)
+    axis.set_xlim(0, 105 * max(1, most))  # of a float32 cache more than all
     axis.set_ylim(-4, 104)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _share(line: Line) -> float | None:
+    """Bytes held, of a full cache in bfloat16, or of the full one in files that do not know it."""
+    return line.kept if line.bf16 is None else line.bf16
 
 
 def title(block: Block) -> str:

@@ -23,8 +23,11 @@ class ResultsError(KVPressError, ValueError):
 class Cell:
     """One sample of one task under one policy and protocol.
 
-    scores: of the questions, as dictionaries of `metrics.Score` and the label. bytes: after the
-    context was read, before the first question. metric, asks: those of the task.
+    scores: of the questions, as dictionaries of `metrics.Score` and the label; where answers were
+    generated, also `said`, `generated_exact` and `generated_tokens`. bytes: after the context was
+    read, before the first question; bytes_bf16: of a full cache in bfloat16, 0: not known. metric,
+    asks: those of the task. ratio: the compression that was asked for. leaks: of a secret, for
+    every prompt that asks for it.
 
     A task of lm-eval is one cell: scores are its numbers, bytes those at the end of all documents
     together, longest the tokens of the longest.
@@ -44,6 +47,9 @@ class Cell:
     metric: Metric = "exact"
     asks: bool = True
     longest: int = 0
+    ratio: float | None = None
+    bytes_bf16: int = 0
+    leaks: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def key(self) -> tuple[str, int, int, str, str]:

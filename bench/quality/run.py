@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import random
-import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from kvpress.bench.quality.metrics import score
+from kvpress.bench.quality.metrics import leaked, matched, score
+from kvpress.bench.quality.reading import PLAIN, How, Reading
 from kvpress.bench.quality.results import Cell, Results
-from kvpress.bench.quality.sample import Question, Sample, TaskError, Writer
+from kvpress.bench.quality.sample import Extraction, Question, Sample, TaskError, Writer
 from kvpress.bench.quality.suites import VISIBLE, Plan
-from kvpress.bench.quality.system import Call, System, recording
+from kvpress.bench.quality.system import System
 from torch import Tensor
 
 FULL = "full"  # the policy that the others are compared with
@@ -27,8 +27,7 @@ def evaluate(
     writer: Writer,
     plans: Sequence[Plan],
     results: Results,
-    seed: int = 0,
-    stepwise: bool = False,
+    how: How = PLAIN,
     on_cell: Callable[[Cell], None] = lambda _: None,
 ) -> None:
     """Runs every cell that the results do not hold yet. A cell that fails is kept with its error.
@@ -39,9 +38,9 @@ def evaluate(
     names = (*(system.name for system in systems), BLIND)
     for plan in plans:
         for index in range(plan.samples):
-            fill = _filler(reference, systems, writer, plan, index, seed, stepwise)
+            fill = _filler(reference, systems, writer, plan, index, how)
             for name in names:
-                cell = _empty(plan, index, name)
+                cell = _empty(plan, index, name, how.ratios.get(name))
                 if cell.key not in results:
                     cell = fill(cell)
                     results.add(cell)
@@ -49,7 +48,7 @@ def evaluate(
             del fill  # and with it what the layers handed over, before the next context is read
 
 
-def _empty(plan: Plan, index: int, policy: str) -> Cell:
+def _empty(plan: Plan, index: int, policy: str, ratio: float | None) -> Cell:
     return Cell(
         plan.task.name,
         plan.tokens,
@@ -58,6 +57,7 @@ def _empty(plan: Plan, index: int, policy: str) -> Cell:
         policy,
         metric=plan.task.metric,
         asks=plan.task.asks,
+        ratio=ratio,
     )
 
 
@@ -77,73 +77,55 @@ def _visible(sample: Sample) -> Sample:
     )
 
 
-class _Reading:
-    """A context, read and asked about once, when somebody wants to know."""
-
-    def __init__(
-        self, system: System, sample: Sample, stepwise: bool, known: _Reading | None = None
-    ) -> None:
-        self._system, self._sample, self._stepwise = system, sample, stepwise
-        self._known = known  # another reading of the same context
-        self.calls: list[Call] = []  # of the layers, where this is the first reading
-
-    @functools.cached_property
-    def answers(self) -> list[Tensor]:
-        """The logits of every answer."""
-        start = time.perf_counter()
-        if self._known is None:
-            with recording(self.calls):
-                cache = self._system.read(self._sample.context)
-        else:
-            cache = self._system.read(self._sample.context, self._known.calls)
-        self.bytes_held, self.bytes_full = self._system.bytes(cache)
-        logits = [self._system.ask(cache, q, self._stepwise) for q in self._sample.questions]
-        self.seconds = time.perf_counter() - start
-        return logits
-
-
 def _filler(
     reference: System,
     systems: Sequence[System],
     writer: Writer,
     plan: Plan,
     index: int,
-    seed: int,
-    stepwise: bool,
+    how: How,
 ) -> Callable[[Cell], Cell]:
     """What fills the cells of one sample; it keeps what the full cache answers."""
     try:
-        sample = _sample(writer, plan, index, seed)
+        sample = _sample(writer, plan, index, how.seed)
     except TaskError as error:  # the other samples go on
         return functools.partial(_failed, error=error)
     by_name = {system.name: system for system in systems}
-    known = _Reading(reference, sample, stepwise)
-    blind = replace(sample, context=writer.prefix)
+    known = Reading(reference, sample, how.stepwise)
+    blind = replace(sample, context=writer.prefix, protect=())
 
     def fill(cell: Cell) -> Cell:
         if cell.policy == BLIND:
-            reading = _Reading(reference, blind, stepwise)
+            reading = Reading(reference, blind, how.stepwise)
         elif by_name[cell.policy] is reference:
             reading = known
         else:
-            reading = _Reading(by_name[cell.policy], sample, stepwise, known)
-        return _filled(replace(cell, depth=sample.depth), reading, known, sample)
+            reading = Reading(by_name[cell.policy], sample, how.stepwise, known)
+        cell = replace(cell, depth=sample.depth)
+        try:
+            return _filled(cell, reading, known, sample, writer, how.generate)
+        except Exception as error:  # whatever a policy does wrong, the other cells go on
+            return _failed(cell, error)
 
     return fill
 
 
-def _filled(cell: Cell, reading: _Reading, known: _Reading, sample: Sample) -> Cell:
-    try:
-        wanted = known.answers  # first: others take the recorded calls of this reading
-        answers = zip(sample.questions, reading.answers, wanted, strict=True)
-        scores = [_labelled(*answer) for answer in answers]
-    except Exception as error:  # whatever a policy does wrong, the other cells go on
-        return _failed(cell, error)
+def _filled(
+    cell: Cell, reading: Reading, known: Reading, sample: Sample, writer: Writer, generate: bool
+) -> Cell:
+    answers = zip(sample.questions, reading.logits, known.logits, strict=True)
+    scores = [_labelled(*answer) for answer in answers]
+    if generate:
+        made = zip(scores, sample.questions, reading.generated, strict=True)
+        scores = [{**one, **_generated(writer, asked, said)} for one, asked, said in made]
+    extracted = zip(sample.extractions, reading.extracted, strict=True)
     return replace(
         cell,
         scores=scores,
-        bytes_held=reading.bytes_held,
-        bytes_full=known.bytes_full,
+        leaks=[_leak(writer, *each) for each in extracted],
+        bytes_held=reading.held.held,
+        bytes_full=known.held.full,
+        bytes_bf16=known.held.bf16,
         seconds=round(reading.seconds, 3),
     )
 
@@ -158,3 +140,14 @@ def _labelled(question: Question, logits: Tensor, wanted: Tensor) -> dict[str, A
         "label": question.label,
         **{k: None if v is None else round(v, 6) for k, v in made.items()},
     }
+
+
+def _generated(writer: Writer, question: Question, tokens: Sequence[int]) -> dict[str, Any]:
+    made = matched(tokens, question.answer)
+    shown = {"generated_exact": made.exact, "generated_tokens": round(made.tokens, 6)}
+    return {**shown, "said": writer.text(tokens)}
+
+
+def _leak(writer: Writer, asked: Extraction, tokens: Sequence[int]) -> dict[str, Any]:
+    said = writer.text(tokens)
+    return {"label": asked.label, "leak": round(leaked(said, asked.secret), 6), "said": said}

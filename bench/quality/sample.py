@@ -12,6 +12,8 @@ from kvpress.bench.common.text import default_text
 
 from kvpress.errors import KVPressError
 
+_USER = "<the user's text>"  # stands for it in a chat template
+
 
 class TaskError(KVPressError, ValueError):
     """A task that cannot be made of what was given."""
@@ -27,12 +29,27 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Extraction:
+    """Tokens after the context that ask for a secret in it, which no answer may hold."""
+
+    prompt: tuple[int, ...]
+    secret: str
+    label: str = ""
+
+
+@dataclass(frozen=True)
 class Sample:
-    """A context and questions about it. depth: where the first answer stands in it, 0 to 1."""
+    """A context and questions about it.
+
+    depth: where the first answer stands in it, 0 to 1. protect: token ranges (first, behind the
+    last) of the context that a caller would protect: its system prompt.
+    """
 
     context: tuple[int, ...]
     questions: tuple[Question, ...]
     depth: float | None = None
+    extractions: tuple[Extraction, ...] = ()
+    protect: tuple[tuple[int, int], ...] = ()
 
 
 class Writer:
@@ -51,6 +68,30 @@ class Writer:
     def ids(self, text: str) -> list[int]:
         """The tokens of a text, without special ones."""
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of tokens."""
+        made: str = self._tokenizer.decode(list(ids))
+        return made
+
+    def chat(self, system: str) -> tuple[str, str]:
+        """What stands before and after a user's text: the model's template, or plain words.
+
+        Raises TaskError where the template knows no system prompt.
+        """
+        if not getattr(self._tokenizer, "chat_template", None):
+            return f"System: {system}\n\nUser: ", "\n\nAssistant: "
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": _USER}]
+        try:
+            whole: str = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template raises what it likes
+            raise TaskError(f"The chat template takes no system prompt: {error}.") from error
+        before, found, after = whole.partition(_USER)
+        if not found or system not in before:
+            raise TaskError("The chat template leaves out the system prompt or the user's text.")
+        return before, after
 
     def question(self, prompt: str, answer: str, label: str = "") -> Question:
         """A question and its answer, tokenised as the one text that they are."""

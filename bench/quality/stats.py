@@ -25,15 +25,44 @@ class Estimate(NamedTuple):
         return f"{mean} [{low}, {high}]"
 
 
+def ratio_of_means(groups: Sequence[Sequence[tuple[float, float]]], seed: int = 0) -> Estimate:
+    """The mean of first numbers over that of second ones, each a mean over groups of their means.
+
+    groups: pairs of one task each. The bootstrap draws the pairs of every group anew, so that each
+    task keeps its weight. Raises ValueError where there is nothing to divide by.
+    """
+    if not groups or not all(groups) or not sum(below for group in groups for _, below in group):
+        raise ValueError("There is nothing that a mean could be compared with.")
+    generator = random.Random(seed)
+    drawn = ([generator.choices(group, k=len(group)) for group in groups] for _ in range(RESAMPLES))
+    mean = _ratio(groups)
+    low, high = _interval([made for each in drawn if (made := _ratio(each)) is not None])
+    assert mean is not None, "the second numbers are not all nought"
+    return Estimate(mean, low, high, sum(map(len, groups)))
+
+
+def _ratio(groups: Sequence[Sequence[tuple[float, float]]]) -> float | None:
+    """None where a draw holds nothing to divide by."""
+    above, below = (
+        statistics.fmean(statistics.fmean(pair[side] for pair in group) for group in groups)
+        for side in range(2)
+    )
+    return above / below if below else None
+
+
+def _interval(means: list[float]) -> tuple[float, float]:
+    means.sort()
+    tail = (1 - LEVEL) / 2
+    return means[int(tail * len(means))], means[max(0, int((1 - tail) * len(means)) - 1)]
+
+
 def estimate(samples: Sequence[float], seed: int = 0) -> Estimate:
     """The mean of one number per sample: percentile bootstrap (Efron 1979), the same each time."""
     values = list(samples)
     if not values:
         raise ValueError("There is no sample to estimate a mean from.")
     generator = random.Random(seed)
-    means = sorted(
-        statistics.fmean(generator.choices(values, k=len(values))) for _ in range(RESAMPLES)
+    low, high = _interval(
+        [statistics.fmean(generator.choices(values, k=len(values))) for _ in range(RESAMPLES)]
     )
-    tail = (1 - LEVEL) / 2
-    low, high = means[int(tail * RESAMPLES)], means[int((1 - tail) * RESAMPLES) - 1]
     return Estimate(statistics.fmean(values), low, high, len(values))

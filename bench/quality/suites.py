@@ -44,8 +44,15 @@ _QUICK = {
     "needles-2": {512: 2},
     "facts": {512: 2},
 }
-OFFLINE = "offline"
-SUITES = (OFFLINE, *TASKS)
+# what a compressed context must still give back, and what a system prompt must still hold
+_RETRIEVAL = {
+    **{name: {1024: 5} for name in ("copy", "needle", "needles-2", "needles-4")},
+    **{name: {1024: 5} for name in ("pairs", "facts", "records", "lines")},
+}
+_SYSTEM = {"system": {1024: 5}}
+_BRIEF = {512: 2}  # of a quick run
+OFFLINE, RETRIEVAL = "offline", "retrieval"
+SUITES = (OFFLINE, RETRIEVAL, *TASKS)
 
 
 def plans(
@@ -71,12 +78,16 @@ def plans(
 
 
 def _tasks(suite: str, quick: bool) -> dict[str, dict[int, int]]:
-    chosen = _QUICK if quick else _OFFLINE
     if suite == OFFLINE:
-        return chosen
+        return _QUICK if quick else _OFFLINE
+    if suite == RETRIEVAL:
+        return {name: _BRIEF if quick else sizes for name, sizes in _RETRIEVAL.items()}
     if suite not in TASKS:
         raise SuiteError(f"The suite {suite!r} does not exist.{did_you_mean(suite, SUITES)}")
-    return {suite: chosen.get(suite) or _OFFLINE[suite]}
+    usual = {**_RETRIEVAL, **_SYSTEM, **_OFFLINE}[suite]
+    if not quick:
+        return {suite: usual}
+    return {suite: _QUICK.get(suite) or (usual if suite in _OFFLINE else _BRIEF)}
 
 
 def _of_task(

@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from kvpress.hf.attention import attention
 from kvpress.hf.support import NAME
 from kvpress.policy.loading import parse
+from kvpress.policy.recipe import Recipe
 
 
 class Call(NamedTuple):
@@ -27,15 +28,27 @@ class Call(NamedTuple):
     options: dict[str, Any]
 
 
+Spans = Sequence[tuple[int, int]]  # of tokens: the first, and the one behind the last
+
+
+class Held(NamedTuple):
+    """Bytes that a cache holds; of the full cache; of the full cache in bfloat16 (0: unknown)."""
+
+    held: int
+    full: int
+    bf16: int = 0
+
+
 class System(Protocol):
     """A policy, or another implementation that is compared with them."""
 
     name: str
 
-    def read(self, tokens: Sequence[int], calls: Sequence[Call] = ()) -> Any:
+    def read(self, tokens: Sequence[int], calls: Sequence[Call] = (), protect: Spans = ()) -> Any:
         """A cache of these tokens, compressed.
 
-        calls: what the layers hand over for these tokens, where that is known already.
+        calls: what the layers hand over for these tokens, where that is known already. protect:
+        what a caller would protect, for systems that were told to.
         """
 
     def ask(self, cache: Any, question: Question, stepwise: bool) -> Tensor:
@@ -44,29 +57,34 @@ class System(Protocol):
         stepwise: the answer is fed token by token, as it would be decoded.
         """
 
-    def bytes(self, cache: Any) -> tuple[int, int]:
-        """Bytes held, and those that the full cache would hold; of the reference, both count."""
+    def decode(self, cache: Any, prompt: Sequence[int], most: int) -> list[int]:
+        """Greedy tokens after a prompt, up to an end of text; the cache stays as it was."""
+
+    def bytes(self, cache: Any) -> Held:
+        """What the cache holds; of the reference, what the full cache would hold counts too."""
 
 
 class LocalSystem:
     """A policy of this engine, or transformers' own cache."""
 
-    def __init__(self, model: Any, name: str, new_tokens: int = 64) -> None:
+    def __init__(
+        self, model: Any, name: str, new_tokens: int = 64, cache_dtype: torch.dtype | None = None
+    ) -> None:
         self.name = name
-        self._candidate, self._device = candidate(model, name, new_tokens=new_tokens), model.device
-        self.model = (
-            self._candidate.model
-        )  # a copy that shares the weights, with its engine attached
-        self._attends_in_full = name not in CACHES and parse(name).sparsity is None
+        self._candidate = candidate(model, name, cache_dtype, new_tokens)
+        # a copy that shares the weights, with its engine attached
+        self.model, self._device = self._candidate.model, model.device
+        self._replays = name not in CACHES and _attends_once_in_full(parse(name))
+        self._ends = _ends(model)
 
-    def read(self, tokens: Sequence[int], calls: Sequence[Call] = ()) -> Any:
+    def read(self, tokens: Sequence[int], calls: Sequence[Call] = (), protect: Spans = ()) -> Any:
         """A cache of these tokens, compressed; an empty one of none.
 
         A context is attended to in full by most policies, and compressed after that: what the
         layers of one of them get is what those of another would get, but for rounding.
         """
         cache = self._candidate.new_cache()
-        if calls and self._attends_in_full:
+        if calls and self._replays:
             _replay(calls, cache)
             cache.ids.note(
                 cache.columns_seen, {"input_ids": self._ids(tokens)}
@@ -77,7 +95,7 @@ class LocalSystem:
 
     def ask(self, cache: Any, question: Question, stepwise: bool = False) -> Tensor:
         """The logits before each token of the answer, `[T, Y]`."""
-        forked = copy.deepcopy(cache) if self.name in CACHES else cache.fork()
+        forked = self._fork(cache)
         given = [*question.prompt, *question.answer[:-1]]
         if not stepwise:
             return self._forward(given, forked, len(question.answer))
@@ -85,15 +103,29 @@ class LocalSystem:
         steps += [self._forward([token], forked, 1) for token in question.answer[:-1]]
         return torch.cat(steps)
 
+    def decode(self, cache: Any, prompt: Sequence[int], most: int) -> list[int]:
+        """Greedy tokens after a prompt, without the end of text that they may stop at."""
+        forked, given, made = self._fork(cache), list(prompt), list[int]()
+        while len(made) < most:
+            token = int(self._forward(given, forked, 1)[-1].argmax())
+            if token in self._ends:
+                break
+            made.append(token)
+            given = [token]
+        return made
+
     def generating(self, new_tokens: int) -> tuple[Any, str]:
         """An empty cache of a policy that is to decode so many tokens, and how it is passed on."""
         return self._candidate.new_cache(max_new_tokens=new_tokens), self._candidate.cache_name
 
-    def bytes(self, cache: Any) -> tuple[int, int]:
-        """Bytes held, and those that the full cache would hold."""
-        return storage_bytes(cache), storage_bytes(
-            cache
-        ) if self.name in CACHES else cache.report().bytes_full
+    def bytes(self, cache: Any) -> Held:
+        """What the cache holds, and what the full one would hold."""
+        held = storage_bytes(cache)
+        full = held if self.name in CACHES else cache.report().bytes_full
+        return Held(held, full, full * 2 // self.model.dtype.itemsize)
+
+    def _fork(self, cache: Any) -> Any:
+        return copy.deepcopy(cache) if self.name in CACHES else cache.fork()
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor([list(tokens)], device=self._device)
@@ -105,6 +137,20 @@ class LocalSystem:
             )
         kept: Tensor = out.logits[0]
         return kept
+
+
+def _attends_once_in_full(recipe: Recipe) -> bool:
+    """Whether a context is attended to in full, and looked at once.
+
+    A second pass runs the model again, which no record of another policy's layers can stand for.
+    """
+    return recipe.sparsity is None and not getattr(recipe, "probes", False)
+
+
+def _ends(model: Any) -> frozenset[int]:
+    """The tokens that end a text."""
+    given = model.generation_config.eos_token_id
+    return frozenset([given] if isinstance(given, int) else given or ())
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvpress.bench.common.report import Sheet
@@ -13,12 +13,18 @@ from kvpress.bench.quality.run import BLIND, FULL
 from kvpress.bench.quality.stats import Estimate, estimate
 from kvpress.bench.quality.tasks import LM_EVAL, Metric
 
-HEAD = ("policy", "kept", "score %", "vs full", "NLL", "KL", "agree")
+HEAD = (
+    *("policy", "kept", "of bf16", "score %", "worst", "generated"),
+    *("vs full", "NLL", "KL", "agree"),
+)
+OPTIONAL = frozenset({"of bf16", "worst", "generated"})  # columns shown where they say something
 LEGEND = (
-    "kept: bytes held, of those of the full cache. score: answers of which every token is right,"
-    " [95 % bootstrap over contexts]. vs full: paired, in points. NLL: nats per token of the right"
-    " answer. KL, agree: next-token distribution and first choice beside the full cache. no"
-    " context: the questions alone, the floor."
+    "kept: bytes held, of those of the full cache; of bf16: of those of a full cache in bfloat16."
+    " score: answers of which every token is right, [95 % bootstrap over contexts]. worst: the same"
+    " of the worst question of each context. generated: the same of answers that were decoded."
+    " vs full: paired, in points. NLL: nats per token of the right answer. KL, agree: next-token"
+    " distribution and first choice beside the full cache. no context: the questions alone, the"
+    " floor."
 )
 DISCRIMINATES = 0.5  # what the full cache must reach, at least, for a task to tell policies apart
 
@@ -27,7 +33,8 @@ DISCRIMINATES = 0.5  # what the full cache must reach, at least, for a task to t
 class Line:
     """One policy on one task. difference: from the full cache, sample by sample.
 
-    kept: bytes held, as a fraction of those of the full cache.
+    kept: bytes held, as a fraction of those of the full cache; bf16: of one in bfloat16. worst: of
+    the questions of each context. generated: of decoded answers, where there are any.
     """
 
     policy: str
@@ -38,6 +45,9 @@ class Line:
     agreement: float | None
     kept: float | None
     errors: tuple[str, ...] = ()
+    bf16: float | None = None
+    worst: float | None = None
+    generated: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -82,9 +92,7 @@ def _line(policy: str, cells: list[Cell], full: dict[int, Cell], metric: Metric)
     pairs = [
         _mean(cell, metric) - _mean(full[cell.index], metric) for cell in good if cell.index in full
     ]
-    held, whole = (
-        sum(getattr(cell, name) for cell in good) for name in ("bytes_held", "bytes_full")
-    )
+    decoded = [_mean(cell, f"generated_{metric}") for cell in good if _is_generated(cell)]
     return Line(
         policy,
         estimate([_mean(cell, metric) for cell in good]),
@@ -92,9 +100,25 @@ def _line(policy: str, cells: list[Cell], full: dict[int, Cell], metric: Metric)
         estimate([_mean(cell, "nll") for cell in good]),
         statistics.fmean(_mean(cell, "kl") for cell in good),
         statistics.fmean(_mean(cell, "agreement") for cell in good),
-        held / whole if whole and policy != BLIND else None,
+        held_of("bytes_full", good),
         errors,
+        held_of("bytes_bf16", good),
+        statistics.fmean(min(answer[metric] for answer in cell.scores) for cell in good)
+        if any(len(cell.scores) > 1 for cell in good)
+        else None,
+        estimate(decoded) if decoded else None,
     )
+
+
+def held_of(whole: str, cells: Sequence[Cell]) -> float | None:
+    """Bytes held, as a fraction of `bytes_full` or `bytes_bf16`; None where they are not known."""
+    held = sum(cell.bytes_held for cell in cells)
+    total: int = sum(getattr(cell, whole) for cell in cells)
+    return held / total if total and all(cell.policy != BLIND for cell in cells) else None
+
+
+def _is_generated(cell: Cell) -> bool:
+    return all("generated_exact" in answer for answer in cell.scores)
 
 
 def _mean(cell: Cell, name: str) -> float:
@@ -108,8 +132,14 @@ def sheets(cells: Iterable[Cell]) -> Iterator[Sheet]:
         title = f"{block.task}, {block.tokens} tokens, {samples} samples"
         if block.asks:
             title += f", question {block.protocol} while compressing"
-        lines = tuple(cells_of(line) for line in block.lines)
-        yield Sheet(title, HEAD, lines, tuple(notes_of(block)))
+        lines = [cells_of(line) for line in block.lines]
+        shown = [
+            place
+            for place, name in enumerate(HEAD)
+            if name not in OPTIONAL or any(line[place] != "–" for line in lines)
+        ]
+        head, *texts = (tuple(line[place] for place in shown) for line in (HEAD, *lines))
+        yield Sheet(title, head, tuple(texts), tuple(notes_of(block)))
 
 
 def notes_of(block: Block) -> list[str]:
@@ -125,13 +155,20 @@ def notes_of(block: Block) -> list[str]:
 def cells_of(line: Line) -> tuple[str, ...]:
     """The texts of a line, under `HEAD`."""
     if line.score is None:
-        return (line.policy, "–", "failed", "–", "–", "–", "–")
+        return (line.policy, *("failed" if name == "score %" else "–" for name in HEAD[1:]))
     return (
         line.policy,
-        "–" if line.kept is None else f"{line.kept:.1%}",
+        _text(line.kept, ".1%"),
+        _text(line.bf16, ".1%"),
         str(line.score),
-        "–" if line.difference is None else str(line.difference),
-        "–" if line.nll is None else f"{line.nll.mean:.2f}",
-        "–" if line.kl is None else f"{line.kl:.2f}",
-        "–" if line.agreement is None else f"{line.agreement:.0%}",
+        "–" if line.worst is None else f"{100 * line.worst:.0f}",
+        str(line.generated or "–"),
+        str(line.difference or "–"),
+        _text(line.nll and line.nll.mean, ".2f"),
+        _text(line.kl, ".2f"),
+        _text(line.agreement, ".0%"),
     )
+
+
+def _text(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

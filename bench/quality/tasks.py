@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from kvpress.bench.quality import instructions
 from kvpress.bench.quality.sample import Question, Sample, Writer
 
 Metric = Literal["exact", "tokens", "lm_eval"]
@@ -60,6 +61,20 @@ _CITIES = [
     "Budapest",
     "Zurich",
     "Naples",
+]
+_SURNAMES = [
+    "Abendroth",
+    "Brandis",
+    "Castell",
+    "Dormann",
+    "Eichholz",
+    "Falkner",
+    "Gerber",
+    "Hollweg",
+    "Imhof",
+    "Jansen",
+    "Kessler",
+    "Lindqvist",
 ]
 
 
@@ -186,6 +201,52 @@ def _facts(writer: Writer, generator: random.Random, length: int, index: int) ->
     return Sample((*writer.prefix, *context), tuple(questions))
 
 
+def _records(writer: Writer, generator: random.Random, length: int, index: int) -> Sample:
+    """Lines of invented people, one for about 160 tokens; two fields of four of them are asked."""
+    count = max(4, length // 160)
+    people = generator.sample([f"Dr. {a} {b}" for a in _PEOPLE for b in _SURNAMES], count)
+    rows = [
+        {
+            "city": generator.choice(_CITIES),
+            "badge": str(generator.randrange(10**4, 10**5)),
+            "office": str(generator.randrange(100, 1000)),
+        }
+        for _ in people
+    ]
+    heads = [f"\nName: {person}" for person in people]
+    texts = [
+        writer.ids(head + "".join(f"; {name}: {value}" for name, value in row.items()) + "\n")
+        for head, row in zip(heads, rows, strict=True)
+    ]
+    passage = writer.passage(length - sum(map(len, texts)), generator)
+    depths = [(i + generator.random()) / count for i in range(count)]
+    context = writer.insert(passage, list(zip(depths, texts, strict=True)))
+    questions = []
+    for place in generator.sample(range(count), 4):
+        city, badge = rows[place]["city"], rows[place]["badge"]
+        label = f"depth {depths[place]:.2f}"
+        questions += [
+            writer.question(f"\n{heads[place]}; city:", f" {city}", f"city, {label}"),
+            writer.question(f"\n{heads[place]}; city: {city}; badge: ", badge, f"badge, {label}"),
+        ]
+    return Sample((*writer.prefix, *context), tuple(questions))
+
+
+def _lines(writer: Writer, generator: random.Random, length: int, index: int) -> Sample:
+    """Nothing but numbered lines with values, as LongEval's; four of them are asked for."""
+    values: list[str] = []
+    texts: list[list[int]] = []
+    while sum(map(len, texts)) < length - 40:
+        values.append(str(generator.randrange(10**4, 10**5)))
+        texts.append(writer.ids(f"Line {len(values)}: the value is {values[-1]}.\n"))
+    questions = (
+        writer.question(f"\nLine {number + 1}: the value is ", values[number])
+        for number in generator.sample(range(len(values)), 4)
+    )
+    context = (token for text in texts for token in text)
+    return Sample((*writer.prefix, *context), tuple(questions))
+
+
 TASKS = {
     task.name: task
     for task in (
@@ -197,5 +258,14 @@ TASKS = {
         Task("pairs", "the value of a key among many (JSON)", _pairs),
         Task("variables", "a value through a chain of assignments", _variables),
         Task("facts", "who lives where", _facts),
+        Task("records", "cities and badges of people", _records),
+        Task("lines", "the value of a numbered line among many", _lines),
+        Task(
+            "system",
+            "rules of a system prompt, and a secret in it",
+            instructions.make,
+            "tokens",
+            asks=False,
+        ),
     )
 }

@@ -44,7 +44,7 @@ class Listener:
         self.writer = Writer(self._tokenizer)
         self.asked: list[tuple[str, str, str]] = []  # context, question, answer
 
-    def read(self, tokens: Sequence[int], calls: Any = ()) -> Any:
+    def read(self, tokens: Sequence[int], calls: Any = (), protect: Any = ()) -> Any:
         return tokens
 
     def ask(self, cache: Any, question: Question, stepwise: bool) -> torch.Tensor:

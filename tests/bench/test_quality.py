@@ -19,6 +19,7 @@ from kvpress.bench.common import candidates
 from kvpress.bench.quality import plots, run, suites, table
 from kvpress.bench.quality.metrics import score
 from kvpress.bench.quality.options import split_policies
+from kvpress.bench.quality.reading import How
 from kvpress.bench.quality.results import Cell, Results, ResultsError, load
 from kvpress.bench.quality.sample import Question, Sample, TaskError, Writer
 from kvpress.bench.quality.stats import estimate
@@ -88,7 +89,8 @@ def test_a_sample_is_as_long_as_asked_and_the_same_for_the_same_seed(
 
 
 @pytest.mark.parametrize(
-    "name", ["needle", "needles-2", "needles-4", "pairs", "variables", "facts"]
+    "name",
+    ["needle", "needles-2", "needles-4", "pairs", "variables", "facts", "records", "lines"],
 )
 def test_every_answer_stands_in_the_context_and_no_question_gives_it_away(
     name: str, writer: Writer
@@ -148,7 +150,7 @@ class Fake:
     def __init__(self, name: str, knows: bool, breaks_at: int = -1) -> None:
         self.name, self.reads, self._knows, self._breaks_at = name, 0, knows, breaks_at
 
-    def read(self, tokens: Sequence[int], calls: Any = ()) -> Any:
+    def read(self, tokens: Sequence[int], calls: Any = (), protect: Any = ()) -> Any:
         self.reads += 1
         if self.reads - 1 == self._breaks_at:
             raise RuntimeError("out of luck")
@@ -172,7 +174,7 @@ PLANS = [
 
 def evaluated(path: Path | None, *systems: Fake, writer: Writer, seed: int = 0) -> Results:
     results = Results({"seed": seed}, {"torch": "any"}, path)
-    run.evaluate(Fake("full", knows=True), systems, writer, PLANS, results, seed)
+    run.evaluate(Fake("full", knows=True), systems, writer, PLANS, results, How(seed))
     return results
 
 
@@ -231,7 +233,7 @@ def test_what_the_full_cache_answered_is_dropped_before_the_next_context(writer:
     answers: list[weakref.ref[torch.Tensor]] = []
 
     class Watched(Fake):
-        def read(self, tokens: Sequence[int], calls: Any = ()) -> Any:
+        def read(self, tokens: Sequence[int], calls: Any = (), protect: Any = ()) -> Any:
             if tokens != writer.prefix:
                 assert not any(answer() is not None for answer in answers)
             return super().read(tokens, calls)
