@@ -19,7 +19,7 @@ from kvpress.errors import KVPressError
 if TYPE_CHECKING:
     from kvpress.bench.common.text import Text
 
-errors = Console(stderr=True)
+console, errors = Console(), Console(stderr=True)
 
 
 class ViewError(KVPressError, ValueError):
@@ -63,10 +63,13 @@ def view(
 ) -> None:
     """Show which tokens each layer and KV head kept, in the text itself, as one HTML page.
 
-    The answer is decoded greedily. Without a prompt, about 1,000 tokens of Python's language
-    reference are used, with a question at the end. With --map: which blocks of the prompt's
-    attention a sparse policy computes in one layer, per query head.
+    The budget of each head is printed besides. The answer is decoded greedily. Without a prompt,
+    about 1,000 tokens of Python's language reference are used, with a question at the end. With
+    --map: which blocks of the prompt's attention a sparse policy computes in one layer, per query
+    head.
     """
+    from kvpress.bench.common.report import table
+    from kvpress.bench.view.heads import sheet
     from kvpress.bench.view.kept import look
     from kvpress.bench.view.page import page
 
@@ -88,6 +91,7 @@ def view(
     if made.as_json:
         sys.stdout.write(json.dumps(kept.to_dict()) + "\n")
     else:
+        console.print(table(sheet(kept)))
         write(made.out, page(kept).encode())
 
 

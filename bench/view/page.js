@@ -236,6 +236,10 @@ function readAddress() {
   for (const link of document.querySelectorAll("#bars a")) {
     link.toggleAttribute("aria-current", link.hash === `#layer=${layer}`);
   }
+  for (const link of document.querySelectorAll("#heads a")) {
+    const row = `#layer=${layer}&head=${scope.head}`;
+    link.toggleAttribute("aria-current", link.hash === row);
+  }
 }
 
 function fillSelects() {

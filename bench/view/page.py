@@ -11,6 +11,7 @@ from typing import Any
 
 from kvpress.bench.common.models import known_as
 from kvpress.bench.common.page import BASE, shell
+from kvpress.bench.view import heads
 from kvpress.bench.view.kept import Kept
 
 from kvpress.report.tables import size, span
@@ -21,7 +22,7 @@ _HERE = Path(__file__).parent
 
 
 def page(kept: Kept) -> str:
-    """The page: the text with every token coloured, the map of layers and positions, the bars."""
+    """The page: the text with tokens coloured, the map of layers and positions, budgets, bars."""
     title = f"Tokens that {kept.report.policy} kept"
     return shell(title, (BASE, _HERE / "page.css"), _body(kept))
 
@@ -39,6 +40,7 @@ def _body(kept: Kept) -> Iterable[str]:
         '<div id="map"><canvas role="img" aria-label="Kept tokens: layers by positions">'
         '</canvas><div id="cursor" hidden></div></div>'
     )
+    yield from heads.section(kept)
     yield from _bars(kept)
     yield '<div id="tip" hidden></div>'
     yield f'<script type="application/json" id="data">{_data(kept)}</script>'

@@ -18,6 +18,7 @@ import helpers
 import pytest
 import torch
 from kvpress.bench.common import models
+from kvpress.bench.view import heads
 from kvpress.bench.view.kept import Kept, look
 from kvpress.bench.view.maps import MapError, computed_of
 from kvpress.bench.view.page import page
@@ -43,7 +44,7 @@ TEXT = "if a < b && c: '</script><b>&amp; naïve 🙂\r\n\ttab\x00' " * 4
 POLICY = "random:budget=0.3"  # rows differ from each other
 ELEMENTS = (
     "html|head|meta|title|style|body|h1|h2|p|b|code|dl|div|dt|dd|noscript|label|select|span|i|u"
-    "|canvas|ol|li|a|s|small|script"
+    "|canvas|ol|li|a|s|small|script|table|tr|th|td"
 )
 
 
@@ -215,6 +216,32 @@ def test_the_page_states_the_report(kept: Kept, windowed: Kept) -> None:
     assert Parsed(page(windowed)).texts["small"] == "window" * windows
 
 
+def test_budgets_per_head_are_slots_over_tokens_seen(kept: Kept) -> None:
+    """A matrix of layers and KV heads in the page and in the terminal."""
+    slots = [[3, 30], [3, 30], [51, 6]]
+    layers = [
+        replace(layer, slots_kept=[rows])
+        for layer, rows in zip(kept.report.layers, slots, strict=True)
+    ]
+    report = replace(kept.report, layers=layers, tokens_seen=[60])
+    uneven = replace(kept, report=report, positions=[[[0], [0]]] * 3)
+    assert heads.shares(uneven) == [[0.05, 0.5], [0.05, 0.5], [0.85, 0.1]]
+    made = heads.sheet(uneven)
+    assert made.head == ("layers", "head 0", "head 1")
+    assert made.lines == (("0–1", "5.0%", "50.0%"), ("2", "85.0%", "10.0%"))
+    said = "Most: layer 2, head 0 keeps 85.0%; least: layer 0, head 0 keeps 5.0%."
+    assert made.notes == (said,)
+    text = page(uneven)
+    (matrix,) = re.findall(r'<table id="heads">.*?</table>', text, re.S)
+    cells = re.findall(r'--share:([\d.]+)%"><a href="#layer=(\d)&amp;head=(\d)">', matrix)
+    assert cells == [
+        (f"{100 * n / 60:.1f}", str(layer), str(head))
+        for layer, rows in enumerate(slots)
+        for head, n in enumerate(rows)
+    ]
+    assert said in text and heads.sheet(replace(uneven, report=kept.report)).notes == ()
+
+
 def test_the_rows_in_the_page_are_bits_of_the_positions_kept(kept: Kept) -> None:
     data = json.loads(Parsed(page(kept)).texts["data"])
     assert (data["seen"], data["prompt"]) == (kept.tokens_seen, kept.prompt_tokens)
@@ -376,6 +403,7 @@ def test_the_command_writes_the_page_or_prints_the_data(tmp_path: Path, tiny_mod
     options += ["--policy", "streaming_llm:budget=4,sink=1", "--max-new-tokens", "3"]
     done = CliRunner().invoke(app, [*options, "--out", str(out)])
     assert done.exit_code == 0, done.output
+    assert "head 1" in done.output and "36.4%" in done.output  # 4 of 11 tokens, all rows alike
     assert len(Parsed(out.read_text(encoding="utf-8")).all) == 12
     out.unlink()
     data = json.loads(CliRunner().invoke(app, [*options, "--out", str(out), "--json"]).stdout)
