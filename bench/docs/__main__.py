@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 
-from kvpress.bench.docs import pictures, quality, reference, speed, stages
+from kvpress.bench.docs import fewer, pictures, quality, reference, speed, stages
 from kvpress.bench.docs.marks import fill, update
 from kvpress.bench.docs.tables import ROOT
 
@@ -13,6 +13,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     **reference.PARTS,
     **stages.PARTS,
     **quality.PARTS,
+    **fewer.PARTS,
     **speed.PARTS,
 }
 PICTURES = ROOT / "docs" / "pictures"
