@@ -44,6 +44,7 @@ MOST_WIDTH = 256  # channels of a head
 
 Rank = Literal["mass", "mass_per_age", "position"]  # what slots are ranked by
 NoiseKind = Literal["none", "frozen", "fresh"]  # drawn never, once per key, per query and key
+Reduced = Literal["sum", "max"]  # what weights of several queries become
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from kvpress import ops
 from kvpress.formulas.block_map import GROUPS, Blocks
 from kvpress.formulas.merging import Merging
 from kvpress.formulas.page_layout import PageLayout
-from kvpress.ops import Bounds, Columns, Logits, Noise, Old, Pages, Token, Turning
+from kvpress.ops import Bounds, Columns, Logits, Noise, Old, Pages, Reduction, Token, Turning
 from kvpress.types import NoiseKind
 
 WIDTHS, DTYPES = (64, 128, 256), {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -98,9 +98,6 @@ def operands(width: int, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[A
         noise = Noise(kind, 1.0, 7, 3)
         held = (pages, columns, bounds)
         yield "decode_step", kind, (Token(query, token, token), *held, True, noise, logits)
-        prompt = torch.zeros(2, 8, 160, width, dtype=dtype)
-        position = torch.arange(160).repeat(2, 2, 1)
-        yield "attention_sums", kind, (prompt, prompt[:, :2], position, logits, 160, noise)
     held = (pages, columns, bounds._replace(rank="mass"))
     for case, pairs, counted in (
         ("", 0, False),
@@ -111,6 +108,8 @@ def operands(width: int, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[A
         rule = Merging(own=2.7, memory=0.3, gain=0.7, counts=counted)
         yield "absorb_step", case, (*held, torch.zeros(2), turning, width - counted, rule)
     allowed = torch.ones(2, 2, 160, dtype=torch.bool)
+    prompt = torch.zeros(2, 8, 160, width, dtype=dtype)
+    yield from sums_operands(prompt)
     yield from block_operands(prompt)
     yield "match_keys", "", (prompt[:, 2:4], prompt[:, :2], allowed)
     for pool, last in ((key, True), (value, False)):
@@ -118,6 +117,19 @@ def operands(width: int, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[A
         kind = "channel-major" if last else "slot-major"
         yield "gather_slots", kind, (pool, torch.arange(16), last)
         yield "scatter_slots", f"{kind} scatter", (pool, torch.arange(16), dense, last)
+
+
+def sums_operands(prompt: torch.Tensor) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """Sums over the attention of prompts, and the largest of it."""
+    tokens = prompt.shape[2]
+    position = torch.arange(tokens).repeat(len(prompt), 2, 1)
+    held = (prompt, prompt[:, :2], position, Logits(0.1))
+    for kind in get_args(NoiseKind):
+        yield "attention_sums", kind, (*held, Reduction(tokens), Noise(kind, 1.0, 7, 3))
+    weights = torch.ones(len(prompt), tokens)
+    for case, weight_BQ in (("largest", None), ("largest, weighted", weights)):
+        reduction = Reduction(tokens, True, weight_BQ)
+        yield "attention_sums", case, (*held, reduction, Noise("none", 1.0, 7, 3))
 
 
 def block_operands(prompt: torch.Tensor) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
@@ -133,7 +145,7 @@ def block_operands(prompt: torch.Tensor) -> Iterator[tuple[str, str, tuple[Any, 
     )
     bits = torch.zeros(batch, heads, blocks.offsets[-1], dtype=torch.uint8)
     position = torch.arange(tokens).repeat(batch, 2, 1)
-    sums = (Logits(0.1), tokens, Noise("fresh", 1.0, 7, 3), bits)
+    sums = (Logits(0.1), Reduction(tokens), Noise("fresh", 1.0, 7, 3), bits)
     yield "attention_sums", "fresh, mapped", (prompt, prompt[:, :2], position, *sums)
     yield "attend_blocks", "", (prompt, prompt[:, :2], prompt[:, :2], bits, 0.1)
     yield "attend_blocks", "LSE", (prompt, prompt[:, :2], prompt[:, :2, :, :0], bits, 0.1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvpress import ops
 from kvpress.formulas.noise import exponential
-from kvpress.ops import Logits, Noise
+from kvpress.ops import Logits, Noise, Reduction
 from kvpress.types import NoiseKind
 
 CHECKED = 700  # tokens of a check, which holds the whole matrix in float64; no multiple of a tile
@@ -113,7 +113,7 @@ def _operands(shape: SumsShape, device: torch.device) -> tuple[Tensor, Tensor, T
 
 def _settings(shape: SumsShape) -> tuple[Any, ...]:
     """What follows the tensors in a call of `attention_sums`."""
-    return Logits(shape.scaling), shape.queries, Noise(shape.noise, 1.0, SEED, LAYER)
+    return Logits(shape.scaling), Reduction(shape.queries), Noise(shape.noise, 1.0, SEED, LAYER)
 
 
 def _prepare(shape: SumsShape, device: torch.device) -> dict[str, Call]:

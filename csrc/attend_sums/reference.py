@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvpress.formulas.attention import prompt_attention
 from kvpress.ops import shapes
+from kvpress.ops.operands import Reduction
 
 
 def attend_sums(operands: Operands) -> tuple[Tensor, Tensor]:
@@ -39,8 +40,8 @@ def attend(
 def of_sums(operands: Operands) -> AttentionSums:
     """The operands of `attention_sums` over all queries."""
     query_BNQD, key_BHSD, _, position_BHS, logits, noise, map_BNX = operands
-    queries = query_BNQD.shape[2]
-    return AttentionSums(query_BNQD, key_BHSD, position_BHS, logits, queries, noise, map_BNX)
+    everything = Reduction(query_BNQD.shape[2])
+    return AttentionSums(query_BNQD, key_BHSD, position_BHS, logits, everything, noise, map_BNX)
 
 
 def check(operands: Operands) -> None:

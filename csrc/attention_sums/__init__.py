@@ -1,4 +1,4 @@
-"""Column sums of softmax attention over the queries of a prompt, without the Q×S matrix."""
+"""Column sums, or maxima, of softmax attention over the queries of a prompt, without the matrix."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvpress.ops.operands import Logits, Noise, schema
+from kvpress.ops.operands import Logits, Noise, Reduction, schema
 
 
 class Operands(NamedTuple):
-    """The Q queries belong to the last Q of S slots, in order; the last `window` are summed.
+    """The Q queries belong to the last Q of S slots, in order; the last `window` are reduced.
 
     position_BHS: int64, EMPTY where there is no token. map_BNX: the blocks that are attended to.
     """
@@ -20,7 +20,7 @@ class Operands(NamedTuple):
     key_BHSD: Tensor
     position_BHS: Tensor
     logits: Logits
-    window: int
+    reduction: Reduction
     noise: Noise
     map_BNX: Tensor | None = None
 

@@ -1,4 +1,4 @@
-// Column sums of (noisy) softmax attention over the queries of a prompt. Formulas: README.md.
+// Column sums of (noisy) softmax attention over the queries of a prompt, or its largest. Formulas: README.md.
 //
 // Per row: keys are packed once into tiles. A task takes some queries of one query head. For a few queries at a time the
 // exponentials of all visible slots go to scratch memory that fits in L2, block by block, relative to the largest logit
@@ -35,7 +35,7 @@ class RowSums {
     for (int64_t s = 0; s < a_.slots; s++) position_[s] = int32_t(std::max<int64_t>(position[s], -1));
     std::fill(position_ + a_.slots, position_ + padded_, -1);
     gaps_ = std::any_of(position_, position_ + a_.slots, [](int32_t p) { return p < 0; });
-    const int64_t first = std::max<int64_t>(0, a_.queries - a_.window), queries = a_.queries - first;
+    const int64_t first = std::max<int64_t>(0, a_.queries - a_.reduction.window), queries = a_.queries - first;
     const int64_t step = std::max<int64_t>(kTaskQueries, (queries * a_.group + kMostTasks - 1) / kMostTasks);
     const int64_t per_head = (queries + step - 1) / step, tasks = per_head * a_.group;
     float* partial = scratch<float, struct PartialSums>(tasks * padded_);
@@ -46,7 +46,11 @@ class RowSums {
     float* sums = a_.sums + (b_ * a_.heads + h_) * a_.group * a_.slots;
     std::fill_n(sums, a_.group * a_.slots, 0.0f);
     for (int64_t i = 0; i < tasks; i++)
-      for (int64_t s = 0; s < a_.slots; s++) sums[i % a_.group * a_.slots + s] += partial[i * padded_ + s];
+      for (int64_t s = 0; s < a_.slots; s++) {
+        float& sum = sums[i % a_.group * a_.slots + s];
+        const float part = partial[i * padded_ + s];
+        sum = !a_.reduction.largest ? sum + part : part > sum || part != part ? part : sum;
+      }
   }
 
  private:
@@ -64,7 +68,7 @@ class RowSums {
     float logit[kQueryBlock], sum[kQueryBlock];  // the same without noise and temperature, where there is `out`
   };
 
-  bool worthwhile() const { return a_.slots * a_.width * std::min(a_.queries, a_.window) > 1 << 16; }
+  bool worthwhile() const { return a_.slots * a_.width * std::min(a_.queries, a_.reduction.window) > 1 << 16; }
 
   void sum_queries(int64_t g, int64_t begin, int64_t end, float* sums) {
     std::fill_n(sums, padded_, 0.0f);
@@ -127,7 +131,7 @@ class RowSums {
       for (int64_t i = 0; i < some.count; i++) weigh(some, i, k, slots);
     }
     if (some.out) write_out(some);
-    add_columns(some, sums);
+    a_.reduction.largest ? reduce_columns<true>(some, sums) : reduce_columns<false>(some, sums);
   }
 
   // Whether the tile at slot s of block k is attended to. The bits of a byte are the blocks of the map in one block here.
@@ -250,19 +254,27 @@ class RowSums {
     }
   }
 
-  void add_columns(Queries& some, float* sums) const {
+  template <bool kLargest>
+  void reduce_columns(Queries& some, float* sums) const {
+    const float* weight = a_.reduction.weight ? a_.reduction.weight + b_ * a_.queries + some.q : nullptr;
     float* factor = some.reference;
     for (int64_t i = 0; i < some.count; i++)
       for (int64_t k = 0; k < some.blocks; k++) {
         float& f = factor[i * some.blocks + k];
-        f = f == -INFINITY ? 0.0f : std::exp(f - some.largest[i]) / some.total[i];
+        f = f == -INFINITY ? 0.0f : std::exp(f - some.largest[i]) / some.total[i] * (weight ? weight[i] : 1.0f);
       }
     for (int64_t k = 0; k < some.blocks; k++) {
       const int64_t first = k * kKeyBlock, last = std::min(first + kKeyBlock, tiles_ * kTile);
       for (int64_t s = first; s < last; s += kWidth) {
         Vec column = load(sums + s);
-        for (int64_t i = 0; i < some.count; i++)
-          column += load(some.weights + i * padded_ + s) * factor[i * some.blocks + k];
+        for (int64_t i = 0; i < some.count; i++) {
+          const Vec term = load(some.weights + i * padded_ + s) * factor[i * some.blocks + k];
+          if constexpr (kLargest) {  // one that is no number stays, as in a sum
+            column = (term > column) | (term != term) ? term : column;
+          } else {
+            column += term;
+          }
+        }
         store(sums + s, column);
       }
     }

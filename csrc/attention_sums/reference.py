@@ -12,7 +12,7 @@ from torch import Tensor
 from kvpress.formulas.block_map import QUERIES, SLOTS, Blocks, from_map
 from kvpress.formulas.noise import NO_QUERY, exponential
 from kvpress.ops import shapes
-from kvpress.ops.operands import Logits, Noise
+from kvpress.ops.operands import Logits, Noise, Reduction
 from kvpress.types import EMPTY
 
 BLOCK_ELEMENTS = 1 << 20  # logits per block: 4 MiB in fp32, which stays near the cores
@@ -37,23 +37,29 @@ class Prompt(NamedTuple):
 def attention_sums(operands: Operands) -> Tensor:
     """Attention that each slot receives from the last `window` queries: fp32 `[B, N, S]`.
 
-    The Q queries belong to the last Q slots, in order; query i sees
-    slots 0 … S − P + i that hold a token (position >= 0), of the blocks of the map where there is
-    one; it adds nothing where it sees none. See README.md for the formulas of the three kinds of
+    Its sum or its largest part. The Q queries belong to the last Q slots, in order; query i sees
+    slots 0 … S − Q + i that hold a token (position >= 0), of the blocks of the map where there is
+    one; it gives nothing where it sees none. See README.md for the formulas of the three kinds of
     noise. Raises OperatorError.
     """
     check(operands)
     prompt = _prompt(operands)
     batch, heads, group, queries, _ = prompt.query_BHGQD.shape
     slots = prompt.key_BHSD.shape[2]
+    window, largest, weight_BQ = operands.reduction
     sums_BHGS = prompt.key_BHSD.new_zeros(batch, heads, group, slots)
     frozen_BHG1S = _frozen(prompt, operands.noise)
     step = max(1, BLOCK_ELEMENTS // max(1, batch * heads * group * slots))
-    for start in range(max(0, queries - operands.window), queries, step):
+    for start in range(max(0, queries - window), queries, step):
         stop = min(start + step, queries)
         x_BHGqs = _logits(prompt, operands.logits, start, stop)
-        seen = x_BHGqs.shape[-1]
-        sums_BHGS[..., :seen] += _sums(prompt, operands.noise, frozen_BHG1S, x_BHGqs, stop - start)
+        given_BHGS = sums_BHGS[..., : x_BHGqs.shape[-1]]
+        own_Bq = None if weight_BQ is None else weight_BQ[:, start:stop]
+        if largest:
+            w_BHGqs = _weighted(_softmax(x_BHGqs, prompt.hides), own_Bq)
+            given_BHGS.copy_(given_BHGS.maximum(w_BHGqs.amax(3)))
+        else:
+            given_BHGS += _sums(prompt, operands.noise, frozen_BHG1S, x_BHGqs, own_Bq)
     return sums_BHGS.flatten(1, 2)
 
 
@@ -102,10 +108,14 @@ def _logits(prompt: Prompt, logits: Logits, start: int, stop: int) -> Tensor:
 
 
 def _sums(
-    prompt: Prompt, noise: Noise, frozen_BHG1S: Tensor | None, x_BHGqs: Tensor, queries: int
+    prompt: Prompt,
+    noise: Noise,
+    frozen_BHG1S: Tensor | None,
+    x_BHGqs: Tensor,
+    own_Bq: Tensor | None,
 ) -> Tensor:
     """What slots receive of some queries, from their logits, which are overwritten."""
-    seen = x_BHGqs.shape[-1]
+    queries, seen = x_BHGqs.shape[3:]
     if frozen_BHG1S is not None and noise.tau == 1.0:
         # N_q = Σ_j A_qj·exp(ζ_j), so that one ordinary softmax gives the noisy sums (README,
         # identity).
@@ -114,7 +124,8 @@ def _sums(
         norm_BHGq1 = torch.matmul(w_BHGqs, boost_BHG1s.mT)
         if prompt.hides:
             norm_BHGq1.masked_fill_(norm_BHGq1 == 0, 1.0)
-        return (torch.matmul(norm_BHGq1.reciprocal().mT, w_BHGqs) * boost_BHG1s).squeeze(3)
+        part_BHGq1 = _weighted(norm_BHGq1.reciprocal(), own_Bq)
+        return (torch.matmul(part_BHGq1.mT, w_BHGqs) * boost_BHG1s).squeeze(3)
     if frozen_BHG1S is not None:
         x_BHGqs -= frozen_BHG1S[..., :seen].log()
     elif noise.noise == "fresh":
@@ -125,7 +136,12 @@ def _sums(
         ).log_()
     if noise.tau != 1.0:
         x_BHGqs /= noise.tau
-    return _softmax(x_BHGqs, prompt.hides).sum(3)
+    return _weighted(_softmax(x_BHGqs, prompt.hides), own_Bq).sum(3)
+
+
+def _weighted(x_BHGqX: Tensor, own_Bq: Tensor | None) -> Tensor:
+    """Numbers of queries times the weights of these, where they have any."""
+    return x_BHGqX if own_Bq is None else x_BHGqX * own_Bq[:, None, None, :, None]
 
 
 def _softmax(x_BHGqs: Tensor, some_hidden: bool) -> Tensor:
@@ -139,9 +155,11 @@ def _softmax(x_BHGqs: Tensor, some_hidden: bool) -> Tensor:
 def check(operands: Operands, holes: bool = True) -> None:
     """Raises OperatorError for operands that do not fit together. holes: whether slots may be."""
     op = "attention_sums"
-    query_BNQD, key_BHSD, position_BHS, logits, window, noise, map_BNX = operands
+    query_BNQD, key_BHSD, position_BHS, logits, reduction, noise, map_BNX = operands
     named = {"query_BNQD": query_BNQD, "key_BHSD": key_BHSD}
-    lengths = shapes.bind(op, {**named, "position_BHS": position_BHS})
+    weight_BQ = reduction.weight_BQ
+    more = {"position_BHS": position_BHS} | ({} if weight_BQ is None else {"weight_BQ": weight_BQ})
+    lengths = shapes.bind(op, named | more)
     shapes.floating(op, named)
     if position_BHS.dtype != torch.int64:
         shapes.refuse(op, f"position_BHS is {position_BHS.dtype}; it must be torch.int64")
@@ -151,12 +169,26 @@ def check(operands: Operands, holes: bool = True) -> None:
         if most > shapes.MOST_SLOTS or (least < 0 and not holes):
             rule = "" if holes else "; every slot of a whole prompt holds a token, from 0 on"
             shapes.refuse(op, f"positions are {least} to {most}, at most {shapes.MOST_SLOTS}{rule}")
-    if window < 0:
-        shapes.refuse(op, f"window is {window}; it must not be negative")
     check_noise(op, noise)
+    check_reduction(op, reduction, noise)
     shapes.logits(op, *logits)
     if map_BNX is not None:
         check_map(op, map_BNX, lengths, logits.softcap)
+
+
+def check_reduction(op: str, reduction: Reduction, noise: Noise) -> None:
+    """Raises OperatorError for a reduction that is none, or not of these weights."""
+    window, largest, weight_BQ = reduction
+    if window < 0:
+        shapes.refuse(op, f"window is {window}; it must not be negative")
+    if largest and (noise.noise != "none" or noise.tau != 1.0):
+        given = f"noise={noise.noise!r}, tau={noise.tau}"
+        shapes.refuse(op, f"{given} with the largest weights; they are those without noise, tau=1")
+    if weight_BQ is None:
+        return
+    shapes.of_dtype(op, torch.float32, {"weight_BQ": weight_BQ})
+    if weight_BQ.device.type == "cpu" and not bool(((weight_BQ >= 0) & weight_BQ.isfinite()).all()):
+        shapes.refuse(op, "weight_BQ holds negative or infinite numbers, or none; give others")
 
 
 def check_map(op: str, map_BNX: Tensor, lengths: dict[str, int], softcap: float) -> None:

@@ -123,17 +123,49 @@ def lse_kernel(
     tl.store(lse + to_M, norm_M, mask=m_M < summed)
 
 
+@triton.jit
+def joined(so_far_MS, weights_MS, LARGEST: tl.constexpr):
+    """The sums or the largest weights with those of other queries. What is no number stays."""
+    if LARGEST:
+        later_MS = (weights_MS > so_far_MS) | (weights_MS != weights_MS)
+        return tl.where(later_MS, weights_MS, so_far_MS)
+    return so_far_MS + weights_MS
+
+
+@triton.jit
+def columns(sums_MS, LARGEST: tl.constexpr):
+    """The same over all lanes of queries."""
+    if LARGEST:  # of a number the difference is 0, otherwise it is none
+        return tl.max(sums_MS, 0) + tl.sum(sums_MS - sums_MS, 0)
+    return tl.sum(sums_MS, 0)
+
+
+@triton.jit
+def weights_of(
+    y_MS, i_M, item, lse, weight, sequence, queries, summed, WEIGHTED: tl.constexpr
+):  # fmt: skip
+    """The weights of a block of queries."""
+    # A query that sees nothing has an LSE of -inf, one that is not there one of +inf.
+    from_M = lse + item * summed + i_M - (queries - summed)
+    norm_M = tl.load(from_M, mask=i_M < queries, other=float("inf"))
+    weights_MS = tl.exp(y_MS - finite(norm_M)[:, None])
+    if WEIGHTED:
+        own_M = tl.load(weight + sequence * queries + i_M, mask=i_M < queries, other=0)
+        weights_MS *= own_M[:, None]
+    return weights_MS
+
+
 @triton.jit(do_not_specialize=SIZES)
 def sums_kernel(
-    query, key, position, lse, sums, computed, offset,
+    query, key, position, lse, sums, weight, computed, offset,
     bytes_of_head, scaling, softcap, coldness, stream,
     query_batch, query_head, query_token, query_width, key_batch, key_head, key_slot, key_width,
     position_batch, position_head, position_slot, queries, slots, summed,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
-    CAPPED: tl.constexpr, NOISE: tl.constexpr, MAPPED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAPPED: tl.constexpr, NOISE: tl.constexpr, MAPPED: tl.constexpr, LARGEST: tl.constexpr,
+    WEIGHTED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The columns of a block of slots of one query head, over all queries."""
+    """The columns of a block of slots of one query head, over all queries that are asked for."""
     item = tl.program_id(1).to(tl.int64)
     sequence, head = item // (HEADS * GROUP), item % (HEADS * GROUP)
     query += sequence * query_batch
@@ -158,8 +190,6 @@ def sums_kernel(
             query_MD, key_DS, position_S, s_S, own_M, noise_M, scaling, softcap, coldness,
             chosen_MS, WIDE, CAPPED, NOISE,
         )  # fmt: skip
-        from_M = item * summed + i_M - (queries - summed)
-        # A query that sees nothing has an LSE of -inf, one that is not there one of +inf.
-        norm_M = tl.load(lse + from_M, mask=i_M < queries, other=float("inf"))
-        sums_MS += tl.exp(y_MS - finite(norm_M)[:, None])
-    tl.store(sums + item * slots + s_S, tl.sum(sums_MS, 0), mask=s_S < slots)
+        weights_MS = weights_of(y_MS, i_M, item, lse, weight, sequence, queries, summed, WEIGHTED)
+        sums_MS = joined(sums_MS, weights_MS, LARGEST)
+    tl.store(sums + item * slots + s_S, columns(sums_MS, LARGEST), mask=s_S < slots)

@@ -1,7 +1,7 @@
 """Triton kernels of `attention_sums`: one pass for the normalisers, one for the columns.
 
-Both compute the logits anew, so that no Q×S matrix exists. Every column is summed by one program in
-a fixed order: the result is the same in every run.
+Both compute the logits anew, so that no Q×S matrix exists. Every column is of one program, which
+goes over its queries in a fixed order: the result is the same in every run.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def attention_sums(operands: Operands) -> Tensor:
     check(operands)
     query_BNQD, key_BHSD = operands[:2]
     (batch, query_heads, queries, width), slots = query_BNQD.shape, key_BHSD.shape[2]
-    summed = min(operands.window, queries)
+    window, largest, weight_BQ = operands.reduction
+    summed = min(window, queries)
     shape = (batch, query_heads, slots)
     sums_BNS = torch.zeros(shape, dtype=torch.float32, device=query_BNQD.device)
     if not summed or not sums_BNS.numel():
@@ -70,7 +71,12 @@ def attention_sums(operands: Operands) -> Tensor:
         )
         lse_BNQ = lse.logsumexp(0) if splits > 1 else lse
         sums_kernel[(key_blocks, batch * query_heads)](
-            *tensors, lse_BNQ, sums_BNS, *numbers, *sizes, **options
+            *(*tensors, lse_BNQ, sums_BNS, lse_BNQ if weight_BQ is None else weight_BQ),
+            *numbers,
+            *sizes,
+            LARGEST=largest,
+            WEIGHTED=weight_BQ is not None,
+            **options,
         )
     return sums_BNS
 

@@ -181,11 +181,19 @@ struct BlockMap {
   }
 };
 
+// What the weights of the last queries become for a slot: their sum, or the largest of them.
+struct Reduction {
+  int64_t window;
+  bool largest;
+  const float* weight;  // [B, Q], by which weights of queries are multiplied before; or null
+};
+
 struct AttentionSums {
   Heads query, key;         // [B, N, Q, D], [B, H, S, D]
   const int64_t* position;  // [B, H, S]
-  int64_t batch, heads, group, queries, slots, width, window;
+  int64_t batch, heads, group, queries, slots, width;
   Logits logits;
+  Reduction reduction;
   Noise noise;
   float* sums;  // [B, N, S]
   Heads value;  // [B, H, S, D'], where there is `out`

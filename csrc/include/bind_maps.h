@@ -43,7 +43,7 @@ AttentionSums sums_of(const char* op, Shapes& shapes, const Strided& queries, co
   a.batch = shapes['B'];
   a.heads = shapes['H'];
   a.group = shapes['N'] / shapes['H'];
-  a.queries = a.window = shapes['Q'];
+  a.queries = a.reduction.window = shapes['Q'];
   a.slots = shapes['S'];
   a.width = shapes['D'];
   a.logits = logits_of(op, scaling, softcap);

@@ -7,17 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvpress.errors import OperatorError
 from kvpress.formulas.noise import NO_QUERY, gumbel
-from kvpress.types import NoiseKind
+from kvpress.types import NoiseKind, Reduced
 
 
 class Observation(NamedTuple):
-    """Column sums of softmax attention, in fp32.
+    """Column sums of softmax attention, in fp32, or its largest weights.
 
     window: how many of the last queries of a prompt are summed; None sums all of them. A decode
     step has one. noise: Gumbel noise on the logits, drawn once per key ("frozen") or per query and
     key ("fresh"). tau: temperature of the softmax. The attention output itself is never touched by
-    either. weight: how many queries each summed one stands for.
+    either. weight: how many queries each summed one stands for; a maximum does not depend on it.
+    kind: what becomes of the weights that a slot receives, of all queries and of the query group:
+    their sum, or the largest ("max"; without noise, tau = 1).
     """
 
     window: int | None = None
@@ -25,12 +28,14 @@ class Observation(NamedTuple):
     tau: float = 1.0
     seed: int = 0
     weight: float = 1.0
+    kind: Reduced = "sum"
 
 
-def over_group(sums_BNS: Tensor, heads: int) -> Tensor:
-    """Sums over the query group of each KV head: `[B, H, S]`."""
+def over_group(sums_BNS: Tensor, heads: int, kind: Reduced = "sum") -> Tensor:
+    """Sums over the query group of each KV head, or the largest of it: `[B, H, S]`."""
     batch, _, slots = sums_BNS.shape
-    return sums_BNS.view(batch, heads, -1, slots).sum(2)
+    sums_BHGS = sums_BNS.view(batch, heads, -1, slots)
+    return sums_BHGS.sum(2) if kind == "sum" else sums_BHGS.amax(2)
 
 
 def step_sums(
@@ -38,12 +43,17 @@ def step_sums(
 ) -> Tensor:
     """Attention of one decoded token, from its softmax weights, summed over the query group.
 
-    fp32 `[B, H, S]`. The logarithm of a weight is its logit up to a constant, which a softmax
-    ignores.
+    Or its largest weight there. fp32 `[B, H, S]`. The logarithm of a weight is its logit up to a
+    constant, which a softmax ignores. Raises OperatorError for a maximum with noise.
     """
     batch, heads, slots = position_BHS.shape
     weights_BHGS = weights_BNS.reshape(batch, heads, -1, slots)
-    if observation.noise == "none" and observation.tau == 1.0:
+    plain = observation.noise == "none" and observation.tau == 1.0
+    if observation.kind == "max":
+        if not plain:
+            raise OperatorError(f"{observation}: the largest weights are those without noise.")
+        return over_group(weights_BNS, heads, "max")
+    if plain:
         return weights_BHGS.sum(2) * observation.weight
     logits = weights_BHGS.log()
     if observation.noise != "none":

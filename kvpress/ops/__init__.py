@@ -15,7 +15,17 @@ from kvpress.ops.calls import (
     scatter_slots,
     unpack,
 )
-from kvpress.ops.operands import Bounds, Columns, Logits, Noise, Old, Pages, Token, Turning
+from kvpress.ops.operands import (
+    Bounds,
+    Columns,
+    Logits,
+    Noise,
+    Old,
+    Pages,
+    Reduction,
+    Token,
+    Turning,
+)
 from kvpress.ops.registry import (
     backends,
     implementation,
@@ -32,6 +42,7 @@ __all__ = [
     "Noise",
     "Old",
     "Pages",
+    "Reduction",
     "Token",
     "Turning",
     "absorb_step",

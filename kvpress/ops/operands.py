@@ -73,6 +73,17 @@ class Noise(NamedTuple):
     layer: int
 
 
+class Reduction(NamedTuple):
+    """What the weights of queries become for a slot: a sum, or the largest, of the last `window`.
+
+    weight_BQ: fp32, of every query; its softmax weights are multiplied by it before. None: by 1.
+    """
+
+    window: int
+    largest: bool = False
+    weight_BQ: Tensor | None = None
+
+
 class Turning(NamedTuple):
     """How keys turn with their positions, as `Rotation` says. None: they do not."""
 

@@ -78,7 +78,9 @@ def _fusable(layer: Layer, over: int) -> Observation | None:
     if not recipe.accumulates:
         return _NOTHING
     observation = recipe.stage("observe").observe(step(layer, 0, 1))
-    return None if observation is None or observation.weight != 1.0 else observation
+    if observation is None or observation.weight != 1.0 or observation.kind != "sum":
+        return None
+    return observation
 
 
 def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observation) -> Tensor:

@@ -69,7 +69,7 @@ def _attention_and_sums(
     if request is not None and request.window is None and not trains:
         if map_bNX is not None:
             layer.context.ledger.note("Attention sums of prompts are of the blocks computed.")
-        if fresh:
+        if fresh and request.kind == "sum":
             return attend_and_sum(
                 query, key, value, position, index, request, scaling, softcap, map_bNX
             )
@@ -190,13 +190,16 @@ def _observe(layer: Layer, chunk: _Chunk, sums_BNS: Tensor | None) -> Slots:
             tokens.scaling,
             tokens.softcap,
         )
+    attention_BHS = None
+    if request is not None and sums_BNS is not None:
+        attention_BHS = over_group(sums_BNS, layer.kind.heads, request.kind)
     slots = Slots(
         layer=layer.kind.index,
         position_BHS=columns[POSITION],
         seen_B=layer.sequences.seen_B[chunk.group].to(tokens.key_bHQD.device),
         new_tokens=tokens.query_bNQD.shape[2],
         fetch=columns.__getitem__,
-        attention_BHS=None if sums_BNS is None else over_group(sums_BNS, layer.kind.heads),
+        attention_BHS=attention_BHS,
         attention_BNS=sums_BNS,
         mass_BHS=columns.get(MASS),
         key_width=layer.key_width,

@@ -11,7 +11,7 @@ import torch
 from kvpress import ops
 from kvpress.errors import OperatorError
 from kvpress.formulas.attention import prompt_attention
-from kvpress.ops import Logits, Noise
+from kvpress.ops import Logits, Noise, Reduction
 
 reference = ops.implementation("attend_sums", "reference")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -59,7 +59,7 @@ def test_output_and_sums_equal_those_of_two_passes(case: tuple[Any, ...]) -> Non
     assert out.dtype == query.dtype and (out.double() - exact).abs().max() <= allowed
     prompt = query.shape[2]
     wanted = ops.implementation("attention_sums", "reference")(
-        query, key, position, logits, prompt, noise
+        query, key, position, logits, Reduction(prompt), noise
     )
     torch.testing.assert_close(sums, wanted, rtol=2e-5, atol=1e-5)
     total = torch.full(sums.shape[:2], float(prompt))

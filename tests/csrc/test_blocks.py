@@ -27,7 +27,7 @@ from kvpress.formulas.block_map import (
     to_map,
 )
 from kvpress.formulas.codes import _codes, quantise_keys, quantise_queries
-from kvpress.ops import Logits, Noise
+from kvpress.ops import Logits, Noise, Reduction
 from kvpress.pipe.stages import sparsify
 
 attend_reference, estimate_reference, sums_reference = (
@@ -393,7 +393,7 @@ def test_sums_over_a_map_equal_the_reference(
     query, key, value = operands(*shape)
     position = torch.arange(shape[4]).expand(shape[0], shape[2], -1)
     bits = a_random_map(*shape[:2], *shape[3:5])
-    numbers = (Logits(0.15), shape[3], Noise(noise, tau, 5, 3))
+    numbers = (Logits(0.15), Reduction(shape[3]), Noise(noise, tau, 5, 3))
     sums = ops.attention_sums(query, key, position, *numbers, bits)
     wanted = sums_reference(query, key, position, *numbers, bits)
     torch.testing.assert_close(sums, wanted, rtol=1e-4, atol=1e-5)
@@ -411,7 +411,7 @@ def test_sums_over_another_map_are_refused(kind: str) -> None:
     run = ops.attention_sums if kind == "operator" else sums_reference
     query, key, _ = operands(1, 2, 1, 100, 100, 16)
     position = torch.arange(100).expand(1, 1, -1)
-    numbers = (100, Noise("none", 1.0, 0, 0))
+    numbers = (Reduction(100), Noise("none", 1.0, 0, 0))
     with pytest.raises((OperatorError, RuntimeError), match="map_BNX"):
         run(query, key, position, Logits(0.2), *numbers, torch.zeros(1, 2, 9, dtype=torch.uint8))
     with pytest.raises((OperatorError, RuntimeError), match="softcap"):

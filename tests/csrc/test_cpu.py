@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kvpress import ops
-from kvpress.ops import Bounds, Columns, Logits, Noise, Pages, Token
+from kvpress.ops import Bounds, Columns, Logits, Noise, Pages, Reduction, Token
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 rows_reference = ops.implementation("decode_rows", "reference")
@@ -179,7 +179,7 @@ def test_attention_sums_equal_the_reference(noise: str, window: int, tau: float)
     position = torch.arange(331).repeat(2, 2, 1)
     position[1, 0, :9] = -1
     logits = Logits(0.3, 0.0 if window == 31 else 9.0)
-    args = (query, key, position, logits, window, Noise(noise, tau, 3, 2))
+    args = (query, key, position, logits, Reduction(window), Noise(noise, tau, 3, 2))
     given = ops.attention_sums(*args)
     wanted = ops.implementation("attention_sums", "reference")(*args)
     torch.testing.assert_close(given, wanted, rtol=2e-5, atol=1e-5)

@@ -15,7 +15,7 @@ import torch
 
 from kvpress import ops
 from kvpress.errors import OperatorError
-from kvpress.ops import Logits, Noise
+from kvpress.ops import Logits, Noise, Reduction
 
 FP32 = torch.float32
 MOST = 2**63 - 1
@@ -198,10 +198,10 @@ def test_a_query_that_sees_no_slot_adds_nothing(backend: str) -> None:
     query, key = torch.randn(1, 1, 3, 8), torch.randn(1, 1, 3, 8)
     position = torch.tensor([[[-1, 5, 9]]])
     for noise in ("none", "frozen", "fresh"):
-        numbers = (Logits(0.3), 3, Noise(noise, 1.0, 1, 0))
+        numbers = (Logits(0.3), Reduction(3), Noise(noise, 1.0, 1, 0))
         sums = run_of(backend, "attention_sums")(query, key, position, *numbers)
         assert sums[..., 0] == 0 and float(sums.sum()) == pytest.approx(2)
-        numbers = (Logits(0.3), 3, Noise(noise, 0.7, 1, 0))
+        numbers = (Logits(0.3), Reduction(3), Noise(noise, 0.7, 1, 0))
         sums = run_of(backend, "attention_sums")(query, key, position.clamp_max(-1), *numbers)
         assert torch.equal(sums, torch.zeros_like(sums))
 

@@ -25,7 +25,7 @@ from kvpress.errors import OperatorError
 from kvpress.formulas import noise as engine_noise
 from kvpress.formulas.attention import prompt_attention
 from kvpress.formulas.block_map import Blocks, to_map
-from kvpress.ops import Bounds, Columns, Logits, Noise, Old, Pages, Token
+from kvpress.ops import Bounds, Columns, Logits, Noise, Old, Pages, Reduction, Token
 from kvpress.ops.registry import implementation
 
 triton = pytest.importorskip("triton")
@@ -332,7 +332,7 @@ def dense_sums(
     query: torch.Tensor, key: torch.Tensor, position: torch.Tensor, *numbers: Any
 ) -> torch.Tensor:
     """`attention_sums` in float64 with the engine's uniform numbers, by the Q×S matrix."""
-    (scaling, softcap), window, (noise, tau, seed, layer) = numbers
+    (scaling, softcap), (window, largest, weight), (noise, tau, seed, layer) = numbers
     (_, query_heads, new, _), (_, heads, slots, _) = query.shape, key.shape
     group = query_heads // heads
     x = query.unflatten(1, (heads, group)).double() @ key.double()[:, :, None].mT * scaling
@@ -346,7 +346,9 @@ def dense_sums(
     future = torch.arange(slots) > torch.arange(slots - new, slots)[:, None]
     x = (x / tau).masked_fill(future.to(DEVICE), -torch.inf)
     x = x.masked_fill((position < 0)[:, :, None, None], -torch.inf)
-    return x.softmax(-1)[..., new - min(window, new) :, :].sum(3).flatten(1, 2)
+    w = x.softmax(-1) if weight is None else x.softmax(-1) * weight[:, None, None, :, None]
+    w = w[..., new - min(window, new) :, :]
+    return (w.amax(3) if largest else w.sum(3)).flatten(1, 2)
 
 
 # id: group, P, S, D, dtype, softcap, window, noise, tau
@@ -360,6 +362,8 @@ SUMS = {
     "G1-P32-S53-D256-frozen-tau": (1, 32, 53, 256, FP32, 0.0, 32, "frozen", 1.6),
     "G1-P5-S11-D32-nothing": (1, 5, 11, 32, FP32, 0.0, 0, "none", 1.0),
 }
+PLAIN = ["G1-P19-S31-D32", "G3-P7-S7-D80-softcap-fresh-tau", "G16-P2-S131-D64-fp16"]
+PLAIN += ["G8-P1-S67-D128-bf16-fresh", "G2-P70-S140-D64-fp16-fresh"]
 
 
 @pytest.mark.parametrize("case", SUMS.values(), ids=SUMS)
@@ -369,13 +373,43 @@ def test_attention_sums_equal_the_formula(run: Run, case: tuple[Any, ...]) -> No
     key = torch.randn(2, slots, 2, width, device=DEVICE).to(dtype).transpose(1, 2)
     position = torch.arange(slots, device=DEVICE).repeat(2, 2, 1)
     position[1, 0, : slots - new] = -1  # a row that evicted more than the others
-    numbers = (Logits(0.3, softcap), window, Noise(noise, tau, (7 << 40) + 99, 5))
+    numbers = (Logits(0.3, softcap), Reduction(window), Noise(noise, tau, (7 << 40) + 99, 5))
     given = run("attention_sums", query, key, position, *numbers)
     pytorch = implementation("attention_sums", "reference")(query, key, position, *numbers)
     within(given, pytorch, dense_sums(query, key, position, *numbers))
     assert (given[(position < 0).repeat_interleave(group, 1)] == 0).all()
     total = torch.full((2, 2 * group), float(min(window, new)), device=DEVICE)
     torch.testing.assert_close(given.sum(-1), total, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("case", [SUMS[name] for name in PLAIN], ids=PLAIN)
+def test_the_largest_weights_equal_the_formula(
+    run: Run, case: tuple[Any, ...], weighted: bool
+) -> None:
+    group, new, slots, width, dtype, softcap, window, *_ = case
+    query = torch.randn(2, new, 2 * group, width, device=DEVICE).to(dtype).transpose(1, 2)
+    key = torch.randn(2, slots, 2, width, device=DEVICE).to(dtype).transpose(1, 2)
+    position = torch.arange(slots, device=DEVICE).repeat(2, 2, 1)
+    position[1, 0, : slots - new] = -1
+    weight = torch.rand(2, new, device=DEVICE) * 5 if weighted else None
+    noise = Noise("none", 1.0, 0, 0)
+    for largest in (True, False) if weighted else (True,):
+        numbers = (Logits(0.3, softcap), Reduction(window, largest, weight), noise)
+        given = run("attention_sums", query, key, position, *numbers)
+        pytorch = implementation("attention_sums", "reference")(query, key, position, *numbers)
+        within(given, pytorch, dense_sums(query, key, position, *numbers))
+        assert (given[(position < 0).repeat_interleave(group, 1)] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, where Triton is interpreted
+def test_the_largest_of_what_is_no_number_is_none(run: Run) -> None:
+    query, key = (torch.randn(1, 1, 40, 32, device=DEVICE) for _ in range(2))
+    key[0, 0, 30] = torch.nan
+    numbers = (Logits(0.3), Reduction(40, True), Noise("none", 1.0, 0, 0))
+    position = torch.arange(40, device=DEVICE)[None, None]
+    given = run("attention_sums", query, key, position, *numbers)
+    assert bool(given[0, 0, :31].isnan().all())
 
 
 @pytest.mark.parametrize("softcap", [0.0, 4.0])
@@ -388,7 +422,9 @@ def test_attend_sums_are_attention_and_its_sums(run: Run, softcap: float) -> Non
     attend_sums = implementation("attend_sums", "triton_kernel")
     out, sums = attend_sums(query, key, value, position, logits, noise)
     assert torch.equal(out, prompt_attention(query, key, value, None, 0.3, softcap))
-    assert torch.equal(sums, run("attention_sums", query, key, position, logits, 37, noise))
+    assert torch.equal(
+        sums, run("attention_sums", query, key, position, logits, Reduction(37), noise)
+    )
 
 
 # id: B, H, E, C, D, dtype, size

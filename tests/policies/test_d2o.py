@@ -18,7 +18,7 @@ from kvpress.errors import BudgetError, CacheError, PolicyError
 from kvpress.formulas import merging
 from kvpress.formulas.merging import Merging
 from kvpress.hf.attach import begin
-from kvpress.ops import Logits, Noise
+from kvpress.ops import Logits, Noise, Reduction
 from kvpress.pipe.state.channels import with_counts
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.budget import Geometry
@@ -188,7 +188,7 @@ def test_column_sums_of_a_long_prompt_need_no_matrix() -> None:
     """2.7: uniform causal attention at 8,192 tokens, by the operator that the engine calls."""
     query, key = torch.zeros(1, 1, 8192, 8), torch.randn(1, 1, 8192, 8)
     position = torch.arange(8192)[None, None]
-    args = (query, key, position, Logits(1.0), 8192, Noise("none", 1.0, 0, 0))
+    args = (query, key, position, Logits(1.0), Reduction(8192), Noise("none", 1.0, 0, 0))
     sums = ops.attention_sums(*args)[0, 0].double()
     assert float((sums.square().sum() - 8192) / 8191) == pytest.approx(0.9990, abs=1e-4)
 

@@ -14,7 +14,7 @@ from kvpress import ops
 from kvpress.formulas.noise import NO_QUERY, gumbel
 from kvpress.formulas.ranking import drop_one, keep_top, protect
 from kvpress.formulas.sums import Observation, over_group, step_sums
-from kvpress.ops import Logits, Noise
+from kvpress.ops import Logits, Noise, Reduction
 from kvpress.pipe.stages.observe import prompt_sums
 from kvpress.policy.loading import load_policy
 from kvpress.policy.slots import Slots, Step
@@ -42,7 +42,7 @@ def sums(logits: torch.Tensor, noise: str = "none", tau: float = 1.0, **kw: Any)
     # The reference, so that tests can put the worked example's noise in place of the generator's.
     reference = ops.implementation("attention_sums", "reference")
     draw = Noise(noise, tau, seed, layer)
-    return reference(query, key, position, Logits(1.0), window, draw)[0, 0]
+    return reference(query, key, position, Logits(1.0), Reduction(window), draw)[0, 0]
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def test_blockwise_equals_dense(noise: str, tau: float, monkeypatch: pytest.Monk
     for elements in (1, 5 * batch * heads * group * tokens, 1 << 30):
         monkeypatch.setattr(reference, "BLOCK_ELEMENTS", elements)
         sums = ops.implementation("attention_sums", "reference")
-        given = sums(query, key, position, Logits(0.25), tokens, Noise(noise, tau, 7, 4))
+        given = sums(query, key, position, Logits(0.25), Reduction(tokens), Noise(noise, tau, 7, 4))
         torch.testing.assert_close(given, dense, rtol=1e-5, atol=1e-6)
 
 
@@ -261,7 +261,9 @@ def test_prompt_and_decode_see_the_same_noise() -> None:
     """A query scores alike as the last of a prompt and as a decode step."""
     query, key = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8)
     position = torch.arange(9).expand(1, 2, 9)
-    last = ops.attention_sums(query, key, position, Logits(1.0), 1, Noise("fresh", 1.3, 2, 6))
+    last = ops.attention_sums(
+        query, key, position, Logits(1.0), Reduction(1), Noise("fresh", 1.3, 2, 6)
+    )
     logits = torch.einsum("bhgd,bhkd->bhgk", query[:, :, -1].unflatten(1, (2, 2)), key)
     request = Observation(noise="fresh", tau=1.3, seed=2)
     weights = logits.softmax(-1).flatten(1, 2)
@@ -318,7 +320,7 @@ def test_group_of_one_equals_multi_head_attention() -> None:
     """Property 15: repeating KV heads for every query head changes nothing."""
     query, key = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8)
     position = torch.arange(12).expand(1, 2, 12)
-    choices = (Logits(1.0), 12, Noise("fresh", 1.0, 0, 0))
+    choices = (Logits(1.0), Reduction(12), Noise("fresh", 1.0, 0, 0))
     grouped = ops.attention_sums(query, key, position, *choices)
     repeated = key.repeat_interleave(2, 1)
     single = ops.attention_sums(query, repeated, position[:, :1].expand(1, 4, 12), *choices)

@@ -199,8 +199,19 @@ def attention_sums(make: Maker) -> Call:
     window = make.random.choice((0, 1, 200))
     numbers = make.logits()
     map_BNX = _map(make, call, blocks) if make.flag() and not numbers["softcap"] else None
-    noise = {"window": window, **make.noise(), "map_BNX": map_BNX}
-    return {**call, "position_BHS": positions, **numbers, **noise}
+    largest, weighted, noise = make.flag(), make.flag(), make.noise()
+    if largest:
+        noise |= {"noise": "none", "tau": 1.0}
+    weight_BQ = torch.rand(len(positions), blocks.queries) if weighted else None
+    reduction = {"window": window, "largest": largest, "weight_BQ": weight_BQ}
+    return {
+        **call,
+        "position_BHS": positions,
+        **numbers,
+        **reduction,
+        **noise,
+        "map_BNX": map_BNX,
+    }
 
 
 def attend_sums(make: Maker) -> Call:

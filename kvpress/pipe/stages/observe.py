@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvpress import ops
 from kvpress.formulas.sums import Observation, step_sums
-from kvpress.ops import Logits, Noise
+from kvpress.ops import Logits, Noise, Reduction
 from kvpress.pipe.state.layer import Layer
 from kvpress.policy.slots import Slots
 from kvpress.store.base import MASS, POSITION
@@ -49,20 +49,21 @@ def prompt_sums(
     softcap: float,
     map_BNX: Tensor | None = None,
 ) -> Tensor:
-    """Attention of a prompt chunk summed over its queries: fp32 `[B, N, S]`.
+    """Attention of a prompt chunk summed over its queries, or its largest: fp32 `[B, N, S]`.
 
     The chunk's own tokens are the last Q slots, in order. With a map: over its blocks.
     """
+    window, largest = observation.window, observation.kind == "max"
     sums_BNS = ops.attention_sums(
         query_BNQD,
         key_BHSD,
         position_BHS,
         Logits(scaling, softcap),
-        query_BNQD.shape[2] if observation.window is None else observation.window,
+        Reduction(query_BNQD.shape[2] if window is None else window, largest),
         Noise(observation.noise, observation.tau, observation.seed, layer),
         map_BNX,
     )
-    return sums_BNS if observation.weight == 1.0 else sums_BNS * observation.weight
+    return sums_BNS if largest or observation.weight == 1.0 else sums_BNS * observation.weight
 
 
 def stored(layer: Layer, group: list[int], seen_b: Tensor) -> Slots:
