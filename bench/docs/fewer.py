@@ -73,6 +73,7 @@ def page(folder: Path = RESULTS) -> str:
     parts = ["![Right tokens against bytes held](pictures/fewer.svg)"]
     for section in found:
         parts += [f"**{section.title}**. {_solved(section.group)}", overview(section, "solved")]
+        parts += list(summary.gaps(section.group))
         if any(made.generated for made in section.group.standings):
             parts += ["Decoded answers, by tokens right at their place:"]
             parts += [overview(section, "generated")]

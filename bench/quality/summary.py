@@ -30,7 +30,8 @@ _Cells = Mapping[str, Sequence[Cell]]  # task -> cells of one policy
 class Standing:
     """A policy over tasks. Scores are fractions of the full cache's.
 
-    missing: tasks of which no context could be compared. bf16: bytes held, of a bfloat16 cache's.
+    missing: tasks of which no context could be compared; partial: those of which some could not.
+    bf16: bytes held, of a bfloat16 cache's.
     """
 
     policy: str
@@ -40,6 +41,7 @@ class Standing:
     generated: Estimate | None
     all: Estimate | None
     missing: tuple[str, ...] = ()
+    partial: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def groups(cells: Iterable[Cell]) -> Iterator[Group]:
 
 def _standing(policy: str, own: _Cells, full: _Cells, solved: Sequence[str]) -> Standing:
     every = [cell for task in full for cell in own.get(task, ())]
+    compared = {task: len(_pairs(own, full, task, "tokens")) for task in full}
     return Standing(
         policy,
         next((cell.ratio for cell in every), None),
@@ -80,7 +83,8 @@ def _standing(policy: str, own: _Cells, full: _Cells, solved: Sequence[str]) -> 
         _score(own, full, solved, "tokens"),
         _score(own, full, solved, "generated_tokens"),
         _score(own, full, list(full), "tokens"),
-        tuple(task for task in full if not _pairs(own, full, task, "tokens")),
+        tuple(task for task, count in compared.items() if not count),
+        tuple(task for task, count in compared.items() if 0 < count < len(full[task])),
     )
 
 
@@ -113,14 +117,18 @@ def sheets(cells: Iterable[Cell]) -> Iterator[Sheet]:
         if len(group.tasks) < 2:
             continue
         lines = tuple(map(_texts, group.standings))
-        notes = [f"Solved by the full cache: {', '.join(group.solved) or 'none'}."]
-        notes += [
-            f"{standing.policy}: not measured on {', '.join(standing.missing)}."
-            for standing in group.standings
-            if standing.missing
-        ]
+        notes = (f"Solved by the full cache: {', '.join(group.solved) or 'none'}.", *gaps(group))
         title = f"All tasks, {group.tokens} tokens, question {group.protocol} while compressing"
-        yield Sheet(title, HEAD, lines, tuple(notes))
+        yield Sheet(title, HEAD, lines, notes)
+
+
+def gaps(group: Group) -> Iterator[str]:
+    """Which scores are of less than the full cache's are."""
+    for standing in group.standings:
+        if standing.missing:
+            yield f"{standing.policy}: not measured on {', '.join(standing.missing)}."
+        if standing.partial:
+            yield f"{standing.policy}: some contexts are missing of {', '.join(standing.partial)}."
 
 
 def _texts(standing: Standing) -> tuple[str, ...]:

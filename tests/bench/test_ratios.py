@@ -222,6 +222,8 @@ def test_the_score_over_tasks_is_that_of_those_the_full_cache_solves(writer: Wri
     (sheet,) = summary.sheets(cells)
     assert sheet.lines[1][:3] == ("some:budget=0.25", "4:1", "25.0%")
     assert "less: not measured on facts, pairs." in sheet.notes
+    (fewer,) = summary.sheets(cells[:-1])
+    assert "less: some contexts are missing of copy." in fewer.notes
 
 
 def _scores(right: float) -> dict[str, Any]:
