@@ -25,9 +25,25 @@ class Rotation:
 
         by_X: whole numbers, also below 0, that broadcast to the leading dimensions of the keys.
         """
+        return self._turned(key_XD, *self._angles(by_X))
+
+    def mean(self, by_BP: Tensor, width: int) -> Tensor:
+        """The mean of turns, as a matrix: `x @ mean` is the mean of the rows `x` turned by each.
+
+        fp32 `[B, D, D]`. by_BP: whole numbers. width: D, channels of a key.
+        """
+        unit_1DD = torch.eye(width, dtype=torch.float32, device=by_BP.device)[None]
+        cos_BPF, sin_BPF = self._angles(by_BP)
+        means = cos_BPF.mean(1)[:, None], sin_BPF.mean(1)[:, None]
+        return self._turned(unit_1DD.expand(len(by_BP), -1, -1), *means)
+
+    def _angles(self, by_X: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the pairs turned."""
         # In fp32, as models do it: then the angles are theirs to the last bit.
-        angle_XF = by_X[..., None].float() * self.frequency_F.to(key_XD.device)
-        cos_XF, sin_XF = angle_XF.cos(), angle_XF.sin()
+        angle_XF = by_X[..., None].float() * self.frequency_F.to(by_X.device)
+        return angle_XF.cos(), angle_XF.sin()
+
+    def _turned(self, key_XD: Tensor, cos_XF: Tensor, sin_XF: Tensor) -> Tensor:
         pairs = len(self.frequency_F)
         sizes, dim = ((pairs, 2), -1) if self.interleaved else ((2, pairs), -2)
         ends = (self.start, self.start + 2 * pairs)
