@@ -12,7 +12,7 @@ import torch
 
 from kvpress import ops
 from kvpress.errors import AttachError, CacheError, PolicyError
-from kvpress.hf import cache_file, calibration
+from kvpress.hf import cache_file, calibration, learned, second_look
 from kvpress.hf.attach import Attachment
 from kvpress.hf.cache import EngineCache
 from kvpress.hf.calls import Newest
@@ -38,21 +38,23 @@ def attach(
     *,
     page_size: int = PAGE_SLOTS,
     cache_dtype: torch.dtype | None = None,
+    tokenizer: Any = None,
     **options: Any,
 ) -> Engine:
     """Attaches a policy to a transformers model; the engine is also a context manager.
 
     policy: `"name:budget=0.5"`, a Policy, or several joined with `+` or in a list. page_size: slots
     per page. cache_dtype: float32, bfloat16 or float16 for stored keys and values whatever the
-    model computes in; None: the model's. Every `generate()` or forward call of the model then uses
-    a compressed cache until `engine.detach()` or the end of the `with` block. Raises PolicyError,
-    BudgetError, AttachError, UnsupportedModelError, or BackendError where an environment variable
-    forces what cannot run; the model is then untouched. options: none; those of a policy belong
-    into its specification, which the error writes out.
+    model computes in; None: the model's. tokenizer: for policies that read a text of their own
+    behind a prompt; None: the one that was saved with the model. Every `generate()` or forward call
+    of the model then uses a compressed cache until `engine.detach()` or the end of the `with`
+    block. Raises PolicyError, BudgetError, AttachError, UnsupportedModelError, or BackendError
+    where an environment variable forces what cannot run; the model is then untouched. options:
+    none; those of a policy belong into its specification, which the error writes out.
     """
-    refuse_options(policy, options, ("page_size", "cache_dtype"))
+    refuse_options(policy, options, ("page_size", "cache_dtype", "tokenizer"))
     ops.refuse_settings()
-    return Engine(unwrap(model), parse(policy), page_size, cache_dtype)
+    return Engine(unwrap(model), parse(policy), page_size, cache_dtype, tokenizer)
 
 
 def engine_of(model: Any) -> Engine | None:
@@ -81,6 +83,7 @@ class Engine:
         recipe: Recipe,
         page_size: int,
         cache_dtype: torch.dtype | None = None,
+        tokenizer: Any = None,
     ) -> None:
         if not isinstance(page_size, int) or not 1 <= page_size <= 4096:
             raise PolicyError(
@@ -101,7 +104,11 @@ class Engine:
             )
         turns = tuple(rotations(model)) if recipe.needs_rotation else ()
         sparse = calibration.thresholds(recipe.sparsity, model, shape)
-        self.spec = CacheSpec(shape, recipe, page_size, lease, cache_dtype, turns, sparse)
+        known = learned.calibrated(recipe, model, shape)
+        texts = second_look.encoded(recipe, model, tokenizer)
+        self.spec = CacheSpec(
+            shape, recipe, page_size, lease, cache_dtype, turns, sparse, texts, known
+        )
         compresses = recipe.limits is not None or recipe.formats or recipe.sparsity is not None
         self._attachment: Attachment | None = Attachment(model, self.spec, self, compresses)
         _ENGINES[model] = ref(self)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kvpress import ops
-from kvpress.policy import Channels, Policy, PolicyError, Window, option, share
+from kvpress.policy import Channels, Need, Policy, PolicyError, Window, option, share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,8 @@ class ThinK(Policy):
         return self.window
 
     @property
-    def needs_rotation(self) -> bool:
-        return self.pairs
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"rotation"} if self.pairs else ())
 
     def prune(self, window: Window) -> Channels:
         return Channels(self._keys(window), self._values(window))

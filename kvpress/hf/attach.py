@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache, DynamicCache
 
 from kvpress.errors import AttachError, CacheError, UnsupportedModelError
-from kvpress.hf import copies, dedup
+from kvpress.hf import copies, dedup, second_look
 from kvpress.hf.attention import attention
 from kvpress.hf.cache import EngineCache
 from kvpress.hf.calls import Calls, Newest
@@ -131,7 +131,10 @@ class Attachment:
         else:  # perhaps a part of the same pass
             cache.check_whole()
         check_mask(cache, given)
-        if module is self._model and not getattr(config, "output_router_logits", False):
+        if self._spec.recipe.probes and not cache.context.looks:
+            second_look.check_room(self._model, cache, given)
+        merges = not getattr(config, "output_router_logits", False) and not cache.context.looks
+        if module is self._model and merges:
             cache.repeats = dedup.merge(given, cache, self._cache_names[id(module)], config)
         return (), given
 
@@ -198,6 +201,10 @@ class Attachment:
         if cache.latest is not None:
             cache.latest.check_attended()
         cache.ids.note(cache.columns_seen, kwargs)
+        call = self._calls.of(cache) if cache.context.held else None
+        if second_look.waits(cache, None if call is None else call.columns):
+            inner = self._modules[0]
+            second_look.look_again(inner, cache, self._cache_names[id(inner)])
         if module is self._model:
             repeats, cache.repeats = cache.repeats, None
             if repeats is not None:

@@ -21,7 +21,7 @@ SCHEME = "4-bit codes, blocks of 64 × 32, segments of 4"  # what thresholds wer
 UNCALIBRATED = 0.0005  # τ of all heads where nothing is known of a model: 1/16 of the paper's
 LEAST = 2048  # new tokens from which attention is sparse where that was not measured
 _LOG = logging.getLogger("kvpress")
-_FOLDER = "calibrations"
+FOLDER = "calibrations"
 _SAMPLE = 64  # elements of every weight that identify a model
 
 
@@ -143,10 +143,11 @@ def thresholds(wanted: Sparsity | None, model: Any, shape: Fingerprint) -> Thres
 
 def _shipped(model: Any) -> Calibration | None:
     """The calibration that comes with the package for this model, if there is one."""
-    folder = resources.files("kvpress.hf") / _FOLDER
+    folder = resources.files("kvpress.hf") / FOLDER
     ours = None
     for file in sorted(Path(str(folder)).glob("*.safetensors")):
         ours = ours or identity(model)
-        if sealed.read(file).facts.get("weights") == ours:
+        facts = sealed.read(file).facts
+        if facts.get("weights") == ours and "kind" not in facts:
             return read(file, model)
     return None

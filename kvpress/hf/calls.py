@@ -65,11 +65,16 @@ class Heard(StoppingCriteria):
 
 @dataclass
 class Call:
-    """One `generate()`. drafts: whether the tokens that it judges at once may be drafted."""
+    """One `generate()`.
+
+    drafts: whether the tokens that it judges at once may be drafted. columns: of its prompt, which
+    may be read in chunks; None: not known.
+    """
 
     cache: EngineCache
     rows: EndedRows | None
     drafts: bool
+    columns: int | None = None
 
     def mask(self, given: dict[str, Any]) -> None:
         """Marks what rows that have met their end are fed as padding, in a pass's arguments.

@@ -142,7 +142,11 @@ def _prepared(model: Any, way: Way, asked: Asked) -> tuple[Call, dict[str, Any]]
         given["stopping_criteria"] = StoppingCriteriaList([rows, *own])
     if not way.calls.any:
         way.newest.generated(cache)
-    return Call(cache, rows, drafts=not assists), given
+    mask = given.get("attention_mask")
+    columns = prompt_length((), given)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        columns = mask.shape[1]  # perhaps only the new tokens are given
+    return Call(cache, rows, not assists, columns), given
 
 
 def check_continuation(cache: EngineCache, asked: Asked) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvpress.formulas.rotation import Rotation
 from kvpress.hf.support import Fingerprint
 from kvpress.pipe.state.context import Context, Ledger
+from kvpress.policy.pooling import Calibrated
 from kvpress.policy.recipe import Recipe
 from kvpress.policy.sparsity import Thresholds
 
@@ -37,7 +39,8 @@ class CacheSpec:
 
     page_slots: slots per page. cache_dtype: of stored keys and values; None: the model's.
     rotations: of the keys of every layer, where a policy needs them. thresholds: of blocks of
-    prompt attention, where it is sparse.
+    prompt attention, where it is sparse. encoded: the tokens of what probes say. calibrated: what
+    policies need to know of the model.
     """
 
     fingerprint: Fingerprint
@@ -47,6 +50,8 @@ class CacheSpec:
     cache_dtype: torch.dtype | None = None
     rotations: tuple[Rotation | None, ...] = ()
     thresholds: Thresholds | None = None
+    encoded: tuple[tuple[int, ...], ...] = ()
+    calibrated: Mapping[Calibrated, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def compressed(self) -> int:
@@ -64,6 +69,7 @@ class CacheSpec:
             self.cache_dtype,
             self.rotations,
             self.thresholds,
+            calibrated=self.calibrated,
         )
 
     def notes(self) -> dict[str, None]:

@@ -14,8 +14,8 @@ from kvpress.host import lasting
 from kvpress.ops import Columns, Noise
 from kvpress.ops.operands import new
 from kvpress.pipe.evict import evict
+from kvpress.pipe.growth import grow
 from kvpress.pipe.stages.absorb import merge_one
-from kvpress.pipe.stages.allocate import grow
 from kvpress.pipe.stages.observe import observe, some
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import bounds_of, step
@@ -67,15 +67,15 @@ def _is_due(layer: Layer, sequence: int) -> bool:
 def _fusable(layer: Layer, over: int) -> Observation | None:
     """What to observe, if one operator call can do the whole step; otherwise None."""
     recipe = layer.recipe
-    if recipe.accumulates and not recipe.adds_attention:
+    if recipe.gathers and not recipe.adds_attention:
         return None
     if recipe.formats and ops.backends()[layer.rows.device.type] != "cpu":
         return None  # elsewhere a victim among old slots is found by the stages
     if over > (0 if recipe.rank is None else 1):
         return None
-    if (over > 0 or recipe.accumulates) and layer.rows.memory.shares:
+    if (over > 0 or recipe.gathers) and layer.rows.memory.shares:
         return None  # the operator would write to pages of other beams or forks
-    if not recipe.accumulates:
+    if not recipe.gathers:
         return _NOTHING
     observation = recipe.stage("observe").observe(step(layer, 0, 1))
     if observation is None or observation.weight != 1.0 or observation.kind != "sum":
@@ -87,7 +87,7 @@ def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observat
     rows, recipe = layer.rows, layer.recipe
     rows.paging.reserve_one()
     pages, pools, bounds = rows.paging.operands(), rows.paging.pool.by_name, bounds_of(layer)
-    columns = new(Columns, (pools[POSITION], pools[MASS] if recipe.accumulates else None))
+    columns = new(Columns, (pools[POSITION], pools[MASS] if recipe.gathers else None))
     noise = observation.noise, observation.tau, observation.seed, layer.kind.index
     merges = evicts and recipe.merging is not None
     with layer.timed("decode attention"):
@@ -116,7 +116,7 @@ def _run_stages(layer: Layer, group: list[int], tokens: Tokens, due: bool) -> Te
         layer.append(tokens, group, layer.sequences.seen_B[group] - 1)
     excess_bH = rows.counts_BH[group] - layer.sequences.quota_BH[group]
     evicts = due and bool((excess_bH > 0).any())
-    looks = evicts or layer.recipe.accumulates
+    looks = evicts or layer.recipe.gathers
     request = layer.recipe.stage("observe").observe(step(layer, group[0], 1)) if looks else None
     with layer.timed("decode attention"):
         out_bN1D, weights_bN1S = rows.attend(

@@ -14,7 +14,7 @@ from kvpress.formulas.attention import prompt_attention
 from kvpress.formulas.sums import Observation
 from kvpress.host import lasting
 from kvpress.pipe.evict import evict
-from kvpress.pipe.stages.allocate import grow
+from kvpress.pipe.growth import grow
 from kvpress.pipe.stages.observe import observe
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import step
@@ -86,7 +86,7 @@ def _commit(layer: Layer, group: list[int], tokens: int, weights_bNQS: Tensor | 
     with layer.timed("observe"):
         for token in range(tokens):
             layer.count_decoded(1, group)
-            if layer.recipe.accumulates or (evicts and token == tokens - 1):
+            if layer.recipe.gathers or (evicts and token == tokens - 1):
                 slots = _observe(layer, group, weights_bNQS, token, tokens)
     if evicts:
         evict(layer, group, slots, excess_bH)
@@ -108,6 +108,6 @@ def _observe(
 def _request(layer: Layer, sequence: int) -> Observation | None:
     """What the policy wants to know of a decoded token, if it ever uses it."""
     evicts = layer.limits is not None and layer.limits.interval > 0
-    if not evicts and not layer.recipe.accumulates:
+    if not evicts and not layer.recipe.gathers:
         return None
     return layer.recipe.stage("observe").observe(step(layer, sequence, 1))

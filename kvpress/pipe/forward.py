@@ -16,8 +16,10 @@ from kvpress.host import lasting
 from kvpress.pipe.decode import run_decode
 from kvpress.pipe.drafts import commit, run_drafts
 from kvpress.pipe.layer_budgets import foresee, trim
+from kvpress.pipe.pools import compress
+from kvpress.pipe.probe import run_probe
 from kvpress.pipe.prompt import run_prompt, store_prompt
-from kvpress.pipe.stages.allocate import set_quotas
+from kvpress.pipe.stages.allocate import compressed, set_quotas
 from kvpress.pipe.stages.format import pack_due, watch
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.tokens import Tokens
@@ -58,6 +60,8 @@ def _is_step(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> bool:
 def _pass(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
     if layer.store is None:
         layer.start(tokens.key_bHQD, tokens.value_bHQD)
+    if layer.context.looks:
+        return _run_probes(layer, tokens, valid_BQ)
     recording, new = layer.context.recording, tokens.key_bHQD.shape[2]
     drafted = recording.drafted(new, first=layer.columns_seen == 0) if recording.on else 0
     if drafted and valid_BQ is not None:
@@ -65,7 +69,7 @@ def _pass(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
             "Speculative decoding (activate_past_recording) of a batch with padding among the"
             " new tokens is not supported. Draft as many tokens for every sequence."
         )
-    if drafted and layer.recipe.shares and drafted < new:
+    if drafted and (layer.recipe.shares or layer.recipe.defers) and drafted < new:
         raise CacheError(
             f"{layer.recipe} divides its budget among the layers once a prompt has passed all of"
             " them, and this pass holds a prompt and drafted tokens. Read the prompt in a pass of"
@@ -79,7 +83,7 @@ def _pass(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
             out = _with_drafts(layer, tokens, drafted)
         else:
             out = _run_groups(layer, tokens, valid_BQ)
-        if layer.recipe.formats and not layer.sequences.drafts.tokens:
+        if layer.recipe.formats and not layer.sequences.drafts.tokens and not layer.context.held:
             pack_due(layer)
     layer.context.dirty = None
     return out
@@ -127,6 +131,29 @@ def _run_groups(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor
     store_prompt(layer, survivors, chunks)
     if layer.recipe.shares:
         trim(layer, prompts)
+    if layer.recipe.defers and prompts:
+        _hold(layer, prompts)
+    if valid_BQ is None and len(groups) == 1:
+        return outputs[0]
+    return _scatter(tokens, groups, outputs, valid_BQ)
+
+
+def _hold(layer: Layer, prompts: list[int]) -> None:
+    """Keeps prompts whole until the last layer has them, or until they were looked at again."""
+    layer.context.held = True
+    if not layer.recipe.probes and layer is compressed(layer)[-1]:
+        compress(layer, prompts)
+
+
+def _run_probes(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
+    """The output of tokens that look at a text a second time; see probe.py."""
+    new_B = torch.full_like(layer.sequences.seen_B, tokens.key_bHQD.shape[2])
+    if valid_BQ is not None:
+        new_B = valid_BQ.sum(1)
+    groups = _groups(layer, new_B, tokens.key_bHQD.shape[2], padded=valid_BQ is not None)
+    with layer.rows.memory.lock:
+        parts = [(x.sequences, _take(tokens, x.sequences, valid_BQ)) for x in groups]
+        outputs = [run_probe(layer, *part) for part in parts]
     if valid_BQ is None and len(groups) == 1:
         return outputs[0]
     return _scatter(tokens, groups, outputs, valid_BQ)

@@ -17,6 +17,7 @@ from kvpress.pipe.stages.allocate import compressed, set_quotas
 from kvpress.pipe.stages.observe import stored
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import geometry
+from kvpress.policy.layer_shares import Division
 from kvpress.policy.recipe import Recipe
 from kvpress.policy.slots import Slots
 
@@ -69,7 +70,9 @@ def trim(layer: Layer, group: Sequence[int]) -> None:
         other.mark_dirty()
         with other.rows.memory.lock:
             seen_b = other.sequences.seen_B[list(group)]
-            other.sequences.portion_B[list(group)] = lasting_bL[:, place]
+            own = other.sequences
+            own.portion_R = own.portion_R.clone()  # growths tell by the tensor
+            own.portion_BH[list(group)] = lasting_bL[:, place, None]
             set_quotas(other, group, seen_b, portion_bL[:, place].tolist())
             for continues_eviction in (True, False):
                 part = [b for b in group if (b in other.evicted_in_prompt) == continues_eviction]
@@ -110,7 +113,7 @@ def _demands(layers: list[Layer], group: Sequence[int], known: int) -> Tensor:
 def _portions(recipe: Recipe, demand_BL: Tensor, kept_B: Tensor, least_B: Tensor) -> Tensor:
     """What layers keep, in multiples of the budget: `[B, L]`."""
     policy = recipe.stage("share")
-    return policy.division.portions(policy.share(demand_BL), kept_B, least_B)
+    return Division.of(policy).portions(policy.share(demand_BL), kept_B, least_B)
 
 
 def _kept(layer: Layer, seen_b: Tensor) -> tuple[Tensor, Tensor]:

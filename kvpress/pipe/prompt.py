@@ -16,14 +16,15 @@ from kvpress import host, ops
 from kvpress.formulas.attention import prompt_attention
 from kvpress.formulas.sums import Observation, over_group
 from kvpress.pipe.layer_budgets import plan
+from kvpress.pipe.pools import compete
 from kvpress.pipe.stages.absorb import compact
 from kvpress.pipe.stages.observe import attend_and_sum, prompt_sums
-from kvpress.pipe.stages.select import select
+from kvpress.pipe.stages.select import finite, score, select
 from kvpress.pipe.stages.sparsify import choose
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import step
 from kvpress.pipe.state.tokens import Tokens
-from kvpress.policy.slots import Slots
+from kvpress.policy.slots import Queries, Slots
 from kvpress.store import Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
 from kvpress.types import EMPTY
@@ -47,9 +48,10 @@ def run_prompt(
     layer.sequences.decoded.tokens_B[group] = 0
     layer.prompted_at = layer.columns_seen
     layer.evicted_in_prompt = layer.evicted_in_prompt - set(group)  # a new one: forks share it
-    columns = _candidates(layer, group, tokens, before_b)
+    columns = candidates(layer, group, tokens, before_b)
     where = step(layer, group[0], tokens.query_bNQD.shape[2])
-    chunk = _Chunk(group, tokens, columns, layer.recipe.stage("observe").observe(where))
+    request = None if layer.recipe.probes else layer.recipe.stage("observe").observe(where)
+    chunk = _Chunk(group, tokens, columns, request)
     with layer.timed("prefill attention"):
         out_bNQD, sums_BNS = _attention_and_sums(layer, tokens, columns, chunk.request)
     with torch.no_grad():
@@ -104,7 +106,7 @@ def _store(layer: Layer, survivors: list[Survivors], chunks: list[tuple[Tokens, 
         evicted = any(kept.evicted for kept in survivors)
         if evicted:
             layer.evicted_at = layer.columns_seen
-        changed = evicted or layer.recipe.accumulates
+        changed = evicted or layer.recipe.gathers
         if not bool(layer.rows.counts.any()) or (
             changed and not _in_place(layer, survivors, chunks)
         ):
@@ -121,7 +123,7 @@ def _in_place(
     layer: Layer, survivors: list[Survivors], chunks: list[tuple[Tokens, Tensor]]
 ) -> bool:
     """Whether pages are shared and rows lose so few slots that they can stay so."""
-    if not layer.rows.refills:
+    if layer.recipe.formats:  # what is old stays where it is
         return True
     if not layer.rows.memory.shares or layer.recipe.merging is not None:
         return False  # where slots are merged, kept ones change too
@@ -133,7 +135,7 @@ def _in_place(
     return True
 
 
-def _candidates(
+def candidates(
     layer: Layer, group: list[int], tokens: Tokens, before_b: Tensor
 ) -> dict[str, Tensor]:
     """What is stored of some sequences, in position order, followed by their new tokens: dense."""
@@ -162,16 +164,35 @@ def _compress(layer: Layer, chunk: _Chunk, sums_BNS: Tensor | None) -> Survivors
     with layer.timed("select"):
         stored_BHS = slots.position_BHS != EMPTY
         stored_BH = stored_BHS.sum(-1).cpu()
-        if bool((stored_BH <= layer.sequences.quota_BH[group]).all()):
-            kept_BHS, counts_BH = stored_BHS, stored_BH
-        else:
-            kept_BHS, counts_BH = select(layer, slots, group, stored_BH)
-            lost_b = (counts_BH < stored_BH).any(1).tolist()
-            lost = {b for b, some in zip(group, lost_b, strict=True) if some}
-            layer.evicted_in_prompt = layer.evicted_in_prompt | lost
+        kept_BHS, counts_BH = stored_BHS, stored_BH
+        if layer.recipe.defers:
+            _score_for_later(layer, group, slots)
+        elif bool((stored_BH > layer.sequences.quota_BH[group]).any()):
+            kept_BHS, counts_BH = _select(layer, group, slots, stored_BH)
     if bool((counts_BH < stored_BHS.shape[-1]).any()):
         columns = compact(layer, group, slots, kept_BHS, counts_BH)
     return Survivors(tuple(group), columns, counts_BH, bool((counts_BH < stored_BH).any()))
+
+
+def _select(
+    layer: Layer, group: list[int], slots: Slots, stored_BH: Tensor
+) -> tuple[Tensor, Tensor]:
+    """True for the slots that stay, and how many do (host); rows may compete for them first."""
+    score_BHS = finite(layer, slots, group, score(layer, slots))
+    if layer.recipe.pool is not None:
+        compete([layer], [slots], [score_BHS], group)
+    kept_BHS, counts_BH = select(layer, slots, score_BHS, group, stored_BH)
+    lost_b = (counts_BH < stored_BH).any(1).tolist()
+    lost = {b for b, some in zip(group, lost_b, strict=True) if some}
+    layer.evicted_in_prompt = layer.evicted_in_prompt | lost
+    return kept_BHS, counts_BH
+
+
+def _score_for_later(layer: Layer, group: list[int], slots: Slots) -> None:
+    """Keeps the scores of slots until all layers have theirs, where what is stored gives none."""
+    if layer.recipe.stage("score").overrides("score") and not layer.recipe.probes:
+        given = (group, slots.position_BHS, score(layer, slots))
+        layer.context.pending.setdefault(layer.kind.index, []).append(given)
 
 
 def _observe(layer: Layer, chunk: _Chunk, sums_BNS: Tensor | None) -> Slots:
@@ -203,8 +224,18 @@ def _observe(layer: Layer, chunk: _Chunk, sums_BNS: Tensor | None) -> Slots:
         attention_BNS=sums_BNS,
         mass_BHS=columns.get(MASS),
         key_width=layer.key_width,
+        asked=_queries(layer, tokens),
+        rotation=layer.rotation,
+        calibrated=layer.context.calibrated_for(layer.recipe.stage("score")),
     )
-    if layer.recipe.accumulates:
+    if layer.recipe.gathers:
         mass_BHS = layer.recipe.stage("accumulate").accumulate(slots).float()
         slots = replace(slots, mass_BHS=mass_BHS)
     return slots
+
+
+def _queries(layer: Layer, tokens: Tokens) -> Queries | None:
+    """The queries of a chunk, where the policy scores by them."""
+    if "query" not in layer.recipe.needs:
+        return None
+    return Queries(tokens.query_bNQD, tokens.scaling, tokens.softcap)

@@ -13,8 +13,10 @@ from kvpress.policy.base import Policy
 from kvpress.policy.budget import Budget, share
 from kvpress.policy.formats import Channels, Packing, Window
 from kvpress.policy.options import option
+from kvpress.policy.pooling import Calibrated, Pool, Room
+from kvpress.policy.probes import Probe, Text
 from kvpress.policy.recipe import Recipe
-from kvpress.policy.slots import Slots, Step
+from kvpress.policy.slots import Need, Queries, Slots, Step
 from kvpress.policy.sparsity import Sparsity
 from kvpress.policy.stages import STAGES
 from kvpress.types import EMPTY, NoiseKind, Rank
@@ -24,20 +26,27 @@ __all__ = [
     "NO_QUERY",
     "STAGES",
     "Budget",
+    "Calibrated",
     "Channels",
     "KeyMerge",
     "Merging",
+    "Need",
     "NoiseKind",
     "Observation",
     "Packing",
     "Policy",
     "PolicyError",
+    "Pool",
+    "Probe",
+    "Queries",
     "Rank",
     "Recipe",
+    "Room",
     "Rotation",
     "Slots",
     "Sparsity",
     "Step",
+    "Text",
     "Window",
     "keep_top",
     "option",

@@ -21,7 +21,9 @@ from kvpress.policy.budget import Limits
 from kvpress.policy.formats import Channels, Packing, Window
 from kvpress.policy.layer_shares import Division
 from kvpress.policy.options import as_text, coerce, option_types
-from kvpress.policy.slots import Slots, Step
+from kvpress.policy.pooling import Calibrated, Pool, Room
+from kvpress.policy.probes import Probe, Text
+from kvpress.policy.slots import Need, Slots, Step
 from kvpress.policy.sparsity import Sparsity
 from kvpress.policy.stages import STAGES
 from kvpress.types import Rank
@@ -49,10 +51,12 @@ class Policy:
         for field in dataclasses.fields(self):
             value = coerce(type(self), field, hints[field.name], getattr(self, field.name))
             object.__setattr__(self, field.name, value)
-        limits = self.limits
+        pool, limits = self.compete(), self.limits
+        if pool is not None:
+            pool.check()
         if limits is not None:
             limits.check()
-            if limits.budget.unit == "bytes" and max(self.division[2:]) > 0:
+            if limits.budget.unit == "bytes" and max(Division.of(self)[2:]) > 0:
                 raise PolicyError(
                     f"budget={limits.budget}: layers that are never compressed grow beyond any"
                     " bytes. Give a fraction or tokens, or full_first=0,full_last=0."
@@ -62,13 +66,19 @@ class Policy:
         """Which blocks of a prompt's attention are computed. Default: all of them."""
         return None
 
-    def allocate(self, slots: int, layer: int, layers: int, heads: int) -> Sequence[int]:
-        """Slots that each KV head of a layer keeps, given the budget of one row.
+    def allocate(self, room: Room) -> Sequence[Sequence[float]] | Tensor:
+        """Slots of every row that has the budget: a list for each layer, a number for each KV head.
 
-        Heads and layers may get more and others less: over the heads of all compressed layers the
-        sum is `slots` for each row at the most. Default: all the same.
+        Rows may get more and others less: the sum is `room.slots` for each row at the most. What a
+        row cannot use, beyond the tokens seen, goes to the others in proportion; each keeps its
+        protected tokens. Asked for with every prompt; while decoding, rows grow in proportion.
+        Default: all the same.
         """
-        return [slots] * heads
+        return [[room.slots] * heads for heads in room.heads]
+
+    def compete(self) -> Pool | None:
+        """How rows compete for the budget by their scores. Default: they do not."""
+        return None
 
     def demand(self, attention_BNS: Tensor, position_BHS: Tensor) -> Tensor:
         """What the observed attention of a prompt says of a layer's need of slots: fp32 `[B]`.
@@ -84,6 +94,24 @@ class Policy:
         weight that it can come to get. Default: all the same. See `Division` for the bounds.
         """
         return demand_BL.new_ones(demand_BL.shape)
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """What probes say in words, which the tokenizer turns into tokens; "" needs none."""
+        return ()
+
+    def probes(self, text: Text) -> Sequence[Probe]:
+        """What is read behind a prompt to look at it a second time. Default: nothing.
+
+        The prompt is then held whole until it was looked at; what `observe` asks for is recorded of
+        the probes alone, `accumulate` keeps it, and only then slots are scored and selected.
+        """
+        return ()
+
+    @property
+    def calibrated(self) -> Calibrated | None:
+        """What the policy must know of a model beforehand. Default: nothing."""
+        return None
 
     def observe(self, step: Step) -> Observation | None:
         """What must be recorded while attending. Default: nothing."""
@@ -103,6 +131,14 @@ class Policy:
         A decode step that adds attention and ranks by this is one operator call per layer.
         """
         return None
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What `score` and `prune` must be shown besides the slots. Default: nothing.
+
+        "query": the queries of the prompt. "rotation": how keys turn with their positions.
+        """
+        return frozenset()
 
     def score(self, slots: Slots) -> Tensor:
         """How much each slot matters: fp32, any scale, `[B, H, S]`. Larger stays longer.
@@ -136,11 +172,6 @@ class Policy:
         """Last queries that `prune` wants to see. The engine keeps them until old slots exist."""
         return 0
 
-    @property
-    def needs_rotation(self) -> bool:
-        """Whether `prune` must know how keys turn with their positions."""
-        return False
-
     def prune(self, window: Window) -> Channels:
         """The channels that old slots of some sequences keep, as many in every row.
 
@@ -165,15 +196,11 @@ class Policy:
         common = [field.name for field in dataclasses.fields(Limits)]
         return Limits(**{name: getattr(self, name) for name in common if hasattr(self, name)})
 
-    @property
-    def division(self) -> Division:
-        """The bounds within which layers share the budget."""
-        given = {name: getattr(self, name) for name in Division._fields if hasattr(self, name)}
-        return Division(**given)
-
     def replaces(self) -> set[str]:
         """The stages that this policy replaces."""
         stages = {stage.name for stage in STAGES if self.overrides(stage.name)}
+        if self.compete() is None:
+            stages.discard("compete")
         if self.rank is not None:
             stages.add("score")
         if self.accumulates:

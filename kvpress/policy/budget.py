@@ -177,6 +177,11 @@ class Limits:
         """Whether rows may keep more the more is decoded."""
         return self.budget.grows and self.interval > 0
 
+    def grow(self, uneven: bool) -> bool:
+        """Whether rows get other quotas while tokens are decoded: more, or others' where uneven."""
+        trades = uneven and self.interval > 0 and self.budget.unit in ("fraction", "tokens")
+        return trades or self.grows
+
     def _recent(self, slots: int) -> int:
         """The protected recent tokens of a row of `slots`."""
         return share(self.recent_ratio, slots) if self.recent is None else self.recent
@@ -193,15 +198,31 @@ class Limits:
             )
         return recent, fits
 
-    def least_slots(self, seen: int, geometry: Geometry) -> float:
-        """What a portion of the budget must leave to a row: its protected tokens, and a page."""
+    @property
+    def least(self) -> int:
+        """Slots that hold the protected tokens of a row, whatever its budget."""
         fixed = self.recent is not None or self.recent_ratio >= 1
         least = self.sink + (self.recent or 0) if fixed else self.sink / (1 - self.recent_ratio)
+        return math.ceil(least)
+
+    def least_slots(self, seen: int, geometry: Geometry) -> float:
+        """What a portion of the budget must leave to a row: its protected tokens, and a page."""
+        least = self.least
         if self.budget.unit != "bytes":
-            return math.ceil(least)
+            return least
         slots = self.budget.slots(seen, geometry)
         pages = (slots + geometry.headroom) / geometry.page_slots
         return max(math.ceil((least + geometry.headroom) / geometry.page_slots), 1) * slots / pages
+
+    def even(self, seen: int) -> float:
+        """What the budget gives to every row after `seen` tokens, before it is rounded down."""
+        return float(self.budget.amount) * (seen if self.budget.relative else 1)
+
+    def row(self, slots: int) -> Quota:
+        """The quota of a row that was given so many slots."""
+        recent = self._recent(slots)
+        least = self.sink + recent
+        return Quota(max(slots, least), self.sink, recent, slots < least)
 
     def quota(self, seen: int, geometry: Geometry, portion: float = 1.0) -> Quota:
         """How many slots a row keeps after `seen` real tokens.
@@ -214,9 +235,7 @@ class Limits:
             return Quota(UNLIMITED, self.sink, self._recent(seen), False)
         slots = self.budget.slots(seen, geometry, portion)
         if portion != 1.0:
-            recent = self._recent(slots)
-            least = self.sink + recent
-            return Quota(max(slots, least), self.sink, recent, slots < least)
+            return self.row(slots)
         recent, fits = self._protect(slots)
         if not fits:
             slots = self.sink + recent

@@ -26,6 +26,11 @@ class Division(NamedTuple):
     full_first: int = 0
     full_last: int = 0
 
+    @classmethod
+    def of(cls, policy: object) -> Division:
+        """The bounds that a policy has among its options."""
+        return cls(**{name: getattr(policy, name) for name in cls._fields if hasattr(policy, name)})
+
     def portions(self, weight_BL: Tensor, kept_B: Tensor, least_B: Tensor) -> Tensor:
         """What layers keep in multiples of the budget, by their weights: fp64 `[B, L]`.
 

@@ -29,18 +29,27 @@ def parse(spec: str | Policy | Recipe | Sequence[str | Policy]) -> Recipe:
     """
     if isinstance(spec, Recipe):
         return spec
-    if isinstance(spec, Policy):
-        return Recipe((spec,))
     if isinstance(spec, str):
         try:
-            return _parse_text(spec)
+            return Recipe(_policies(spec))
         except (PolicyError, BudgetError) as error:
             better = _corrected(spec)
             if better is None:
                 raise
             raise type(error)(f"{error} Write it as {better!r}.") from error
+    return Recipe(_policies(spec))
+
+
+def _policies(spec: Any) -> tuple[Policy, ...]:
+    """The policies of a specification, whether they go together or not."""
+    if isinstance(spec, Recipe):
+        return spec.policies
+    if isinstance(spec, Policy):
+        return (spec,)
+    if isinstance(spec, str):
+        return _parse_text(spec)
     if isinstance(spec, Sequence) and spec:
-        return Recipe(tuple(policy for part in spec for policy in parse(part).policies))
+        return tuple(policy for part in spec for policy in _policies(part))
     raise PolicyError(
         f"policy={spec!r} is not a policy. Give a specification such as 'name:budget=0.5', "
         "a Policy object, or a non-empty list of these."
@@ -87,8 +96,8 @@ def available() -> dict[str, type[Policy]]:
     return {name: _find(name) for name in sorted({*_ours(), *(e.name for e in _entry_points())})}
 
 
-def _parse_text(spec: str) -> Recipe:
-    return Recipe(tuple(_parse_one(part) for part in spec.split("+")))
+def _parse_text(spec: str) -> tuple[Policy, ...]:
+    return tuple(_parse_one(part) for part in spec.split("+"))
 
 
 def _corrected(spec: str, same: bool = False) -> str | None:
@@ -100,7 +109,7 @@ def _corrected(spec: str, same: bool = False) -> str | None:
     if better is None or (better == spec and not same):
         return None
     try:
-        _parse_text(better)
+        Recipe(_parse_text(better))
     except (PolicyError, BudgetError):
         return None
     return better
@@ -118,7 +127,7 @@ def _parse_one(part: str) -> Policy:
     options: dict[str, str] = {}
     for item in filter(None, text.split(",")):
         key, equals, value = (piece.strip() for piece in item.partition("="))
-        if not equals or not key or not value:
+        if not equals or not key:
             raise PolicyError(f"Option {item!r} of policy {name!r} is not of the form key=value.")
         if key in options:
             raise PolicyError(f"Option {key!r} of policy {name!r} is given twice. Give it once.")

@@ -10,6 +10,8 @@ from kvpress.formulas.merging import Merging
 from kvpress.policy.base import Policy
 from kvpress.policy.budget import Limits
 from kvpress.policy.formats import Packing
+from kvpress.policy.pooling import Pool
+from kvpress.policy.slots import Need
 from kvpress.policy.sparsity import Sparsity
 from kvpress.policy.stages import STAGES
 from kvpress.types import Rank
@@ -42,6 +44,12 @@ class Recipe:
             raise PolicyError(
                 f"{self} has a budget but neither scores nor selects. Combine it with a policy that"
                 " does."
+            )
+        divider = owners.get("allocate") or owners.get("compete")
+        if divider and not self.limits:
+            raise PolicyError(
+                f"{self}: {divider.name!r} divides a budget among rows, but there is none. Combine"
+                " it with a policy that has one."
             )
         if self.formats and self.limits and self.limits.budget.unit == "bytes":
             raise PolicyError(
@@ -84,9 +92,44 @@ class Recipe:
         return any(p.accumulates for p in self.policies)
 
     @functools.cached_property
+    def gathers(self) -> bool:
+        """Whether the mass is renewed with every chunk and step, and not by probes alone."""
+        return self.accumulates and not self.probes
+
+    @functools.cached_property
     def shares(self) -> bool:
         """Whether layers get budgets of their own once a prompt has passed all of them."""
         return self.stage("share").overrides("share")
+
+    @functools.cached_property
+    def allocates(self) -> bool:
+        """Whether rows get budgets of their own, given with every prompt."""
+        return self.stage("allocate").overrides("allocate")
+
+    @functools.cached_property
+    def pool(self) -> Pool | None:
+        """How rows compete for the budget by their scores, if they do."""
+        return self.stage("compete").compete()
+
+    @functools.cached_property
+    def uneven(self) -> bool:
+        """Whether rows may have other budgets than their neighbours."""
+        return self.shares or self.allocates or self.pool is not None
+
+    @functools.cached_property
+    def probes(self) -> bool:
+        """Whether a prompt is looked at a second time."""
+        return self.stage("probes").overrides("probes")
+
+    @functools.cached_property
+    def defers(self) -> bool:
+        """Whether a prompt is held whole until it has passed all layers, and only then scored."""
+        return self.probes or (self.pool is not None and self.pool.scope == "model")
+
+    @functools.cached_property
+    def needs(self) -> frozenset[Need]:
+        """What the score must be shown besides the slots."""
+        return self.stage("score").needs
 
     @functools.cached_property
     def merging(self) -> Merging | None:
@@ -124,12 +167,12 @@ class Recipe:
     def needs_rotation(self) -> bool:
         """Whether some stage must know how keys turn with their positions."""
         turns = self.merging is not None and self.merging.keys == "unrotated"
-        return turns or self.stage("prune").needs_rotation
+        return turns or any("rotation" in self.stage(name).needs for name in ("prune", "score"))
 
     @functools.cached_property
     def adds_attention(self) -> bool:
         """Whether the mass is the plain sum of the observed attention, which kernels can keep."""
-        return self.accumulates and not self.stage("accumulate").overrides("accumulate")
+        return self.gathers and not self.stage("accumulate").overrides("accumulate")
 
     @functools.cached_property
     def rank(self) -> Rank | None:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 from torch import Tensor
+
+from kvpress.formulas.rotation import Rotation
+
+Need = Literal["query", "rotation"]
+
+
+class Queries(NamedTuple):
+    """The queries of a prompt chunk, as attention saw them, and what attention does with them."""
+
+    query_BNQD: Tensor  # of the last Q tokens seen, rotated
+    scaling: float
+    softcap: float
 
 
 class Step(NamedTuple):
@@ -35,6 +47,9 @@ class Slots:
     mass_BHS: Tensor | None = None  # fp32: what the policy accumulated so far; 0 for new tokens
     key_width: int | None = None  # channels of keys, where the store keeps more than the model's
     attention_BNS: Tensor | None = None  # what was observed of a prompt, for every query head
+    asked: Queries | None = None  # where the policy needs "query", and while prompts are read
+    rotation: Rotation | None = None  # how keys turn with positions, where the policy needs that
+    calibrated: Mapping[str, Tensor] = field(default_factory=dict)  # what the policy must know
 
     @property
     def key_BHSD(self) -> Tensor:
@@ -45,6 +60,16 @@ class Slots:
     def value_BHSD(self) -> Tensor:
         """The values of all slots."""
         return self.fetch("value")
+
+    @property
+    def queries(self) -> Queries:
+        """The queries of the prompt, where the policy needs them."""
+        if self.asked is None:
+            raise LookupError(
+                'No queries are known: say needs = frozenset({"query"}) in the policy, and evict'
+                " after prompts only (interval=0)."
+            )
+        return self.asked
 
     @property
     def observed_BHS(self) -> Tensor:

@@ -17,10 +17,17 @@ _PACKED = (
     "merges into slots, or trims layers later, that it also packs: packed slots are never written"
     " again. Combine prune and pack stages with policies that drop"
 )
+_DIVIDED = "divides its budget in two ways. Leave one of the two policies out"
+_HELD = (
+    "compresses layers only once a prompt has passed all of them, which merging, and budgets by the"
+    " demand of layers, do in their own way. Combine it with policies that drop"
+)
 STAGES = (
     Stage("sparsify"),
-    Stage("allocate"),
+    Stage("allocate", ("compete", "share"), _DIVIDED),
+    Stage("compete", ("share", "absorb"), _HELD),
     Stage("share"),
+    Stage("probes", ("share", "absorb"), _HELD),
     Stage("observe"),
     Stage("accumulate"),
     Stage("score"),

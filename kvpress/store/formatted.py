@@ -31,7 +31,6 @@ class FormattedRows(Rows):
     stay as they came. ordered: nothing is ever dropped.
     """
 
-    refills = False  # old slots are never written again
     aging: PageAging
 
     def __init__(self, recent: PagedRows, page: int, residual: int, ordered: bool) -> None:
@@ -47,9 +46,14 @@ class FormattedRows(Rows):
         return sum((part.held for part in self.aging.parts), self.aging.recent.counts)
 
     @property
+    def refills(self) -> bool:
+        """Whether no slot is old yet: those are never written again."""
+        return not any(bool(part.counts.any()) for part in self.aging.parts)
+
+    @property
     def rewritten(self) -> list[str]:
         """The columns of slots that are written anew where others are dropped."""
-        if not bool(self.counts.any()):
+        if self.refills:
             return list(self.columns)
         return [n for n, column in self.columns.items() if n == POSITION or column.volatile]
 

@@ -121,7 +121,6 @@ class Rows(ABC):
     paging: Paging  # the pages that new tokens go to
     memory: Memory  # what all pages cost, and who else uses them
     aging: Aging | None = None  # how slots become old; None: all of them stay as they came
-    refills = True  # whether `fill` may write survivors anew; otherwise `retain` leaves them
 
     @property
     @abstractmethod
@@ -132,6 +131,11 @@ class Rows(ABC):
     def counts_BH(self) -> Tensor:
         """The same as `[B, H]`."""
         return self.counts.view(self.sequences, self.heads)
+
+    @property
+    def refills(self) -> bool:
+        """Whether `fill` may write survivors anew; otherwise `retain` leaves them."""
+        return True
 
     @property
     def rewritten(self) -> list[str]:

@@ -46,12 +46,17 @@ def test_bytes_held_are_those_of_all_tensors_that_the_cache_keeps_alive(
                     ),
                     *(
                         state.sequences.demand_B,
-                        state.sequences.portion_B,
+                        state.sequences.portion_R,
+                        state.sequences.guarded_B,
+                        state.sequences.planned_B,
+                        state.sequences.looked_B,
                         state.sequences.threshold_B,
                     ),
                 )
             ] + list(cache.states[0].context.newest or ())
-            books = {t.data_ptr(): t.untyped_storage().nbytes() for t in counters}
+            counters += helpers.live_tensors(cache.context.growth)
+            storages = (t.untyped_storage() for t in counters)
+            books = {storage.data_ptr(): storage.nbytes() for storage in storages}
             assert report.bytes_ids == 4 * 2 * cache.columns_seen
             held = report.bytes_held + report.bytes_ids + sum(books.values())
             assert helpers.live_storages(cache) == held
@@ -71,10 +76,10 @@ def test_the_report_is_an_object_a_dictionary_and_a_table() -> None:
     assert data["slots_kept"] == report.slots_kept
     assert data["fraction"] == pytest.approx(report.bytes_held / report.bytes_full)
     assert set(data["stages"]) == {
-        "prefill attention", "observe", "select", "merge", "store", "format",
+        "prefill attention", "second look", "observe", "select", "merge", "store", "format",
         "decode attention",
     }  # fmt: skip
-    idle = {"merge", "format"}
+    idle = {"second look", "merge", "format"}
     assert all((seconds > 0) == (stage not in idle) for stage, seconds in data["stages"].items())
     console = Console(width=100, file=io.StringIO(), record=True)
     console.print(report)

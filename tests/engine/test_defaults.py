@@ -18,15 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import kvpress
-from kvpress.policy.loading import available
 
 RECIPES = [
-    *(
-        "d2o:budget=0.4" if name == "d2o" else name
-        for name in sorted(available())
-        if name != "sale"
-    ),
-    "snapkv:window=8",
+    *helpers.recipes().values(),
+    "snapkv",
     "sale:threshold=0.01,least=16",
     "d2o:budget=0.4,count_bias=true,merge_keys=unrotated,mode=official_code,full_first=0,full_last=0",
     "keyformer:budget=40KiB,normalise_age=true,window=16",

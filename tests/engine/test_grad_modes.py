@@ -14,16 +14,14 @@ import pytest
 import torch
 
 import kvpress
-from kvpress.policy.loading import available
 
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "inference": torch.inference_mode,
     "no_grad": torch.no_grad,
     "grad": torch.enable_grad,
 }
-SMALL = {"snapkv": "snapkv:window=8", "d2o": "d2o:budget=0.4"}
 RECIPES = [
-    *(SMALL.get(name, name) for name in sorted(available()) if name != "sale"),
+    *helpers.recipes().values(),
     "sale:threshold=0.01,least=16",
     "d2o:budget=0.4,count_bias=true,merge_keys=unrotated",
     "quant:residual=4,guard=0.1",

@@ -98,7 +98,7 @@ def portions(demand: Any, kept: float, **options: Any) -> torch.Tensor:
     policy = load_policy("d2o", **options)
     demand_BL = torch.tensor([demand], dtype=torch.float64)
     kept_B = torch.tensor([kept], dtype=torch.float64)
-    return policy.division.portions(policy.share(demand_BL), kept_B, 0 * kept_B)[0] * kept
+    return Division.of(policy).portions(policy.share(demand_BL), kept_B, 0 * kept_B)[0] * kept
 
 
 def test_layer_budget_example() -> None:
@@ -633,14 +633,14 @@ def test_portions_respect_protected_tokens_and_bytes() -> None:
     demands = [1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
     weights = torch.tensor([demands], dtype=torch.float64).neg().exp()
     kept, least = torch.tensor([0.2]).double(), torch.tensor([0.18]).double()
-    ratio = load_policy("d2o").division.portions(weights, kept, least)[0] * kept
+    ratio = Division.of(load_policy("d2o")).portions(weights, kept, least)[0] * kept
     assert float(ratio.mean()) == pytest.approx(0.2) and float(ratio.min()) >= 0.18 - 1e-12
     limits = load_policy("d2o", budget="64KiB", recent=28).limits
     geometry = Geometry(6, 2, 4, 640, 24, 1)
     pages = (limits.budget.slots(100, geometry) + 1) / 4
     needed = limits.least_slots(100, geometry) / limits.budget.slots(100, geometry)
     assert needed * pages == pytest.approx(9)  # 4 + 28 slots and one of headroom in pages of 4
-    scarce = load_policy("d2o", budget=8).division  # below `least` of a long text: all the same
+    scarce = Division.of(load_policy("d2o", budget=8))  # below `least` of a long text: all the same
     portions = scarce.portions(weights, torch.tensor([0.005]).double(), 0 * kept)
     torch.testing.assert_close(portions, torch.ones_like(portions))
 

@@ -20,7 +20,7 @@ from kvpress.formulas.block_map import Blocks
 from kvpress.hf import calibration
 from kvpress.hf.calibration import Calibration
 from kvpress.pipe.state.ledger import density as density_of
-from kvpress.policy import Policy, option
+from kvpress.policy import Policy, Room, option
 from kvpress.policy.budget import Budget
 
 LONG = 700
@@ -152,8 +152,8 @@ class Uneven(Policy):
     def rank(self) -> str:
         return "position"
 
-    def allocate(self, slots: int, layer: int, layers: int, heads: int) -> list[int]:
-        return [slots // 2, slots + slots // 2]
+    def allocate(self, room: Room) -> list[list[float]]:
+        return [[0.5 * room.slots, 1.5 * room.slots]] * len(room.heads)
 
 
 def test_rows_of_different_lengths_are_dense_and_said() -> None:

@@ -14,6 +14,8 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from kvpress.policy.loading import available
+
 
 def sharp(family: str, **fields: Any) -> Any:
     """A random model whose next token depends on what it attends to."""
@@ -29,6 +31,21 @@ def characters() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", padding_side="left"
     )
+
+
+def recipes() -> dict[str, str]:
+    """Every policy that any model can have, by name: with small options, and what it goes with.
+
+    Those that must know something of the model beforehand have tests of their own.
+    """
+    small = {
+        "adakv": "snapkv:window=8+adakv",
+        "d2o": "d2o:budget=0.4",
+        "kvzip": "kvzip:instruction=,further=,chunk=40",
+        "snapkv": "snapkv:window=8",
+    }
+    own = [n for n, cls in available().items() if cls().calibrated is None and n != "sale"]
+    return {name: small.get(name, name) for name in sorted(own)}
 
 
 def prompt(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:

@@ -77,6 +77,8 @@ def stored(layer: Layer, group: list[int], seen_b: Tensor) -> Slots:
         fetch=partial(rows.dense, sequences=part),
         mass_BHS=rows.dense(MASS, part) if layer.recipe.accumulates else None,
         key_width=layer.key_width,
+        rotation=layer.rotation,
+        calibrated=layer.context.calibrated_for(layer.recipe.stage("score")),
     )
 
 
@@ -102,7 +104,7 @@ def observe(
             request,
         )
         slots = replace(slots, attention_BHS=sums_BHS)
-    if layer.recipe.accumulates:
+    if layer.recipe.gathers:
         mass_BHS = layer.recipe.stage("accumulate").accumulate(slots).float()
         rows.write(MASS, mass_BHS, some(layer, group))
         slots = replace(slots, mass_BHS=mass_BHS)

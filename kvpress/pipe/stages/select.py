@@ -33,17 +33,24 @@ def score(layer: Layer, slots: Slots) -> Tensor:
     return score_BHS
 
 
+def finite(layer: Layer, slots: Slots, group: Sequence[int], score_BHS: Tensor) -> Tensor:
+    """The scores; those that are no numbers rank last.
+
+    Raises PolicyError if the policy made them of what is finite.
+    """
+    if not bool(score_BHS.isnan().any()):
+        return score_BHS
+    _check_numbers(layer, slots, group, score_BHS)
+    return score_BHS.masked_fill(score_BHS.isnan(), -torch.inf)
+
+
 def select(
-    layer: Layer, slots: Slots, group: Sequence[int], stored_BH: Tensor
+    layer: Layer, slots: Slots, score_BHS: Tensor, group: Sequence[int], stored_BH: Tensor
 ) -> tuple[Tensor, Tensor]:
     """True for the slots of some sequences that stay, and how many stay of each row (host).
 
-    Raises PolicyError if the policy makes scores that are no numbers, or misses the quota.
+    Raises PolicyError if the policy misses the quota.
     """
-    score_BHS = score(layer, slots)
-    if bool(score_BHS.isnan().any()):
-        _check_numbers(layer, slots, group, score_BHS)
-        score_BHS = score_BHS.masked_fill(score_BHS.isnan(), -torch.inf)
     quota_BH = layer.sequences.quota_BH[list(group)]
     keep_BH = quota_BH.to(slots.position_BHS.device)
     policy = layer.recipe.stage("select")

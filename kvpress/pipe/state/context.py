@@ -14,6 +14,8 @@ from kvpress.host import lasting
 from kvpress.pipe.state.drafting import Recording
 from kvpress.pipe.state.growth import Growth
 from kvpress.pipe.state.meter import Meter
+from kvpress.policy.base import Policy
+from kvpress.policy.pooling import Calibrated
 from kvpress.policy.recipe import Recipe
 from kvpress.policy.sparsity import Thresholds
 
@@ -52,7 +54,12 @@ class Context:
     layers: list[Any] = field(default_factory=list)  # those that share this
     recording: Recording = field(default_factory=Recording)
     newest: tuple[Tensor, Tensor] | None = None  # tokens seen before the last step, and after it
-    growths: dict[Hashable, Growth] = field(default_factory=dict)  # by what makes quotas alike
+    growth: Growth | None = None  # of the quotas of all layers, while tokens are decoded
+    plans: dict[Hashable, list[Any]] = field(default_factory=dict)  # slots of rows, by prompt
+    calibrated: Mapping[Calibrated, Mapping[str, Tensor]] = field(default_factory=dict)
+    looks: dict[int, tuple[int, int]] = field(default_factory=dict)  # tokens that a probe is of
+    held: bool = False  # whether a prompt waits until all layers have it, or for a second look
+    pending: dict[int, list[tuple[list[int], Tensor, Tensor]]] = field(default_factory=dict)
     dirty: int | None = None  # the layer in which a pass is under way, or failed
 
     def begin(self, notes: Mapping[str, None]) -> None:
@@ -61,7 +68,17 @@ class Context:
         self.ledger.notes.update(notes)
         self.ledger.bytes_peak = 0
         self.recording = Recording()
-        self.newest = self.dirty = None
+        self.newest = self.dirty = self.growth = None
+        self.looks, self.held = {}, False
+
+    def forget(self) -> None:
+        """Forgets what was made of the rows of all layers, of which some are gone."""
+        self.growth = None
+        self.pending.clear()
+
+    def calibrated_for(self, policy: Policy) -> Mapping[str, Tensor]:
+        """What a policy needs to know of the model; nothing where it needs nothing."""
+        return self.calibrated.get(policy.calibrated, {}) if policy.calibrated else {}
 
     def one_more(self, seen_B: Tensor) -> Tensor:
         """`seen_B + 1`, one tensor for all layers, since they see the same tokens."""

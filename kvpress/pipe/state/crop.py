@@ -10,7 +10,7 @@ from kvpress.pipe.state.layer import Layer
 def is_croppable(layer: Layer) -> bool:
     """Whether any tokens decoded from now on can be taken back exactly."""
     steady = layer.limits is None or layer.limits.interval == 0
-    exact = not layer.recipe.accumulates and not layer.recipe.formats
+    exact = not layer.recipe.gathers and not layer.recipe.formats
     return layer.context.recording.on or (steady and exact)
 
 
@@ -41,7 +41,7 @@ def check_crop(layer: Layer, tokens: int) -> None:
             f" prompt chunk ({layer.prompted_at}), where the interval of {layer.recipe} began"
             " again. Crop less, or use interval=1."
         )
-    if layer.recipe.accumulates and tokens > layer.sequences.drafts.tokens:
+    if layer.recipe.gathers and tokens > layer.sequences.drafts.tokens:
         raise CacheError(
             f"crop(-{tokens}): the policy {layer.recipe} accumulated attention of the cropped"
             " tokens, which cannot be taken back. Call activate_past_recording() before they"
@@ -62,6 +62,7 @@ def crop(layer: Layer, tokens: int) -> None:
     layer.columns_seen -= tokens
     own = layer.sequences
     own.seen_B = own.seen_B - tokens
+    own.looked_B = own.looked_B.minimum(own.seen_B)
     with layer.rows.memory.lock:  # since then nothing was evicted: the tokens are the last slots
         layer.rows.truncate(tokens)
     layer.excess.forget()

@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from kvpress import host
-from kvpress.policy.budget import Geometry, Quota
+
+@dataclass
+class Change:
+    """The quotas of the rows of a layer, as a growth last changed them."""
+
+    quota_R: Tensor
+    recent_R: Tensor
+    version: int = 0  # how often they changed
+    by: int | None = None  # slots that every row got in the last change; None: not all as many
 
 
 @dataclass
 class Growth:
-    """Quotas that grow. Layers whose quotas are alike share one.
+    """Quotas that grow, of the rows of all layers one after the other.
 
-    The first of them makes the quotas of a step, the others find them; see stages/allocate.py.
+    The first layer of a step makes them, the others find them; see pipe/growth.py.
     """
 
-    portion_b: tuple[float, ...]  # of the budget, in each sequence
-    shape: Geometry  # of the layer that needed it first
+    portion_X: Tensor  # what rows keep of the tokens seen, fp64
+    guarded_X: Tensor  # first tokens, and others, that are protected
+    sequence_X: Tensor  # whose rows they are
     seen_B: Tensor | None = None  # tokens seen in the step that the quotas are of
     lasts: int = 0  # steps from there until a quota can be another
-    version: int = 0  # how often they changed
-    span_b: list[range] = field(default_factory=list)  # tokens seen for which each quota holds
-    quotas: list[Quota] = field(default_factory=list)  # of each sequence
-    slots: list[list[int]] = field(default_factory=list)  # of its KV heads
-    quota_R: Tensor = field(default_factory=lambda: host.zeros(0))
-    recent_R: Tensor = field(default_factory=lambda: host.zeros(0))
-    least: int = 0  # slots by which every row came to keep more in the last change
-    most: int = 0  # slots by which a row did at the most
+    sources: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)  # layer -> made of these
+    changes: dict[int, Change] = field(default_factory=dict)  # layer -> its quotas
+
+    def holds(self, layer: int, *sources: Tensor) -> bool:
+        """Whether these are the tensors that the quotas of a layer were made of."""
+        known = self.sources.get(layer, ())
+        return len(known) == len(sources) and all(map(operator.is_, known, sources))
+
+    def take(self, quota_X: Tensor, recent_X: Tensor) -> None:
+        """Hands new quotas to the layers of which some row has another one than before."""
+        changes = list(self.changes.values())
+        sizes = [len(change.quota_R) for change in changes]
+        more_X = quota_X - torch.cat([change.quota_R for change in changes])
+        low, high = (int(x) for x in more_X.aminmax())
+        if low == high == 0:
+            return
+        parts = (torch.split(x, sizes) for x in (quota_X, recent_X))
+        for change, quota_R, recent_R in zip(changes, *parts, strict=True):
+            change.quota_R, change.recent_R, change.by = quota_R, recent_R, low
+            change.version += 1
+        if low != high:
+            for change, more_R in zip(changes, torch.split(more_X, sizes), strict=True):
+                low, high = (int(x) for x in more_R.aminmax())
+                change.by = low if low == high else None
 
 
 class Excess:
@@ -40,8 +66,8 @@ class Excess:
     def __init__(self) -> None:
         self.most: int | None = None  # of the fullest row, seen from its quota; None: not known
         self._least = 0  # of the emptiest one
-        self.growth: Growth | None = None  # of the quotas, once a step needed it
-        self.grown = -1  # the version of `growth` that the quotas are
+        self.change: Change | None = None  # that the quotas are of, once a step needed it
+        self.grown = -1  # its version
 
     def forget(self) -> None:
         """Rows or quotas changed in a way that is not followed."""
@@ -53,15 +79,14 @@ class Excess:
         self.most, self._least = int(high), int(low)
         return self.most
 
-    def quotas_grew(self, growth: Growth) -> None:
-        """The quotas are now those of a growth."""
-        known = self.most is not None and self.grown == growth.version - 1
-        if known and (self.most == self._least or growth.least == growth.most):
-            assert self.most is not None, "just checked"
-            self.most, self._least = self.most - growth.least, self._least - growth.most
+    def quotas_grew(self, change: Change) -> None:
+        """The quotas are now those of a change."""
+        follows = self.change is change and self.grown == change.version - 1
+        if self.most is not None and follows and change.by is not None:
+            self.most, self._least = self.most - change.by, self._least - change.by
         else:
             self.most = None
-        self.grown = growth.version
+        self.change, self.grown = change, change.version
 
     def step(self, evicted: bool) -> bool:
         """Every row got a slot; where something was evicted, rows above their quotas lost one.

@@ -36,7 +36,7 @@ class Layer:
             keep = kind.window - 1  # the next token attends to itself and to window − 1 before it
             self.recipe = Recipe((Newest(),))
             self.limits = Limits(Budget.parse(keep), recent=keep)
-        self.grows = self.limits is not None and self.limits.grows  # by tokens that are decoded
+        self.grows = self.limits is not None and self.limits.grow(self.recipe.allocates)
         self.stores = Stores(self.recipe, self.limits, context.page_slots, context.cache_dtype)
         self.reset()
 
@@ -46,7 +46,7 @@ class Layer:
         self.store: Rows | None = None  # made with the first tokens
         self.sequences = Sequences(self.kind.heads)
         self.excess = Excess()
-        self.context.growths.clear()
+        self.context.forget()
         self.token_dtype = torch.float32  # of the model's keys and values; known with the store
         self.logits = (1.0, 0.0)  # scaling and softcap of the queries that are watched
         self.columns_seen = 0  # logical length: columns of the batch, padding included
@@ -67,10 +67,7 @@ class Layer:
         """Makes the store for rows of this shape."""
         self.token_dtype = key_BHQD.dtype
         self.store = self.stores.new(key_BHQD, value_BHQD)
-        starts: dict[str, float] = {} if self.limits is None else {"sink_B": self.limits.sink}
-        if self.recipe.merging is not None:
-            starts["threshold_B"] = self.recipe.merging.initial
-        self.sequences.begin(len(key_BHQD), starts, key_BHQD.device)
+        self.sequences.begin(len(key_BHQD), self.stores.starts, key_BHQD.device)
         self._in_step, self.excess = None, Excess()
 
     # Whole sequences

@@ -57,8 +57,17 @@ def density(layer: Layer) -> list[float]:
 
 
 def remarks(layers: Sequence[Layer], reports: Sequence[LayerReport]) -> list[str]:
-    """Sentences about rows that are kept wide, and about pages that short texts leave empty."""
-    return [*_wide(layers), *_pages(layers, reports)]
+    """Sentences about rows: unequal ones, those kept wide, pages that short texts leave empty."""
+    return [*_uneven(layers), *_wide(layers), *_pages(layers, reports)]
+
+
+def _uneven(layers: Sequence[Layer]) -> list[str]:
+    own = [x for x in layers if x.store is not None and x.kind.window is None and x.recipe.uneven]
+    counts = [n for layer in own for n in layer.rows.counts.tolist()]
+    if not counts or min(counts) == max(counts):
+        return []
+    mean = sum(counts) / len(counts)
+    return [f"{len(counts)} rows keep {min(counts)} to {max(counts)} slots, {mean:.0f} on average."]
 
 
 def _wide(layers: Sequence[Layer]) -> list[str]:

@@ -8,7 +8,16 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-STAGES = ("prefill attention", "observe", "select", "merge", "store", "format", "decode attention")
+STAGES = (
+    "prefill attention",
+    "second look",
+    "observe",
+    "select",
+    "merge",
+    "store",
+    "format",
+    "decode attention",
+)
 
 
 class Meter:

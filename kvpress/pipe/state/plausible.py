@@ -32,11 +32,13 @@ def check_counters(layer: Layer) -> None:
             given = getattr(own, name).tolist()
             raise CacheError(f"{name} is {given}, but {layer.recipe} has none.")
     sink = layer.limits.sink if layer.limits else 0
-    if bool((own.sink_B != sink).any()):
+    if bool((own.sink_B < sink).any()) or bool((own.guarded_B < own.sink_B.cpu()).any()):
         raise CacheError(f"{layer.recipe} protects {sink} first tokens, not {own.sink_B.tolist()}.")
-    portion_B = own.portion_B
-    if not bool((portion_B > 0).all() if layer.recipe.shares else (portion_B == 1).all()):
-        raise CacheError(f"Layers cannot get {portion_B.tolist()} of a budget.")
+    portion_R = own.portion_R
+    if not bool((portion_R > 0).all() if layer.recipe.uneven else (portion_R == 1).all()):
+        raise CacheError(f"Rows cannot get {portion_R.tolist()} of a budget.")
+    if bool((own.looked_B > (seen_B if layer.recipe.probes else 0)).any()):
+        raise CacheError(f"{own.looked_B.tolist()} tokens cannot have been looked at twice.")
 
 
 def check_slots(layer: Layer) -> None:

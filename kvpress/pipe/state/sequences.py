@@ -128,9 +128,12 @@ class Sequences:
     heads: int  # KV heads, rows of a sequence
     seen_B: Tensor = counter()  # real tokens
     sink_B: Tensor = counter(on_host=False)  # protected first tokens
+    guarded_B: Tensor = counter()  # protected tokens besides the last ones
+    planned_B: Tensor = counter()  # tokens seen when rows last got budgets of their own
+    looked_B: Tensor = counter()  # tokens that were looked at a second time
     demand_B: Tensor = counter(math.nan, torch.float64)  # of slots; NaN: not known yet
-    portion_B: Tensor = counter(1.0, torch.float64)  # of the budget, while decoding
     threshold_B: Tensor = counter(math.nan, torch.float32, on_host=False)  # NaN: none evicted yet
+    portion_R: Tensor = counter(1.0, torch.float64)  # of the budget, while decoding
     quota_R: Tensor = counter(UNLIMITED)  # slots that every row may keep
     recent_R: Tensor = counter()  # protected last tokens of it
     decoded: Decoded = field(default_factory=Decoded)
@@ -167,6 +170,11 @@ class Sequences:
     def quota_BH(self) -> Tensor:
         """Slots that every row may keep, a view to be written to as well."""
         return self.quota_R.view(-1, self.heads)
+
+    @property
+    def portion_BH(self) -> Tensor:
+        """What every row gets of the budget while decoding, a view to be written to as well."""
+        return self.portion_R.view(-1, self.heads)
 
     @property
     def recent_BH(self) -> Tensor:
@@ -208,4 +216,4 @@ class Sequences:
         self.decoded = Decoded(state["decoded_B"].clone())
 
     def _fields(self) -> Iterator[tuple[str, Any]]:
-        yield from ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "heads")
+        yield from ((f.name, getattr(self, f.name)) for f in fields(self)[1:])

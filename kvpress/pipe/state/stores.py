@@ -54,6 +54,13 @@ class Stores:
         return columns
 
     @property
+    def starts(self) -> dict[str, float]:
+        """With what counters of a sequence begin."""
+        sink, merging = self.limits.sink if self.limits else 0, self.recipe.merging
+        starts: dict[str, float] = {"sink_B": sink, "guarded_B": sink}
+        return starts if merging is None else starts | {"threshold_B": merging.initial}
+
+    @property
     def headroom(self) -> int:
         """Slots by which rows may exceed their quota between two evictions."""
         return self.limits.interval if self.limits else 0

@@ -1,0 +1,151 @@
+"""The second look at a prompt: the model reads the policy's probes behind it, and forgets them."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kvpress import host
+from kvpress.errors import CacheError, PolicyError
+from kvpress.hf.cache import EngineCache
+from kvpress.pipe.pools import compress
+from kvpress.pipe.probe import start_look
+from kvpress.policy.probes import Probe, Text
+from kvpress.policy.recipe import Recipe
+
+LEAST_ROOM = 64  # positions behind a prompt, at least, that probes need
+_LOG = logging.getLogger("kvpress")
+
+
+def encoded(recipe: Recipe, model: Any, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
+    """The tokens of what a policy's probes say.
+
+    tokenizer: None: that of the folder or name that the model was loaded from. Raises PolicyError
+    where none can be had.
+    """
+    texts = recipe.stage("probes").texts if recipe.probes else ()
+    if tokenizer is None and any(texts):
+        tokenizer = _own_tokenizer(model, recipe)
+    return tuple(
+        tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
+        for text in texts
+    )
+
+
+def _own_tokenizer(model: Any, recipe: Recipe) -> Any:
+    from transformers import AutoTokenizer  # takes a while, and few policies need it
+
+    name = getattr(model.config, "name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise PolicyError(
+            f"{recipe} reads a text behind every prompt and needs the tokenizer of the model, which"
+            f" {name!r} does not give. Pass it: kvpress.attach(model, policy, tokenizer=tokenizer)."
+        ) from error
+
+
+def check_room(model: Any, cache: EngineCache, given: dict[str, Any]) -> None:
+    """Raises CacheError, before anything changes, for a prompt that cannot be looked at again."""
+    tokens, seen = given.get("input_ids"), cache.columns_seen
+    if tokens is None:
+        raise CacheError(
+            f"{cache.spec.recipe} reads every prompt a second time and needs its token ids:"
+            " inputs_embeds alone cannot be repeated. Pass input_ids."
+        )
+    after, limit = seen + tokens.shape[1], positions(model)
+    if limit is not None and after + LEAST_ROOM > limit and (tokens.shape[1] > 1 or not seen):
+        raise CacheError(
+            f"{cache.spec.recipe} reads every prompt a second time behind its end, but after"
+            f" {after} tokens fewer than {LEAST_ROOM} of the {limit} positions of the model are"
+            " left. Give a shorter prompt, or use a policy with one pass."
+        )
+
+
+def positions(model: Any) -> int | None:
+    """How many positions a model has; None: nothing is said."""
+    config = model.config.get_text_config(decoder=True)
+    known = getattr(config, "max_position_embeddings", None)
+    return int(known) if isinstance(known, int) and known > 0 else None
+
+
+@torch.no_grad()
+def look_again(model: Any, cache: EngineCache, name: str) -> None:
+    """Reads the probes of every sequence that holds new tokens, then compresses all layers.
+
+    model: the decoder without its head. name: by which it takes its cache. Raises CacheError if
+    ids are not known.
+    """
+    states = cache.states
+    first = next(state for state in states if state.kind.window is None)
+    seen_B, looked_B = first.sequences.seen_B, first.sequences.looked_B
+    new = [b for b in range(len(seen_B)) if seen_B[b] > looked_B[b]]
+    probes = {b: _probes(model, cache, b, int(looked_B[b]), int(seen_B[b])) for b in new}
+    for state in states:
+        start_look(state, looked_B)
+    rounds = max((len(own) for own in probes.values()), default=0)
+    try:
+        for i in range(rounds):
+            _LOG.info("Second look at %d tokens: part %d of %d", int(seen_B.max()), i + 1, rounds)
+            _read(model, cache, name, {b: own[i] for b, own in probes.items() if i < len(own)})
+    finally:
+        cache.context.looks = {}
+    for state in states:
+        state.sequences.looked_B = state.sequences.seen_B.clone()
+    compress(first, new)
+
+
+def _probes(model: Any, cache: EngineCache, b: int, looked: int, seen: int) -> Sequence[Probe]:
+    """What the policy wants to be read behind a sequence. Raises PolicyError if it cannot be."""
+    ids_T = cache.ids.all()[b]
+    ids = ids_T[cache.ids.real()[b]].tolist()
+    if len(ids) != seen or min(ids, default=0) < 0:
+        raise CacheError(
+            f"{cache.spec.recipe} reads every prompt a second time, but the ids of sequence {b} are"
+            " not known. Pass input_ids to the model, not embeddings."
+        )
+    sinks = int(cache.states[0].sequences.guarded_B[b])
+    limit, recipe = positions(model), cache.spec.recipe
+    room = 2**31 if limit is None else limit - seen
+    text = Text(ids, min(max(looked, sinks), seen), cache.spec.encoded, room)
+    probes = recipe.stage("probes").probes(text)
+    for probe in probes:
+        if not 0 <= probe.first < probe.last <= seen or not 0 < len(probe.ids) <= room:
+            raise PolicyError(
+                f"{recipe} wants to read {len(probe.ids)} tokens about tokens {probe.first} to"
+                f" {probe.last} of {seen}, with {room} positions left; that is not possible."
+            )
+    return probes
+
+
+def _read(model: Any, cache: EngineCache, name: str, probes: dict[int, Probe]) -> None:
+    """One forward pass over a probe of some sequences, padded on the left."""
+    state = cache.states[0]
+    batch, width = len(state.sequences), max(len(probe.ids) for probe in probes.values())
+    ids_BQ, real_BQ = host.zeros(batch, width), host.zeros(batch, width, dtype=torch.bool)
+    for b, probe in probes.items():
+        ids_BQ[b, width - len(probe.ids) :] = host.tensor(probe.ids)
+        real_BQ[b, width - len(probe.ids) :] = True
+    cache.context.looks = {b: (probe.first, probe.last) for b, probe in probes.items()}
+    place_BQ = (real_BQ.cumsum(1) - 1).clamp_min(0) + state.sequences.seen_B[:, None]
+    device = cache.ids.all().device
+    given: dict[str, Any] = {"input_ids": ids_BQ.to(device), name: cache, "use_cache": True}
+    before_BT = cache.ids.real()
+    if not bool(real_BQ.all()) or not bool(before_BT.all()):
+        given["attention_mask"] = torch.cat([before_BT, real_BQ.to(device)], dim=1).long()
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        given["position_ids"] = place_BQ.to(device)
+    model(**given)
+
+
+def waits(cache: EngineCache, columns: int | None) -> bool:
+    """Whether a prompt is whole now and waits for its second look.
+
+    columns: of the prompt of the call that it belongs to; None: every pass is a whole prompt.
+    """
+    held = cache.context.held and not cache.context.looks
+    return held and (columns is None or cache.columns_seen >= columns)

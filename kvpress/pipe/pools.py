@@ -1,0 +1,111 @@
+"""Prompts that are held whole until they have passed all layers: then all rows are evicted at once.
+
+So it is where rows of the whole model compete for the budget by their scores, and where a prompt is
+looked at a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kvpress.formulas.apportion import by_score
+from kvpress.pipe.evict import evict
+from kvpress.pipe.stages.allocate import compressed, fit, limits_of, set_portions, write
+from kvpress.pipe.stages.format import pack_due
+from kvpress.pipe.stages.observe import stored
+from kvpress.pipe.stages.select import finite, protected, score
+from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.measures import geometry
+from kvpress.policy.slots import Slots
+from kvpress.types import EMPTY
+
+
+@torch.no_grad()
+def compress(layer: Layer, group: Sequence[int]) -> None:
+    """Brings the rows of some sequences in all layers to their quotas, the scores being known."""
+    if not group or layer.limits is None:
+        return
+    layers, rows = compressed(layer), list(group)
+    shown = [stored(other, rows, other.sequences.seen_B[rows]) for other in layers]
+    scores = [_scores(*of, rows) for of in zip(layers, shown, strict=True)]
+    if layer.recipe.pool is not None:
+        parts = [slice(i, i + 1) for i in range(len(layers))]
+        if layer.recipe.pool.scope == "model":
+            parts = [slice(None)]
+        for part in parts:
+            compete(layers[part], shown[part], scores[part], rows)
+    for other, slots, score_bHS in zip(layers, shown, scores, strict=True):
+        other.mark_dirty()
+        with other.rows.memory.lock:
+            excess_bH = other.rows.counts_BH[rows] - other.sequences.quota_BH[rows]
+            if bool((excess_bH > 0).any()):
+                evict(other, rows, slots, excess_bH, score_bHS=score_bHS)
+            if other.recipe.formats:
+                pack_due(other)
+    layer.context.pending.clear()
+    layer.context.held, layer.context.dirty = False, None
+
+
+def _scores(layer: Layer, slots: Slots, group: list[int]) -> Tensor:
+    """The scores of stored slots, `[b, H, S]`: those made with the prompt, or new ones."""
+    pending = layer.context.pending.get(layer.kind.index)
+    if not pending:
+        return finite(layer, slots, group, score(layer, slots))
+    score_bHS = torch.full_like(slots.position_BHS, -torch.inf, dtype=torch.float32)
+    for some, position_bHS, given_bHS in pending:
+        # Both hold the same tokens, each in an order of its own: by way of their positions.
+        most = int(position_bHS.max()) + 2
+        by_position = given_bHS.new_full((*given_bHS.shape[:2], most), -torch.inf)
+        by_position.scatter_(2, position_bHS + 1, given_bHS.float())  # empty slots: place 0
+        where = [group.index(b) for b in some]
+        place_bHS = (slots.position_BHS[where] + 1).clamp_max(most - 1)
+        score_bHS[where] = by_position.gather(2, place_bHS)
+    return score_bHS
+
+
+def compete(
+    layers: Sequence[Layer],
+    shown: Sequence[Slots],
+    scores: Sequence[Tensor],
+    group: Sequence[int],
+) -> None:
+    """Gives the rows of these layers quotas by the scores of their slots, sequence by sequence."""
+    guarded = [protected(*of, group) for of in zip(layers, shown, strict=True)]
+    for i, b in enumerate(group):
+        held_XS = _rows([x.position_BHS[i] != EMPTY for x in shown])
+        open_XS = held_XS & ~_rows([x[i] for x in guarded])
+        _compete(layers, _rows([x[i] for x in scores]), open_XS, held_XS.sum(-1).cpu(), b)
+
+
+def _rows(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of some layers `[H, S]` one below the other, as wide as the widest."""
+    width = max(x.shape[1] for x in parts)
+    return torch.cat([pad(x, (0, width - x.shape[1])) for x in parts])
+
+
+def _compete(
+    layers: Sequence[Layer], score_XS: Tensor, open_XS: Tensor, held_X: Tensor, b: int
+) -> None:
+    first, pool = layers[0], layers[0].recipe.pool
+    assert pool is not None, "only recipes with a pool compete"
+    limits, seen, shape = limits_of(first, b), int(first.sequences.seen_B[b]), geometry(first)
+    quota = limits.quota(seen, shape)
+    if bool((held_X <= quota.slots).all()):
+        return
+    guarded_X = held_X - open_XS.sum(-1).cpu()
+    places = int((quota.slots - guarded_X).clamp_min(0).sum())
+    own_X = (int(pool.least * quota.slots) - guarded_X).clamp_min(0)
+    slots_X = guarded_X + by_score(score_XS, open_XS, places, own_X.to(open_XS.device)).cpu()
+    if limits.budget.unit == "bytes":
+        slots_X = fit(slots_X.double().clamp_min(1), limits, seen, shape)
+    slots_X = slots_X.clamp_min(1)
+    parts = torch.split(slots_X, [layer.kind.heads for layer in layers])
+    for layer, slots_R in zip(layers, parts, strict=True):
+        quotas = [quota._replace(slots=int(n)) for n in slots_R]
+        write(layer, [b], [quotas])
+        if layer.grows:
+            set_portions(layer, [b], [[int(n) / limits.even(seen) for n in slots_R]])

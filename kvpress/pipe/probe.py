@@ -1,0 +1,99 @@
+"""Tokens that are read behind a text, look at it, and are forgotten: a second look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvpress.formulas.attention import prompt_attention
+from kvpress.formulas.ranking import gather
+from kvpress.formulas.sums import over_group
+from kvpress.pipe.prompt import candidates
+from kvpress.pipe.stages.observe import prompt_sums, stored
+from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.measures import step
+from kvpress.pipe.state.tokens import Tokens
+from kvpress.store.base import KEY, MASS, POSITION, VALUE
+from kvpress.types import EMPTY
+
+SINKS = 4  # first tokens that every softmax sees
+
+
+@torch.no_grad()
+def run_probe(layer: Layer, group: Sequence[int], tokens: Tokens) -> Tensor:
+    """Attention output `[b, N, Q, D]` of a probe of some sequences, of which nothing is stored."""
+    rows = list(group)
+    with layer.timed("second look"):
+        columns = candidates(layer, rows, tokens, layer.sequences.seen_B[rows])
+        out_bNQD = prompt_attention(
+            tokens.query_bNQD,
+            columns[KEY],
+            columns[VALUE],
+            columns[POSITION],
+            tokens.scaling,
+            tokens.softcap,
+            layer.kind.window,
+        )
+        if layer.kind.window is None:
+            for i, b in enumerate(rows):
+                part = {name: x[i : i + 1] for name, x in columns.items()}
+                _observe(layer, b, tokens.of(i), part)
+    return out_bNQD
+
+
+def start_look(layer: Layer, first_B: Tensor) -> None:
+    """Forgets what the last slots came with: nothing was observed of the tokens from these on."""
+    if layer.kind.window is not None or not layer.recipe.accumulates:
+        return
+    with layer.rows.memory.lock:
+        mass_BHS, position_BHS = layer.rows.dense(MASS), layer.rows.dense(POSITION)
+        new_BHS = position_BHS >= first_B.to(position_BHS.device)[:, None, None]
+        layer.rows.write(MASS, mass_BHS.masked_fill(new_BHS, 0.0))
+
+
+def _observe(layer: Layer, b: int, tokens: Tokens, columns: dict[str, Tensor]) -> None:
+    """Observes the slots that a probe of a sequence is of, and lets the policy keep what it saw."""
+    request = layer.recipe.stage("observe").observe(step(layer, b, tokens.query_bNQD.shape[2]))
+    if request is None:
+        return
+    first, last = layer.context.looks[b]
+    key_1HSD, position_1HS = _seen(layer, b, columns, tokens.query_bNQD.shape[2])
+    sums_1NS = prompt_sums(
+        tokens.query_bNQD,
+        key_1HSD,
+        position_1HS,
+        layer.kind.index,
+        request,
+        tokens.scaling,
+        tokens.softcap,
+    )
+    observed_1HS = over_group(sums_1NS, layer.kind.heads, request.kind)
+    slots = stored(layer, [b], layer.sequences.seen_B[[b]])
+    # Both hold the tokens of the range, each in an order of its own: by way of their positions.
+    by_position = observed_1HS.new_zeros(1, layer.kind.heads, last - first + 1)
+    place_1HS = (position_1HS - first).clamp(-1, last - first) % (last - first + 1)
+    inside_1HS = (position_1HS >= first) & (position_1HS < last)
+    by_position.scatter_add_(2, place_1HS, observed_1HS.where(inside_1HS, 0.0))
+    place_1HS = (slots.position_BHS - first).clamp(-1, last - first) % (last - first + 1)
+    inside_1HS = (slots.position_BHS >= first) & (slots.position_BHS < last)
+    slots = replace(slots, attention_BHS=by_position.gather(2, place_1HS).where(inside_1HS, 0.0))
+    layer.rows.write(MASS, layer.recipe.stage("accumulate").accumulate(slots).float(), [b])
+
+
+def _seen(layer: Layer, b: int, columns: dict[str, Tensor], new: int) -> tuple[Tensor, Tensor]:
+    """Keys and positions of what the observed softmax runs over: sinks, the range, the probe."""
+    first, last = layer.context.looks[b]
+    position_1HS = columns[POSITION]
+    sinks = max(SINKS, int(layer.sequences.guarded_B[b]))
+    seen_1HS = (position_1HS != EMPTY) & (position_1HS < min(sinks, first))
+    seen_1HS |= (position_1HS >= first) & (position_1HS < last)
+    seen_1HS[..., -new:] = True
+    # Rows may have lost different sinks: what is missing stands in front, the probe at the end.
+    width = int(seen_1HS.sum(-1).max())
+    index_1HK = seen_1HS.to(torch.uint8).argsort(dim=-1, stable=True)[..., -width:]
+    there_1HK = seen_1HS.gather(2, index_1HK)
+    position_1HK = position_1HS.gather(2, index_1HK).masked_fill(~there_1HK, EMPTY)
+    return gather(columns[KEY], index_1HK), position_1HK
