@@ -31,6 +31,7 @@ from kvpress.errors import (
 
 if TYPE_CHECKING:
     from kvpress.engine import Engine, attach, detach, engine_of
+    from kvpress.hf.roles import spans_of
     from kvpress.policy.base import Policy
     from kvpress.policy.loading import load_policy
     from kvpress.policy.options import option
@@ -56,6 +57,7 @@ __all__ = [
     "engine_of",
     "load_policy",
     "option",
+    "spans_of",
 ]
 
 _HOMES = {
@@ -66,6 +68,7 @@ _HOMES = {
     "Policy": "policy.base",
     "load_policy": "policy.loading",
     "option": "policy.options",
+    "spans_of": "hf.roles",
 }
 
 

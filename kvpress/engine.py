@@ -12,7 +12,7 @@ import torch
 
 from kvpress import ops
 from kvpress.errors import AttachError, CacheError, PolicyError
-from kvpress.hf import cache_file, calibration, learned, second_look
+from kvpress.hf import cache_file, calibration, learned, roles, second_look
 from kvpress.hf.attach import Attachment
 from kvpress.hf.cache import EngineCache
 from kvpress.hf.calls import Newest
@@ -143,12 +143,17 @@ class Engine:
         state = "attached" if self.attached else "detached"
         return f"<kvpress.Engine {str(self.recipe)!r} on {self._model_name}, {state}>"
 
-    def new_cache(self, max_new_tokens: int | None = None) -> EngineCache:
+    def new_cache(self, max_new_tokens: int | None = None, protect: Any = None) -> EngineCache:
         """An empty cache for transformers' `cache` (`past_key_values` before 5.24).
 
-        max_new_tokens: what schedules of a policy should expect.
+        max_new_tokens: what schedules of a policy should expect. protect: tokens that are never
+        evicted, such as a system prompt: a number of first tokens, ranges `(first, behind the
+        last)` without padding, or a list of these for each sequence; see `kvpress.spans_of`. Raises
+        CacheError for anything else.
         """
         cache = self.make(max_new_tokens)
+        if protect is not None:
+            roles.protect(cache, protect)
         self.newest.passed(cache)
         return cache
 
@@ -187,12 +192,14 @@ class Engine:
         *args: Any,
         cache: EngineCache | None = None,
         past_key_values: EngineCache | None = None,
+        protect: Any = None,
         **kwargs: Any,
     ) -> Any:
         """`model.generate(...)` with a compressed cache; takes and returns what transformers does.
 
         Pass the cache of an earlier call as `cache`, or by its older name, to go on from there: the
-        ids then are the whole text. Raises CacheError where they are not what the cache has seen.
+        ids then are the whole text. protect: of a new cache, see `new_cache`. Raises CacheError
+        where the ids are not what the cache has seen.
         """
         if self._attachment is None:
             raise AttachError(
@@ -204,6 +211,9 @@ class Engine:
                 f"engine.generate() continues from caches made by engine.new_cache(), got "
                 f"{type(cache).__name__}. Leave the cache out to start a new one."
             )
+        if protect is not None:
+            cache = self.new_cache() if cache is None else cache
+            roles.protect(cache, protect)
         if kwargs.get("use_cache") is False:
             raise CacheError(
                 "engine.generate(use_cache=False): it exists to use a cache. Leave the option out,"

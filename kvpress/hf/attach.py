@@ -134,6 +134,7 @@ class Attachment:
         if self._spec.recipe.probes and not cache.context.looks:
             second_look.check_room(self._model, cache, given)
         merges = not getattr(config, "output_router_logits", False) and not cache.context.looks
+        merges = merges and len(cache.context.protect) < 2  # rows that may keep other tokens
         if module is self._model and merges:
             cache.repeats = dedup.merge(given, cache, self._cache_names[id(module)], config)
         return (), given

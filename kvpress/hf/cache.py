@@ -160,6 +160,7 @@ class EngineCache(Cache):
         other = EngineCache(self.spec, self.horizon)
         other.context.ledger.notes.update(self.context.ledger.notes)
         other.context.horizon = self.context.horizon
+        other.context.protect = list(self.context.protect)
         other.context.recording.on = self.context.recording.on
         other.ids = self.ids.copy()
         for ours, theirs in zip(self._engine_layers, other._engine_layers, strict=True):

@@ -14,6 +14,7 @@ from kvpress.errors import CacheError, PolicyError
 from kvpress.hf.cache import EngineCache
 from kvpress.pipe.pools import compress
 from kvpress.pipe.probe import start_look
+from kvpress.pipe.state.sequences import Sequences
 from kvpress.policy.probes import Probe, Text
 from kvpress.policy.recipe import Recipe
 
@@ -84,7 +85,7 @@ def look_again(model: Any, cache: EngineCache, name: str) -> None:
     first = next(state for state in states if state.kind.window is None)
     seen_B, looked_B = first.sequences.seen_B, first.sequences.looked_B
     new = [b for b in range(len(seen_B)) if seen_B[b] > looked_B[b]]
-    probes = {b: _probes(model, cache, b, int(looked_B[b]), int(seen_B[b])) for b in new}
+    probes = {b: _probes(model, cache, first.sequences, b) for b in new}
     for state in states:
         start_look(state, looked_B)
     rounds = max((len(own) for own in probes.values()), default=0)
@@ -99,8 +100,9 @@ def look_again(model: Any, cache: EngineCache, name: str) -> None:
     compress(first, new)
 
 
-def _probes(model: Any, cache: EngineCache, b: int, looked: int, seen: int) -> Sequence[Probe]:
+def _probes(model: Any, cache: EngineCache, own: Sequences, b: int) -> Sequence[Probe]:
     """What the policy wants to be read behind a sequence. Raises PolicyError if it cannot be."""
+    seen, looked, sinks = (int(x[b]) for x in (own.seen_B, own.looked_B, own.sink_B))
     ids_T = cache.ids.all()[b]
     ids = ids_T[cache.ids.real()[b]].tolist()
     if len(ids) != seen or min(ids, default=0) < 0:
@@ -108,7 +110,6 @@ def _probes(model: Any, cache: EngineCache, b: int, looked: int, seen: int) -> S
             f"{cache.spec.recipe} reads every prompt a second time, but the ids of sequence {b} are"
             " not known. Pass input_ids to the model, not embeddings."
         )
-    sinks = int(cache.states[0].sequences.guarded_B[b])
     limit, recipe = positions(model), cache.spec.recipe
     room = 2**31 if limit is None else limit - seen
     text = Text(ids, min(max(looked, sinks), seen), cache.spec.encoded, room)

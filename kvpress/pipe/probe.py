@@ -87,7 +87,7 @@ def _seen(layer: Layer, b: int, columns: dict[str, Tensor], new: int) -> tuple[T
     """Keys and positions of what the observed softmax runs over: sinks, the range, the probe."""
     first, last = layer.context.looks[b]
     position_1HS = columns[POSITION]
-    sinks = max(SINKS, int(layer.sequences.guarded_B[b]))
+    sinks = max(SINKS, int(layer.sequences.sink_B[b]))
     seen_1HS = (position_1HS != EMPTY) & (position_1HS < min(sinks, first))
     seen_1HS |= (position_1HS >= first) & (position_1HS < last)
     seen_1HS[..., -new:] = True

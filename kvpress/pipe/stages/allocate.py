@@ -45,6 +45,8 @@ def set_quotas(
     if layer.limits is None or not group:
         return
     shape, quotas = geometry(layer), []
+    if layer.sequences.spans:
+        layer.sequences.guard(group, seen_b)
     layer.context.ledger.withdraw(FIXED)  # of the chunk or turn before
     for i, (b, seen) in enumerate(zip(group, seen_b.tolist(), strict=True)):
         limits = limits_of(layer, b)

@@ -19,7 +19,8 @@ def protected(layer: Layer, slots: Slots, group: Sequence[int]) -> Tensor:
     assert layer.limits is not None, "only layers with a budget select"
     own, rows, device = layer.sequences, list(group), slots.position_BHS.device
     recent_bH = own.recent_BH[rows].to(device)
-    return protect(slots.position_BHS, slots.seen_B, own.sink_B[rows], recent_bH)
+    guarded_bHS = protect(slots.position_BHS, slots.seen_B, own.sink_B[rows], recent_bH)
+    return guarded_bHS | own.spans.hold(slots.position_BHS, rows) if own.spans else guarded_bHS
 
 
 def score(layer: Layer, slots: Slots) -> Tensor:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpress.errors import CacheError
 from kvpress.formulas.rotation import Rotation
 from kvpress.host import lasting
 from kvpress.pipe.state.drafting import Recording
 from kvpress.pipe.state.growth import Growth
 from kvpress.pipe.state.meter import Meter
+from kvpress.pipe.state.spans import Ranges
 from kvpress.policy.base import Policy
 from kvpress.policy.pooling import Calibrated
 from kvpress.policy.recipe import Recipe
@@ -57,6 +59,7 @@ class Context:
     growth: Growth | None = None  # of the quotas of all layers, while tokens are decoded
     plans: dict[Hashable, list[Any]] = field(default_factory=dict)  # slots of rows, by prompt
     calibrated: Mapping[Calibrated, Mapping[str, Tensor]] = field(default_factory=dict)
+    protect: list[Ranges] = field(default_factory=list)  # of all sequences, or of each
     looks: dict[int, tuple[int, int]] = field(default_factory=dict)  # tokens that a probe is of
     held: bool = False  # whether a prompt waits until all layers have it, or for a second look
     pending: dict[int, list[tuple[list[int], Tensor, Tensor]]] = field(default_factory=dict)
@@ -69,7 +72,17 @@ class Context:
         self.ledger.bytes_peak = 0
         self.recording = Recording()
         self.newest = self.dirty = self.growth = None
-        self.looks, self.held = {}, False
+        self.protect, self.looks, self.held = [], {}, False
+
+    def protected(self, batch: int) -> list[Ranges]:
+        """The protected tokens of so many sequences. Raises CacheError if they do not fit."""
+        given = len(self.protect)
+        if batch % given:
+            raise CacheError(
+                f"protect= names tokens of {given} sequences, but the batch has {batch}. Give one"
+                " list of ranges for all sequences, or one for each."
+            )
+        return [ranges for ranges in self.protect for _ in range(batch // given)]
 
     def forget(self) -> None:
         """Forgets what was made of the rows of all layers, of which some are gone."""

@@ -68,6 +68,8 @@ class Layer:
         self.token_dtype = key_BHQD.dtype
         self.store = self.stores.new(key_BHQD, value_BHQD)
         self.sequences.begin(len(key_BHQD), self.stores.starts, key_BHQD.device)
+        if self.context.protect and self.kind.window is None:
+            self.sequences.protect(self.context.protected(len(key_BHQD)))
         self._in_step, self.excess = None, Excess()
 
     # Whole sequences

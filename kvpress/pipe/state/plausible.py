@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpress import host
 from kvpress.errors import CacheError
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import geometry
@@ -34,6 +35,9 @@ def check_counters(layer: Layer) -> None:
     sink = layer.limits.sink if layer.limits else 0
     if bool((own.sink_B < sink).any()) or bool((own.guarded_B < own.sink_B.cpu()).any()):
         raise CacheError(f"{layer.recipe} protects {sink} first tokens, not {own.sink_B.tolist()}.")
+    least_B = [int(own.sink_B[b]) + own.spans.count(b, 2**31) for b in range(len(own))]
+    if bool((own.guarded_B > host.tensor(least_B)).any()):
+        raise CacheError(f"{own.guarded_B.tolist()} tokens cannot be protected.")
     portion_R = own.portion_R
     if not bool((portion_R > 0).all() if layer.recipe.uneven else (portion_R == 1).all()):
         raise CacheError(f"Rows cannot get {portion_R.tolist()} of a budget.")

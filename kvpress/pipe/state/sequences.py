@@ -14,6 +14,7 @@ from torch import Tensor
 from kvpress import host
 from kvpress.host import lasting
 from kvpress.pipe.state.drafting import Drafts
+from kvpress.pipe.state.spans import Ranges, Spans
 from kvpress.policy.budget import UNLIMITED
 
 
@@ -139,6 +140,7 @@ class Sequences:
     decoded: Decoded = field(default_factory=Decoded)
     watched: Watched = field(default_factory=Watched)
     drafts: Drafts = field(default_factory=Drafts)
+    spans: Spans = field(default_factory=Spans)  # protected tokens behind the first ones
 
     @classmethod
     def counters(cls) -> dict[str, Counter]:
@@ -162,6 +164,23 @@ class Sequences:
         for name, of in self.counters().items():
             if not of.on_host:
                 setattr(self, name, getattr(self, name).to(device))
+
+    def protect(self, ranges: Sequence[Ranges]) -> None:
+        """Protects tokens of every sequence; those from the first one on are sinks."""
+        rest, sinks = [], self.sink_B.tolist()
+        for b, own in enumerate(ranges):
+            if own and own[0][0] <= sinks[b]:
+                sinks[b], own = max(sinks[b], own[0][1]), own[1:]
+            rest.append(tuple((max(first, sinks[b]), last) for first, last in own))
+        self.guarded_B, self.spans = host.tensor(sinks), Spans(rest)
+        self.sink_B = self.guarded_B.to(self.sink_B.device)
+
+    def guard(self, group: Sequence[int], seen_b: Tensor) -> None:
+        """Counts the protected tokens of some sequences that have seen so many."""
+        self.guarded_B = self.guarded_B.clone()  # growths tell by the tensor
+        sinks = self.sink_B.tolist()
+        for b, seen in zip(group, seen_b.tolist(), strict=True):
+            self.guarded_B[b] = sinks[b] + self.spans.count(b, seen)
 
     def __len__(self) -> int:
         return len(self.seen_B)

@@ -26,6 +26,7 @@ from kvpress.pipe.state.plausible import (
     check_whole,
 )
 from kvpress.pipe.state.sequences import Watched
+from kvpress.pipe.state.spans import Spans
 from kvpress.store import Rows
 from kvpress.store.base import KEY, VALUE
 from kvpress.store.saved import ANY, expect
@@ -185,6 +186,8 @@ def _set_counters(layer: Layer, tensors: dict[str, Tensor]) -> None:
         if not tensor.is_floating_point() and bool((tensor < 0).any()):
             raise CacheError(f"{name} is negative: {tensor.tolist()}.")
     own.load(found)
+    expect({n: x for n, x in tensors.items() if n == "spans"}, {"spans": (torch.int64, (ANY, 3))})
+    own.spans = Spans.load(tensors.pop("spans"), sequences)
     check_counters(layer)
 
 
