@@ -1,9 +1,10 @@
 """Budgets for every layer and KV head, found once per model, for any policy that scores.
 
-1. On a few texts, the best quarter of the slots of all layers and heads together is chosen by how
-   much a repetition of the text attends to them; F is the share of its tokens that each row keeps.
-2. A budget f gives a row the part clamp(c·F, least, 1) of the tokens, with the factor c for which
-   the mean over all rows is f. While decoding, rows grow in proportion.
+1. On a few texts, the best slots of all layers and heads together are chosen by how much a
+   repetition of the text attends to them, for fractions from 1/64 to 3/4; F(f) is the share of its
+   tokens that a row keeps of the fraction f: the mean of the texts, on lines between fractions.
+2. A budget f gives a row the part F(f) of the tokens, and at least `least`·f. While decoding, rows
+   grow in proportion.
 
 F comes from a file of `kvpress calibrate heads`; nothing is guessed for a model that has none.
 
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvpress.policy import Calibrated, Policy, Room, option
+from kvpress.policy import Calibrated, Policy, Room, option, shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,10 @@ class Heads(Policy):
 
     @property
     def calibrated(self) -> Calibrated:
-        return Calibrated("heads", self.calibration)
+        return Calibrated("heads", ("share_LHX",), self.calibration)
 
     def allocate(self, room: Room) -> Tensor:
-        share_LH = room.calibrated["share_LH"].double()
-        share_LH = share_LH.clamp_min(self.least * share_LH.mean())
+        fraction = min(1.0, room.slots / room.seen)
+        share_LH = shares.at(room.calibrated["share_LHX"], fraction)
+        share_LH = share_LH.clamp_min(self.least * fraction)
         return room.slots * share_LH / share_LH.mean()

@@ -5,7 +5,8 @@
    least one that reaches the largest.
 3. The last `residual` tokens stay as they came; tokens become old a group at a time.
 
-Differs from the paper: values wait for the tokens of a group, as keys do. `guard`: rows whose
+Differs from the paper: values wait for the tokens of a group, as keys do; of short rows at most a
+32nd stays as it came, and groups hold 32 tokens. `guard`: rows whose
 attention output moves by more than this share on average over the last 32 queries are kept at 8
 bits, since a few heads of some models do not stand fewer.
 """
@@ -28,7 +29,7 @@ class Quant(Policy):
     group: int | None = option(
         None, "numbers that share a step, multiple of 32; none: 128, 64, 32 at 8, 4, 2 bits", low=32
     )
-    residual: int = option(32, "last tokens that stay as they came", low=0)
+    residual: int = option(32, "last tokens that stay as they came, at most a 32nd of a row", low=0)
     guard: float | None = option(
         0.5, "error of a row's attention output above which it gets 8 bits; none: never", low=0
     )

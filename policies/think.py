@@ -8,9 +8,9 @@
 3. Value channels (appendix D): ‖softmax(QKᵀ/√D) V_j‖², over the window, its causal mask applied.
 
 Differs from the paper: one set per KV head (theirs: per query head, on repeated keys); new keys are
-pruned as they become old (theirs stay whole). Defaults are those of the code: keep 0.6, window 32,
-recent 32. `forward_selection` adds the channel that changes ‖QKᵀ‖ least, given those dropped
-before; `pairs` drops both channels that a rotation turns.
+pruned as they become old (theirs stay whole); at most a 32nd of a row is recent. Defaults are those
+of the code: keep 0.6, window 32, recent 32. `forward_selection` adds the channel that changes
+‖QKᵀ‖ least, given those dropped before; `pairs` drops both channels that a rotation turns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class ThinK(Policy):
     keep: float = option(0.6, "key channels kept, fraction (paper: 0.6)", low=0.01, high=1)
     value_keep: float = option(1.0, "value channels kept, fraction", low=0.01, high=1)
     window: int = option(32, "last queries of the prompt that decide (code: 32)", low=1)
-    recent: int = option(32, "last tokens that keep all channels (code: 32)", low=0)
+    recent: int = option(
+        32, "last tokens that keep all channels, at most a 32nd of a row (code: 32)", low=0
+    )
     method: str = option(
         "greedy", "how key channels are chosen", choices=("greedy", "forward_selection")
     )

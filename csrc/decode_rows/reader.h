@@ -40,12 +40,17 @@ class Reader {
       return block;
     }
     E* copy = scratch<E, struct Copies>(kBlock * (width_ + value_width_));
-    for (int64_t i = 0; i < block.slots; i++) {
+    for (int64_t i = 0, run; i < block.slots; i += run) {  // neighbours in a page and in a tile together
       const int64_t slot = begin + i, page = table[slot / page_slots], offset = slot % page_slots;
-      E* tile = copy + i / kTile * kTile * width_;
-      for (int64_t d = 0; d < width_; d++)
-        tile[d * kTile + i % kTile] = keys[(page * width_ + d) * page_slots + offset];
-      std::copy_n(values + (page * page_slots + offset) * value_width_, value_width_,
+      run = std::min({page_slots - offset, kTile - i % kTile, block.slots - i});
+      E* tile = copy + i / kTile * kTile * width_ + i % kTile;
+      const E* from = keys + page * width_ * page_slots + offset;
+      if (run == kTile / 2) {  // of a known length, which is one load and one store
+        for (int64_t d = 0; d < width_; d++) std::copy_n(from + d * page_slots, kTile / 2, tile + d * kTile);
+      } else {
+        for (int64_t d = 0; d < width_; d++) std::copy_n(from + d * page_slots, run, tile + d * kTile);
+      }
+      std::copy_n(values + (page * page_slots + offset) * value_width_, run * value_width_,
                   copy + kBlock * width_ + i * value_width_);
     }
     for (int64_t t = 0; t * kTile < block.slots; t++) {

@@ -91,7 +91,7 @@ struct Part {
   float* mass;            // [P, S] or null
   int64_t* dropped;       // [R] or null
 };
-constexpr int kMostParts = 2;
+constexpr int kMostParts = 4;  // ordinary and short rows, each with those that a guard keeps wide
 
 struct Logits {
   double scaling, softcap;

@@ -17,10 +17,10 @@ Layout layout_of(const char* op, const int64_t* sizes) {
       refuse(op, "layout: size ", i, " is ", sizes[i], "; 1 to ", kMostSize, " are allowed");
   if (!known(sizes[5]) || !known(sizes[6])) refuse(op, "layout: bits must be 16, 8, 4, 2");
   const Layout l(sizes);
-  if (l.slots % (l.key_bits < 16 || l.value_bits < 16 ? 64 : 16) || l.key_group % 32 || l.slots % l.key_group ||
+  if (l.slots % (l.key_bits < 16 || l.value_bits < 16 ? 32 : 16) || l.key_group % 32 || l.slots % l.key_group ||
       l.value_group % 32)
     refuse(op,
-           "layout: slots must be a multiple of 64 (16 where nothing is quantised) and of key_group, groups "
+           "layout: slots must be a multiple of 32 (16 where nothing is quantised) and of key_group, groups "
            "multiples of 32");
   if (l.key_kept > l.key_width || l.value_kept > l.value_width || l.key_width > kMostWidth ||
       l.value_width > kMostWidth)

@@ -54,8 +54,8 @@ class PageLayout(NamedTuple):
         slots, group = self.slots, self.key_group
         if min(self) < 1 or max(self) > MOST_SIZE:
             why = f"every size must be 1 to {MOST_SIZE}"
-        elif slots % (64 if min(self.key_bits, self.value_bits) < 16 else 16):
-            why = "slots must be a multiple of 64, of 16 where nothing is quantised"
+        elif slots % (32 if min(self.key_bits, self.value_bits) < 16 else 16):
+            why = "slots must be a multiple of 32, of 16 where nothing is quantised"
         elif group % 32 or slots % group or self.value_group % 32:
             why = "groups must be multiples of 32, and slots one of key_group"
         elif self.key_kept > self.key_width or self.value_kept > self.value_width:
@@ -172,7 +172,7 @@ def checked(op: str, sizes: Sequence[int]) -> PageLayout:
 # was dropped; mass fp32 [P, S]; dropped slots int64 [R]. The last three may be empty: nothing was
 # dropped, nothing is accumulated.
 PART = ("pages", "key_channels", "value_channels", "table", "counts", "position", "mass", "dropped")
-MOST_PARTS = 2
+MOST_PARTS = 4
 SPAN = 64  # the columns that weights give a part are a multiple of this
 
 

@@ -19,11 +19,15 @@ from kvpress.store import sealed
 
 
 class Learned(NamedTuple):
-    """What was found out of a model. settings: with what. done: the texts that were looked at."""
+    """What was found out of a model.
+
+    settings: with what. done: how many texts were looked at. finished: whether that was all.
+    """
 
     tensors: dict[str, Tensor]
     settings: dict[str, Any]
-    done: list[int]
+    done: int = 0
+    finished: bool = False
 
 
 def write(path: str | Path, model: Any, kind: str, found: Learned) -> None:
@@ -32,8 +36,7 @@ def write(path: str | Path, model: Any, kind: str, found: Learned) -> None:
         "kind": kind,
         "weights": identity(model),
         "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
-        "settings": found.settings,
-        "done": found.done,
+        **{name: getattr(found, name) for name in Learned._fields[1:]},
     }
     sealed.write(path, found.tensors, facts, private=False)
 
@@ -54,14 +57,14 @@ def read(path: str | Path, model: Any, kind: str) -> Learned:
                 f"calibration={path} was made for {facts.get('model')!r} with {name}="
                 f"{facts.get(name)!r}; here it is {ours!r}. {how}"
             )
-    settings, done = facts.get("settings"), facts.get("done")
+    rest: list[Any] = [facts.get(name) for name in Learned._fields[1:]]
     finite = all(bool(x.float().isfinite().all()) for x in tensors.values())
-    if not isinstance(settings, dict) or not isinstance(done, list) or not finite:
+    if [type(x) for x in rest] != [dict, int, bool] or not finite:
         raise PolicyError(
             f"calibration={path} has a right checksum, but what is in it cannot be a calibration."
             f" {how}"
         )
-    return Learned(dict(tensors), settings, done)
+    return Learned(dict(tensors), *rest)
 
 
 def calibrated(
@@ -84,14 +87,27 @@ def calibrated(
                 f" {getattr(model.config, 'name_or_path', '') or 'MODEL'} --out FILE, and give it:"
                 f" {policy.name}:calibration=FILE."
             )
-        known[wanted] = _fitting(read(file, model, wanted.kind).tensors, shape, file)
+        known[wanted] = _fitting(read(file, model, wanted.kind), wanted, shape, file)
     return known
 
 
 def _fitting(
-    tensors: Mapping[str, Tensor], shape: Fingerprint, file: str | Path
+    found: Learned, wanted: Calibrated, shape: Fingerprint, file: str | Path
 ) -> dict[str, Tensor]:
-    """The tensors in fp32, if they are of so many layers."""
+    """The tensors that are wanted, in fp32, if they are there and of so many layers."""
+    how = f"kvpress calibrate {wanted.kind}"
+    if not found.finished:
+        raise PolicyError(
+            f"calibration={file} is unfinished: {found.done} texts were read. Run {how} with the"
+            " same options again; it goes on from there."
+        )
+    missing = [name for name in wanted.names if name not in found.tensors]
+    if missing:
+        raise PolicyError(
+            f"calibration={file} has no {', '.join(missing)}: {how} could not find it out for this"
+            f" model. It has {', '.join(found.tensors)}."
+        )
+    tensors = {name: found.tensors[name] for name in wanted.names}
     layers = sum(kind.window is None for kind in shape.kinds)
     if any(len(x) != layers for x in tensors.values()):
         raise PolicyError(

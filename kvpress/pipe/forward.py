@@ -84,12 +84,21 @@ def _pass(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
         else:
             out = _run_groups(layer, tokens, valid_BQ)
         if layer.recipe.formats and not layer.sequences.drafts.tokens and not layer.context.held:
-            pack_due(layer)
+            pack_due(layer, _read(layer, new, valid_BQ))
     layer.context.dirty = None
     return out
 
 
 _pass_outside = lasting(_pass)
+
+
+def _read(layer: Layer, columns: int, valid_BQ: Tensor | None) -> dict[int, int]:
+    """How many tokens of a prompt each sequence has read, where these are more than one."""
+    if columns == 1:
+        return {}
+    whole = [columns] * len(layer.sequences)
+    new_b = enumerate(whole if valid_BQ is None else valid_BQ.sum(1).tolist())
+    return {b: new for b, new in new_b if new > 1}
 
 
 def _with_drafts(layer: Layer, tokens: Tokens, drafted: int) -> Tensor:

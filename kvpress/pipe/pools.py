@@ -45,7 +45,7 @@ def compress(layer: Layer, group: Sequence[int]) -> None:
             if bool((excess_bH > 0).any()):
                 evict(other, rows, slots, excess_bH, score_bHS=score_bHS)
             if other.recipe.formats:
-                pack_due(other)
+                pack_due(other, dict(zip(rows, other.sequences.seen_B[rows].tolist(), strict=True)))
     layer.context.pending.clear()
     layer.context.held, layer.context.dirty = False, None
 

@@ -106,7 +106,7 @@ def _store(layer: Layer, survivors: list[Survivors], chunks: list[tuple[Tokens, 
         evicted = any(kept.evicted for kept in survivors)
         if evicted:
             layer.evicted_at = layer.columns_seen
-        changed = evicted or layer.recipe.gathers
+        changed = evicted or layer.recipe.gathers_prompts
         if not bool(layer.rows.counts.any()) or (
             changed and not _in_place(layer, survivors, chunks)
         ):
@@ -226,12 +226,24 @@ def _observe(layer: Layer, chunk: _Chunk, sums_BNS: Tensor | None) -> Slots:
         key_width=layer.key_width,
         asked=_queries(layer, tokens),
         rotation=layer.rotation,
-        calibrated=layer.context.calibrated_for(layer.recipe.stage("score")),
+        calibrated=layer.calibrated,
     )
-    if layer.recipe.gathers:
+    if layer.recipe.gathers_prompts:
+        slots = _without_steps(layer, chunk.group, slots)
         mass_BHS = layer.recipe.stage("accumulate").accumulate(slots).float()
         slots = replace(slots, mass_BHS=mass_BHS)
     return slots
+
+
+def _without_steps(layer: Layer, group: list[int], slots: Slots) -> Slots:
+    """The slots, where masses come with prompts alone: those since the last one have none yet."""
+    own = layer.sequences
+    if layer.recipe.gathers or slots.mass_BHS is None:
+        return slots
+    known_b11 = own.looked_B[group][:, None, None].to(slots.position_BHS.device)
+    own.looked_B = own.looked_B.clone()
+    own.looked_B[group] = own.seen_B[group]
+    return replace(slots, mass_BHS=slots.mass_BHS.where(slots.position_BHS < known_b11, 0.0))
 
 
 def _queries(layer: Layer, tokens: Tokens) -> Queries | None:

@@ -4,9 +4,10 @@ All that a policy file needs of the engine is here.
 """
 
 from kvpress.errors import PolicyError
+from kvpress.formulas import expected, ridge, shares
 from kvpress.formulas.merging import KeyMerge, Merging
 from kvpress.formulas.noise import NO_QUERY, uniform
-from kvpress.formulas.ranking import keep_top, protect, ranking
+from kvpress.formulas.ranking import gather, keep_top, protect, ranking
 from kvpress.formulas.rotation import Rotation
 from kvpress.formulas.sums import Observation, over_group
 from kvpress.policy.base import Policy
@@ -48,11 +49,15 @@ __all__ = [
     "Step",
     "Text",
     "Window",
+    "expected",
+    "gather",
     "keep_top",
     "option",
     "over_group",
     "protect",
     "ranking",
+    "ridge",
     "share",
+    "shares",
     "uniform",
 ]

@@ -40,6 +40,8 @@ class Policy:
 
     # True: a mass stays with the slots; `accumulate` renews it with every chunk and decode step.
     accumulates: ClassVar[bool] = False
+    # False: with prompts alone; slots that came while decoding have the mass 0 until the next one.
+    accumulates_steps: ClassVar[bool] = True
     # Value of the option `mode` -> options that are not given (none) and what they then are.
     modes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 

@@ -19,6 +19,8 @@ from kvpress.formulas.rotation import Rotation
 from kvpress.types import EMPTY
 
 _RAW_SLOTS, _SLOTS = 32, 64  # of a page of old slots: as they came, and quantised
+_UNIT = 128  # bits of a key channel in a page: kernels read as many at once
+SHORT = 512  # slots below which a row with a budget is short, and has smaller pages
 WIDE = 8  # bits of rows that the guard keeps from fewer
 
 
@@ -100,15 +102,43 @@ class Window:
 
 
 def layouts(
-    packing: Packing | None, widths: tuple[int, int], kept: tuple[int, int], item_bytes: int
+    packing: Packing | None,
+    widths: tuple[int, int],
+    kept: tuple[int, int],
+    item_bytes: int,
+    short: bool,
 ) -> list[PageLayout]:
-    """How old pages lie in memory; a second layout is that of rows which the guard keeps wide."""
-    rule, slots = packing or Packing(), page_slots(packing)
-    groups = min(rule.key_group, slots), rule.value_group
+    """How old pages lie in memory, by the number that `format_of` gives a row.
+
+    short: whether there are short rows.
+    """
+    rule = packing or Packing()
     bits = [(rule.key_bits, rule.value_bits)]
-    if rule.bound is not None and min(bits[0]) < WIDE:
+    if guards(packing):
         bits.append((max(WIDE, rule.key_bits), max(WIDE, rule.value_bits)))
-    return [PageLayout(slots, *widths, *kept, *pair, *groups, item_bytes) for pair in bits]
+    sizes = [page_slots(packing), *([short_slots(packing)] if short else [])]
+    return [
+        PageLayout(
+            slots, *widths, *kept, *pair, min(rule.key_group, slots), rule.value_group, item_bytes
+        )
+        for slots in sizes
+        for pair in bits
+    ]
+
+
+def format_of(packing: Packing | None, wide_BH: Tensor, short_BH: Tensor) -> Tensor:
+    """The number of the layout of each row: int64.
+
+    wide_BH: rows that the guard keeps at 8 bits. short_BH: rows in smaller pages.
+    """
+    return wide_BH.long() + (1 + guards(packing)) * short_BH.long()
+
+
+def guards(packing: Packing | None) -> bool:
+    """Whether rows may be kept at 8 bits instead of fewer."""
+    if packing is None or packing.bound is None:
+        return False
+    return min(packing.key_bits, packing.value_bits) < WIDE
 
 
 def page_slots(packing: Packing | None) -> int:
@@ -117,3 +147,13 @@ def page_slots(packing: Packing | None) -> int:
     if min(rule.key_bits, rule.value_bits) == 16:
         return _RAW_SLOTS
     return _SLOTS if rule.key_bits == 16 else math.lcm(_SLOTS, rule.key_group)
+
+
+def short_slots(packing: Packing | None) -> int:
+    """The same of short rows, whose keys share their steps with fewer others.
+
+    Of n slots, n/p pages cost as many steps, while p/2 slots wait for a page at full width: the
+    best p grows with the square root of n. A page of 32 is the better one below about 600 slots.
+    """
+    rule = packing or Packing()
+    return min(page_slots(packing), max(_RAW_SLOTS, _UNIT // rule.key_bits))

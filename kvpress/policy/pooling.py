@@ -13,10 +13,12 @@ from kvpress.errors import PolicyError
 class Calibrated(NamedTuple):
     """Tensors that a policy needs to know of a model, from a file of `kvpress calibrate`.
 
-    kind: what was calibrated. file: None: the one that ships for the model.
+    kind: what was calibrated. names: the tensors, each with a part for every layer that has a
+    budget. file: None: the one that ships for the model.
     """
 
     kind: str
+    names: tuple[str, ...]
     file: str | None = None
 
 

@@ -93,7 +93,12 @@ class Recipe:
 
     @functools.cached_property
     def gathers(self) -> bool:
-        """Whether the mass is renewed with every chunk and step, and not by probes alone."""
+        """Whether the mass is renewed with every chunk and step."""
+        return self.gathers_prompts and all(p.accumulates_steps for p in self.policies)
+
+    @functools.cached_property
+    def gathers_prompts(self) -> bool:
+        """Whether the mass is renewed with every chunk of a prompt, and not by probes alone."""
         return self.accumulates and not self.probes
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""When slots become old: a page at a time, once `residual` later ones are there."""
+"""When slots become old: a page at a time, once the slots that stay as they came are behind it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from kvpress.formulas.page_layout import PageLayout
 from kvpress.store.base import KEY, POSITION, VALUE, Survivors
 from kvpress.store.compaction import compact
 from kvpress.store.decided import Decided, kept_of
+from kvpress.store.division import Division, Held, pages_of
 from kvpress.store.packed import PackedRows
-from kvpress.store.packing import pack
+from kvpress.store.packing import finite, pack
 from kvpress.store.paged import PagedRows
 from kvpress.store.rows import Layouts, by_position
+from kvpress.types import EMPTY
 
 
 class PageAging:
     """Recent slots of one layer, and parts of old ones: one for each format.
 
-    Args: recent: the store of recent slots. page: slots of an old page. residual: last slots that
-    stay as they came. ordered: nothing is ever dropped.
+    Args: recent: the store of recent slots. division: the rule by which slots become old. ordered:
+    nothing is ever dropped.
     """
 
-    def __init__(self, recent: PagedRows, page: int, residual: int, ordered: bool) -> None:
-        self._recent, self._page, self._residual, self._ordered = recent, page, residual, ordered
+    def __init__(self, recent: PagedRows, division: Division, ordered: bool) -> None:
+        self._recent, self._division, self._ordered = recent, division, ordered
         self.parts: list[PackedRows] = []  # none until something is decided
         self.decided = Decided(recent.sequences, recent.heads, recent.device)
         self.room = 0  # tokens that surely come before a slot becomes old
@@ -36,6 +38,11 @@ class PageAging:
     def recent(self) -> PagedRows:
         """The slots that are not old."""
         return self._recent
+
+    @property
+    def filled(self) -> list[PackedRows]:
+        """The parts that have pages: what operators must look at."""
+        return [part for part in self.parts if part.paging.pool.pages]
 
     @property
     def kept(self) -> tuple[int, int] | None:
@@ -51,25 +58,35 @@ class PageAging:
     @property
     def wide_rows(self) -> int:
         """Rows whose old slots a guard keeps at more bits."""
-        return int(self.decided.wide_R.sum())
+        bits = [part.layout.key_bits + part.layout.value_bits for part in self.parts]
+        return sum(bits[n] > bits[0] for n in self.decided.format_R[self.decided.decided_R])
 
     @property
     def decided_B(self) -> Tensor:
         """For which sequences it is decided how old slots are stored: bool, on the host."""
         return self.decided.decided_B
 
-    def due(self) -> list[int]:
-        """Sequences with rows of which at least a page has become old."""
-        if self.room > 0:
-            return []
-        most = self._residual + self._page
-        counts_BH = self.recent.counts_BH
-        self.room = most - int(counts_BH.max()) if counts_BH.numel() else most
-        return (counts_BH >= most).any(1).nonzero().flatten().tolist()
+    def due(self, first_B: Tensor, ended: Sequence[int] = ()) -> list[int]:
+        """Sequences with rows of which at least a page has become old; empty pages are let go.
+
+        first_B: tokens that come to a sequence before it is decided how it is stored. ended: those
+        that have read a prompt, of which a part of a page may be enough. Where it is not decided
+        yet how a sequence is stored, its pages may turn out to be larger.
+        """
+        for part in self.parts:
+            part.let_go()
+        held = self._held(None)
+        first_R = first_B.masked_fill(self.decided_B, 0).repeat_interleave(self.recent.heads)
+        room_R = self._division.room(held).maximum(first_R)
+        self.room = int(room_R.min()) if len(room_R) else self._division.page[0]
+        ready_R = room_R == 0
+        if ended:
+            ready_R |= self._division.packed(held, self._among(ended)) > 0
+        return self._by_sequence(ready_R).any(1).nonzero().flatten().tolist()
 
     def before_old(self, sequence: int) -> int:
-        """At least so many tokens come to a sequence before one of its slots becomes old."""
-        return self._residual + self._page - int(self.recent.counts_BH[sequence].max())
+        """At least so many tokens come to a sequence before a page of it is old."""
+        return int(self._division.room(self._held([sequence])).min())
 
     def decide(
         self,
@@ -77,12 +94,11 @@ class PageAging:
         layouts: Sequence[PageLayout],
         key_channels_bHC: Tensor,
         value_channels_bHU: Tensor,
-        wide_bH: Tensor,
+        format_bH: Tensor,
     ) -> None:
         """Settles how old slots of some sequences are stored, for as long as they are here.
 
-        layouts: the second one, if there is one, is for rows that are kept wide. wide_bH: these,
-        bool, on the host.
+        format_bH: which of the layouts is that of a row: int64, on the host.
         """
         recent = self.recent
         if not self.parts:
@@ -94,51 +110,37 @@ class PageAging:
                 PackedRows(*sizes, layout, volatile, like, self._ordered) for layout in layouts
             ]
         row_R = recent.paging.table.row_index(sequences)
-        self.decided.settle(sequences, row_R, key_channels_bHC, value_channels_bHU, wide_bH)
+        self.decided.settle(sequences, row_R, key_channels_bHC, value_channels_bHU, format_bH)
         _share_channels(self.decided, self.parts)
+
+    def to_pack(self, sequence: int, format_H: Tensor, ended: bool) -> Tensor:
+        """How many slots of each row would be packed in these formats: int64 `[H]`."""
+        held = self._held([sequence], format_H)
+        return self._division.packed(held, host.full((len(format_H),), ended, torch.bool))
 
     # Recent slots become old, and old ones recent
 
-    def pack_old(self, sequences: Sequence[int]) -> None:
-        """Packs what has become old of some sequences, whole pages, the first tokens first."""
-        columns = self.recent.dense_by_position(sequences)
+    def pack_old(self, sequences: Sequence[int], ended: Sequence[int] = ()) -> None:
+        """Packs what has become old of some sequences, whole pages, the first tokens first.
+
+        ended: those that have read a prompt: their last page need not be full.
+        """
         row_r = self.recent.paging.table.row_index(sequences)
-        count_r = self.recent.counts[row_r]
-        pages_r = (count_r - self._residual).clamp_min(0) // self._page
-        self._add_pages(columns, row_r, count_r, pages_r)
-        left_r = count_r - pages_r * self._page
-        self._leave_last(columns, tuple(sequences), left_r, self.recent.page_slots)
+        slots_r = self._division.packed(self._held(sequences), self._among(ended)[row_r])
+        if bool(slots_r.any()):
+            columns = self.recent.dense_by_position(sequences)
+            count_r = self.recent.counts[row_r]
+            slots_r = slots_r * finite(columns[KEY].flatten(0, 1), columns[VALUE].flatten(0, 1))
+            for number, part in enumerate(self.parts):
+                mine_r = slots_r * (self.decided.format_R[row_r] == number)
+                _add_pages(part, columns, row_r, columns[POSITION].shape[2] - count_r, mine_r)
+            self._leave_last(columns, tuple(sequences), count_r - slots_r)
+        for part in self.parts:
+            compact(part, row_r)
         self.room = 0
 
-    def _add_pages(
-        self, columns: Mapping[str, Tensor], row_r: Tensor, count_r: Tensor, pages_r: Tensor
-    ) -> None:
-        """Packs the first pages of some rows, which hold so many slots."""
-        device, size = self.recent.device, self._page
-        # One entry for each new page: the number of its row among these, and, since entries of a
-        # row are neighbours, which of its pages it is. Dense rows end together: they start at S −
-        # count.
-        from_A = host.arange(len(row_r)).repeat_interleave(pages_r)
-        page_A = host.arange(len(from_A)) - torch.searchsorted(from_A, from_A)
-        first_A = columns[POSITION].shape[2] - count_r[from_A] + page_A * size
-        slot_AS = first_A[:, None] + host.arange(size)
-        for number, part in enumerate(self.parts):
-            mine_A = self.decided.wide_R[row_r[from_A]] == bool(number)
-            if bool(mine_A.any()):
-                own_A, slots = from_A[mine_A], slot_AS[mine_A].to(device)
-                at = (own_A.to(device)[:, None], slots)
-                old = {name: column.flatten(0, 1)[at] for name, column in columns.items()}
-                channels = part.channels(row_r[own_A])
-                page_AX = pack(part.layout, old.pop(KEY), old.pop(VALUE), channels)
-                part.add(row_r[own_A], page_AX, old)
-            compact(part)
-
     def _leave_last(
-        self,
-        columns: Mapping[str, Tensor],
-        sequences: tuple[int, ...],
-        left_r: Tensor,
-        headroom: int,
+        self, columns: Mapping[str, Tensor], sequences: tuple[int, ...], left_r: Tensor
     ) -> None:
         """Leaves only the last slots of some sequences recent, of columns ordered by position."""
         device, held = self.recent.device, columns[POSITION].shape[2]
@@ -149,7 +151,7 @@ class PageAging:
         at = (torch.arange(len(left_r), device=device)[:, None], slot_rS)
         kept = {name: self._by_sequence(x.flatten(0, 1)[at]) for name, x in columns.items()}
         survivors = Survivors(sequences, kept, left_r.view(-1, self.recent.heads))
-        self.recent.fill([survivors], headroom)
+        self.recent.fill([survivors])
 
     def unpack_last(self, missing_R: Tensor) -> None:
         """Makes at least so many old slots of each row recent ones."""
@@ -157,27 +159,39 @@ class PageAging:
         columns = {name: recent.dense(name) for name in recent.columns}
         counts_R = recent.counts.clone()
         for number, part in enumerate(self.parts):
-            mine_R = self.decided.wide_R == bool(number)
-            taken_R, taken = part.take_last(missing_R * mine_R)
+            taken_R, taken = part.take_last(missing_R * (self.decided.format_R == number))
             counts_R += taken_R
-            slot_S = host.arange(taken[POSITION].shape[2])
-            beyond_BHS = self._by_sequence(slot_S >= taken_R[:, None])
-            taken[POSITION] = taken[POSITION].masked_fill(beyond_BHS.to(recent.device), -1)
             columns = {n: torch.cat([taken[n].to(x.dtype), x], dim=2) for n, x in columns.items()}
-        everybody = tuple(range(recent.sequences))
-        self._leave_last(by_position(columns), everybody, counts_R, 0)
+        self._leave_last(by_position(columns), tuple(range(recent.sequences)), counts_R)
 
     def _by_sequence(self, rows: Tensor) -> Tensor:
         """What belongs to rows, `[R, ...]`, as `[B, H, ...]`."""
         heads = self.recent.heads
         return rows.view(len(rows) // heads, heads, *rows.shape[1:])
 
+    def _among(self, sequences: Sequence[int]) -> Tensor:
+        """Which rows are those of some sequences: bool, on the host."""
+        among_R = host.zeros(len(self.recent.counts), dtype=torch.bool)
+        among_R[self.recent.paging.table.row_index(sequences)] = True
+        return among_R
+
+    def _held(self, sequences: Sequence[int] | None, format_R: Tensor | None = None) -> Held:
+        """What rows hold; where nothing is decided in the format with the smallest pages."""
+        row_R, decided = self.recent.paging.table.row_index(sequences), self.decided
+        old, holes = host.zeros(len(row_R)), host.zeros(len(row_R))
+        for part in self.parts:
+            old, holes = old + part.counts[row_R], holes + part.dropped[row_R]
+        least = min(range(len(self._division.page)), key=self._division.page.__getitem__)
+        if format_R is None:
+            format_R = decided.format_R[row_R].long().where(decided.decided_R[row_R], least)
+        return Held(self.recent.counts[row_R], old, holes, format_R)
+
     # Whole sequences
 
     def select(self, index: Sequence[int]) -> PageAging:
         """One whose sequence i holds what sequence `index[i]` holds, in the same pages."""
         recent = self.recent.select_sequences(index)
-        chosen = PageAging(recent, self._page, self._residual, self._ordered)
+        chosen = PageAging(recent, self._division, self._ordered)
         chosen.parts = [part.select_sequences(index) for part in self.parts]
         chosen.decided = self.decided.select(index, self.recent.paging.table.row_index(index))
         chosen.room = self.room
@@ -192,14 +206,14 @@ class PageAging:
         if len(channels[0]):
             device = self.recent.device
             key_BHC, value_BHU = (self._by_sequence(x).to(device) for x in channels)
-            wide_BH = self._by_sequence(state["wide"])
-            self.decide(range(self.recent.sequences), ours, key_BHC, value_BHU, wide_BH)
+            format_BH = self._by_sequence(state["format"])
+            self.decide(range(self.recent.sequences), ours, key_BHC, value_BHU, format_BH)
         self.decided.decided_B = state["decided"].clone()
 
     def check_integrity(self) -> None:
         """Raises CacheError unless every part holds rows of its format only."""
         for number, part in enumerate(self.parts):
-            if bool((part.counts[self.decided.wide_R != bool(number)] > 0).any()):
+            if bool((part.counts[self.decided.format_R != number] > 0).any()):
                 raise CacheError(f"Rows hold old slots in format {number}, which is not theirs.")
         if any(bool(part.counts[~self.decided.decided_R].any()) for part in self.parts):
             raise CacheError("A sequence holds old slots, but it was not decided how.")
@@ -209,3 +223,18 @@ def _share_channels(decided: Decided, parts: Sequence[PackedRows]) -> None:
     for part in parts:
         part.key_channels_RC = decided.key_channels_RC
         part.value_channels_RU = decided.value_channels_RU
+
+
+def _add_pages(
+    part: PackedRows, columns: Mapping[str, Tensor], row_r: Tensor, first_r: Tensor, slots_r: Tensor
+) -> None:
+    """Packs so many slots of some rows, from places of dense columns on."""
+    own_A, slot_AS, real_AS = pages_of(first_r, slots_r, part.layout.slots)
+    if not len(own_A):
+        return
+    device = columns[POSITION].device
+    at = (own_A.to(device)[:, None], slot_AS.to(device))
+    old = {name: column.flatten(0, 1)[at] for name, column in columns.items()}
+    old[POSITION] = old[POSITION].masked_fill(~real_AS.to(device), EMPTY)
+    page_AX = pack(part.layout, old.pop(KEY), old.pop(VALUE), part.channels(row_r[own_A]))
+    part.add(row_r[own_A], page_AX, old, (~real_AS).sum(1))

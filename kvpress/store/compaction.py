@@ -7,17 +7,16 @@ from torch import Tensor
 
 from kvpress import host
 from kvpress.store.base import PAGE, POSITION
+from kvpress.store.division import most_holes
 from kvpress.store.packed import PackedRows
 from kvpress.store.packing import pack
 from kvpress.types import EMPTY
 
-_MOST_HOLES = 8  # an eighth of the old slots of a row, or a page of them, may be holes
 
-
-def compact(rows: PackedRows) -> None:
-    """Packs pages with many holes again, as far as a page or more is gained."""
-    most_R = (rows.counts // _MOST_HOLES).clamp_min(rows.layout.slots)
-    found = (rows.dropped > most_R).nonzero().flatten().tolist()
+def compact(rows: PackedRows, row_r: Tensor) -> None:
+    """Packs pages of some rows with many holes again, as far as a page or more is gained."""
+    many_r = rows.dropped[row_r] > most_holes(rows.counts[row_r], rows.layout.slots)
+    found = row_r[many_r].tolist()
     if found and rows.fields.overlay is not None:
         rows.unshare()
         rows.fields.end_overlay()

@@ -1,4 +1,4 @@
-"""How old slots of each sequence are stored: in which channels, and which rows are kept wide."""
+"""How old slots of each sequence are stored: in which channels, and each row in which format."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Decided:
         self.heads = heads
         nothing = torch.empty(0, 0, dtype=torch.int16, device=device)
         self.key_channels_RC = self.value_channels_RU = nothing  # until something is
-        self.wide_R = host.zeros(sequences * heads, dtype=torch.bool)
+        self.format_R = host.zeros(sequences * heads, dtype=torch.uint8)  # numbers of layouts
         self.decided_B = host.zeros(sequences, dtype=torch.bool)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that this keeps alive."""
-        yield from (self.key_channels_RC, self.value_channels_RU, self.wide_R, self.decided_B)
+        yield from (self.key_channels_RC, self.value_channels_RU, self.format_R, self.decided_B)
 
     @property
     def decided_R(self) -> Tensor:
@@ -37,7 +37,7 @@ class Decided:
 
     def make_room(self, layout: PageLayout) -> None:
         """Makes room for the channels of every row."""
-        rows, device = len(self.wide_R), self.key_channels_RC.device
+        rows, device = len(self.format_R), self.key_channels_RC.device
         channels = torch.zeros(rows, layout.key_kept, dtype=torch.int16, device=device)
         self.key_channels_RC = channels
         self.value_channels_RU = channels.new_zeros(rows, layout.value_kept)
@@ -48,20 +48,20 @@ class Decided:
         row_R: Tensor,
         key_channels_bHC: Tensor,
         value_channels_bHU: Tensor,
-        wide_bH: Tensor,
+        format_bH: Tensor,
     ) -> None:
         """Decides for some sequences, whose rows these are."""
         on_device = row_R.to(self.key_channels_RC.device)
         self.key_channels_RC[on_device] = key_channels_bHC.flatten(0, 1).to(torch.int16)
         self.value_channels_RU[on_device] = value_channels_bHU.flatten(0, 1).to(torch.int16)
-        self.wide_R[row_R] = wide_bH.flatten()
+        self.format_R[row_R] = format_bH.flatten().to(torch.uint8)
         self.decided_B[list(sequences)] = True
 
     def select(self, index: Sequence[int], row_R: Tensor) -> Decided:
         """What is decided of some sequences, whose rows these are."""
         device = self.key_channels_RC.device
         chosen, on_device = Decided(0, self.heads, device), row_R.to(device)
-        chosen.wide_R, chosen.decided_B = self.wide_R[row_R], self.decided_B[list(index)]
+        chosen.format_R, chosen.decided_B = self.format_R[row_R], self.decided_B[list(index)]
         chosen.key_channels_RC = self.key_channels_RC
         chosen.value_channels_RU = self.value_channels_RU
         if len(self.key_channels_RC):
@@ -72,7 +72,7 @@ class Decided:
     def state(self) -> dict[str, Tensor]:
         """Copies of everything, on the host."""
         return {
-            "wide": self.wide_R.clone(),
+            "format": self.format_R.clone(),
             "decided": self.decided_B.clone(),
             "key_channels": self.key_channels_RC.cpu().clone(),
             "value_channels": self.value_channels_RU.cpu().clone(),
@@ -80,21 +80,21 @@ class Decided:
 
     def check(self, state: Mapping[str, Tensor], layouts: Sequence[PageLayout]) -> None:
         """Raises CacheError unless `state` can have given this for these rows and layouts."""
-        every, layout = len(self.wide_R), layouts[0]
+        every, layout = len(self.format_R), layouts[0]
         known = any(x.numel() for name, x in state.items() if name.endswith("_channels"))
         sizes = ((every, layout.key_kept), (every, layout.value_kept)) if known else ((0, 0),) * 2
         expect(
             state,
             {
-                "wide": (torch.bool, (every,)),
+                "format": (torch.uint8, (every,)),
                 "decided": (torch.bool, (len(self.decided_B),)),
                 "key_channels": (torch.int16, sizes[0]),
                 "value_channels": (torch.int16, sizes[1]),
             },
         )
         decided_R = state["decided"].repeat_interleave(self.heads)
-        if bool((state["wide"] & ~(decided_R & (len(layouts) > 1))).any()):
-            raise CacheError("Rows keep more bits, but nothing decided that.")
+        if bool((state["format"] > decided_R * (len(layouts) - 1)).any()):
+            raise CacheError("Rows are in formats that nothing decided.")
         if bool(decided_R.any()) and not known:
             raise CacheError("It was decided how old slots are stored, but not in which channels.")
         for name, width in (("key", layout.key_width), ("value", layout.value_width)):

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from kvpress import ops
 from kvpress.errors import CacheError
-from kvpress.formulas.page_layout import span
+from kvpress.formulas.page_layout import PageLayout, span
 from kvpress.ops import Logits, Old
 from kvpress.store.aging import PageAging
 from kvpress.store.base import POSITION, Survivors
+from kvpress.store.division import Division
 from kvpress.store.fields import Fields
 from kvpress.store.joint import JointMemory
 from kvpress.store.packed import PackedRows
@@ -27,17 +28,20 @@ from kvpress.store.rows import Layouts, Rows
 class FormattedRows(Rows):
     """Rows whose slots are packed once they are old.
 
-    Args: recent: the store of recent slots. page: slots of an old page. residual: last slots that
-    stay as they came. ordered: nothing is ever dropped.
+    Args: recent: the store of recent slots. layouts: of old pages of all channels, one for each
+    format. residual: last slots that stay as they came, at most. ordered: nothing is ever dropped.
     """
 
     aging: PageAging
 
-    def __init__(self, recent: PagedRows, page: int, residual: int, ordered: bool) -> None:
+    def __init__(
+        self, recent: PagedRows, layouts: Sequence[PageLayout], residual: int, ordered: bool
+    ) -> None:
         self.heads, self.page_slots, self.columns = recent.heads, recent.page_slots, recent.columns
         self.device, self.on_host = recent.device, recent.on_host
         self.sequences, self.paging = recent.sequences, recent.paging
-        self.aging = PageAging(recent, page, residual, ordered)
+        division = Division.of(layouts, residual, recent.columns, ordered)
+        self.aging = PageAging(recent, division, ordered)
         self.memory = JointMemory(self.aging)
 
     @property
@@ -71,8 +75,9 @@ class FormattedRows(Rows):
         return self._old(None)
 
     def _old(self, sequences: Sequence[int] | None) -> Old:
-        tensors = [tensor for part in self.aging.parts for tensor in part.part(sequences)]
-        return Old(tensors, [size for part in self.aging.parts for size in part.layout])
+        parts = self.aging.filled
+        tensors = [tensor for part in parts for tensor in part.part(sequences)]
+        return Old(tensors, [size for part in parts for size in part.layout])
 
     def attend(
         self,
@@ -90,15 +95,16 @@ class FormattedRows(Rows):
             return out_bNQE, None
         # The operator leaves room for every page of the table; dense forms end with the last slot.
         kept, start = [], 0
-        for part, slots in zip(self.aging.parts, self._widths(sequences), strict=True):
+        for part in self.aging.filled:
+            (slots,) = self._widths(sequences, [part])
             kept.append(weights[..., start : start + slots])
             start += span(part.layout, part.paging.table.pages_RW.shape[1])
         return out_bNQE, torch.cat([*kept, weights[..., start:]], dim=-1)
 
-    def _widths(self, sequences: Sequence[int] | None) -> list[int]:
-        """Dense slots of each old part."""
+    def _widths(self, sequences: Sequence[int] | None, parts: Sequence[PackedRows]) -> list[int]:
+        """Dense slots of old parts."""
         rows = slice(None) if sequences is None else self.paging.table.row_index(sequences)
-        return [int(part.counts[rows].max()) for part in self.aging.parts]
+        return [int(part.counts[rows].max()) for part in parts]
 
     # Slots
 
@@ -119,7 +125,8 @@ class FormattedRows(Rows):
     def write(self, name: str, values_bHS: Tensor, sequences: Sequence[int] | None = None) -> None:
         """Overwrites a volatile column of all slots from the form that `dense` gives it."""
         start = 0
-        for part, slots in zip(self.aging.parts, self._widths(sequences), strict=True):
+        parts = self.aging.parts
+        for part, slots in zip(parts, self._widths(sequences, parts), strict=True):
             part.fields.write(name, values_bHS[:, :, start : start + slots], sequences)
             start += slots
         self.aging.recent.write(name, values_bHS[:, :, start:], sequences)
@@ -128,8 +135,8 @@ class FormattedRows(Rows):
         self, row_A: Tensor, slot_A: Tensor, sequences: Sequence[int] | None = None
     ) -> None:
         """Drops one slot of each of some rows, by its place in the dense form of some sequences."""
-        slot_A = slot_A.cpu()
-        for part, slots in zip(self.aging.parts, self._widths(sequences), strict=True):
+        slot_A, parts = slot_A.cpu(), self.aging.parts
+        for part, slots in zip(parts, self._widths(sequences, parts), strict=True):
             mine_A = (slot_A >= 0) & (slot_A < slots)
             if bool(mine_A.any()):
                 part.evict_one(row_A[mine_A], slot_A[mine_A])
@@ -143,6 +150,7 @@ class FormattedRows(Rows):
         """Drops what did not survive of some sequences; their volatile columns are renewed."""
         for store in self._stores:
             store.retain(survivors)
+        self.aging.room = 0  # of shorter rows fewer slots stay as they came
 
     def fill(self, groups: Sequence[Survivors], headroom: int = 0) -> None:
         """Replaces what some sequences hold. Raises CacheError if they have old slots."""
@@ -173,7 +181,7 @@ class FormattedRows(Rows):
         """Gives every row pages of its own."""
         for part in self.aging.parts:
             part.unshare()
-        self.aging.recent.unshare(self.page_slots)
+        self.aging.recent.unshare(headroom)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the rows hold: tensors on the host."""

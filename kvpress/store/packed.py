@@ -113,10 +113,12 @@ class PackedRows:
         full[row_A, place_A] = values_ASD
         return full.view(batch, table.heads, width * table.page_slots, values_ASD.shape[2])
 
-    def add(self, row_A: Tensor, page_AX: Tensor, columns: Mapping[str, Tensor]) -> None:
-        """Adds whole pages to rows (int64 on the host, ascending; several pages may go to one).
+    def add(
+        self, row_A: Tensor, page_AX: Tensor, columns: Mapping[str, Tensor], holes_A: Tensor
+    ) -> None:
+        """Adds pages to rows (int64 on the host, ascending; several pages may go to one).
 
-        columns: positions and what else is kept per slot, `[N, S]`.
+        columns: positions and what else is kept per slot, `[N, S]`; EMPTY in `holes_A` of them.
         """
         if not len(row_A):
             return
@@ -127,6 +129,7 @@ class PackedRows:
         counts = self.counts.index_add(0, row_A, torch.full_like(row_A, slots))
         self.paging.reserve(counts)
         self.paging.table.set_counts(counts)
+        self.dropped.index_add_(0, row_A, holes_A)
         self.fields.put_pages(row_A, place_A, {**columns, PAGE: page_AX})
 
     def evict_one(self, row_A: Tensor, slot_A: Tensor) -> None:
@@ -152,16 +155,27 @@ class PackedRows:
         self.paging.pages(POSITION).view(-1)[address_A] = EMPTY
         self.dropped.index_add_(0, row_A, torch.ones_like(row_A))
 
-    def take_last(self, tokens_R: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Removes whole pages with at least so many tokens of each row: how many slots, and them.
+    def let_go(self) -> None:
+        """Gives back the pages of rows whose slots were all dropped."""
+        empty_R = self.dropped == self.counts
+        if bool(self.counts[empty_R].any()):
+            self.dropped[empty_R] = 0
+            self.paging.truncate(self.counts * ~empty_R)
 
-        int64 `[R]`; keys, values and all other columns dense, `[B, H, S, ...]`, slots in front.
+    def take_last(self, tokens_R: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Removes the last pages with at least so many tokens of each row: their tokens, and them.
+
+        int64 `[R]`; keys, values and all other columns dense, `[B, H, S, ...]`.
         """
-        table = self.paging.table
-        pages_R = table.pages_for(tokens_R)
-        first_R = self.counts // table.page_slots - pages_R
-        width = int(pages_R.max()) * table.page_slots
-        slot_RS = first_R[:, None] * table.page_slots + host.arange(width)
+        table, size = self.paging.table, self.paging.table.page_slots
+        live_RS = (self.dense(POSITION) != EMPTY).flatten(0, 1).cpu()
+        live_RW = live_RS.view(len(live_RS), live_RS.shape[1] // size, size).sum(2)
+        from_RW = live_RW.flip(1).cumsum(1).flip(1)  # tokens of a page and those behind it
+        used_RW = host.arange(live_RW.shape[1]) < (self.counts // size)[:, None]
+        taken_RW = used_RW & (from_RW - live_RW < tokens_R[:, None])
+        pages_R, given_R = taken_RW.sum(1), (live_RW * taken_RW).sum(1)
+        first_R = self.counts // size - pages_R
+        slot_RS = first_R[:, None] * size + host.arange(int(pages_R.max()) * size)
         taken = {}
         for name in (KEY, VALUE, POSITION, *self.fields.volatile):
             column = self.dense(name).flatten(0, 1)
@@ -169,9 +183,12 @@ class PackedRows:
             index = slot_RS.clamp(0, max(0, column.shape[1] - 1)).to(column.device)
             index = index.view(*index.shape, *[1] * (column.dim() - 2))
             moved = column.gather(1, index.expand(*slot_RS.shape, *column.shape[2:]))
+            if name == POSITION:
+                moved = moved.masked_fill((slot_RS >= self.counts[:, None]).to(moved.device), EMPTY)
             taken[name] = moved.view(table.sequences, table.heads, *moved.shape[1:])
-        self.paging.truncate(first_R * table.page_slots)
-        return pages_R * table.page_slots, taken
+        self.dropped.sub_(pages_R * size - given_R)
+        self.paging.truncate(first_R * size)
+        return given_R, taken
 
     # Whole sequences
 

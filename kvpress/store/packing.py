@@ -12,6 +12,12 @@ from kvpress.formulas.page_layout import PageLayout
 _LARGEST = torch.finfo(torch.float16).max  # of a number whose step and zero are fp16
 
 
+def finite(key_RSD: Tensor, value_RSE: Tensor) -> Tensor:
+    """Which rows hold only numbers: bool, on the host. Others stay as they came, and say so."""
+    both = (x.isfinite().flatten(1).all(1) for x in (key_RSD, value_RSE))
+    return torch.stack(list(both)).all(0).cpu()
+
+
 def pack(
     layout: PageLayout, key_PSD: Tensor, value_PSE: Tensor, channels: tuple[Tensor, Tensor]
 ) -> Tensor:

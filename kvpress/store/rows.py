@@ -45,28 +45,39 @@ class Aging(Protocol):
     def wide_rows(self) -> int:
         """Rows whose old slots a guard keeps at more bits."""
 
-    def due(self) -> list[int]:
-        """Sequences with rows of which at least a page has become old."""
+    room: int  # tokens that surely come before `due` names a sequence, unless one has ended
+
+    def due(self, first_B: Tensor, ended: Sequence[int] = ()) -> list[int]:
+        """Sequences with rows of which at least a page has become old.
+
+        first_B: tokens that come to a sequence before it is decided how it is stored. ended: those
+        that have read a prompt, of which a part of a page may be enough.
+        """
 
     def before_old(self, sequence: int) -> int:
-        """At least so many tokens come to a sequence before one of its slots becomes old."""
+        """At least so many tokens come to a sequence before a page of it is old."""
 
     def decide(
         self,
         sequences: Sequence[int],
         layouts: Sequence[PageLayout],
-        key_channels_bHT: Tensor,
+        key_channels_bHC: Tensor,
         value_channels_bHU: Tensor,
-        wide_bH: Tensor,
+        format_bH: Tensor,
     ) -> None:
         """Settles how old slots of some sequences are stored, for as long as they are here.
 
-        layouts: the second one, if there is one, is for rows that are kept wide. wide_bH: these,
-        bool, on the host.
+        format_bH: which of the layouts is that of a row: int64, on the host.
         """
 
-    def pack_old(self, sequences: Sequence[int]) -> None:
-        """Packs what has become old of some sequences, whole pages, the first tokens first."""
+    def to_pack(self, sequence: int, format_H: Tensor, ended: bool) -> Tensor:
+        """How many slots of each row would be packed in these formats: int64 `[H]`, on the host."""
+
+    def pack_old(self, sequences: Sequence[int], ended: Sequence[int] = ()) -> None:
+        """Packs what has become old of some sequences, whole pages, the first tokens first.
+
+        ended: those that have read a prompt: their last page need not be full.
+        """
 
 
 class Memory(Protocol):

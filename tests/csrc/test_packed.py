@@ -22,6 +22,7 @@ BITS = (16, 8, 4, 2)
 SHAPES = {
     "D64": ((64, 64), (64, 64), 64, (64, 64)),
     "D64-T39": ((64, 64), (39, 64), 64, (32, 32)),
+    "D64-S32": ((64, 64), (64, 64), 32, (32, 64)),
     "D80-U48": ((80, 80), (80, 48), 128, (128, 32)),
     "D128-T77-U33": ((128, 128), (77, 33), 64, (64, 128)),
     "D256-E32": ((256, 32), (256, 32), 128, (64, 64)),
@@ -156,7 +157,7 @@ def test_bytes_give_the_codes_back(bits: int, pairs: int, lines: int) -> None:
     ("change", "reason"),
     [
         ({"key_bits": 3}, "bits must be"),
-        ({"slots": 48}, "multiple of 64"),
+        ({"slots": 48}, "multiple of 32"),
         ({"key_kept": 65}, "more channels"),
         ({"value_group": 40}, "groups"),
     ],

@@ -142,9 +142,9 @@ def test_rows_that_keep_more_bits_keep_them_when_they_are_loaded(tmp_path: Path)
         model(helpers.prompt(1, 100), past_key_values=cache)
         cache.save(tmp_path / "cache")
         loaded = engine.load_cache(tmp_path / "cache")
-        wide = [state.store.aging.decided.wide_R.tolist() for state in cache.states]
+        wide = [state.store.aging.decided.format_R.tolist() for state in cache.states]
         assert {flag for rows in wide for flag in rows} == {True, False}
-        assert [state.store.aging.decided.wide_R.tolist() for state in loaded.states] == wide
+        assert [state.store.aging.decided.format_R.tolist() for state in loaded.states] == wide
         assert loaded.report().notes == cache.report().notes
         # Until pages are packed that were not when it was saved.
         given, expected = (
@@ -159,9 +159,11 @@ def test_last_queries_are_in_memory_of_their_own(tmp_path: Path) -> None:
     """Not in the file, which somebody may write to or cut."""
     file = tmp_path / "cache"
     with kvpress.attach(helpers.tiny(), "think:keep=0.5") as engine, torch.no_grad():
-        engine.model(helpers.prompt(1, 50))
-        expected = [state.sequences.watched[0].clone() for state in engine.cache.states]
-        engine.cache.save(file)
+        cache = engine.new_cache()
+        for part in helpers.prompt(1, 50).split(25, 1):  # a longer one is packed at once
+            engine.model(part, past_key_values=cache)
+        expected = [state.sequences.watched[0].clone() for state in cache.states]
+        cache.save(file)
         loaded = engine.load_cache(file)
         with open(file, "r+b") as opened:
             opened.write(b"\0" * file.stat().st_size)

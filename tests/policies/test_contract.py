@@ -167,7 +167,9 @@ def test_kept_keys_and_values_are_bit_identical_to_the_originals(
         return update(layer, key, value, *args, **kw)
 
     monkeypatch.setattr(EngineLayer, "update", spy)
-    recipe = policy(name, budget=0.5, threshold=2.0)  # where something could be merged, nothing is
+    # Where something could be merged, pruned or packed, nothing is.
+    whole = {"threshold": 2.0, "keep": 1.0, "key_bits": 16, "value_bits": 16}
+    recipe = policy(name, budget=0.5, **whole)
     with kvpress.attach(model, recipe) as engine, torch.no_grad():
         cache = engine.new_cache()
         model(ids, past_key_values=cache)

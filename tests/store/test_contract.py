@@ -20,7 +20,8 @@ def plain() -> PagedRows:
 
 
 def formatted() -> FormattedRows:
-    return FormattedRows(plain(), 32, 0, ordered=False)
+    layout = layout_of(16, 16, (8, 6), (8, 6), torch.float32, 32, (32, 32))
+    return FormattedRows(plain(), [layout], 0, ordered=False)
 
 
 @pytest.mark.parametrize("make", [plain, formatted])
@@ -30,7 +31,7 @@ def test_a_store_has_what_rows_declare(make: type) -> None:
     for name in Rows.__annotations__:
         assert hasattr(store, name), name
     assert store.counts_BH.tolist() == [[0], [0]]
-    assert (store.aging is None) == store.refills
+    assert store.refills
     assert store.old() == ([], [])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import helpers
@@ -20,8 +21,14 @@ from kvpress.store import Column, FormattedRows, PackedRows, PagedRows, Survivor
 from kvpress.store.compaction import compact
 
 WIDTHS = (8, 6)
-RAW = [layout_of(16, 16, WIDTHS, WIDTHS, torch.float32, slots, (32, 32)) for slots in (32, 64)]
-FEW = [layout_of(8, 8, WIDTHS, WIDTHS, torch.float32, slots, (64, 32)) for slots in (64, 192)]
+RAW = [
+    [layout_of(16, 16, WIDTHS, WIDTHS, torch.float32, slots, (32, 32)) for slots in pair]
+    for pair in ((32, 64), (64, 32))
+]
+FEW = [
+    [layout_of(8, 8, WIDTHS, WIDTHS, torch.float32, slots, (64, 32)) for slots in pair]
+    for pair in ((64, 32), (192, 64))
+]
 MASSLESS = {
     "key": Column((WIDTHS[0],), torch.float32, slot_last=True),
     "value": Column((WIDTHS[1],), torch.float32),
@@ -50,11 +57,11 @@ class Twin:
 
 
 def new_store(
-    sequences: int, heads: int, page: int, layout: PageLayout, residual: int, massive: bool
+    sequences: int, heads: int, page: int, layouts: list[PageLayout], residual: int, massive: bool
 ) -> FormattedRows:
     columns = MASSIVE if massive else MASSLESS
     recent = PagedRows(sequences, heads, columns, page, torch.device("cpu"))
-    return FormattedRows(recent, layout.slots, residual, ordered=False)
+    return FormattedRows(recent, layouts, residual, ordered=False)
 
 
 class Packed(RuleBasedStateMachine):
@@ -63,22 +70,27 @@ class Packed(RuleBasedStateMachine):
     @initialize(
         shape=st.tuples(st.integers(1, 2), st.integers(1, 2)),
         page=st.sampled_from([1, 3, 16]),
-        layout=st.sampled_from([*RAW, *FEW]),
+        layouts=st.sampled_from([*RAW, *FEW]),
         residual=st.sampled_from([0, 5, 40]),
         massive=st.booleans(),
     )
     def start(
-        self, shape: tuple[int, int], page: int, layout: PageLayout, residual: int, massive: bool
+        self,
+        shape: tuple[int, int],
+        page: int,
+        layouts: list[PageLayout],
+        residual: int,
+        massive: bool,
     ) -> None:
         torch.manual_seed(0)
-        store = new_store(*shape, page, layout, residual, massive)
-        self.layout, self.seen, self.massive = layout, 0, massive
-        self.make = (page, layout, residual, massive)
+        store = new_store(*shape, page, layouts, residual, massive)
+        self.layouts, self.seen, self.massive = layouts, 0, massive
+        self.make = (page, layouts, residual, massive)
         self.twins = [Twin(store, [{} for _ in range(shape[0] * shape[1])])]
-        self.feed(self.twins[0], 150)
+        self.feed(self.twins[0], 150, True)
 
-    def feed(self, twin: Twin, tokens: int) -> None:
-        """New tokens of every row; what has become old is then packed."""
+    def feed(self, twin: Twin, tokens: int, ended: bool) -> None:
+        """New tokens of every row, perhaps a prompt; what has become old is then packed."""
         store = twin.store
         shape = (store.sequences, store.heads, tokens)
         new = {
@@ -95,21 +107,21 @@ class Packed(RuleBasedStateMachine):
                 place = self.seen + t
                 row[place] = Slot(place, key, value, float(mass.flatten(0, 1)[r, t]))
         self.seen, twin.tail = self.seen + tokens, twin.tail + tokens
-        self.pack(store)
+        self.pack(store, range(store.sequences) if ended else ())
 
-    def pack(self, store: FormattedRows) -> None:
-        due = store.aging.due()
+    def pack(self, store: FormattedRows, ended: Sequence[int] = ()) -> None:
+        due = store.aging.due(torch.zeros(store.sequences).long(), ended)
         for b in due:
             if not store.aging.decided_B[b]:
                 key, value = (torch.arange(width).expand(1, store.heads, width) for width in WIDTHS)
-                wide = torch.zeros(1, store.heads, dtype=torch.bool)
-                store.aging.decide([b], [self.layout], key, value, wide)
+                formats = torch.arange(b, b + store.heads)[None] % 2
+                store.aging.decide([b], self.layouts, key, value, formats)
         if due:
-            store.aging.pack_old(due)
+            store.aging.pack_old(due, ended)
 
-    @rule(data=st.data(), tokens=st.integers(1, 70))
-    def append(self, data: st.DataObject, tokens: int) -> None:
-        self.feed(self.pick(data), tokens)
+    @rule(data=st.data(), tokens=st.integers(1, 70), ended=st.booleans())
+    def append(self, data: st.DataObject, tokens: int, ended: bool) -> None:
+        self.feed(self.pick(data), tokens, ended)
 
     @rule(
         data=st.data(),
@@ -247,7 +259,7 @@ class Packed(RuleBasedStateMachine):
         twin = self.pick(data)
         state = {name: tensor.clone() for name, tensor in twin.store.state().items()}
         loaded = new_store(twin.store.sequences, twin.store.heads, *self.make)
-        loaded.load(state, lambda kept: [self.layout])
+        loaded.load(state, lambda kept: self.layouts)
         twin.store = loaded
 
     @invariant()
@@ -278,7 +290,7 @@ class Packed(RuleBasedStateMachine):
     def close(self, given: torch.Tensor, wanted: list[tuple[float, ...]]) -> None:
         """As they came, or not far from it: pages are packed again whenever they are compacted."""
         far = (given - torch.tensor(wanted)).abs().max()
-        assert far == 0 if self.layout.key_bits == 16 else far < 0.5
+        assert far == 0 if self.layouts[0].key_bits == 16 else far < 0.5
 
     def attends(
         self,
@@ -358,11 +370,12 @@ def test_compaction_leaves_as_few_pages_as_hold_the_slots(
     channels = (key_C.repeat(10, 1), value_U.repeat(10, 1))
     pages = ops.pack(*(torch.randn(10, slots, width) for width in WIDTHS), *channels, list(layout))
     positions = torch.arange(5 * slots).view(5, slots).repeat(2, 1)
-    store.add(torch.arange(2).repeat_interleave(5), pages, {"position": positions})
+    none = torch.zeros(10).long()
+    store.add(torch.arange(2).repeat_interleave(5), pages, {"position": positions}, none)
     before = store.dense("key")[0, 1]
     for slot in torch.randperm(5 * slots)[:holes].tolist():
         store.evict_one(torch.tensor([1]), torch.tensor([slot]))
-    compact(store)
+    compact(store, torch.arange(2))
     left = 5 * slots - holes
     pages_left = -(-left // slots) if holes > slots else 5  # a page of holes may be
     assert store.counts.tolist() == [5 * slots, pages_left * slots]

@@ -78,7 +78,7 @@ def stored(layer: Layer, group: list[int], seen_b: Tensor) -> Slots:
         mass_BHS=rows.dense(MASS, part) if layer.recipe.accumulates else None,
         key_width=layer.key_width,
         rotation=layer.rotation,
-        calibrated=layer.context.calibrated_for(layer.recipe.stage("score")),
+        calibrated=layer.calibrated,
     )
 
 

@@ -20,6 +20,7 @@ from kvpress.policy.base import Policy
 from kvpress.policy.pooling import Calibrated
 from kvpress.policy.recipe import Recipe
 from kvpress.policy.sparsity import Thresholds
+from kvpress.types import LayerKind
 
 
 @dataclass
@@ -92,6 +93,15 @@ class Context:
     def calibrated_for(self, policy: Policy) -> Mapping[str, Tensor]:
         """What a policy needs to know of the model; nothing where it needs nothing."""
         return self.calibrated.get(policy.calibrated, {}) if policy.calibrated else {}
+
+    def calibrated_at(self, policy: Policy, kind: LayerKind) -> Mapping[str, Tensor]:
+        """The same of one layer: files count the layers that have a budget."""
+        whole = self.calibrated_for(policy)
+        if not whole or kind.window is not None:
+            return {}
+        others = (layer.kind for layer in self.layers)
+        place = sum(x.window is None and x.index < kind.index for x in others)
+        return {name: x[place] for name, x in whole.items()}
 
     def one_more(self, seen_B: Tensor) -> Tensor:
         """`seen_B + 1`, one tensor for all layers, since they see the same tokens."""

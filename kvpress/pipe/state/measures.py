@@ -44,4 +44,5 @@ def layouts(layer: Layer, kept: tuple[int, int]) -> list[PageLayout]:
     """The layouts of old pages that keep so many channels of keys and values."""
     widths = (layer.key_width, layer.value_width)
     item_bytes = layer.rows.columns[KEY].dtype.itemsize
-    return formats.layouts(layer.recipe.packing, widths, kept, item_bytes)
+    short = layer.stores.has_short_rows
+    return formats.layouts(layer.recipe.packing, widths, kept, item_bytes, short)

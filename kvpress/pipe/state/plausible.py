@@ -41,7 +41,7 @@ def check_counters(layer: Layer) -> None:
     portion_R = own.portion_R
     if not bool((portion_R > 0).all() if layer.recipe.uneven else (portion_R == 1).all()):
         raise CacheError(f"Rows cannot get {portion_R.tolist()} of a budget.")
-    if bool((own.looked_B > (seen_B if layer.recipe.probes else 0)).any()):
+    if bool((own.looked_B > (0 if layer.recipe.gathers else seen_B)).any()):
         raise CacheError(f"{own.looked_B.tolist()} tokens cannot have been looked at twice.")
 
 

@@ -131,7 +131,7 @@ class Sequences:
     sink_B: Tensor = counter(on_host=False)  # protected first tokens
     guarded_B: Tensor = counter()  # protected tokens besides the last ones
     planned_B: Tensor = counter()  # tokens seen when rows last got budgets of their own
-    looked_B: Tensor = counter()  # tokens that were looked at a second time
+    looked_B: Tensor = counter()  # tokens that were scored, where steps of decoding score none
     demand_B: Tensor = counter(math.nan, torch.float64)  # of slots; NaN: not known yet
     threshold_B: Tensor = counter(math.nan, torch.float32, on_host=False)  # NaN: none evicted yet
     portion_R: Tensor = counter(1.0, torch.float64)  # of the budget, while decoding

@@ -14,6 +14,8 @@ from kvpress.policy.recipe import Recipe
 from kvpress.store import Column, FormattedRows, PagedRows, Rows
 from kvpress.store.base import KEY, MASS, VALUE
 
+_RECENT_SLOTS = 8  # of a page, at most, where recent slots are few and the others are packed
+
 
 @dataclass(frozen=True)
 class Stores:
@@ -36,12 +38,25 @@ class Stores:
         self, columns: dict[str, Column], batch: int, heads: int, device: torch.device
     ) -> Rows:
         """An empty store of these columns."""
-        rows = PagedRows(batch, heads, columns, self.page_slots, device)
         recipe = self.recipe
         if not recipe.formats:
-            return rows
+            return PagedRows(batch, heads, columns, self.page_slots, device)
+        few = min(self.page_slots, _RECENT_SLOTS)
+        rows, key = PagedRows(batch, heads, columns, few, device), columns[KEY]
+        widths = (key.shape[0], columns[VALUE].shape[0])
+        layouts = formats.layouts(
+            recipe.packing, widths, widths, key.dtype.itemsize, self.has_short_rows
+        )
         ordered = self.limits is None and not recipe.accumulates
-        return FormattedRows(rows, formats.page_slots(recipe.packing), recipe.residual, ordered)
+        return FormattedRows(rows, layouts, recipe.residual, ordered)
+
+    @property
+    def has_short_rows(self) -> bool:
+        """Whether rows may stay so short that small pages of old slots are better.
+
+        A row without a budget holds every token of its text.
+        """
+        return self.limits is not None
 
     def columns(self, dtype: torch.dtype, key_width: int, value_width: int) -> dict[str, Column]:
         """What the store keeps of a slot. dtype: of the tokens."""

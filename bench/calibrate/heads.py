@@ -1,0 +1,64 @@
+"""What a repetition of a text attends to in every layer and head, and what predicts it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kvpress
+from kvpress.errors import PolicyError
+from kvpress.formulas import ridge
+from kvpress.hf.rotation_probe import rotations
+from kvpress.pipe.state.layer import Layer
+from kvpress.store.base import KEY, MASS, POSITION, VALUE
+
+LOOK = "kvzip:budget=1.0,sink=0,scope=row"  # keeps everything, and what the second look saw
+PLAIN = "full"
+
+
+def scores(model: Any, tokenizer: Any, ids_1T: Tensor) -> Tensor:
+    """The largest attention that a repetition of the text gives to every token: fp32 `[L, H, T]`.
+
+    Of the layers that have a budget. Raises PolicyError where these differ in KV heads.
+    """
+    rows = [columns[MASS][0].cpu() for _, columns in _layers(model, tokenizer, LOOK, ids_1T)]
+    if len({len(mass_HT) for mass_HT in rows}) > 1:
+        raise PolicyError(
+            f"The layers of this model have {sorted({len(x) for x in rows})} KV heads; shares and"
+            " regressions are found for models whose layers have equally many."
+        )
+    return torch.stack(rows)
+
+
+def regressions(
+    model: Any, tokenizer: Any, texts: Sequence[Tensor], score_LHT: Sequence[Tensor]
+) -> Tensor:
+    """The matrices that predict ln s of every layer: fp64 `[L, X, H]`, as `ridge.features` has X.
+
+    texts: ids `[1, T]`. score_LHT: of each. Raises UnsupportedModelError where nobody knows how
+    keys turn.
+    """
+    turns, total = rotations(model), list[ridge.Sums]()
+    for ids_1T, known_LHT in zip(texts, score_LHT, strict=True):
+        found = []
+        for place, (layer, columns) in enumerate(_layers(model, tokenizer, PLAIN, ids_1T)):
+            key_BHTD, rotation = columns[KEY][..., : layer.key_width], turns[layer.kind.index]
+            feature_BTX = ridge.features(key_BHTD, columns[VALUE], columns[POSITION], rotation)
+            found.append(ridge.sums(feature_BTX[0].cpu(), known_LHT[place]))
+        total = [a.plus(b) for a, b in zip(total, found, strict=True)] if total else found
+    return torch.stack([ridge.solve(x) for x in total])
+
+
+def _layers(
+    model: Any, tokenizer: Any, policy: str, ids_1T: Tensor
+) -> Iterator[tuple[Layer, dict[str, Tensor]]]:
+    """The layers that have a budget, and what they hold of a text, by position."""
+    with kvpress.attach(model, policy, tokenizer=tokenizer) as engine, torch.no_grad():
+        cache = engine.new_cache()
+        model(input_ids=ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for layer in cache.states:
+            if layer.kind.window is None:
+                yield layer, layer.rows.dense_by_position([0])
