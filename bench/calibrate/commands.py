@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from kvpress.bench.calibrate.heads_command import heads
 from kvpress.bench.common.command import command
 from kvpress.bench.common.options import REFERENCE, ModelOptions, use_threads
 from kvpress.bench.common.output import say_if_nothing_was_measured
@@ -157,3 +158,4 @@ def heads_table(tau_LN: Any) -> Fitted:
 
 
 sale.add_to(calibrate)
+heads.add_to(calibrate)

@@ -13,30 +13,8 @@ from typing import Any
 from kvpress.bench.common.text import Text, TextError, read_text
 
 LEAST = 256  # tokens of a text from which shares are worth something
-_MATERIALS = [
-    "copper",
-    "linen",
-    "walnut",
-    "basalt",
-    "amber",
-    "cotton",
-    "maple",
-    "pewter",
-    "slate",
-    "indigo",
-]
-_THINGS = [
-    "valve",
-    "basket",
-    "hinge",
-    "bracket",
-    "kettle",
-    "shutter",
-    "pulley",
-    "gasket",
-    "funnel",
-    "trestle",
-]
+_MATERIALS = ["copper", "linen", "walnut", "basalt", "amber", "cotton", "maple", "pewter", "slate"]
+_THINGS = ["valve", "basket", "hinge", "bracket", "kettle", "shutter", "pulley", "gasket", "funnel"]
 _PLACES = ["north", "south", "dock", "annex", "yard"]
 
 

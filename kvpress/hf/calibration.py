@@ -45,7 +45,7 @@ def write(path: str | Path, model: Any, found: Calibration) -> None:
     facts = {
         "scheme": SCHEME,
         "weights": identity(model),
-        "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
+        "model": model_name(model),
         **{name: getattr(found, name) for name in ("local", "least", "settings", "done")},
     }
     sealed.write(path, {"tau_LN": found.tau_LN}, facts, private=False)
@@ -87,6 +87,11 @@ def _is_possible(found: Calibration) -> bool:
     possible = bool(((tau_LN >= 0) & tau_LN.isfinite()).all())
     least = 0 if found.least is None else found.least
     return possible and found.local >= 0 <= least and isinstance(found.done, list)
+
+
+def model_name(model: Any) -> str:
+    """What a file calls a model: its name, or that of its folder; a path is nobody's business."""
+    return Path(getattr(model.config, "name_or_path", "")).name or type(model).__name__
 
 
 def identity(model: Any) -> str:

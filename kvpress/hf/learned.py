@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpress.errors import CacheFileError, PolicyError
-from kvpress.hf.calibration import FOLDER, identity
+from kvpress.hf.calibration import FOLDER, identity, model_name
 from kvpress.hf.support import Fingerprint
 from kvpress.policy.pooling import Calibrated
 from kvpress.policy.recipe import Recipe
@@ -35,7 +35,7 @@ def write(path: str | Path, model: Any, kind: str, found: Learned) -> None:
     facts = {
         "kind": kind,
         "weights": identity(model),
-        "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
+        "model": model_name(model),
         **{name: getattr(found, name) for name in Learned._fields[1:]},
     }
     sealed.write(path, found.tensors, facts, private=False)

@@ -22,7 +22,7 @@ from kvpress.pipe.stages.observe import attend_and_sum, prompt_sums
 from kvpress.pipe.stages.select import finite, score, select
 from kvpress.pipe.stages.sparsify import choose
 from kvpress.pipe.state.layer import Layer
-from kvpress.pipe.state.measures import step
+from kvpress.pipe.state.measures import calibrated, step
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.slots import Queries, Slots
 from kvpress.store import Survivors
@@ -226,7 +226,7 @@ def _observe(layer: Layer, chunk: _Chunk, sums_BNS: Tensor | None) -> Slots:
         key_width=layer.key_width,
         asked=_queries(layer, tokens),
         rotation=layer.rotation,
-        calibrated=layer.calibrated,
+        calibrated=calibrated(layer),
     )
     if layer.recipe.gathers_prompts:
         slots = _without_steps(layer, chunk.group, slots)

@@ -104,7 +104,8 @@ def test_kept_counts_equal_the_budget_after_prompt_and_decode(
             assert state.store.counts_BH.tolist() == [[kept + grown] * 2] * 2
         for row in (row for heads in helpers.positions(cache) for row in heads):
             assert all(a < b for a, b in pairwise(row))
-            assert row[-1] == PROMPT + decoded - 1 or recipe.limits.recent == 0
+            free = not recipe.limits.recent and not recipe.limits.recent_ratio
+            assert row[-1] == PROMPT + decoded - 1 or free
         assert cache.check_integrity()
 
 

@@ -11,6 +11,7 @@ from kvpress import ops
 from kvpress.formulas.sums import Observation, step_sums
 from kvpress.ops import Logits, Noise, Reduction
 from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.measures import calibrated
 from kvpress.policy.slots import Slots
 from kvpress.store.base import MASS, POSITION
 
@@ -78,7 +79,7 @@ def stored(layer: Layer, group: list[int], seen_b: Tensor) -> Slots:
         mass_BHS=rows.dense(MASS, part) if layer.recipe.accumulates else None,
         key_width=layer.key_width,
         rotation=layer.rotation,
-        calibrated=layer.calibrated,
+        calibrated=calibrated(layer),
     )
 
 

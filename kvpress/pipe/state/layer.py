@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -206,11 +206,6 @@ class Layer:
     def rotation(self) -> Rotation | None:
         """How keys turn with their position, where a policy needs it and they do."""
         return self.context.rotations[self.kind.index] if self.context.rotations else None
-
-    @property
-    def calibrated(self) -> Mapping[str, Tensor]:
-        """What scores must know of this layer beforehand."""
-        return self.context.calibrated_at(self.recipe.stage("score"), self.kind)
 
     # The ledger
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.ops import Bounds
 from kvpress.ops.operands import new
@@ -26,6 +30,11 @@ def bounds_of(layer: Layer) -> Bounds:
         return new(Bounds, (own.seen_B, own.quota_R, own.recent_R, own.sink_B, rank))
     seen_B, quota_R, recent_R = (x.to(rows.device) for x in (own.seen_B, own.quota_R, own.recent_R))
     return Bounds(seen_B, quota_R, recent_R, own.sink_B, rank)
+
+
+def calibrated(layer: Layer) -> Mapping[str, Tensor]:
+    """What scores must know of a layer beforehand."""
+    return layer.context.calibrated_at(layer.recipe.stage("score"), layer.kind)
 
 
 def geometry(layer: Layer) -> Geometry:
