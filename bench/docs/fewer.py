@@ -34,11 +34,12 @@ class Section(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Length, protocol, model and stored dtype."""
+        """Length, protocol, model, stored dtype, and whether the system prompt was protected."""
         stored = self.settings.get("cache_dtype") or self.settings.get("dtype")
         asked = f"question {self.group.protocol}"
         model = known_as(str(self.settings.get("model")))
-        return f"{self.group.tokens:,} tokens, {asked}, {model}, stored in {stored}"
+        spared = ", system prompt protected" if self.settings.get("protect_system") else ""
+        return f"{self.group.tokens:,} tokens, {asked}, {model}, stored in {stored}{spared}"
 
     @property
     def ratios(self) -> list[float]:

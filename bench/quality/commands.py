@@ -86,6 +86,7 @@ def with_our_tasks(
     from kvpress.bench.quality.sample import Writer
     from kvpress.bench.quality.system import LocalSystem
 
+    tasks.check()
     asked = ratios.at_ratios(names, ratios.numbers(tasks.ratio or ()))
     dtype, plans_for = stored_as(tasks.cache_dtype, asked), planned(tasks)
     taken = default_text() if tasks.text is None else read_text(tasks.text)
@@ -98,10 +99,11 @@ def with_our_tasks(
         stepwise=tasks.stepwise,
         generate=tasks.generate or None,  # not named where not asked for, as in older files
         cache_dtype=tasks.cache_dtype,
+        protect_system=tasks.protect_system or None,
     )
     writer, plans = Writer(tokenizer, taken.content), plans_for(loaded)
     how = How(tasks.seed, tasks.stepwise, tasks.generate, asked)
-    systems = partial(LocalSystem, loaded, cache_dtype=dtype)
+    systems = partial(LocalSystem, loaded, cache_dtype=dtype, protects=tasks.protect_system)
     fill(results, list(asked), systems, writer, plans, how)
     return results
 

@@ -18,7 +18,7 @@ _OF_LM_EVAL = frozenset({"task_folder", "limit", "metadata", "chat", "max_new_to
 _OF_OUR_TASKS = frozenset(
     {
         *("suite", "files", "protocol", "quick", "length", "samples"),
-        *("text", "stepwise", "generate", "seed", "ratio", "cache_dtype"),
+        *("text", "stepwise", "generate", "seed", "ratio", "cache_dtype", "protect_system"),
     }
 )
 _OF_MADE_CONTEXTS = frozenset({"quick", "text", "seed"})  # files have contexts of their own
@@ -74,6 +74,9 @@ class TaskOptions:
             show_default="budgets as given",
         ),
     ] = None
+    protect_system: Annotated[
+        bool, typer.Option("--protect-system", help="Never evict a system prompt; of task system.")
+    ] = False
     cache_dtype: Annotated[
         str | None,
         typer.Option(
@@ -86,6 +89,14 @@ class TaskOptions:
     def names(self) -> list[str]:
         """The suites, tasks or files that were asked for."""
         return [name for given in self.suite or () for name in given.split(",")]
+
+    def check(self) -> None:
+        """Raises typer.BadParameter for what would change nothing."""
+        if self.protect_system and "system" not in self.names:
+            raise typer.BadParameter(
+                "--protect-system changes nothing without the task system, the only one with a"
+                " system prompt. Add --suite system, or leave it out."
+            )
 
 
 def stored_as(name: str | None, policies: Iterable[str]) -> torch.dtype | None:

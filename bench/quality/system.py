@@ -68,9 +68,14 @@ class LocalSystem:
     """A policy of this engine, or transformers' own cache."""
 
     def __init__(
-        self, model: Any, name: str, new_tokens: int = 64, cache_dtype: torch.dtype | None = None
+        self,
+        model: Any,
+        name: str,
+        new_tokens: int = 64,
+        cache_dtype: torch.dtype | None = None,
+        protects: bool = False,
     ) -> None:
-        self.name = name
+        self.name, self._protects = name, protects and name not in CACHES  # those evict nothing
         self._candidate = candidate(model, name, cache_dtype, new_tokens)
         # a copy that shares the weights, with its engine attached
         self.model, self._device = self._candidate.model, model.device
@@ -83,7 +88,8 @@ class LocalSystem:
         A context is attended to in full by most policies, and compressed after that: what the
         layers of one of them get is what those of another would get, but for rounding.
         """
-        cache = self._candidate.new_cache()
+        given = {"protect": list(protect)} if protect and self._protects else {}
+        cache = self._candidate.new_cache(**given)
         if calls and self._replays:
             _replay(calls, cache)
             cache.ids.note(
@@ -144,7 +150,7 @@ def _attends_once_in_full(recipe: Recipe) -> bool:
 
     A second pass runs the model again, which no record of another policy's layers can stand for.
     """
-    return recipe.sparsity is None and not getattr(recipe, "probes", False)
+    return recipe.sparsity is None and not recipe.probes
 
 
 def _ends(model: Any) -> frozenset[int]:

@@ -89,15 +89,16 @@ class Paging:
         total = int(missing.sum())
         if total == 0:
             return
-        fresh = self.pool.take(total, self.most_pages)
-        width = max(table.pages_RW.shape[1], int((table.owned + missing).max()))
-        pages_RW = host.zeros(len(counts), width, dtype=torch.int32)
-        pages_RW[:, : table.pages_RW.shape[1]] = table.pages_RW
-        for row in missing.nonzero().flatten().tolist():
-            start, extra = int(table.owned[row]), int(missing[row])
-            pages = [fresh.pop(0) for _ in range(extra)]
-            pages_RW[row, start : start + extra] = host.tensor(pages, dtype=torch.int32)
-        table.owned = table.owned + missing
+        fresh, owned = self.pool.take(total, self.most_pages), table.owned + missing
+        wider = max(0, int(owned.max()) - table.pages_RW.shape[1])
+        pages_RW = torch.nn.functional.pad(table.pages_RW, (0, wider))  # a copy, also by 0
+        # Rows of unequal length need their pages in different steps: nothing here is done row by
+        # row. Page a of the new ones, counted over all rows, stands behind those that its row has.
+        row_A = torch.repeat_interleave(missing)
+        before_R = missing.cumsum(0) - missing
+        place_A = host.arange(total) + (table.owned - before_R)[row_A]
+        pages_RW[row_A, place_A] = host.tensor(fresh, dtype=torch.int32)
+        table.owned = owned
         table.set_pages(pages_RW)
 
     def own(self, row_A: Tensor, place_A: Tensor) -> None:

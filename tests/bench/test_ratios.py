@@ -12,6 +12,7 @@ import families
 import helpers
 import pytest
 import torch
+from kvpress.bench.common import models
 from kvpress.bench.quality import instructions_table, ratios, run, suites, summary, table
 from kvpress.bench.quality.metrics import leaked, matched
 from kvpress.bench.quality.reading import How
@@ -25,7 +26,6 @@ from typer.testing import CliRunner
 
 from kvpress.cli import app
 from kvpress.errors import BudgetError
-from kvpress.policy.recipe import Recipe
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
@@ -115,17 +115,37 @@ def test_greedy_answers_are_those_of_the_model_and_stop_where_it_would() -> None
     assert stopped.decode(cache, ids[0, 40:].tolist(), 8) == made[: made.index(made[3])]
 
 
-def test_what_looks_twice_is_read_by_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = families.tiny(), helpers.prompt(1, 60)[0].tolist()
+def test_what_looks_twice_is_read_by_the_model_itself(tiny_model: Path) -> None:
+    """Records of another policy's layers hold one look at the context, not two."""
+    model, _ = models.load(str(tiny_model), device="cpu")
+    full, ids, calls = LocalSystem(model, "full"), helpers.prompt(1, 90)[0].tolist(), list[Any]()
+    with recording(calls):
+        full.read(ids)
+    for policy, passes in (("h2o:budget=0.5", 0), ("kvzip:budget=0.5", 1)):
+        system, seen = LocalSystem(model, policy), list[int]()
+        system.model.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        cache = system.read(ids, calls)
+        assert len(seen) == passes
+        assert helpers.positions(cache) == helpers.positions(system.read(ids))
+        assert sum(map(len, helpers.positions(cache)[0])) < 2 * len(ids)  # it was compressed
+
+
+def test_a_system_prompt_is_protected_where_that_is_asked_for(tiny_model: Path) -> None:
+    model, _ = models.load(str(tiny_model), device="cpu")
+    ids, span = helpers.prompt(1, 120)[0].tolist(), (3, 23)
     full, calls = LocalSystem(model, "full"), list[Any]()
     with recording(calls):
         full.read(ids)
-    for probes, passes in ((False, 0), (True, 1)):
-        monkeypatch.setattr(Recipe, "probes", probes, raising=False)
-        system, seen = LocalSystem(model, "h2o:budget=0.5"), []
-        system.model.register_forward_hook(lambda *_, seen=seen: seen.append(1))
-        system.read(ids, calls)
-        assert len(seen) == passes
+    for protects in (True, False):
+        system = LocalSystem(model, "random:budget=40", protects=protects)
+        for known in ((), calls):
+            rows = [
+                set(row)
+                for rows in helpers.positions(system.read(ids, known, [span]))
+                for row in rows
+            ]
+            assert all(set(range(*span)) <= row for row in rows) is protects
+    LocalSystem(model, "transformers", protects=True).read(ids, (), [span])  # it evicts nothing
 
 
 # ---- rules of a system prompt
@@ -269,6 +289,7 @@ def test_the_command_states_what_was_asked_and_what_is_held(
         (["--ratio", "0.25"], "no compression"),
         (["--cache-dtype", "int8"], "allowed are float32"),
         (["--cache-dtype", "bfloat16", "--policy", "transformers"], "a file of their own"),
+        (["--protect-system", "--suite", "copy"], "Add --suite system"),
         (["--lm-eval", "gsm8k", "--ratio", "4"], "--ratio cannot be used with --lm-eval"),
     ],
 )
