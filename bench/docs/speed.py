@@ -99,6 +99,20 @@ def _memory() -> str:
     return table(("", "MiB of cache, one sequence", "sequences that fit"), lines)
 
 
+def _small_rows() -> str:
+    """What packed rows hold in multiples of their arithmetic, before pages shrank and since."""
+    lines = []
+    for row in _json("small-rows.json")["rows"]:
+        parts = ("held_before", "held", "full_width", "part_filled", "tables")
+        shares = [row[name] / row["arithmetic"] for name in parts]
+        shares += [row[name] / row["later_arithmetic"] for name in ("later_before", "later")]
+        name = f"{row['tokens']:,} tokens, {row['budget']}, {row['rows']}"
+        lines.append((name, f"{row['arithmetic'] / 1024:.0f}", *(f"{x:.2f}×" for x in shares)))
+    head = ("prompt, budget, rows", "KiB", "before", "now", "of it: at full width")
+    rest = ("part-filled pages", "tables, queries", "40 tokens later, before", "now")
+    return table((*head, *rest), lines)
+
+
 def _packed_operator() -> str:
     """`decode_rows` over packed pages: how many times as fast as over bf16 pages."""
     record = _json("ops-packed.json")
@@ -202,6 +216,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "peers": _peers,
     "memory": _memory,
     "packed-operator": _packed_operator,
+    "small-rows": _small_rows,
     "sparse": _sparse,
     "kernels": _kernels,
 }
