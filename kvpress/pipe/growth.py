@@ -57,6 +57,9 @@ def _advance(growth: Growth, layer: Layer) -> Growth:
     if layer.recipe.allocates:
         growth = _planned(growth, layer, seen_B)
     _renew(growth, layer, seen_B)
+    if layer.recipe.allocates:  # whatever the rest of a batch does, each gets new ones in its time
+        steps = int((_due(layer) - seen_B).min())
+        growth.lasts = max(1, min(growth.lasts, steps))
     return growth
 
 
@@ -66,13 +69,7 @@ def _planned(growth: Growth, layer: Layer, seen_B: Tensor) -> Growth:
     What protected tokens take from the budget of a row matters less then, and where the budget is
     in tokens there may no longer be room for everything.
     """
-    limits, planned_B = layer.limits, layer.sequences.planned_B
-    assert limits is not None, "only layers with a budget have quotas"
-    due_B = planned_B.double() * _LONGER + 4
-    if limits.budget.unit == "tokens":
-        fits_B = planned_B <= int(limits.budget.amount)
-        due_B = due_B.where(~fits_B, float(limits.budget.amount) + 1)
-    group = (seen_B >= due_B).nonzero().flatten().tolist()
+    group = (seen_B >= _due(layer)).nonzero().flatten().tolist()
     if not group:
         return growth
     for other in compressed(layer):
@@ -80,6 +77,17 @@ def _planned(growth: Growth, layer: Layer, seen_B: Tensor) -> Growth:
     made = layer.context.growth = _growth(layer)
     made.seen_B = seen_B
     return made
+
+
+def _due(layer: Layer) -> Tensor:
+    """The tokens with which sequences get new budgets of rows: int64 `[B]`."""
+    limits, planned_B = layer.limits, layer.sequences.planned_B
+    assert limits is not None, "only layers with a budget have quotas"
+    due_B = (planned_B.double() * _LONGER + 4).ceil().long()
+    if limits.budget.unit != "tokens":
+        return due_B
+    tokens = int(limits.budget.amount)
+    return due_B.where(planned_B > tokens, tokens + 1)
 
 
 def _renew(growth: Growth, layer: Layer, seen_B: Tensor) -> None:

@@ -145,6 +145,20 @@ def test_a_padded_row_is_the_row_alone(policy: str, other: Policy, side: str) ->
         assert cache.check_integrity()
 
 
+@pytest.mark.parametrize("budget", ["0.4", "12", "0.4prompt"])
+def test_unequal_rows_grow_in_a_batch_as_alone(budget: str) -> None:
+    model, lengths, new = helpers.sharp("llama"), [9, 60, 33, 1], 30
+    ids, mask = helpers.padded(lengths, "left")
+    with kvpress.attach(model, [f"h2o:budget={budget},recent=2", Shares()]) as engine:
+        cache = engine.new_cache()
+        together = helpers.greedy(model, ids, mask, new, cache)
+        for b in range(len(lengths)):
+            own, alone = ids[b : b + 1][mask[b : b + 1].bool()][None], engine.new_cache()
+            tokens = helpers.greedy(model, own, torch.ones_like(own), new, alone)
+            assert torch.equal(tokens[0], together[b])
+            assert helpers.positions(alone) == helpers.positions(cache, b)
+
+
 @torch.no_grad()
 def feed(model: Any, cache: Any, ids: Tensor, pieces: Sequence[int]) -> None:
     start = int(cache.get_seq_length())
