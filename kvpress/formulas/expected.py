@@ -42,7 +42,8 @@ def moments(
         query_BNQD = rotation.turn(query_BNQD, -position_BQ[:, None])
     counts_BQ = position_BQ >= skip
     counts_BQ = counts_BQ | ~counts_BQ.any(-1, keepdim=True)
-    weight_B1Q1 = (counts_BQ / counts_BQ.sum(-1, keepdim=True))[:, None, :, None]
+    weight_BQ = counts_BQ.float() / counts_BQ.sum(-1, keepdim=True).float()
+    weight_B1Q1 = weight_BQ[:, None, :, None]
     mean_BN1D = (query_BNQD * weight_B1Q1).sum(2, keepdim=True)
     apart_BNQD = query_BNQD - mean_BN1D
     return Moments(mean_BN1D[:, :, 0], (apart_BNQD * weight_B1Q1).mT @ apart_BNQD)

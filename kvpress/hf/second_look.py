@@ -12,6 +12,7 @@ import torch
 from kvpress import host
 from kvpress.errors import CacheError, PolicyError
 from kvpress.hf.cache import EngineCache
+from kvpress.host import lasting
 from kvpress.pipe.pools import compress
 from kvpress.pipe.probe import start_look
 from kvpress.pipe.state.sequences import Sequences
@@ -74,6 +75,7 @@ def positions(model: Any) -> int | None:
     return int(known) if isinstance(known, int) and known > 0 else None
 
 
+@lasting
 @torch.no_grad()
 def look_again(model: Any, cache: EngineCache, name: str) -> None:
     """Reads the probes of every sequence that holds new tokens, then compresses all layers.

@@ -73,7 +73,7 @@ def _fusable(layer: Layer, over: int) -> Observation | None:
         return None  # elsewhere a victim among old slots is found by the stages
     if over > (0 if recipe.rank is None or layer.sequences.spans else 1):
         return None  # the operator protects first and last tokens only
-    if (over > 0 or recipe.gathers) and layer.rows.memory.shares:
+    if (over > 0 or recipe.accumulates) and layer.rows.memory.shares:
         return None  # the operator would write to pages of other beams or forks
     if not recipe.gathers:
         return _NOTHING

@@ -257,7 +257,7 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.kvpress.decode_rows.default, calls.flat("decode_rows", *rows))
     query, key = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16)
     position = torch.arange(9).repeat(1, 2, 1)
-    args = (query, key, position, 0.3, 0.0, 9, "fresh", 1.0, 0, 0, None)
+    args = (query, key, position, 0.3, 0.0, 9, False, None, "fresh", 1.0, 0, 0, None)
     torch.library.opcheck(torch.ops.kvpress.attention_sums.default, args)
     pool, address = given["key_PDS"].nan_to_num(), torch.tensor([3, 0])
     torch.library.opcheck(torch.ops.kvpress.gather_slots.default, (pool, address, True))

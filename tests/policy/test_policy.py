@@ -107,7 +107,7 @@ def test_what_was_meant_is_written_out(spec: str, better: str) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    ["h2o:sink=1,sink=2", "h2o:budget", "ExpectedAttentionPress", "", "x.py:budget:0.5", "h2o:a=b"],
+    ["h2o:sink=1,sink=2", "h2o:budget", "QFilterPress", "", "x.py:budget:0.5", "h2o:a=b"],
 )
 def test_nothing_is_put_into_the_mouth_of_who_may_mean_another_thing(spec: str) -> None:
     with pytest.raises(PolicyError) as error:
