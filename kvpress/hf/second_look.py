@@ -78,18 +78,18 @@ def positions(model: Any) -> int | None:
 @lasting
 @torch.no_grad()
 def look_again(model: Any, cache: EngineCache, name: str) -> None:
-    """Reads the probes of every sequence that holds new tokens, then compresses all layers.
+    """Reads the probes of every sequence whose prompt waits, then compresses all layers.
 
     model: the decoder without its head. name: by which it takes its cache. Raises CacheError if
     ids are not known.
     """
     states = cache.states
     first = next(state for state in states if state.kind.window is None)
-    seen_B, looked_B = first.sequences.seen_B, first.sequences.looked_B
-    new = [b for b in range(len(seen_B)) if seen_B[b] > looked_B[b]]
+    seen_B = first.sequences.seen_B
+    new = sorted(cache.context.held)  # not those that only decoded beside them
     probes = {b: _probes(model, cache, first.sequences, b) for b in new}
     for state in states:
-        start_look(state, looked_B)
+        start_look(state, new)
     rounds = max((len(own) for own in probes.values()), default=0)
     try:
         for i in range(rounds):
@@ -98,7 +98,9 @@ def look_again(model: Any, cache: EngineCache, name: str) -> None:
     finally:
         cache.context.looks = {}
     for state in states:
-        state.sequences.looked_B = state.sequences.seen_B.clone()
+        own = state.sequences
+        own.looked_B = own.looked_B.clone()
+        own.looked_B[new] = own.seen_B[new]
     compress(first, new)
 
 
@@ -150,5 +152,5 @@ def waits(cache: EngineCache, columns: int | None) -> bool:
 
     columns: of the prompt of the call that it belongs to; None: every pass is a whole prompt.
     """
-    held = cache.context.held and not cache.context.looks
+    held = bool(cache.context.held) and not cache.context.looks
     return held and (columns is None or cache.columns_seen >= columns)

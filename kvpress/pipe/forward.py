@@ -149,7 +149,7 @@ def _run_groups(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor
 
 def _hold(layer: Layer, prompts: list[int]) -> None:
     """Keeps prompts whole until the last layer has them, or until they were looked at again."""
-    layer.context.held = True
+    layer.context.held |= set(prompts)
     if not layer.recipe.probes and layer is compressed(layer)[-1]:
         compress(layer, prompts)
 

@@ -47,7 +47,7 @@ def compress(layer: Layer, group: Sequence[int]) -> None:
             if other.recipe.formats:
                 pack_due(other, dict(zip(rows, other.sequences.seen_B[rows].tolist(), strict=True)))
     layer.context.pending.clear()
-    layer.context.held, layer.context.dirty = False, None
+    layer.context.held, layer.context.dirty = set(), None
 
 
 def _scores(layer: Layer, slots: Slots, group: list[int]) -> Tensor:

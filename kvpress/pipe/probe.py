@@ -44,14 +44,15 @@ def run_probe(layer: Layer, group: Sequence[int], tokens: Tokens) -> Tensor:
     return out_bNQD
 
 
-def start_look(layer: Layer, first_B: Tensor) -> None:
-    """Forgets what the last slots came with: nothing was observed of the tokens from these on."""
+def start_look(layer: Layer, group: Sequence[int]) -> None:
+    """Forgets what the last slots of some sequences came with: nothing was observed of them yet."""
     if layer.kind.window is not None or not layer.recipe.accumulates:
         return
     with layer.rows.memory.lock:
-        mass_BHS, position_BHS = layer.rows.dense(MASS), layer.rows.dense(POSITION)
-        new_BHS = position_BHS >= first_B.to(position_BHS.device)[:, None, None]
-        layer.rows.write(MASS, mass_BHS.masked_fill(new_BHS, 0.0))
+        rows = list(group)
+        mass_bHS, position_bHS = (layer.rows.dense(name, rows) for name in (MASS, POSITION))
+        first_b11 = layer.sequences.looked_B[rows][:, None, None].to(position_bHS.device)
+        layer.rows.write(MASS, mass_bHS.masked_fill(position_bHS >= first_b11, 0.0), rows)
 
 
 def _observe(layer: Layer, b: int, tokens: Tokens, columns: dict[str, Tensor]) -> None:

@@ -158,6 +158,23 @@ def test_a_second_turn_looks_at_its_own_tokens_and_at_the_answer() -> None:
 
 
 @torch.no_grad()
+def test_a_row_without_a_prompt_is_not_looked_at_beside_one_that_has() -> None:
+    model, ids = helpers.sharp("llama"), helpers.prompt(2, TOKENS)
+    with kvpress.attach(model, Again(budget=0.5)) as engine:
+        both, alone = engine.new_cache(), engine.new_cache()
+        for cache, rows in ((both, 2), (alone, 1)):
+            model(ids[:rows, :20], past_key_values=cache)
+            for step in range(20, 26):
+                model(ids[:rows, step : step + 1], past_key_values=cache)
+        mask = torch.ones(2, 40, dtype=torch.long)
+        mask[0, 26:] = 0  # the first row has nothing to read, the second another prompt
+        model(ids[:, 26:40], attention_mask=mask, past_key_values=both)
+        assert helpers.positions(both) == helpers.positions(alone)
+        assert sum(map(len, helpers.positions(both, 1)[0])) == 2 * 20
+        assert both.check_integrity()
+
+
+@torch.no_grad()
 def test_forks_files_and_crops_after_the_look(tmp_path: Path) -> None:
     model, ids = helpers.sharp("llama"), helpers.prompt(2, TOKENS)
     with kvpress.attach(model, Again()) as engine:

@@ -62,7 +62,7 @@ class Context:
     calibrated: Mapping[Calibrated, Mapping[str, Tensor]] = field(default_factory=dict)
     protect: list[Ranges] = field(default_factory=list)  # of all sequences, or of each
     looks: dict[int, tuple[int, int]] = field(default_factory=dict)  # tokens that a probe is of
-    held: bool = False  # whether a prompt waits until all layers have it, or for a second look
+    held: set[int] = field(default_factory=set)  # whose prompts wait for all layers, or for a look
     pending: dict[int, list[tuple[list[int], Tensor, Tensor]]] = field(default_factory=dict)
     dirty: int | None = None  # the layer in which a pass is under way, or failed
 
@@ -73,7 +73,7 @@ class Context:
         self.ledger.bytes_peak = 0
         self.recording = Recording()
         self.newest = self.dirty = self.growth = None
-        self.protect, self.looks, self.held = [], {}, False
+        self.protect, self.looks, self.held = [], {}, set()
 
     def protected(self, batch: int) -> list[Ranges]:
         """The protected tokens of so many sequences. Raises CacheError if they do not fit."""
