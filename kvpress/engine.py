@@ -97,7 +97,13 @@ class Engine:
         self.model, self.recipe, self.newest = model, recipe, Newest()
         lease, shape = Lease(weights=Identity(model)), check_model(model)
         check_division(recipe, sum(kind.window is None for kind in shape.kinds))
-        if recipe.formats and any(kind.slopes for kind in shape.kinds):
+        slopes = any(kind.slopes for kind in shape.kinds)
+        if "query" in recipe.needs and slopes:
+            raise PolicyError(
+                f"{recipe} scores by queries, which on this model carry ALiBi positions in channels"
+                " of their own. Use a policy that does not."
+            )
+        if recipe.formats and slopes:
             raise PolicyError(
                 f"{recipe}: keys of this model carry ALiBi positions in channels, which"
                 " must not be pruned or quantised. Use a policy that keeps keys as they are."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +10,15 @@ from kvpress.errors import CacheError, InputError
 from kvpress.hf.cache import EngineCache
 from kvpress.pipe.state.spans import ranges_of
 
+_OTHERS = ("0 other one", "9 words")  # that begin and end in different ways
+
 
 def spans_of(
     tokenizer: Any, messages: Sequence[Any], role: str = "system", **options: Any
 ) -> list[tuple[int, int]]:
     """The token ranges `(first, behind the last)` of the messages of a role, for `protect=`.
 
-    They are found by rendering the chat with and without each message, never by searching for its
+    They are found by rendering the chat with other messages and without, never by searching for the
     text; a first message has everything before it, too. options: those of the tokenizer's
     `apply_chat_template`, the same as for the prompt itself. Raises InputError where the role has
     no message, or the template does not let it be told apart.
@@ -31,17 +34,21 @@ def spans_of(
     for place, message in enumerate(messages):
         if message.get("role") != role:
             continue
-        without = ids([*messages[:place], *messages[place + 1 :]])
-        before = _common(whole, without) if place else 0
-        after = _common(whole[::-1], without[::-1])
-        # Both count what repeats around the message; together they are never more than is there.
-        first, last = before, len(whole) - min(after, len(without) - before)
-        if first >= last or len(without) >= len(whole):
+        # Where another content makes a difference, and where the message is gone: the template may
+        # put a default in its place, or refuse to go without it.
+        others = [{**message, "content": text} for text in _OTHERS]
+        variants = [[*messages[:place], other, *messages[place + 1 :]] for other in others]
+        first, last = _place(whole, [ids(variant) for variant in variants])
+        with contextlib.suppress(Exception):  # whatever a template raises
+            without = ids([*messages[:place], *messages[place + 1 :]])
+            gone = _place(whole, [without], starts=place == 0)
+            first, last = min(first, gone[0]), max(last, gone[1])
+        if first >= last:
             raise InputError(
-                f"The chat template does not show where message {place} ({role}) stands: without it"
-                f" the chat has {len(without)} tokens, with it {len(whole)}. Give token ranges."
+                f"The chat template does not show where message {place} ({role}) stands. Give token"
+                " ranges."
             )
-        spans.append((first, last))
+        spans.append((0 if place == 0 else first, last))
     if not spans:
         roles = sorted({str(message.get("role")) for message in messages})
         raise InputError(f"No message has the role {role!r}. The chat has {', '.join(roles)}.")
@@ -62,6 +69,18 @@ def protect(cache: EngineCache, spans: Any) -> None:
     each = several and all(not isinstance(x, tuple) for x in spans)
     ranges = [ranges_of(x) for x in (spans if each else [spans])]
     cache.context.protect = ranges[:1] if len(set(ranges)) == 1 else ranges
+
+
+def _place(
+    whole: Sequence[int], others: Sequence[Sequence[int]], starts: bool = False
+) -> tuple[int, int]:
+    """The range of a chat in which the others, all of which differ from it, are not the same.
+
+    starts: whether it begins with the first token, even if others begin alike.
+    """
+    before = 0 if starts else min(_common(whole, other) for other in others)
+    after = min(min(_common(whole[::-1], x[::-1]), len(x) - before) for x in others)
+    return before, len(whole) - max(0, min(after, len(whole) - before))
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -95,6 +95,9 @@ def look_again(model: Any, cache: EngineCache, name: str) -> None:
         for i in range(rounds):
             _LOG.info("Second look at %d tokens: part %d of %d", int(seen_B.max()), i + 1, rounds)
             _read(model, cache, name, {b: own[i] for b, own in probes.items() if i < len(own)})
+    except BaseException:  # half a look is none: the cache says so from now on
+        cache.context.dirty = first.kind.index
+        raise
     finally:
         cache.context.looks = {}
     for state in states:

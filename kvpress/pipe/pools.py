@@ -101,11 +101,12 @@ def _compete(
     own_X = (int(pool.least * quota.slots) - guarded_X).clamp_min(0)
     slots_X = guarded_X + by_score(score_XS, open_XS, places, own_X.to(open_XS.device)).cpu()
     if limits.budget.unit == "bytes":
-        slots_X = fit(slots_X.double().clamp_min(1), limits, seen, shape)
+        sizes = [layer.kind.heads for layer in layers]
+        slots_X = fit(slots_X.double().clamp_min(1), limits, seen, shape, sizes)
     slots_X = slots_X.clamp_min(1)
     parts = torch.split(slots_X, [layer.kind.heads for layer in layers])
     for layer, slots_R in zip(layers, parts, strict=True):
-        quotas = [quota._replace(slots=int(n)) for n in slots_R]
-        write(layer, [b], [quotas])
+        # Of its own slots, as while decoding: what is protected twice now may be two tokens then.
+        write(layer, [b], [[limits.row(int(n)) for n in slots_R]])
         if layer.grows:
             set_portions(layer, [b], [[int(n) / limits.even(seen) for n in slots_R]])

@@ -96,3 +96,14 @@ def test_closed_slots_have_no_weight_and_take_none():
     torch.testing.assert_close(weight_BHS[0, 0, [0, 2]], alone[0])
     assert weight_BHS[0, 0, 1] == 0
     assert not weights(z_BNS, torch.zeros(1, 1, 3, dtype=torch.bool)).any()
+
+
+def test_positions_in_channels_of_their_own_are_refused() -> None:
+    import helpers
+    import pytest
+
+    import kvpress
+    from kvpress.errors import PolicyError
+
+    with pytest.raises(PolicyError, match="ALiBi"):
+        kvpress.attach(helpers.tiny("bloom"), "expected_attention")

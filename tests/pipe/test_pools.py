@@ -145,11 +145,12 @@ def test_a_padded_row_is_the_row_alone(policy: str, other: Policy, side: str) ->
         assert cache.check_integrity()
 
 
+@pytest.mark.parametrize("other", [Shares(), Pooled(), Pooled(scope="layer", least=0.2)])
 @pytest.mark.parametrize("budget", ["0.4", "12", "0.4prompt"])
-def test_unequal_rows_grow_in_a_batch_as_alone(budget: str) -> None:
+def test_unequal_rows_grow_in_a_batch_as_alone(budget: str, other: Policy) -> None:
     model, lengths, new = helpers.sharp("llama"), [9, 60, 33, 1], 30
     ids, mask = helpers.padded(lengths, "left")
-    with kvpress.attach(model, [f"h2o:budget={budget},recent=2", Shares()]) as engine:
+    with kvpress.attach(model, [f"h2o:budget={budget}", other]) as engine:
         cache = engine.new_cache()
         together = helpers.greedy(model, ids, mask, new, cache)
         for b in range(len(lengths)):

@@ -175,6 +175,29 @@ def test_a_row_without_a_prompt_is_not_looked_at_beside_one_that_has() -> None:
 
 
 @torch.no_grad()
+def test_half_a_look_is_none_and_the_cache_says_so() -> None:
+    model, ids, passes = helpers.sharp("llama"), helpers.prompt(1, TOKENS), []
+
+    def fail(*_: Any) -> None:
+        passes.append(1)
+        if len(passes) == 2:
+            raise ValueError("interrupted")
+
+    with kvpress.attach(model, Again()) as engine:
+        cache = engine.new_cache()
+        handle = model.model.layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(ValueError, match="interrupted"):
+            model(ids, past_key_values=cache)
+        handle.remove()
+        for change in (cache.fork, lambda: model(ids[:, :1], past_key_values=cache)):
+            with pytest.raises(CacheError, match="interrupted"):
+                change()
+        cache.reset()
+        model(ids, past_key_values=cache)
+        assert sum(map(len, helpers.positions(cache)[0])) == 2 * TOKENS // 4
+
+
+@torch.no_grad()
 def test_forks_files_and_crops_after_the_look(tmp_path: Path) -> None:
     model, ids = helpers.sharp("llama"), helpers.prompt(2, TOKENS)
     with kvpress.attach(model, Again()) as engine:

@@ -82,6 +82,17 @@ def test_forks_files_and_reordered_batches_protect_on(tmp_path: Path) -> None:
         assert all({4, 5, 6, 7, 8} <= row for row in kept(cache))
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_what_is_protected_twice_after_a_prompt_stays(family: str, scope: str, seed: int) -> None:
+    model, ids = helpers.sharp(family), helpers.prompt(1, 23, seed)
+    with kvpress.attach(model, f"h2o:budget=0.4prompt+adakv:scope={scope}") as engine:
+        cache = engine.new_cache(protect=[(5, 9), (20, 22)])
+        helpers.greedy(model, ids, torch.ones_like(ids), 12, cache)
+        assert all({5, 6, 7, 8, 20, 21} <= row for row in kept(cache))
+
+
 def test_generate_takes_them_too() -> None:
     model, ids = helpers.tiny(), helpers.prompt(1, TOKENS)
     with kvpress.attach(model, "streaming_llm:budget=12,sink=0") as engine:
@@ -141,5 +152,16 @@ def test_roles_are_found_by_rendering_with_and_without_them() -> None:
     found = [text[first:last] for first, last in spans]
     assert found[0] == "<system>be brief</>" and "no, be long" in found[1]
     assert len(found[1]) == len("<system>no, be long</>")
+    tokenizer.chat_template = (  # with a message of its own where there is none
+        "{% if messages[0]['role'] != 'system' %}<system>You are a helpful assistant.</>{% endif %}"
+        + TEMPLATE
+    )
+    chat = [
+        {"role": "system", "content": "You are a very helpful, and thorough assistant."},
+        {"role": "user", "content": "why"},
+    ]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ((first, last),) = kvpress.spans_of(tokenizer, chat)
+    assert text[first:last].startswith("<system>" + chat[0]["content"])
     with pytest.raises(InputError, match="'tool'"):
         kvpress.spans_of(tokenizer, chat, role="tool")

@@ -142,6 +142,34 @@ def test_nothing_is_guessed(model: Any, spec: str, file: Path) -> None:
         kvpress.attach(model, part)
 
 
+@pytest.mark.parametrize("spec", ["h2o:budget=0.4+heads:{}", "zap:budget=0.4,{}"])
+@torch.no_grad()
+def test_a_loaded_cache_knows_the_calibration(
+    model: Any, file: Path, spec: str, tmp_path: Path
+) -> None:
+    ids = helpers.prompt(1, 100)
+    with kvpress.attach(model, spec.format(f"calibration={file}")) as engine:
+        cache = engine.new_cache()
+        model(ids, past_key_values=cache)
+        cache.save(tmp_path / "cache.safetensors")
+        loaded = engine.load_cache(tmp_path / "cache.safetensors")
+        for x in (cache, loaded):
+            for step in range(20):
+                model(ids[:, step : step + 1], past_key_values=x)
+            model(ids[:, :30], past_key_values=x)
+        assert helpers.positions(loaded) == helpers.positions(cache)
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_bytes_are_never_exceeded(model: Any, file: Path, page_size: int) -> None:
+    spec = f"snapkv:budget=120000B,window=6+heads:calibration={file}"
+    with kvpress.attach(model, spec, page_size=page_size) as engine, torch.no_grad():
+        cache = engine.new_cache()
+        model(helpers.prompt(1, 250), past_key_values=cache)
+        held = cache.report().bytes_held
+    assert 100_000 < held <= 120_000
+
+
 def test_what_is_needed_is_declared() -> None:
     assert load_policy("heads").calibrated == Calibrated("heads", ("share_LHX",), None)
     assert load_policy("zap").calibrated == Calibrated("heads", ("ridge_LXH",), None)

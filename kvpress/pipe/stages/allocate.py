@@ -18,6 +18,7 @@ from kvpress.policy.budget import Geometry, Limits, Quota, share
 from kvpress.policy.pooling import Room
 
 FIXED = "While decoding, rows stay at"
+_ENTRY = 4  # bytes of an entry in a page table
 
 
 def compressed(layer: Layer) -> list[Layer]:
@@ -112,7 +113,7 @@ def _plan(
         portion_X = asked_X / quota.slots
         if quota.slots < seen and not quota.floored:
             whole_X = asked_X * (even / quota.slots) if decoding else asked_X
-            slots_X = fit(whole_X, limits, seen, geometry(layer))
+            slots_X = fit(whole_X, limits, seen, geometry(layer), sizes)
             portion_X = slots_X.double() / even
         elif not limits.budget.relative:
             portion_X = torch.ones_like(asked_X)  # there is room for everything yet
@@ -122,18 +123,26 @@ def _plan(
     return slots, portion
 
 
-def fit(asked_X: Tensor, limits: Limits, seen: int, shape: Geometry) -> Tensor:
+def fit(
+    asked_X: Tensor, limits: Limits, seen: int, shape: Geometry, sizes: Sequence[int]
+) -> Tensor:
     """Slots of rows: what was asked for, as far as there are tokens, and not less than is needed.
 
     The sum is that of the budget, if so much was asked for, in whole pages where it is in bytes.
-    What a row cannot use goes to the others in proportion.
+    What a row cannot use goes to the others in proportion. sizes: rows of every layer.
     """
     unit, more = (1, 0) if limits.budget.unit != "bytes" else (shape.page_slots, shape.headroom)
     low = max(1, limits.least)
     # Pages of a row are taken whole: its slots, and those that stay free for what comes next.
     total = (math.floor(float(asked_X.sum()) + 1e-6) + more * len(asked_X)) // unit
-    bounds = (torch.full_like(asked_X, -(-(n + more) // unit)) for n in (low, max(seen, low)))
-    return apportion(asked_X + more, total, *bounds) * unit - more
+    bounds = [torch.full_like(asked_X, -(-(n + more) // unit)) for n in (low, max(seen, low))]
+    pages_X = apportion(asked_X + more, total, *bounds)
+    if limits.budget.unit == "bytes":  # the table of a layer is as wide as its longest row
+        layers = torch.split(pages_X, list(sizes))
+        empty = sum(int((x.max() - x).sum()) for x in layers)
+        total -= -(-_ENTRY * empty // shape.page_bytes)
+        pages_X = apportion(asked_X + more, total, *bounds)
+    return pages_X * unit - more
 
 
 def _asked(

@@ -45,7 +45,8 @@ class Growth:
         sizes = [len(change.quota_R) for change in changes]
         more_X = quota_X - torch.cat([change.quota_R for change in changes])
         low, high = (int(x) for x in more_X.aminmax())
-        if low == high == 0:
+        recents = torch.cat([change.recent_R for change in changes])
+        if low == high == 0 and torch.equal(recents, recent_X):
             return
         parts = (torch.split(x, sizes) for x in (quota_X, recent_X))
         for change, quota_R, recent_R in zip(changes, *parts, strict=True):

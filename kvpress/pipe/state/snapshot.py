@@ -111,6 +111,7 @@ def _context(settings: Any, context: Context) -> Context:
         None if dtype is None else _DTYPES[dtype],
         context.rotations,
         context.thresholds,
+        calibrated=context.calibrated,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ def ranges_of(given: Any) -> Ranges:
     pairs = [(0, given)] if isinstance(given, int) and not isinstance(given, bool) else given
     joined: list[tuple[int, int]] = []
     try:
-        for first, last in sorted((int(a), int(b)) for a, b in pairs):
+        for first, last in sorted((operator.index(a), operator.index(b)) for a, b in pairs):
             if not 0 <= first < last:
                 raise ValueError
             if joined and first <= joined[-1][1]:
