@@ -75,9 +75,14 @@ class Context:
         self.newest = self.dirty = self.growth = None
         self.protect, self.looks, self.held = [], {}, set()
 
-    def protected(self, batch: int) -> list[Ranges]:
-        """The protected tokens of so many sequences. Raises CacheError if they do not fit."""
+    def protected(self, batch: int, kind: LayerKind) -> list[Ranges]:
+        """The protected tokens of so many sequences; none where a layer keeps a window anyway.
+
+        Raises CacheError if they do not fit.
+        """
         given = len(self.protect)
+        if not given or kind.window is not None:
+            return []
         if batch % given:
             raise CacheError(
                 f"protect= names tokens of {given} sequences, but the batch has {batch}. Give one"

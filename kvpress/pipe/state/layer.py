@@ -65,8 +65,7 @@ class Layer:
 
     def start(self, key_BHQD: Tensor, value_BHQD: Tensor) -> None:
         """Makes the store for rows of this shape."""
-        protects = self.context.protect and self.kind.window is None
-        ranges = self.context.protected(len(key_BHQD)) if protects else []
+        ranges = self.context.protected(len(key_BHQD), self.kind)
         self.token_dtype = key_BHQD.dtype
         self.store = self.stores.new(key_BHQD, value_BHQD)
         self.sequences.begin(len(key_BHQD), self.stores.starts, key_BHQD.device)
