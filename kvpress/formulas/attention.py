@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from kvpress.types import EMPTY
 
 BLOCK_ELEMENTS = 1 << 24  # largest mask or logit block of the general path
+_QUERIES = 256  # that share a mask where rows are whole: few see much less than the last of them
 
 
 def prompt_attention(
@@ -35,6 +36,9 @@ def prompt_attention(
         return F.scaled_dot_product_attention(
             query_BNQD, key_BHSD, value_BHSD, is_causal=new > 1, scale=scaling, enable_gqa=grouped
         )
+    whole = position_BHS is None or not bool((position_BHS == EMPTY).any())
+    if whole and window is None and not softcap:
+        return _over_whole_rows(query_BNQD, key_BHSD, value_BHSD, scaling)
     if position_BHS is None:
         position_BHS = torch.arange(slots, device=key_BHSD.device).expand(
             *key_BHSD.shape[:2], slots
@@ -43,6 +47,30 @@ def prompt_attention(
     rest = (new, key_BHSD, value_BHSD, position_BHS, scaling, softcap, window)
     blocks = [_block(query_BNQD[:, :, i : i + step], i, *rest) for i in range(0, new, step)]
     return torch.cat(blocks, dim=2)
+
+
+def _over_whole_rows(
+    query_BNQD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, scaling: float
+) -> Tensor:
+    """The same where every slot holds a token: all heads then share the masks of the queries."""
+    slots, new = key_BHSD.shape[2], query_BNQD.shape[2]
+    slot_S, outs = torch.arange(slots, device=key_BHSD.device), []
+    grouped = query_BNQD.shape[1] != key_BHSD.shape[1]
+    for start in range(0, new, _QUERIES):
+        stop = min(start + _QUERIES, new)
+        own_q = slot_S[slots - new + start : slots - new + stop]
+        seen_S = slot_S[: slots - new + stop]
+        mask_qS = query_BNQD.new_zeros(stop - start, len(seen_S))
+        out_BNqD = F.scaled_dot_product_attention(
+            query_BNQD[:, :, start:stop],
+            key_BHSD[:, :, : len(seen_S)],
+            value_BHSD[:, :, : len(seen_S)],
+            attn_mask=mask_qS.masked_fill_(seen_S > own_q[:, None], -torch.inf),
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        outs.append(out_BNqD)
+    return torch.cat(outs, dim=2)
 
 
 def _block(

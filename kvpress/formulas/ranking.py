@@ -65,6 +65,22 @@ def gather(column_BHSX: Tensor, index_BHK: Tensor) -> Tensor:
     return column_BHSX.gather(2, index.expand(*index_BHK.shape, *extra))
 
 
+def matched(values_BHS: Tensor, position_BHS: Tensor, wanted_BHS: Tensor, missing: float) -> Tensor:
+    """The values of the slots that hold the same positions, each in an order of its own.
+
+    fp32, as `wanted_BHS`, which are positions too; `missing` where no slot holds one.
+    """
+    most = int(position_BHS.max()) + 2 if position_BHS.numel() else 1
+    shape = (*values_BHS.shape[:2], most)
+    by_position = torch.full(shape, missing, dtype=torch.float32, device=values_BHS.device)
+    # Empty slots, of position -1, all come to place 0.
+    by_position.scatter_(2, position_BHS + 1, values_BHS.float())
+    by_position[..., 0] = missing
+    known_BHS = wanted_BHS < most - 1
+    place_BHS = (wanted_BHS + 1).where(known_BHS, 0)
+    return by_position.gather(2, place_BHS)
+
+
 def drop_one(score_BHS: Tensor, position_BHS: Tensor, protected_BHS: Tensor) -> Tensor:
     """The one slot of each row that `keep_top` would drop, found without sorting: int64 `[B, H]`.
 

@@ -142,8 +142,6 @@ def _run_groups(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor
         trim(layer, prompts)
     if layer.recipe.defers and prompts:
         _hold(layer, prompts)
-    if valid_BQ is None and len(groups) == 1:
-        return outputs[0]
     return _scatter(tokens, groups, outputs, valid_BQ)
 
 
@@ -163,8 +161,6 @@ def _run_probes(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor
     with layer.rows.memory.lock:
         parts = [(x.sequences, _take(tokens, x.sequences, valid_BQ)) for x in groups]
         outputs = [run_probe(layer, *part) for part in parts]
-    if valid_BQ is None and len(groups) == 1:
-        return outputs[0]
     return _scatter(tokens, groups, outputs, valid_BQ)
 
 
@@ -207,6 +203,8 @@ def _scatter(
     tokens: Tokens, groups: list[Group], outputs: list[Tensor], valid_BQ: Tensor | None
 ) -> Tensor:
     """The outputs of groups of a batch, at the columns of their tokens; zeros elsewhere."""
+    if valid_BQ is None and len(groups) == 1:
+        return outputs[0]
     width = tokens.value_bHQD.shape[-1]
     out_BNQD = tokens.query_bNQD.new_zeros(*tokens.query_bNQD.shape[:3], width)
     for group, out in zip(groups, outputs, strict=True):

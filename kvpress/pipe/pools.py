@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvpress.formulas.apportion import by_score
+from kvpress.formulas.ranking import matched
 from kvpress.pipe.evict import evict
 from kvpress.pipe.stages.allocate import compressed, fit, limits_of, set_portions, write
 from kvpress.pipe.stages.format import pack_due
@@ -57,13 +58,9 @@ def _scores(layer: Layer, slots: Slots, group: list[int]) -> Tensor:
         return finite(layer, slots, group, score(layer, slots))
     score_bHS = torch.full_like(slots.position_BHS, -torch.inf, dtype=torch.float32)
     for some, position_bHS, given_bHS in pending:
-        # Both hold the same tokens, each in an order of its own: by way of their positions.
-        most = int(position_bHS.max()) + 2
-        by_position = given_bHS.new_full((*given_bHS.shape[:2], most), -torch.inf)
-        by_position.scatter_(2, position_bHS + 1, given_bHS.float())  # empty slots: place 0
         where = [group.index(b) for b in some]
-        place_bHS = (slots.position_BHS[where] + 1).clamp_max(most - 1)
-        score_bHS[where] = by_position.gather(2, place_bHS)
+        wanted_bHS = slots.position_BHS[where]
+        score_bHS[where] = matched(given_bHS, position_bHS, wanted_bHS, -torch.inf)
     return score_bHS
 
 

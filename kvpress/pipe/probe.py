@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpress.formulas.attention import prompt_attention
-from kvpress.formulas.ranking import gather
+from kvpress.formulas.ranking import gather, matched
 from kvpress.formulas.sums import over_group
 from kvpress.pipe.prompt import candidates
 from kvpress.pipe.stages.observe import prompt_sums, stored
@@ -72,15 +72,11 @@ def _observe(layer: Layer, b: int, tokens: Tokens, columns: dict[str, Tensor]) -
         tokens.softcap,
     )
     observed_1HS = over_group(sums_1NS, layer.kind.heads, request.kind)
-    slots = stored(layer, [b], layer.sequences.seen_B[[b]])
-    # Both hold the tokens of the range, each in an order of its own: by way of their positions.
-    by_position = observed_1HS.new_zeros(1, layer.kind.heads, last - first + 1)
-    place_1HS = (position_1HS - first).clamp(-1, last - first) % (last - first + 1)
     inside_1HS = (position_1HS >= first) & (position_1HS < last)
-    by_position.scatter_add_(2, place_1HS, observed_1HS.where(inside_1HS, 0.0))
-    place_1HS = (slots.position_BHS - first).clamp(-1, last - first) % (last - first + 1)
-    inside_1HS = (slots.position_BHS >= first) & (slots.position_BHS < last)
-    slots = replace(slots, attention_BHS=by_position.gather(2, place_1HS).where(inside_1HS, 0.0))
+    observed_1HS = observed_1HS.where(inside_1HS, 0.0)
+    slots = stored(layer, [b], layer.sequences.seen_B[[b]])
+    attention_1HS = matched(observed_1HS, position_1HS, slots.position_BHS, 0.0)
+    slots = replace(slots, attention_BHS=attention_1HS)
     layer.rows.write(MASS, layer.recipe.stage("accumulate").accumulate(slots).float(), [b])
 
 

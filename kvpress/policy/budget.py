@@ -135,13 +135,6 @@ class Budget:
         slots = max(1, share(exact, pages)) * geometry.page_slots - geometry.headroom
         return min(max(1, slots), UNLIMITED)
 
-    def lasts(self, seen: int, portion: float = 1.0) -> int:
-        """How many more tokens must be seen until `slots` is another number, at the least."""
-        part = Fraction(0) if portion == math.inf else self._part(portion)
-        if not part:
-            return UNLIMITED
-        return -(-(share(part, seen) + 1) * part.denominator // part.numerator) - seen
-
     def _part(self, portion: float) -> Fraction:
         """What a layer keeps of the tokens."""
         return _times(self.amount.numerator, self.amount.denominator, portion)

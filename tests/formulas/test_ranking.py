@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpress.formulas.ranking import drop_one, keep_top, kept_index, protect
+from kvpress.formulas.ranking import drop_one, keep_top, kept_index, matched, protect
 from kvpress.types import EMPTY
 
 
@@ -66,3 +66,11 @@ def test_a_score_that_is_no_number_goes_first() -> None:
     score = torch.tensor([[[3.0, 1.0, torch.nan, -torch.inf]]])
     position, none = torch.arange(4)[None, None], torch.zeros(1, 1, 4, dtype=torch.bool)
     assert int(drop_one(score[..., :3], position[..., :3], none[..., :3])) == 2
+
+
+def test_values_are_matched_by_the_positions_of_their_slots() -> None:
+    position = torch.tensor([[[4, EMPTY, 0, 2]]])
+    values = torch.tensor([[[0.4, 9.0, 0.1, 0.2]]])
+    wanted = torch.tensor([[[0, 7, 2, EMPTY, 4, 1]]])
+    found = matched(values, position, wanted, -1.0)
+    torch.testing.assert_close(found, torch.tensor([[[0.1, -1.0, 0.2, -1.0, 0.4, -1.0]]]))

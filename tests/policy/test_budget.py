@@ -56,18 +56,6 @@ def test_a_fraction_is_rounded_down_exactly(seen: int, thousandths: int) -> None
     )
 
 
-@given(st.integers(1, 10**4), st.integers(1, 999), st.floats(0.001, 3))
-def test_the_next_count_comes_when_it_is_foreseen(
-    seen: int, thousandths: int, portion: float
-) -> None:
-    budget = Budget.parse(thousandths / 1000)
-    due = seen + budget.lasts(seen, portion)
-    if due < 10**9:
-        part = share(budget._part(portion), seen)
-        assert share(budget._part(portion), due - 1) == part
-        assert share(budget._part(portion), due) > part
-
-
 def test_protected_tokens_beyond_a_token_budget_are_refused() -> None:
     with pytest.raises(BudgetError, match=r"below sink \+ recent = 4 \+ 61"):
         Limits(Budget.parse(64), sink=4, recent=61).check()
