@@ -146,9 +146,9 @@ def test_a_padded_row_is_the_row_alone(policy: str, other: Policy, side: str) ->
 
 
 @pytest.mark.parametrize("other", [Shares(), Pooled(), Pooled(scope="layer", least=0.2)])
-@pytest.mark.parametrize("budget", ["0.4", "12", "0.4prompt"])
+@pytest.mark.parametrize("budget", ["0.4", "0.08", "12", "0.4prompt"])
 def test_unequal_rows_grow_in_a_batch_as_alone(budget: str, other: Policy) -> None:
-    model, lengths, new = helpers.sharp("llama"), [9, 60, 33, 1], 30
+    model, lengths, new = helpers.sharp("llama"), [9, 60, 33, 1], 45
     ids, mask = helpers.padded(lengths, "left")
     with kvpress.attach(model, [f"h2o:budget={budget}", other]) as engine:
         cache = engine.new_cache()

@@ -198,6 +198,25 @@ def test_half_a_look_is_none_and_the_cache_says_so() -> None:
 
 
 @torch.no_grad()
+def test_what_pages_held_before_is_no_score_of_decoded_tokens() -> None:
+    model, ids = helpers.sharp("llama"), helpers.prompt(1, TOKENS)
+    found = []
+    for stale in (0.0, 9.0):
+        with kvpress.attach(model, Again(budget=1.0)) as engine:
+            cache = engine.new_cache()
+            model(ids[:, :24], past_key_values=cache)
+            model(ids[:, 24:25], past_key_values=cache)
+            for state in cache.states:
+                mass = state.rows.dense("mass")
+                decoded = state.rows.dense("position") == 24
+                state.rows.write("mass", mass.masked_fill(decoded, stale))
+            model(ids[:, 25:], past_key_values=cache)
+            found.append(masses(cache))
+    for clean, other in zip(*found, strict=True):
+        assert torch.equal(clean, other)
+
+
+@torch.no_grad()
 def test_forks_files_and_crops_after_the_look(tmp_path: Path) -> None:
     model, ids = helpers.sharp("llama"), helpers.prompt(2, TOKENS)
     with kvpress.attach(model, Again()) as engine:
