@@ -82,8 +82,8 @@ def calibrated(
         file = wanted.file or _shipped(model, wanted.kind)
         if file is None:
             raise PolicyError(
-                f"{policy.name} needs a calibration, and none ships for this model. Make one, which"
-                f" takes about a minute: kvpress calibrate {wanted.kind} --model"
+                f"{policy.name} needs a calibration, and none ships for this model. Make one:"
+                f" kvpress calibrate {wanted.kind} --model"
                 f" {getattr(model.config, 'name_or_path', '') or 'MODEL'} --out FILE, and give it:"
                 f" {policy.name}:calibration=FILE."
             )
