@@ -5,15 +5,18 @@ arXiv 2601.07891).
    the keys of the layer with their rotation undone, its values, and the norms of both.
 2. Tokens are scored once, with the prompt that they come in or after; the largest scores stay. One
    pass, no second look.
+3. With a `threshold` (the paper's form) every row keeps what has a larger ln s, and its protected
+   tokens: as many as there are. A budget beside it is the most that stays of the whole model.
 
 Differs from the paper: the regression reads keys and values (there: hidden states), is found on
-three texts in a minute (there: on a large set), and a budget is met (there: a threshold). Its
-matrices come from a file of `kvpress calibrate heads`.
+three texts in a minute (there: on a large set), and a budget is met where no threshold is given.
+Its matrices come from a file of `kvpress calibrate heads`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import exp
 from typing import ClassVar
 
 import torch
@@ -25,6 +28,7 @@ from kvpress.policy import (
     Calibrated,
     Need,
     Policy,
+    Pool,
     Rank,
     Slots,
     gather,
@@ -37,15 +41,28 @@ from kvpress.policy import (
 class Zap(Policy):
     accumulates: ClassVar[bool] = True
     accumulates_steps: ClassVar[bool] = False
-    budget: Budget = option(0.5, "kept after prompts: fraction, tokens per row, or bytes")
-    calibration: str | None = option(
-        None, "file of `kvpress calibrate heads`; none: the one that ships for the model"
+    budget: Budget = option(
+        None,
+        "kept after prompts: fraction, tokens, or bytes; none: 0.5, or what the threshold says",
     )
+    threshold: float | None = option(
+        None, "ln s above which slots stay, at most as many as a budget given", low=-30, high=10
+    )
+    calibration: str | None = option(None, "file of `kvpress calibrate heads`; none: as shipped")
     sink: int = option(4, "first tokens that always stay", low=0)
     recent: int = option(1, "last tokens that always stay", low=0)
-    interval: int = option(
-        0, "decoded tokens between evictions; 0 evicts after prompts only", low=0, high=0
-    )
+    interval: int = option(0, "decoded tokens between evictions", low=0, high=0)
+
+    def __post_init__(self) -> None:
+        if str(self.budget).lower() == "none":
+            object.__setattr__(self, "budget", 0.5 if self.threshold is None else 1.0)
+        super().__post_init__()
+
+    def compete(self) -> Pool | None:
+        if self.threshold is None:
+            return None
+        # Without another budget no row waits for what the others keep.
+        return Pool("layer" if str(self.budget) == "1.0" else "model", above=exp(self.threshold))
 
     @property
     def calibrated(self) -> Calibrated:
@@ -66,8 +83,6 @@ class Zap(Policy):
         # What is not scored yet is newer than all that is, and no row has lost any of it.
         newest_BHQ = position_BHS.topk(new, dim=-1).indices
         key_BHQD, value_BHQE = (gather(x, newest_BHQ) for x in (slots.key_BHSD, slots.value_BHSD))
-        place_BHQ = position_BHS.gather(2, newest_BHQ)
-        feature_BQX = ridge.features(key_BHQD, value_BHQE, place_BHQ, slots.rotation)
-        weight_XH = slots.calibrated["ridge_LXH"].to(feature_BQX.device)
-        score_BHQ = (feature_BQX @ weight_XH).mT.exp().clamp_min(1e-30)
+        place_BHQ, weight_XH = position_BHS.gather(2, newest_BHQ), slots.calibrated["ridge_LXH"]
+        score_BHQ = ridge.predict(key_BHQD, value_BHQE, place_BHQ, slots.rotation, weight_XH)
         return torch.where(unscored_BHS, mass_BHS.scatter(2, newest_BHQ, score_BHQ), mass_BHS)

@@ -16,6 +16,7 @@ from torch import Tensor
 from kvpress.formulas.rotation import Rotation
 
 LEAST_SCORE = 1e-5  # scores below are all the same
+_ABOVE_ZERO = 1e-30  # of a prediction: a score of 0 means that there is none yet
 
 
 class Sums(NamedTuple):
@@ -47,6 +48,19 @@ def features(
     parts = [x.transpose(1, 2).flatten(2) for x in (key_BHSD, value_BHSE)]
     parts += [x.norm(dim=-1).mT for x in (key_BHSD, value_BHSE)]
     return torch.cat((*parts, torch.ones_like(parts[0][..., :1])), dim=-1)
+
+
+def predict(
+    key_BHSD: Tensor,
+    value_BHSE: Tensor,
+    position_BHS: Tensor,
+    rotation: Rotation | None,
+    weight_XH: Tensor,
+) -> Tensor:
+    """The scores s that a matrix predicts, above 0: fp32 `[B, H, S]`; of what `features` takes."""
+    feature_BSX = features(key_BHSD, value_BHSE, position_BHS, rotation)
+    log_BSH = feature_BSX @ weight_XH.to(feature_BSX.device)
+    return log_BSH.mT.exp().clamp_min(_ABOVE_ZERO)
 
 
 def sums(feature_SX: Tensor, score_HS: Tensor) -> Sums:

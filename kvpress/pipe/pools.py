@@ -21,6 +21,7 @@ from kvpress.pipe.stages.observe import stored
 from kvpress.pipe.stages.select import finite, protected, score
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import geometry
+from kvpress.policy.pooling import thins
 from kvpress.policy.slots import Slots
 from kvpress.types import EMPTY
 
@@ -90,12 +91,14 @@ def _compete(
     first, pool = layers[0], layers[0].recipe.pool
     assert pool is not None, "only recipes with a pool compete"
     limits, seen, shape = limits_of(first, b), int(first.sequences.seen_B[b]), geometry(first)
-    quota = limits.quota(seen, shape)
-    if bool((held_X <= quota.slots).all()):
-        return
+    even = min(limits.quota(seen, shape).slots, seen)  # without bounds it cannot be added up
     guarded_X = held_X - open_XS.sum(-1).cpu()
-    places = int((quota.slots - guarded_X).clamp_min(0).sum())
-    own_X = (int(pool.least * quota.slots) - guarded_X).clamp_min(0)
+    if thins(pool):
+        open_XS = open_XS & (score_XS > pool.above)
+    elif bool((held_X <= even).all()):
+        return
+    places = int((even - guarded_X).clamp_min(0).sum())
+    own_X = (int(pool.least * even) - guarded_X).clamp_min(0)
     slots_X = guarded_X + by_score(score_XS, open_XS, places, own_X.to(open_XS.device)).cpu()
     if limits.budget.unit == "bytes":
         sizes = [layer.kind.heads for layer in layers]

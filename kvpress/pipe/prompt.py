@@ -24,6 +24,7 @@ from kvpress.pipe.stages.sparsify import choose
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import calibrated, step
 from kvpress.pipe.state.tokens import Tokens
+from kvpress.policy.pooling import thins
 from kvpress.policy.slots import Queries, Slots
 from kvpress.store import Survivors
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
@@ -167,7 +168,7 @@ def _compress(layer: Layer, chunk: _Chunk, sums_BNS: Tensor | None) -> Survivors
         kept_BHS, counts_BH = stored_BHS, stored_BH
         if layer.recipe.defers:
             _score_for_later(layer, group, slots)
-        elif bool((stored_BH > layer.sequences.quota_BH[group]).any()):
+        elif thins(layer.recipe.pool) or bool((stored_BH > layer.sequences.quota_BH[group]).any()):
             kept_BHS, counts_BH = _select(layer, group, slots, stored_BH)
     if bool((counts_BH < stored_BHS.shape[-1]).any()):
         columns = compact(layer, group, slots, kept_BHS, counts_BH)

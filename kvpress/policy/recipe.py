@@ -56,6 +56,8 @@ class Recipe:
                 f"{self}: a budget in bytes counts slots as they came, not packed ones. Give a"
                 " fraction or tokens."
             )
+        if self.pool is not None and self.limits:
+            self.pool.check_beside(self.limits)
 
     def _check_owners(self) -> dict[str, Policy]:
         """Who replaces which stage. Raises PolicyError where two replace the same one."""

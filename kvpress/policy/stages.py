@@ -17,7 +17,10 @@ _PACKED = (
     "merges into slots, or trims layers later, that it also packs: packed slots are never written"
     " again. Combine prune and pack stages with policies that drop"
 )
-_DIVIDED = "divides its budget in two ways. Leave one of the two policies out"
+_DIVIDED = (
+    "divides its budget in two ways. Leave one of the two policies out, or the option by which its"
+    " rows compete (scope, threshold)"
+)
 _HELD = (
     "compresses layers only once a prompt has passed all of them, which merging, and budgets by the"
     " demand of layers, do in their own way. Combine it with policies that drop"

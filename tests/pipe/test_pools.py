@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,11 @@ class Ranked(Policy):
 class Pooled(Policy):
     scope: str = option("model", "what rows compete in")
     least: float = option(0.0, "share of their own")
+    above: float = option(-1e9, "a larger score stays")
 
     def compete(self) -> Pool:
-        return Pool(self.scope, self.least)  # type: ignore[arg-type]
+        above = -math.inf if self.above == -1e9 else self.above
+        return Pool(self.scope, self.least, above)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +246,9 @@ def test_rows_are_packed_after_they_were_trimmed(other: Policy) -> None:
         ([Shares()], "there is none"),
         (["full", Pooled()], "there is none"),
         ([Budgeted(), lambda: Pooled(scope="heads")], "no way to compete"),
+        ([Budgeted(), lambda: Pool("layer", above=math.nan).check()], "no way to compete"),
+        ([Budgeted(interval=1), Pooled(above=0.1)], "while decoding too .interval=1"),
+        ([Budgeted(budget="30KiB"), Pooled(above=0.1)], "whole pages"),
     ],
 )
 def test_what_does_not_go_together_is_refused(policies: list[Any], message: str) -> None:

@@ -15,7 +15,7 @@ from kvpress.formulas.apportion import apportion
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import geometry
 from kvpress.policy.budget import Geometry, Limits, Quota, share
-from kvpress.policy.pooling import Room
+from kvpress.policy.pooling import Room, thins
 
 FIXED = "While decoding, rows stay at"
 _ENTRY = 4  # bytes of an entry in a page table
@@ -180,6 +180,8 @@ def _explain(layer: Layer, seen: int, quota: Quota) -> None:
             f" {quota.sink}, recent {quota.recent}): {min(seen, quota.slots)} tokens were kept"
             " instead."
         )
+    elif thins(layer.recipe.pool):
+        return  # what stays is known once there are scores
     elif seen <= quota.slots:
         ledger.note(
             f"A prompt of {seen} tokens is within its budget {budget}: nothing was evicted."

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpress.pipe.state.layer import Layer
+from kvpress.policy.pooling import thins
 from kvpress.report.figures import LayerReport
 from kvpress.store.base import POSITION
 from kvpress.types import EMPTY
@@ -64,10 +65,17 @@ def remarks(layers: Sequence[Layer], reports: Sequence[LayerReport]) -> list[str
 def _uneven(layers: Sequence[Layer]) -> list[str]:
     own = [x for x in layers if x.store is not None and x.kind.window is None and x.recipe.uneven]
     counts = [n for layer in own for n in layer.rows.counts.tolist()]
-    if not counts or min(counts) == max(counts):
+    pool = own[0].recipe.pool if own else None
+    if not counts or (min(counts) == max(counts) and not thins(pool)):
         return []
     mean = sum(counts) / len(counts)
-    return [f"{len(counts)} rows keep {min(counts)} to {max(counts)} slots, {mean:.0f} on average."]
+    line = f"{len(counts)} rows keep {min(counts)} to {max(counts)} slots, {mean:.0f} on average."
+    if pool is None or not thins(pool):
+        return [line]
+    return [
+        line,
+        f"Of prompts only tokens with scores above {pool.above:.3g} stay, and protected ones.",
+    ]
 
 
 def _wide(layers: Sequence[Layer]) -> list[str]:
