@@ -12,15 +12,17 @@ import torch
 
 from kvpress import ops
 from kvpress.errors import AttachError, CacheError, PolicyError
-from kvpress.hf import cache_file, calibration, learned, roles, second_look
+from kvpress.hf import cache_file, calibration, learned, roles
 from kvpress.hf.attach import Attachment
 from kvpress.hf.cache import EngineCache
 from kvpress.hf.calls import Newest
 from kvpress.hf.identity import Identity
+from kvpress.hf.norms import check_projections
 from kvpress.hf.rotation_probe import rotations
 from kvpress.hf.spec import CacheSpec, Lease
 from kvpress.hf.support import check_model
 from kvpress.hf.unwrap import unwrap
+from kvpress.hf.wording import wording
 from kvpress.ops.shapes import FLOATS
 from kvpress.pipe.layer_budgets import check_division
 from kvpress.policy.base import Policy
@@ -111,9 +113,10 @@ class Engine:
         turns = tuple(rotations(model)) if recipe.needs_rotation else ()
         sparse = calibration.thresholds(recipe.sparsity, model, shape)
         known = learned.calibrated(recipe, model, shape)
-        texts = second_look.encoded(recipe, model, tokenizer)
+        check_projections(model, len(shape.kinds), recipe)
+        said = wording(recipe, model, tokenizer)
         self.spec = CacheSpec(
-            shape, recipe, page_size, lease, cache_dtype, turns, sparse, texts, known
+            shape, recipe, page_size, lease, cache_dtype, turns, sparse, said, known
         )
         compresses = recipe.limits is not None or recipe.formats or recipe.sparsity is not None
         self._attachment: Attachment | None = Attachment(model, self.spec, self, compresses)

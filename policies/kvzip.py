@@ -8,21 +8,23 @@
 
 Differs from the paper: chunks of 2,048 tokens (code: 2,000), a tail shorter than a quarter of one
 joins the chunk before; the softmax is in fp32 and counts are exact. Decoded tokens are looked at
-with the next prompt. `scope=row` gives all rows the same, or what `heads` gives them.
+with the next prompt. `scope=row` gives all rows the same, or what `heads` gives them. `whole=false`
+lets a chunk attend to the sinks and itself, so that its cost does not grow with the text.
+`normalise` is KVzip+ (arXiv 2601.07891). `structure` demotes punctuation that only gives a shape.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from kvpress.policy import (
     Budget,
+    Need,
     Observation,
     Policy,
     Pool,
@@ -32,8 +34,11 @@ from kvpress.policy import (
     Step,
     Text,
     option,
+    repetitions,
+    structural,
 )
 
+Scope = Literal["model", "layer", "row"]
 FIRST = "\n\nRepeat the previous context exactly.\n\n"
 FURTHER = "\n\nRepeat the part of the previous context exactly, starting with "
 
@@ -44,14 +49,16 @@ class KVzip(Policy):
     budget: Budget = option(0.5, "kept after prompts: fraction, tokens per row, or bytes")
     sink: int = option(4, "first tokens that always stay (port: 4)", low=0)
     interval: int = option(0, "decoded tokens between evictions", low=0, high=0)
-    scope: Literal["model", "layer", "row"] = option(
-        "model", "what rows compete in (paper: model)", choices=("model", "layer", "row")
-    )
+    scope: Scope = option("model", "what rows compete in (paper: model)", choices=get_args(Scope))
     least: float = option(0.0, "share of an equal budget for a row's own best", low=0, high=1)
+    whole: bool = option(True, "a chunk attends to all (paper), or to the sinks and itself alone")
     chunk: int = option(2048, "tokens that are repeated at once (code: 2000)", low=16)
     instruction: str | None = option(None, "said before the first chunk; none: the paper's words")
     further: str | None = option(None, "said before the others and their cue; none: the paper's")
     cue: int = option(8, "tokens of the chunk before that begin a further one (code: 8)", low=0)
+    normalise: bool = option(False, "attention by what it adds to the hidden state (KVzip+)")
+    structure: float = option(1.0, "factor for punctuation that comes often", low=0, high=1)
+    repeats: int = option(16, "times that punctuation comes, at least, for `structure`", low=1)
 
     @property
     def rank(self) -> Rank:
@@ -65,20 +72,17 @@ class KVzip(Policy):
     def compete(self) -> Pool | None:
         return None if self.scope == "row" else Pool(self.scope, self.least)
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"words"} if self.structure < 1 else ())
+
     def probes(self, text: Text) -> Sequence[Probe]:
-        (first, further), end = text.texts, len(text.ids)
-        room = text.room - max(len(first), len(further) + self.cue)
-        starts = list(range(text.first, end, max(1, min(self.chunk, room))))
-        if len(starts) > 1 and end - starts[-1] < self.chunk // 4 and 4 * room >= 5 * self.chunk:
-            starts.pop()
-        made = []
-        for start, stop in pairwise([*starts, end]):  # none where all of it is protected
-            cue = (*further, *text.ids[start - self.cue : start]) if start > text.first else first
-            made.append(Probe((*cue, *text.ids[start:stop]), start, stop))
-        return made
+        shaped = self.structure < 1
+        part = structural(text.words(), self.repeats, self.structure) if shaped else None
+        return repetitions(text, self.chunk, self.cue, not self.whole, part)
 
     def observe(self, step: Step) -> Observation:
-        return Observation(kind="max")
+        return Observation(kind="max", relative=self.normalise)
 
     def accumulate(self, slots: Slots) -> Tensor:
         return torch.maximum(slots.kept_mass_BHS, slots.observed_BHS)

@@ -20,7 +20,9 @@ class Observation(NamedTuple):
     key ("fresh"). tau: temperature of the softmax. The attention output itself is never touched by
     either. weight: how many queries each summed one stands for; a maximum does not depend on it.
     kind: what becomes of the weights that a slot receives, of all queries and of the query group:
-    their sum, or the largest ("max"; without noise, tau = 1).
+    their sum, or the largest ("max"; without noise, tau = 1). relative: weights are multiplied by
+    the norm of what the value adds to the hidden state, and divided by that of the hidden state; of
+    probes only.
     """
 
     window: int | None = None
@@ -29,6 +31,7 @@ class Observation(NamedTuple):
     seed: int = 0
     weight: float = 1.0
     kind: Reduced = "sum"
+    relative: bool = False
 
 
 def over_group(sums_BNS: Tensor, heads: int, kind: Reduced = "sum") -> Tensor:

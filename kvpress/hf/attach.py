@@ -24,6 +24,8 @@ from kvpress.hf.compat import uncompiled
 from kvpress.hf.generation import CACHE_NAMES, Way, cache_name, wrapped
 from kvpress.hf.masks import (
     check_mask,
+    check_places,
+    counts_places,
     inline_token_mask,
     new_token_mask,
     refuse_mask,
@@ -67,6 +69,8 @@ class Attachment:
             )
         self._modules = list({id(m): m for m in (model.base_model, model)}.values())
         self._cache_names = {id(module): cache_name(module) for module in self._modules}
+        counting = self._modules if counts_places(spec.recipe) else []
+        self._counts_places = {id(module) for module in counting if _takes_positions(module)}
         self._hooks = [self._hook(module) for module in self._modules]
         self._generate = vars(model).get("generate")  # somebody else's
         if hasattr(model, "generate"):
@@ -131,6 +135,8 @@ class Attachment:
         else:  # perhaps a part of the same pass
             cache.check_whole()
         check_mask(cache, given)
+        if id(module) in self._counts_places and not cache.context.looks:
+            check_places(cache, given)
         if self._spec.recipe.probes and not cache.context.looks:
             second_look.check_room(self._model, cache, given)
         merges = not getattr(config, "output_router_logits", False) and not cache.context.looks
@@ -211,6 +217,10 @@ class Attachment:
             if repeats is not None:
                 dedup.repeat_outputs(output, cache, repeats)
         return _without(cache, output) if cache is self._passing else None
+
+
+def _takes_positions(module: Any) -> bool:
+    return "position_ids" in inspect.signature(module.forward).parameters
 
 
 def begin(cache: EngineCache) -> None:

@@ -11,6 +11,7 @@ from transformers.masking_utils import causal_mask_function
 from kvpress.errors import MaskError
 from kvpress.hf.cache import EngineCache
 from kvpress.hf.compat import uncompiled
+from kvpress.policy.recipe import Recipe
 
 _NOT_PLAIN = (
     "The model asks for an attention pattern that is not plain causal or sliding-window (packed"
@@ -133,6 +134,44 @@ def check_mask(cache: EngineCache, given: dict[str, Any]) -> None:
                 f" {'real' if marked_BT[sequence, column] else 'padding'}, but it was not when the"
                 " cache saw it. Pass the same mask for the cached tokens as before."
             )
+
+
+def counts_places(recipe: Recipe) -> bool:
+    """Whether keys must be turned by the number of their token, not by a column with padding.
+
+    Probes stand behind the last token; what undoes the rotation undoes that of the number.
+    """
+    turns = any("rotation" in recipe.stage(name).needs for name in ("prune", "score"))
+    return recipe.probes or turns
+
+
+def check_places(cache: EngineCache, given: dict[str, Any]) -> None:
+    """Raises MaskError where tokens of a prompt do not stand at their number in their sequence.
+
+    For policies to which positions matter, not only their differences. A model that is given no
+    `position_ids` counts columns, and padding with them.
+    """
+    mask, tokens, position = (given.get(x) for x in ("attention_mask", "input_ids", "position_ids"))
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None or tokens.shape[1] == 1 or (position is not None and position.dim() != 2):
+        return
+    seen, new, known_B = cache.columns_seen, tokens.shape[1], cache.states[0].sequences.seen_B
+    if seen and len(known_B) != len(tokens):
+        return
+    real_BQ = torch.ones(len(tokens), new, dtype=torch.bool, device=tokens.device)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= new:
+        real_BQ = mask[:, -new:].bool()
+    before_B1 = known_B[:, None].to(real_BQ.device) if seen else 0
+    right_BQ = real_BQ.cumsum(1) - 1 + before_B1
+    if position is None:
+        position = torch.arange(seen, seen + new, device=real_BQ.device)
+    if bool(((position.to(real_BQ.device) == right_BQ) | ~real_BQ).all()):
+        return
+    raise MaskError(
+        f"{cache.spec.recipe} must know the positions of tokens, but those of this prompt count"
+        " padding, or begin elsewhere. Pass position_ids = (attention_mask.cumsum(1) - 1).clamp(0),"
+        f" the last {new} columns, as generate() does."
+    )
 
 
 def _check_positions(position: Any, tokens: Tensor, known_B: Tensor, seen: int) -> None:

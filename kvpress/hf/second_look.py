@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,43 +13,15 @@ import torch
 from kvpress import host
 from kvpress.errors import CacheError, PolicyError
 from kvpress.hf.cache import EngineCache
+from kvpress.hf.norms import noted
 from kvpress.host import lasting
 from kvpress.pipe.pools import compress
 from kvpress.pipe.probe import start_look
 from kvpress.pipe.state.sequences import Sequences
 from kvpress.policy.probes import Probe, Text
-from kvpress.policy.recipe import Recipe
 
 LEAST_ROOM = 64  # positions behind a prompt, at least, that probes need
 _LOG = logging.getLogger("kvpress")
-
-
-def encoded(recipe: Recipe, model: Any, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
-    """The tokens of what a policy's probes say.
-
-    tokenizer: None: that of the folder or name that the model was loaded from. Raises PolicyError
-    where none can be had.
-    """
-    texts = recipe.stage("probes").texts if recipe.probes else ()
-    if tokenizer is None and any(texts):
-        tokenizer = _own_tokenizer(model, recipe)
-    return tuple(
-        tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
-        for text in texts
-    )
-
-
-def _own_tokenizer(model: Any, recipe: Recipe) -> Any:
-    from transformers import AutoTokenizer  # takes a while, and few policies need it
-
-    name = getattr(model.config, "name_or_path", "")
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        raise PolicyError(
-            f"{recipe} reads a text behind every prompt and needs the tokenizer of the model, which"
-            f" {name!r} does not give. Pass it: kvpress.attach(model, policy, tokenizer=tokenizer)."
-        ) from error
 
 
 def check_room(model: Any, cache: EngineCache, given: dict[str, Any]) -> None:
@@ -92,9 +65,10 @@ def look_again(model: Any, cache: EngineCache, name: str) -> None:
         start_look(state, new)
     rounds = max((len(own) for own in probes.values()), default=0)
     try:
-        for i in range(rounds):
-            _LOG.info("Second look at %d tokens: part %d of %d", int(seen_B.max()), i + 1, rounds)
-            _read(model, cache, name, {b: own[i] for b, own in probes.items() if i < len(own)})
+        with noted(model, cache.context, cache.spec.recipe):
+            for i in range(rounds):
+                _LOG.info("Second look at %d tokens: %d of %d", int(seen_B.max()), i + 1, rounds)
+                _read(model, cache, name, {b: own[i] for b, own in probes.items() if i < len(own)})
     except BaseException:  # half a look is none: the cache says so from now on
         cache.context.dirty = first.kind.index
         raise
@@ -119,7 +93,8 @@ def _probes(model: Any, cache: EngineCache, own: Sequences, b: int) -> Sequence[
         )
     limit, recipe = positions(model), cache.spec.recipe
     room = 2**31 if limit is None else limit - seen
-    text = Text(ids, min(max(looked, sinks), seen), cache.spec.encoded, room)
+    said = cache.spec.wording
+    text = Text(ids, min(max(looked, sinks), seen), said.texts, room, partial(said.words, ids))
     probes = recipe.stage("probes").probes(text)
     for probe in probes:
         if not 0 <= probe.first < probe.last <= seen or not 0 < len(probe.ids) <= room:
@@ -138,7 +113,7 @@ def _read(model: Any, cache: EngineCache, name: str, probes: dict[int, Probe]) -
     for b, probe in probes.items():
         ids_BQ[b, width - len(probe.ids) :] = host.tensor(probe.ids)
         real_BQ[b, width - len(probe.ids) :] = True
-    cache.context.looks = {b: (probe.first, probe.last) for b, probe in probes.items()}
+    cache.context.looks = dict(probes)
     place_BQ = (real_BQ.cumsum(1) - 1).clamp_min(0) + state.sequences.seen_B[:, None]
     device = cache.ids.all().device
     given: dict[str, Any] = {"input_ids": ids_BQ.to(device), name: cache, "use_cache": True}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvpress.formulas.rotation import Rotation
 from kvpress.hf.support import Fingerprint
+from kvpress.hf.wording import Wording
 from kvpress.pipe.state.context import Context, Ledger
 from kvpress.policy.pooling import Calibrated
 from kvpress.policy.recipe import Recipe
@@ -39,8 +40,8 @@ class CacheSpec:
 
     page_slots: slots per page. cache_dtype: of stored keys and values; None: the model's.
     rotations: of the keys of every layer, where a policy needs them. thresholds: of blocks of
-    prompt attention, where it is sparse. encoded: the tokens of what probes say. calibrated: what
-    policies need to know of the model.
+    prompt attention, where it is sparse. wording: what probes say, and how texts are
+    written. calibrated: what policies need to know of the model.
     """
 
     fingerprint: Fingerprint
@@ -50,7 +51,7 @@ class CacheSpec:
     cache_dtype: torch.dtype | None = None
     rotations: tuple[Rotation | None, ...] = ()
     thresholds: Thresholds | None = None
-    encoded: tuple[tuple[int, ...], ...] = ()
+    wording: Wording = field(default_factory=Wording)
     calibrated: Mapping[Calibrated, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property

@@ -9,13 +9,14 @@ from kvpress.formulas.merging import KeyMerge, Merging
 from kvpress.formulas.noise import NO_QUERY, uniform
 from kvpress.formulas.ranking import gather, keep_top, protect, ranking
 from kvpress.formulas.rotation import Rotation
+from kvpress.formulas.structure import structural
 from kvpress.formulas.sums import Observation, over_group
 from kvpress.policy.base import Policy
 from kvpress.policy.budget import Budget, share
 from kvpress.policy.formats import Channels, Packing, Window
 from kvpress.policy.options import option
 from kvpress.policy.pooling import Calibrated, Pool, Room
-from kvpress.policy.probes import Probe, Text
+from kvpress.policy.probes import Probe, Text, repetitions
 from kvpress.policy.recipe import Recipe
 from kvpress.policy.slots import Need, Queries, Slots, Step
 from kvpress.policy.sparsity import Sparsity
@@ -56,8 +57,10 @@ __all__ = [
     "over_group",
     "protect",
     "ranking",
+    "repetitions",
     "ridge",
     "share",
     "shares",
+    "structural",
     "uniform",
 ]

@@ -136,9 +136,10 @@ class Policy:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What `score` and `prune` must be shown besides the slots. Default: nothing.
+        """What `score`, `prune` and `probes` must be shown besides slots and ids. Default: nothing.
 
-        "query": the queries of the prompt. "rotation": how keys turn with their positions.
+        "query": the queries of the prompt. "rotation": how keys turn with their positions. "words":
+        the tokens of a text as they are written, which needs the tokenizer.
         """
         return frozenset()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpress.formulas.rotation import Rotation
 
-Need = Literal["query", "rotation"]
+Need = Literal["query", "rotation", "words"]
 
 
 class Queries(NamedTuple):

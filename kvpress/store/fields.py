@@ -41,6 +41,14 @@ class Fields:
         flat.masked_fill_(~held_RS.flatten().view(-1, *[1] * len(column.shape)), empty)
         return flat.view(batch, table.heads, slots, *column.shape)
 
+    def picked(self, name: str, sequences: Sequence[int], index_bHK: Tensor) -> Tensor:
+        """Slots of a column that is not volatile, by their places in `dense`: `[b, H, K, ...]`."""
+        table, column = self.paging.table, self.paging.columns[name]
+        address_RS, _ = table.addresses(sequences)
+        address_RK = address_RS.gather(1, index_bHK.flatten(0, 1))
+        flat = ops.gather_slots(self.paging.pages(name), address_RK.flatten(), column.slot_last)
+        return flat.view(*index_bHK.shape, *column.shape)
+
     # Writing; the pages must have no other users
 
     def scatter(self, name: str, address_A: Tensor, values: Tensor) -> None:

@@ -117,6 +117,13 @@ class FormattedRows(Rows):
         """A dense copy of one column, `[b, H, S, ...]`; empty slots hold position -1."""
         return torch.cat([store.dense(name, sequences) for store in self._stores], dim=2)
 
+    def picked(self, name: str, sequences: Sequence[int], index_bHK: Tensor) -> Tensor:
+        """Some slots of one column, `[b, H, K, ...]`, by places; only recent ones are cheap."""
+        recent = self.aging.recent
+        if recent.counts_BH[list(sequences)].equal(self.counts_BH[list(sequences)]):
+            return recent.picked(name, sequences, index_bHK)
+        return super().picked(name, sequences, index_bHK)
+
     def append(self, columns: Mapping[str, Tensor], sequences: Sequence[int] | None = None) -> None:
         """Adds T tokens to every row of some sequences: each column `[b, H, T, ...]`."""
         self.aging.recent.append(columns, sequences)

@@ -79,6 +79,10 @@ class PagedRows(Rows):
         """A dense copy of one column, `[b, H, S, ...]`; empty slots hold position -1 and zeros."""
         return self.fields.dense(name, sequences)
 
+    def picked(self, name: str, sequences: Sequence[int], index_bHK: Tensor) -> Tensor:
+        """Some slots of one column, `[b, H, K, ...]`, by their places; no others are read."""
+        return self.fields.picked(name, sequences, index_bHK)
+
     def append(self, columns: Mapping[str, Tensor], sequences: Sequence[int] | None = None) -> None:
         """Adds T tokens to every row of some sequences: each column `[b, H, T, ...]`.
 

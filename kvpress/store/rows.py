@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpress.formulas.page_layout import PageLayout
+from kvpress.formulas.ranking import gather
 from kvpress.ops import Logits, Old
 from kvpress.store.base import POSITION, Column, Survivors
 from kvpress.store.paging import Paging
@@ -181,6 +182,10 @@ class Rows(ABC):
     @abstractmethod
     def dense(self, name: str, sequences: Sequence[int] | None = None) -> Tensor:
         """A dense copy of one column, `[b, H, S, ...]`; empty slots hold position -1."""
+
+    def picked(self, name: str, sequences: Sequence[int], index_bHK: Tensor) -> Tensor:
+        """Some slots of one column, `[b, H, K, ...]`, by their places in the dense form."""
+        return gather(self.dense(name, sequences), index_bHK)
 
     def dense_by_position(self, sequences: Sequence[int]) -> dict[str, Tensor]:
         """All columns of some sequences, dense: each row by position, its empty slots first."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import kvpress
-from kvpress.errors import CacheError, PolicyError
+from kvpress.errors import CacheError, MaskError, PolicyError
+from kvpress.hf.masks import counts_places
 from kvpress.policy import Budget, Merging, Observation, Policy, Probe, Slots, Step, Text, option
 
 TOKENS = 48
@@ -30,6 +31,8 @@ class Again(Policy):
     interval: int = option(0, "only prompts", low=0, high=0)
     chunk: int = option(20, "tokens at once", low=1)
     words: str = option("", "said before")
+    alone: bool = option(False, "each chunk attends to itself and the sinks")
+    relative: bool = option(False, "attention relative to hidden states")
     rank = "mass"
 
     @property
@@ -39,12 +42,13 @@ class Again(Policy):
     def probes(self, text: Text) -> Sequence[Probe]:
         end = len(text.ids)
         return [
-            Probe((*text.texts[0], *text.ids[i : i + self.chunk]), i, min(end, i + self.chunk))
+            Probe((*text.texts[0], *text.ids[i:j]), i, j, self.alone)
             for i in range(text.first, end, self.chunk)
+            for j in [min(end, i + self.chunk)]
         ]
 
     def observe(self, step: Step) -> Observation:
-        return Observation(kind="max")
+        return Observation(kind="max", relative=self.relative)
 
     def accumulate(self, slots: Slots) -> Tensor:
         return torch.maximum(slots.kept_mass_BHS, slots.observed_BHS)
@@ -86,6 +90,129 @@ def test_scores_are_those_of_the_dense_formula(chunk: int) -> None:
         model(ids, past_key_values=cache)
     for found, right in zip(masses(cache), wanted, strict=True):
         torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_probe_alone_attends_to_sinks_its_own_tokens_and_itself() -> None:
+    """As if the text were the sinks and the chunk, where keys do not turn by position."""
+    model, ids = helpers.sharp("bloom", attn_implementation="eager"), helpers.prompt(1, TOKENS)
+    with kvpress.attach(model, Again(budget=1.0, chunk=24, alone=True)) as engine:
+        cache = engine.new_cache()
+        model(ids, past_key_values=cache)
+    found = [mass[:, :24] for mass in masses(cache)]
+    with kvpress.attach(model, Again(budget=1.0, chunk=24)) as engine:
+        cache = engine.new_cache()
+        model(ids, past_key_values=cache)
+    assert not torch.allclose(found[-1], masses(cache)[-1][:, :24], atol=1e-3)
+    assert torch.allclose(found[0], masses(cache)[0][:, :24], atol=1e-5)  # before any attention
+
+
+@torch.no_grad()
+def test_a_probe_alone_of_all_is_a_probe_and_a_padded_row_is_the_row_alone() -> None:
+    model, (ids, mask) = helpers.sharp("llama"), helpers.padded([33, 21], "left")
+    rows = []
+    place = (mask.cumsum(1) - 1).clamp_min(0)
+    given = {"attention_mask": mask, "position_ids": place}
+    for alone in (False, True):
+        with kvpress.attach(model, Again(budget=1.0, chunk=64, alone=alone)) as engine:
+            cache = engine.new_cache()
+            model(ids, past_key_values=cache, **given)
+            rows.append([masses(cache, b)[2] for b in range(2)])
+    for whole, near in zip(*rows, strict=True):
+        torch.testing.assert_close(whole, near, atol=1e-6, rtol=1e-5)
+    with kvpress.attach(model, Again(budget=0.5, chunk=12, alone=True)) as engine:
+        cache = engine.new_cache()
+        model(ids, past_key_values=cache, **given)
+        for b in range(2):
+            single = engine.new_cache()
+            model(ids[b : b + 1][mask[b : b + 1].bool()][None], past_key_values=single)
+            assert helpers.positions(single) == helpers.positions(cache, b)
+
+
+@torch.no_grad()
+def test_positions_that_count_padding_are_refused() -> None:
+    """A probe behind them would stand elsewhere than behind the last token."""
+    ids, mask = helpers.padded([33, 21], "left")
+    place = (mask.cumsum(1) - 1).clamp_min(0)
+    for policy in (Again(), "d2o:budget=0.5,merge_keys=unrotated", "expected_attention"):
+        model = helpers.sharp("llama")
+        with kvpress.attach(model, policy) as engine:
+            cache = engine.new_cache()
+            if not counts_places(engine.recipe):
+                model(ids, attention_mask=mask, past_key_values=cache)  # differences are all
+                continue
+            for wrong in (None, place + 3, torch.arange(33).expand(2, -1)):
+                with pytest.raises(MaskError, match="cumsum"):
+                    model(ids, attention_mask=mask, position_ids=wrong, past_key_values=cache)
+            with pytest.raises(MaskError, match="cumsum"):
+                model(ids, position_ids=place[:1] + 3, past_key_values=cache)
+            assert cache.get_seq_length() == 0
+            model(ids, attention_mask=mask, position_ids=place, past_key_values=cache)
+            mask, place = (
+                torch.cat([mask, torch.ones(2, 5).long()], 1),
+                place[:, -1:] + torch.arange(1, 6),
+            )
+            with pytest.raises(MaskError, match="cumsum"):
+                model(ids[:, :5], attention_mask=mask, past_key_values=cache)
+            model(ids[:, :5], attention_mask=mask, position_ids=place, past_key_values=cache)
+            mask, place = mask[:, :33], (mask[:, :33].cumsum(1) - 1).clamp_min(0)
+    with kvpress.attach(helpers.sharp("bloom"), Again()) as engine:  # counts by the mask
+        engine.model(ids, attention_mask=mask, past_key_values=engine.new_cache())
+
+
+@torch.no_grad()
+def test_attention_relative_to_hidden_states_is_that_of_the_dense_formula() -> None:
+    model, ids = helpers.sharp("llama", attn_implementation="eager"), helpers.prompt(2, TOKENS)
+    hidden = relative(model, ids[:1])
+    with kvpress.attach(model, Again(budget=1.0, chunk=64, relative=True)) as engine:
+        cache = engine.new_cache()
+        model(ids, past_key_values=cache)
+        assert not cache.context.norms
+    for found, right in zip(masses(cache), hidden, strict=True):
+        torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-4)
+    model.model.layers[1].self_attn.o_proj = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(kvpress.UnsupportedModelError, match=r"layers \[1\]"):
+        kvpress.attach(model, Again(relative=True))
+
+
+def relative(model: Any, ids: Tensor) -> list[Tensor]:
+    """What each layer's largest attention adds to hidden states of a repetition: `[H, T]`."""
+    tokens, inputs = ids.shape[1], {}
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, kwargs, i=i: inputs.__setitem__(i, kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        for i, layer in enumerate(model.model.layers)
+    ]
+    out = model(torch.cat([ids, ids], dim=1), output_attentions=True)
+    for hook in hooks:
+        hook.remove()
+    found = []
+    for i, weights in enumerate(out.attentions):
+        own, hidden = model.model.layers[i].self_attn, inputs[i]
+        groups = own.num_key_value_groups
+        value = (
+            own.v_proj(hidden)[0, :tokens]
+            .view(tokens, -1, own.head_dim)
+            .repeat_interleave(groups, 1)
+        )
+        turned = own.o_proj.weight.view(-1, value.shape[1], own.head_dim)
+        norm = torch.einsum("tnd,cnd->ntc", value, turned).norm(dim=-1)
+        part = weights[0, :, tokens:, :tokens] / hidden[0, tokens:].norm(dim=-1)[:, None]
+        found.append((part.amax(1) * norm).view(-1, groups, tokens).amax(1))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relative(Policy):
+    def observe(self, step: Step) -> Observation:
+        return Observation(relative=True)
+
+
+def test_relative_attention_is_refused_of_prompts() -> None:
+    with pytest.raises(PolicyError, match="probes"):
+        kvpress.attach(helpers.tiny(), Relative())
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 
 import kvpress
 from kvpress import ops
+from kvpress.formulas.structure import structural
 from kvpress.formulas.sums import over_group
 from kvpress.ops import Logits, Noise, Reduction
 from kvpress.policy import Slots, Text
@@ -51,6 +52,51 @@ def test_the_worked_example_of_the_specification() -> None:
     )
     score = over_group(found, 1, "max")[0, 0, 1:3]
     torch.testing.assert_close(score, torch.tensor([0.61030, 0.77839]), atol=1e-5, rtol=0)
+
+
+def test_normalised_attention_is_that_of_the_worked_example() -> None:
+    """The same with |h| = 2, 4 and |W v| = 1, 3 of the first head and 2, 1 of the second."""
+    logits = torch.tensor(
+        [[[1.0, 2, 0, 0, 0], [0, 0, 3, 1, 0]], [[2, 0, 1, 0, 0], [1, 1, 0, 0, 2]]]
+    )
+    key, position = torch.eye(5)[None, None], torch.arange(5).expand(1, 1, 5)
+    hidden = torch.tensor([[2.0, 4.0]])
+    reduction = Reduction(2, True, 1 / hidden)
+    found = ops.attention_sums(
+        logits[None], key, position, Logits(1.0, 0.0), reduction, Noise("none", 1.0, 0, 0)
+    )
+    norm = torch.tensor([[1.0, 3], [2, 1]])
+    score = over_group(found[:, :, 1:3] * norm, 1, "max")[0, 0]
+    torch.testing.assert_close(score, torch.tensor([0.30515, 0.58380]), atol=1e-5, rtol=0)
+
+
+def test_structure_is_demoted_where_it_is_asked_for() -> None:
+    words = ["a", ",", " b", ",", " c"]
+    shown = Text([0, 1, 2, 1, 3], 0, ((), ()), 2**31, lambda: words)
+    (plain,) = load_policy("kvzip").probes(shown)
+    (demoted,) = load_policy("kvzip", structure=0.25, repeats=2).probes(shown)
+    assert plain.factors is None and demoted.factors == [1.0, 0.25, 1.0, 0.25, 1.0]
+    assert load_policy("kvzip").needs == frozenset()
+    with pytest.raises(LookupError, match="words"):
+        load_policy("kvzip", structure=0.25).probes(text(40))
+
+
+@torch.no_grad()
+def test_structure_needs_a_tokenizer_that_writes_its_tokens() -> None:
+    model, ids = helpers.sharp("llama"), helpers.prompt(1, 60)
+    spec = "kvzip:budget=1.0,instruction=,further=,repeats=1,structure="
+    kept = []
+    with pytest.raises(kvpress.PolicyError, match="tokenizer"):
+        kvpress.attach(model, spec + "0.5")
+    for structure in (1.0, 0.5):
+        with kvpress.attach(model, f"{spec}{structure}", tokenizer=helpers.characters()) as engine:
+            cache = engine.new_cache()
+            model(ids, past_key_values=cache)
+            words = cache.spec.wording.words(ids[0].tolist()) if structure < 1 else []
+            kept.append(cache.states[0].rows.dense_by_position([0])["mass"][0])
+    factor = torch.tensor(structural(words, 1, 0.5))
+    assert 0.5 in factor and 1.0 in factor
+    torch.testing.assert_close(kept[1], kept[0] * factor)
 
 
 def test_the_largest_attention_of_all_looks_is_kept() -> None:

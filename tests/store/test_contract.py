@@ -11,6 +11,7 @@ from kvpress.store import Column, FormattedRows, PackedRows, PagedRows, Rows
 COLUMNS = {
     "key": Column((8,), torch.float32, slot_last=True),
     "value": Column((6,), torch.float32),
+    "position": Column((), torch.int32),
 }
 CPU = torch.device("cpu")
 
@@ -33,6 +34,20 @@ def test_a_store_has_what_rows_declare(make: type) -> None:
     assert store.counts_BH.tolist() == [[0], [0]]
     assert store.refills
     assert store.old() == ([], [])
+
+
+@pytest.mark.parametrize("slots", [3, 11])
+@pytest.mark.parametrize("make", [plain, formatted])
+def test_picked_slots_are_those_of_the_dense_form(make: type, slots: int) -> None:
+    torch.manual_seed(0)
+    store = make()
+    position = torch.arange(slots, dtype=torch.int32).expand(2, 1, slots)
+    key, value = torch.randn(2, 1, slots, 8), torch.randn(2, 1, slots, 6)
+    store.append({"position": position, "key": key, "value": value})
+    index = torch.tensor([[[slots - 1, 0]]])
+    for name in ("key", "value"):
+        picked = store.picked(name, [1], index)
+        assert torch.equal(picked, store.dense(name, [1])[:, :, [slots - 1, 0]])
 
 
 @pytest.mark.parametrize("on_host", [True, False])

@@ -49,10 +49,12 @@ def prompt_sums(
     scaling: float,
     softcap: float,
     map_BNX: Tensor | None = None,
+    weight_BQ: Tensor | None = None,
 ) -> Tensor:
     """Attention of a prompt chunk summed over its queries, or its largest: fp32 `[B, N, S]`.
 
-    The chunk's own tokens are the last Q slots, in order. With a map: over its blocks.
+    The chunk's own tokens are the last Q slots, in order. With a map: over its blocks. weight_BQ:
+    by which the weights of a query are multiplied before.
     """
     window, largest = observation.window, observation.kind == "max"
     sums_BNS = ops.attention_sums(
@@ -60,7 +62,7 @@ def prompt_sums(
         key_BHSD,
         position_BHS,
         Logits(scaling, softcap),
-        Reduction(query_BNQD.shape[2] if window is None else window, largest),
+        Reduction(query_BNQD.shape[2] if window is None else window, largest, weight_BQ),
         Noise(observation.noise, observation.tau, observation.seed, layer),
         map_BNX,
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpress.errors import CacheError
+from kvpress.formulas.norms import Norms
 from kvpress.formulas.rotation import Rotation
 from kvpress.host import lasting
 from kvpress.pipe.state.drafting import Recording
@@ -18,6 +19,7 @@ from kvpress.pipe.state.meter import Meter
 from kvpress.pipe.state.spans import Ranges
 from kvpress.policy.base import Policy
 from kvpress.policy.pooling import Calibrated
+from kvpress.policy.probes import Probe
 from kvpress.policy.recipe import Recipe
 from kvpress.policy.sparsity import Thresholds
 from kvpress.types import LayerKind
@@ -61,7 +63,8 @@ class Context:
     plans: dict[Hashable, list[Any]] = field(default_factory=dict)  # slots of rows, by prompt
     calibrated: Mapping[Calibrated, Mapping[str, Tensor]] = field(default_factory=dict)
     protect: list[Ranges] = field(default_factory=list)  # of all sequences, or of each
-    looks: dict[int, tuple[int, int]] = field(default_factory=dict)  # tokens that a probe is of
+    looks: dict[int, Probe] = field(default_factory=dict)  # that are read just now, by sequence
+    norms: dict[int, Norms] = field(default_factory=dict)  # of layers that a probe passes
     held: set[int] = field(default_factory=set)  # whose prompts wait for all layers, or for a look
     pending: dict[int, list[tuple[list[int], Tensor, Tensor]]] = field(default_factory=dict)
     dirty: int | None = None  # the layer in which a pass is under way, or failed

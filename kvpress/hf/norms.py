@@ -1,0 +1,71 @@
+"""Hidden states and output projections of a model's attention, while probes are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from kvpress.errors import PolicyError, UnsupportedModelError
+from kvpress.formulas.norms import Norms
+from kvpress.pipe.state.context import Context
+from kvpress.policy.recipe import Recipe
+from kvpress.policy.slots import Step
+
+_PROJECTIONS = ("o_proj", "out_proj", "dense")
+
+
+@contextmanager
+def noted(model: Any, context: Context, recipe: Recipe) -> Iterator[None]:
+    """Where a recipe needs it, every layer's hidden states are noted as they pass."""
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden_BQC: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        norm_BQ = hidden_BQC.detach().float().norm(dim=-1)
+        context.norms[module.layer_idx] = Norms(norm_BQ, _projection(module).weight.detach())
+
+    found = _attentions(model).values() if relative(recipe) else ()
+    hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in found]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        context.norms = {}
+
+
+def relative(recipe: Recipe) -> bool:
+    """Whether what a recipe observes is relative to hidden states."""
+    request = recipe.stage("observe").observe(Step(0, 0, 1, 1))
+    return request is not None and request.relative
+
+
+def check_projections(model: Any, layers: int, recipe: Recipe) -> None:
+    """Raises PolicyError or UnsupportedModelError where what a recipe observes cannot be had."""
+    if not relative(recipe):
+        return
+    if not recipe.probes:
+        raise PolicyError(
+            f"{recipe} observes attention relative to hidden states, which are known of probes"
+            " alone. Replace `probes` too, or observe without `relative`."
+        )
+    missing = sorted(set(range(layers)) - _attentions(model).keys())
+    if missing:
+        raise UnsupportedModelError(
+            f"{recipe} needs the output projection of every attention as a plain linear layer"
+            f" ({', '.join(_PROJECTIONS)}), which layers {missing} of {type(model).__name__} do not"
+            " have. Use the policy without it, or weights that are neither quantised nor wrapped."
+        )
+
+
+def _attentions(model: Any) -> dict[int, Any]:
+    """The attention of every layer that has a projection which can be read."""
+    modules = (module for module in model.modules() if hasattr(module, "layer_idx"))
+    return {module.layer_idx: module for module in modules if _projection(module) is not None}
+
+
+def _projection(module: Any) -> Any:
+    found = (getattr(module, name, None) for name in _PROJECTIONS)
+    return next((part for part in found if type(part) is nn.Linear), None)
