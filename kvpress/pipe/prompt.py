@@ -251,4 +251,6 @@ def _queries(layer: Layer, tokens: Tokens) -> Queries | None:
     """The queries of a chunk, where the policy scores by them."""
     if "query" not in layer.recipe.needs:
         return None
+    if bool(layer.rows.counts.any()):
+        layer.context.ledger.note("Prompts in several parts: the last part's queries scored all.")
     return Queries(tokens.query_bNQD, tokens.scaling, tokens.softcap)

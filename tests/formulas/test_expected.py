@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import helpers
 import pytest
 import torch
 
+import kvpress
 from kvpress.formulas.expected import (
     Moments,
     expected_logits,
@@ -99,11 +101,21 @@ def test_closed_slots_have_no_weight_and_take_none():
 
 
 def test_positions_in_channels_of_their_own_are_refused() -> None:
-    import helpers
     import pytest
 
-    import kvpress
     from kvpress.errors import PolicyError
 
     with pytest.raises(PolicyError, match="ALiBi"):
         kvpress.attach(helpers.tiny("bloom"), "expected_attention")
+
+
+@torch.no_grad()
+def test_the_report_says_so_where_the_queries_of_a_part_of_the_prompt_scored() -> None:
+    model, ids = helpers.sharp("llama"), helpers.prompt(1, 40)
+    with kvpress.attach(model, "expected_attention:budget=0.5") as engine:
+        whole, parts = engine.new_cache(), engine.new_cache()
+        model(ids, past_key_values=whole)
+        for part in ids.split(20, dim=1):
+            model(part, past_key_values=parts)
+    assert not any("queries" in note for note in whole.report().notes)
+    assert any("last part's queries" in note for note in parts.report().notes)
