@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from kvpress.formulas.apportion import by_score
 from kvpress.formulas.ranking import matched
 from kvpress.pipe.evict import evict
-from kvpress.pipe.stages.allocate import compressed, fit, limits_of, set_portions, write
+from kvpress.pipe.stages.allocate import compressed, fit, limits_of, portions, set_portions, write
 from kvpress.pipe.stages.format import pack_due
 from kvpress.pipe.stages.observe import stored
 from kvpress.pipe.stages.select import finite, protected, score
@@ -100,13 +100,13 @@ def _compete(
     places = int((even - guarded_X).clamp_min(0).sum())
     own_X = (int(pool.least * even) - guarded_X).clamp_min(0)
     slots_X = guarded_X + by_score(score_XS, open_XS, places, own_X.to(open_XS.device)).cpu()
+    sizes = [layer.kind.heads for layer in layers]
     if limits.budget.unit == "bytes":
-        sizes = [layer.kind.heads for layer in layers]
         slots_X = fit(slots_X.double().clamp_min(1), limits, seen, shape, sizes)
     slots_X = slots_X.clamp_min(1)
-    parts = torch.split(slots_X, [layer.kind.heads for layer in layers])
-    for layer, slots_R in zip(layers, parts, strict=True):
+    parts = (torch.split(x, sizes) for x in (slots_X, portions(slots_X)))
+    for layer, slots_R, portion_R in zip(layers, *parts, strict=True):
         # Of its own slots, as while decoding: what is protected twice now may be two tokens then.
         write(layer, [b], [[limits.row(int(n)) for n in slots_R]])
         if layer.grows:
-            set_portions(layer, [b], [[int(n) / limits.even(seen) for n in slots_R]])
+            set_portions(layer, [b], [portion_R.tolist()])

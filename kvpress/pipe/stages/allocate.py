@@ -69,6 +69,14 @@ def write(layer: Layer, group: Sequence[int], quotas: Sequence[Sequence[Quota]])
     layer.excess.forget()
 
 
+def portions(slots_X: Tensor) -> Tensor:
+    """What rows keep in multiples of their mean, fp64 `[X]`, by which they share a budget.
+
+    Not of the budget: that of a short text may be below the protected tokens, or rounded to little.
+    """
+    return slots_X / slots_X.double().mean()
+
+
 def set_portions(layer: Layer, group: Sequence[int], slots: Sequence[Sequence[float]]) -> None:
     """Notes what rows keep in multiples of an equal budget, by which they grow.
 
@@ -109,15 +117,12 @@ def _plan(
             plans.clear()  # of prompts that are gone
         sizes = [other.kind.heads for other in layers]
         asked_X = _asked(layer, layers, limits, quota, seen)
-        slots_X, even = torch.full_like(asked_X, quota.slots).long(), limits.even(seen)
-        portion_X = asked_X / quota.slots
+        # Equal while there is room for everything, or for no more than protected tokens.
+        slots_X = torch.full_like(asked_X, quota.slots).long()
         if quota.slots < seen and not quota.floored:
-            whole_X = asked_X * (even / quota.slots) if decoding else asked_X
+            whole_X = asked_X * (limits.even(seen) / quota.slots) if decoding else asked_X
             slots_X = fit(whole_X, limits, seen, geometry(layer), sizes)
-            portion_X = slots_X.double() / even
-        elif not limits.budget.relative:
-            portion_X = torch.ones_like(asked_X)  # there is room for everything yet
-        parts = (torch.split(x, sizes) for x in (slots_X, portion_X))
+        parts = (torch.split(x, sizes) for x in (slots_X, portions(slots_X)))
         plans[key] = [(n.tolist(), x.tolist()) for n, x in zip(*parts, strict=True)]
     slots, portion = plans[key][layers.index(layer)]
     return slots, portion
