@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from kvpress.bench.docs.fewer import Section, curves, sections
 from kvpress.bench.docs.svg import Svg
@@ -41,28 +41,35 @@ def picture(section: Section) -> Svg:
     _floor(made, section)
     for number, (name, points) in enumerate(lines.items()):
         dash = "5 4" if _is_alone(name, lines) else ""
-        ink = f"c{_base_number(name, lines) % _INKS}"
-        _curve(made, [_place(ends, *point) for point in points], number, ink, dash)
+        ink = f"c{_number(_base, name, lines) % _INKS}"
+        shape = _number(_added, name, lines)
+        _curve(made, [_place(ends, *point) for point in points], shape, ink, dash)
         y = _TOP + 8 + _LINE * number
-        _curve(made, [(_RIGHT + 24, y), (_RIGHT + 52, y)], number, ink, dash)
+        _curve(made, [(_RIGHT + 24, y), (_RIGHT + 52, y)], shape, ink, dash)
         made.text(_RIGHT + 62, y + 4, name, size=12)
     return made
 
 
-def _curve(made: Svg, points: _Points, number: int, ink: str, dash: str) -> None:
+def _curve(made: Svg, points: _Points, shape: int, ink: str, dash: str) -> None:
     made.line(points, ink, 2, dash)
     for point in points:
-        made.mark(*point, number, ink)
+        made.mark(*point, shape, ink)
 
 
-def _base_number(name: str, lines: Mapping[str, _Points]) -> int:
-    """The place of what a combination begins with: a policy and its combinations share an ink."""
-    bases = list(dict.fromkeys(map(_base, lines)))
-    return bases.index(_base(name))
+def _number(part: Callable[[str], str], name: str, lines: Mapping[str, _Points]) -> int:
+    """The place of a part of a combination among those of all: equal parts look alike."""
+    parts = list(dict.fromkeys(map(part, lines)))
+    return parts.index(part(name))
 
 
 def _base(name: str) -> str:
-    return name.split("+")[0]
+    """What a combination begins with, which gives the ink."""
+    return name.partition("+")[0]
+
+
+def _added(name: str) -> str:
+    """What is added to it, which gives the shape."""
+    return name.partition("+")[2]
 
 
 def _is_alone(name: str, lines: Mapping[str, _Points]) -> bool:
