@@ -5,9 +5,10 @@ from __future__ import annotations
 import typer
 from kvpress.bench.operators.commands import ops
 from kvpress.bench.peers.commands import peers
+from kvpress.bench.peers.positions_command import positions
 from kvpress.bench.sparse.commands import sparse
 from kvpress.bench.speed.commands import decode, memory, overhead, prefill, throughput
 
 bench = typer.Typer(help="Measure the operators and the engine.", no_args_is_help=True)
-for command in (decode, prefill, throughput, memory, peers, sparse, ops, overhead):
+for command in (decode, prefill, throughput, memory, peers, positions, sparse, ops, overhead):
     command.add_to(bench)

@@ -18,6 +18,7 @@ from kvpress.errors import KVPressError
 from kvpress.hf.cache import EngineCache
 from kvpress.hf.generation import cache_name
 from kvpress.policy.loading import parse
+from kvpress.policy.recipe import Recipe
 
 BASELINE = "transformers"  # its DynamicCache with SDPA
 FULL = "full"  # the engine without compression
@@ -76,7 +77,10 @@ class Candidate:
 
 
 def candidate(
-    model: Any, name: str, cache_dtype: torch.dtype | None = None, new_tokens: int | None = None
+    model: Any,
+    name: str | Recipe,
+    cache_dtype: torch.dtype | None = None,
+    new_tokens: int | None = None,
 ) -> Candidate:
     """A cache of transformers by its name in `CACHES`, or the engine with the policy `name`.
 
@@ -85,7 +89,7 @@ def candidate(
     raises.
     """
     copied = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
-    if name in CACHES:
+    if isinstance(name, str) and name in CACHES:
         copied.set_attn_implementation("sdpa")
         return Candidate(copied, partial(CACHES[name], copied.config), cache_name(copied))
     engine = kvpress.attach(copied, name, cache_dtype=cache_dtype)

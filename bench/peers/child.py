@@ -1,8 +1,8 @@
 """NVIDIA's kvpress in a process and an environment of its own, asked by lines of JSON.
 
 It shares its import name with this project: the file is run by its path, and imports nothing of
-this project but the count of bytes. Requests and replies are lines; logits go through safetensors
-files. Seconds are taken here, so that no exchange is timed.
+this project but the count of bytes and what finds positions. Requests and replies are lines; logits
+go through safetensors files. Seconds are taken here, so that no exchange is timed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import kvpress
 
 sys.path.append(str(Path(__file__).parents[1] / "common"))  # last: it must hide nothing
+from kept import NotingCache, positions
 from storages import storage_bytes
 
 
@@ -70,10 +71,25 @@ class Peer:
         self._cache: Any = None
         self._seen = 0
 
-    def read(self, tokens: list[list[int]]) -> dict[str, Any]:
+    def use(self, press: str) -> dict[str, Any]:
+        """Compresses with another press from now on."""
+        self._press = make_press(press)
+        return {}
+
+    def kept(self, tokens: list[int]) -> dict[str, Any]:
+        """Reads a prompt; the positions that it then holds, by layer and KV head."""
+        cache = NotingCache()
+        self.read([tokens], cache)
+        found = [
+            positions(cache.first[i][0], cache.layers[i].keys[0], self._masked(layer))
+            for i, layer in enumerate(self._layers)
+        ]
+        return {"positions": found}
+
+    def read(self, tokens: list[list[int]], cache: Any = None) -> dict[str, Any]:
         """Reads prompts of equal length into an empty cache, compressed."""
         ids = self._ids(tokens)
-        cache = DynamicCache()
+        cache = DynamicCache() if cache is None else cache
         start = self._clock()
         with self._press(self._model):
             self._model(ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
@@ -120,8 +136,11 @@ class Peer:
 
     def _bytes(self) -> int:
         """Of the cache, and of the indices of masked keys that some presses leave on the layers."""
-        masks = [getattr(layer, "masked_key_indices", None) for layer in self._layers]
-        return int(storage_bytes([self._cache, masks]))
+        return int(storage_bytes([self._cache, [self._masked(layer) for layer in self._layers]]))
+
+    @staticmethod
+    def _masked(layer: Any) -> Any:
+        return getattr(layer, "masked_key_indices", None)
 
     def _ids(self, tokens: list[list[int]]) -> torch.Tensor:
         return torch.tensor(tokens, device=self._model.device)

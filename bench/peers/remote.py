@@ -92,6 +92,16 @@ class Peer:
             raise PeerError(f"{self.name}: {reply['error']}")
         return reply
 
+    def use(self, name: str) -> None:
+        """Compresses with another press from now on, in the same process. Raises PeerError."""
+        self.request(do="use", press=name.removeprefix(PREFIX))
+        self.name = name
+
+    def kept(self, tokens: Sequence[int]) -> list[list[list[int]]]:
+        """The positions that it holds of a prompt, by layer and KV head."""
+        found: list[list[list[int]]] = self.request(do="kept", tokens=list(tokens))["positions"]
+        return found
+
     def close(self) -> None:
         """Ends the process."""
         with self._process:

@@ -70,16 +70,17 @@ class LocalSystem:
     def __init__(
         self,
         model: Any,
-        name: str,
+        policy: str | Recipe,
         new_tokens: int = 64,
         cache_dtype: torch.dtype | None = None,
         protects: bool = False,
     ) -> None:
-        self.name, self._protects = name, protects and name not in CACHES  # those evict nothing
-        self._candidate = candidate(model, name, cache_dtype, new_tokens)
+        self.name, known = str(policy), policy in CACHES
+        self._protects = protects and not known  # those evict nothing
+        self._candidate = candidate(model, policy, cache_dtype, new_tokens)
         # a copy that shares the weights, with its engine attached
         self.model, self._device = self._candidate.model, model.device
-        self._replays = name not in CACHES and _attends_once_in_full(parse(name))
+        self._replays = not known and _attends_once_in_full(parse(policy))
         self._ends = _ends(model)
 
     def read(self, tokens: Sequence[int], calls: Sequence[Call] = (), protect: Spans = ()) -> Any:
