@@ -35,9 +35,9 @@ def agreement(ours: Sequence[Positions], theirs: Sequence[Positions]) -> Agreeme
     for own, other in zip(ours, theirs, strict=True):
         for layer, rows in enumerate(zip(own, other, strict=True)):
             for head, (a, b) in enumerate(zip(*rows, strict=True)):
-                both, larger = len(set(a) & set(b)), max(len(a), len(b), 1)
+                both, larger = len(set(a) & set(b)), max(len(a), len(b))
                 common, most = common + both, most + larger
-                shares.append((both / larger if a or b else 1.0, layer, head))
+                shares.append((both / larger if larger else 1.0, layer, head))
     least, *where = min(shares)
     mean = sum(share for share, *_ in shares) / len(shares)
     below = sum(share < ENOUGH for share, *_ in shares)

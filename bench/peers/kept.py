@@ -22,10 +22,11 @@ class NotingCache(DynamicCache):
         super().__init__()
         self.first: dict[int, Tensor] = {}  # by layer, `[B, H, S, D]`
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any) -> Any:
-        """Appends, and returns, as its base does."""
-        stored = super().update(key_states, value_states, layer_idx, *rest)
-        self.first.setdefault(layer_idx, stored[0].clone())
+    def update(self, *given: Any, **named: Any) -> Any:
+        """Appends keys and values of a layer, and returns all, as its base does."""
+        stored = super().update(*given, **named)
+        layer = named["layer_idx"] if "layer_idx" in named else given[2]
+        self.first.setdefault(layer, stored[0].clone())
         return stored
 
 

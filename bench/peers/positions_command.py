@@ -39,6 +39,6 @@ def positions(
 
     setting = make_setting(loading, None, 1, 0)
     remote.environment()  # refuse before a long run, not in it
-    rows = positions.run(setting, budget, tokens, texts, contexts, out)
-    console.print(report.table(agreement_table.sheet(rows)))
+    rows, scores = positions.run(setting, budget, tokens, texts, contexts, out)
+    console.print(report.table(agreement_table.sheet(rows, scores)))
     console.print(agreement_table.LEGEND)

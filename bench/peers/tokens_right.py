@@ -16,6 +16,13 @@ from kvpress.bench.speed.setting import Setting
 from torch import Tensor
 
 TASKS = ("copy", "needle")
+FULL = "full"
+Scores = Mapping[str, Mapping[str, float | None]]  # right tokens by name and task
+
+
+def names_of(row: Row) -> tuple[str, str]:
+    """Who answers questions for a row: a press and a policy."""
+    return PREFIX + row["press"], row["policy"]
 
 
 def tokens_right(
@@ -28,7 +35,7 @@ def tokens_right(
     out: Path | None,
     load: benches.Load,
     names: Sequence[str],
-) -> Mapping[str, list[Row]]:
+) -> Scores:
     """The scores of presses and policies by their names; none where no contexts are asked for.
 
     out: of the command; these results lie in a file beside it, from which a run goes on.
@@ -45,7 +52,7 @@ def tokens_right(
         facts,
         None if out is None else out.with_suffix(".quality.jsonl"),
     )
-    return {name: rows for (name, _), rows in found.items()}
+    return {name: {row["task"]: row["score"] for row in rows} for (name, _), rows in found.items()}
 
 
 class Sharing(benches.LocalCandidates):

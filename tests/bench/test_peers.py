@@ -28,6 +28,8 @@ PACKAGE = """
 import contextlib
 from dataclasses import dataclass
 
+import torch
+
 @dataclass
 class KeepPress:
     compression_ratio: float = 0.0
@@ -47,6 +49,11 @@ class KeepPress:
         layer = cache.layers[module.layer_idx]
         kept = round(layer.keys.shape[2] * (1 - self.compression_ratio))
         layer.keys, layer.values = (x[:, :, :kept].clone() for x in (layer.keys, layer.values))
+
+@dataclass
+class MaskPress(KeepPress):
+    def prune(self, module, args, kwargs, output):
+        module.masked_key_indices = tuple(torch.tensor(x) for x in ((0, 0), (0, 1), (3, 5)))
 
 @dataclass
 class OuterPress(KeepPress):
@@ -136,6 +143,11 @@ def test_a_peer_gives_the_logits_and_bytes_of_its_own_model(tiny_model: Path) ->
                 peer.ask(caches[1], question, stepwise),
             )
             assert (answers[0] - answers[1]).abs().max() < 1e-5
+        peer.use("nvidia/KeepPress:budget=0.5")
+        assert peer.kept(range(5, 105)) == 3 * [2 * [list(range(50))]]
+        peer.use("nvidia/MaskPress")
+        unmasked = [[i for i in range(100) if i != masked] for masked in (3, 5)]
+        assert peer.kept(range(5, 105)) == 3 * [unmasked]
     finally:
         peer.close()
 
