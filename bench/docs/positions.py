@@ -1,21 +1,19 @@
-"""Tables of kept positions: NVIDIA's presses beside our policies, from `bench/results`."""
+"""The table of kept positions: NVIDIA's presses beside our policies, from `bench/results`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
 from kvpress.bench.common.journal import Row, read
-from kvpress.bench.docs import quality
 from kvpress.bench.docs.tables import RESULTS, code, percent, table
 
-SHARES, RIGHT = "positions-1000.jsonl", "positions-500.quality.jsonl"
-TASKS = ("copy", "needle")
+FILE = "positions-1000.jsonl"
 
 
 def positions() -> str:
     """A line per pair: how far they agree at every budget, and what they are known to differ in."""
     pairs: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in read(RESULTS / SHARES):
+    for row in read(RESULTS / FILE):
         pairs.setdefault((_plain(row, "press"), _plain(row, "policy")), {})[row["budget"]] = row
     budgets = sorted({budget for rows in pairs.values() for budget in rows})
     head = (f"{percent(float(b))}: {what}" for b in budgets for what in ("equal", "least row"))
@@ -28,14 +26,6 @@ def positions() -> str:
         for (press, policy), rows in pairs.items()
     )
     return table(("theirs, ours", *head, "known difference"), lines)
-
-
-def right() -> str:
-    """What is still known, by those that are known to differ."""
-    found = [quality.lines(RIGHT)[task, 500, "hidden"] for task in TASKS]
-    names = [name for name in found[0] if name != quality.BLIND]
-    lines = ([code(name), *(str(by_name[name].score) for by_name in found)] for name in names)
-    return table(("", *(f"{task}, %" for task in TASKS)), lines)
 
 
 def _shares(row: Row | None) -> Iterator[str]:
@@ -52,4 +42,4 @@ def _plain(row: Row, name: str) -> str:
     return text
 
 
-PARTS: Mapping[str, Callable[[], str]] = {"positions": positions, "positions-right": right}
+PARTS: Mapping[str, Callable[[], str]] = {"positions": positions}
