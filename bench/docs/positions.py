@@ -1,19 +1,22 @@
-"""The table of kept positions: NVIDIA's presses beside our policies, from `bench/results`."""
+"""Tables of kept positions: NVIDIA's presses beside our policies, from `bench/results`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
 from kvpress.bench.common.journal import Row, read
+from kvpress.bench.docs import quality
+from kvpress.bench.docs.quality import BLIND
 from kvpress.bench.docs.tables import RESULTS, code, percent, table
+from kvpress.bench.quality.table import Line
 
-FILE = "positions-1000.jsonl"
+SHARES, RIGHT = "positions-1000.jsonl", "positions-500.quality.jsonl"
 
 
 def positions() -> str:
     """A line per pair: how far they agree at every budget, and what they are known to differ in."""
     pairs: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in read(RESULTS / FILE):
+    for row in read(RESULTS / SHARES):
         pairs.setdefault((_plain(row, "press"), _plain(row, "policy")), {})[row["budget"]] = row
     budgets = sorted({budget for rows in pairs.values() for budget in rows})
     head = (f"{percent(float(b))}: {what}" for b in budgets for what in ("equal", "least row"))
@@ -26,6 +29,17 @@ def positions() -> str:
         for (press, policy), rows in pairs.items()
     )
     return table(("theirs, ours", *head, "known difference"), lines)
+
+
+def right() -> str:
+    """What is still known, by those that are known to differ."""
+    found = quality.lines(RIGHT)["copy", 500, "hidden"]
+    lines = ((code(name), str(x.score), _kl(x)) for name, x in found.items() if name != BLIND)
+    return table(("", "copy, %", "KL"), lines)
+
+
+def _kl(line: Line) -> str:
+    return "–" if line.kl is None else f"{line.kl:.3f}"
 
 
 def _shares(row: Row | None) -> Iterator[str]:
@@ -42,4 +56,4 @@ def _plain(row: Row, name: str) -> str:
     return text
 
 
-PARTS: Mapping[str, Callable[[], str]] = {"positions": positions}
+PARTS: Mapping[str, Callable[[], str]] = {"positions": positions, "positions-right": right}
