@@ -10,7 +10,8 @@ from kvpress.bench.docs.quality import BLIND
 from kvpress.bench.docs.tables import RESULTS, code, percent, table
 from kvpress.bench.quality.table import Line
 
-SHARES, RIGHT = "positions-1000.jsonl", "positions-500.quality.jsonl"
+SHARES, RIGHT = "positions-1000.jsonl", "positions-1000.quality.jsonl"
+TASKS = ("copy", "needle")
 
 
 def positions() -> str:
@@ -32,10 +33,14 @@ def positions() -> str:
 
 
 def right() -> str:
-    """What is still known, by those that are known to differ."""
-    found = quality.lines(RIGHT)["copy", 500, "hidden"]
-    lines = ((code(name), str(x.score), _kl(x)) for name, x in found.items() if name != BLIND)
-    return table(("", "copy, %", "KL"), lines)
+    """What is still known, by those that are known to differ; KL on copies."""
+    copies, needles = (quality.lines(RIGHT)[task, 1000, "hidden"] for task in TASKS)
+    lines = (
+        (code(name), str(line.score), str(needles[name].score), _kl(line))
+        for name, line in copies.items()
+        if name != BLIND
+    )
+    return table(("", *(f"{task}, %" for task in TASKS), "KL of copies"), lines)
 
 
 def _kl(line: Line) -> str:
