@@ -7,9 +7,10 @@
 3. The largest scores of all layers and heads stay. The question need not be known.
 
 Differs from the paper: chunks of 2,048 tokens (code: 2,000), a tail shorter than a quarter of one
-joins the chunk before; the softmax is in fp32 and counts are exact. Decoded tokens are looked at
-with the next prompt. `scope=row` gives all rows the same, or what `heads` gives them. `whole=false`
-lets a chunk attend to the sinks and itself, so that its cost does not grow with the text.
+joins the chunk before; the softmax is in fp32 and counts are exact; the turns of a chat are not
+closed and opened around the instruction. Decoded tokens are looked at with the next prompt.
+`scope=row` gives all rows the same, or what `heads` gives them. `whole=false` lets a chunk attend
+to the sinks and itself, so that its cost does not grow with the text.
 `normalise` is KVzip+ (arXiv 2601.07891). `structure` demotes punctuation that only gives a shape.
 """
 
@@ -53,7 +54,7 @@ class KVzip(Policy):
     least: float = option(0.0, "share of an equal budget for a row's own best", low=0, high=1)
     whole: bool = option(True, "a chunk attends to all (paper), or to the sinks and itself alone")
     chunk: int = option(2048, "tokens that are repeated at once (code: 2000)", low=16)
-    instruction: str | None = option(None, "said before the first chunk; none: the paper's words")
+    instruction: str | None = option(None, "said before the first chunk; none: as in the paper")
     further: str | None = option(None, "said before the others and their cue; none: the paper's")
     cue: int = option(8, "tokens of the chunk before that begin a further one (code: 8)", low=0)
     normalise: bool = option(False, "attention by what it adds to the hidden state (KVzip+)")
