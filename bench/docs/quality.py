@@ -43,6 +43,9 @@ _SPARSE = (
     *(Column(n, n, 7400) for n in ("copy", "needle", "needles-2", "needles-4", "facts")),
     *(Column(f"{n}, NLL", n, 7400, shows="nll") for n in ("pairs", "variables")),
 )
+_STEPS = tuple(
+    Column(f"text, {shows.upper()}", "perplexity", shows=shows) for shows in ("nll", "kl")
+)
 _FILES = tuple(
     Column(f"{name}, NLL", name, 2048, "visible", "nll") for name in ("lcc", "multi_news", "qasper")
 )
@@ -119,6 +122,11 @@ PARTS: Mapping[str, Callable[[], str]] = {
     ),
     "quality-packed": lambda: _recorded("quality-packed.jsonl", _PACKED, _FORMATS),
     "quality-sparse": lambda: _recorded("quality-sparse.jsonl", _SPARSE, ("full", "sale")),
+    "quality-steps": lambda: _recorded(
+        "quality-steps.jsonl",
+        _STEPS,
+        ("full", *_at("0.25", "keyformer", "h2o"), *_at("0.25+heads", "keyformer", "h2o"), BLIND),
+    ),
     "quality-files": lambda: _recorded(
         "minilongbench.jsonl", _FILES, ("full", *_at("0.5", "snapkv", "random"), BLIND)
     ),
