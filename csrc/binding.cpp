@@ -3,6 +3,7 @@
 
 #include "absorb_step/bind.h"
 #include "attend_blocks/bind.h"
+#include "attend_parts/bind.h"
 #include "attend_sums/bind.h"
 #include "attention_sums/bind.h"
 #include "channel_scores/bind.h"
@@ -10,8 +11,10 @@
 #include "decode_step/bind.h"
 #include "estimate_blocks/bind.h"
 #include "gather_slots/bind.h"
+#include "join_parts/bind.h"
 #include "match_keys/bind.h"
 #include "pack/bind.h"
+#include "read_records/bind.h"
 #include "scatter_slots/bind.h"
 #include "unpack/bind.h"
 
@@ -23,12 +26,15 @@ STABLE_TORCH_LIBRARY_IMPL(kvpress, CPU, library) {
   library.impl("attend_sums", TORCH_BOX(&kvpress::attend_sums));
   library.impl("estimate_blocks", TORCH_BOX(&kvpress::estimate_blocks));
   library.impl("attend_blocks", TORCH_BOX(&kvpress::attend_blocks));
+  library.impl("attend_parts", TORCH_BOX(&kvpress::attend_parts));
+  library.impl("join_parts", TORCH_BOX(&kvpress::join_parts));
   library.impl("match_keys", TORCH_BOX(&kvpress::match_keys));
   library.impl("pack", TORCH_BOX(&kvpress::pack));
   library.impl("unpack", TORCH_BOX(&kvpress::unpack));
   library.impl("channel_scores", TORCH_BOX(&kvpress::channel_scores));
   library.impl("gather_slots", TORCH_BOX(&kvpress::gather_slots));
   library.impl("scatter_slots", TORCH_BOX(&kvpress::scatter_slots));
+  library.impl("read_records", TORCH_BOX(&kvpress::read_records));
 }
 
 // The name of the instruction set that the operators use here.

@@ -1,20 +1,23 @@
 // All kernels for one instruction set: compiled once with each set of flags, with KERNEL_ISA as its name.
 #include "absorb_step/cpu.h"
 #include "attend_blocks/cpu.h"
+#include "attend_parts/cpu.h"
 #include "attention_sums/cpu.h"
 #include "channel_scores/cpu.h"
 #include "decode_rows/cpu.h"
 #include "decode_step/cpu.h"
 #include "estimate_blocks/cpu.h"
 #include "gather_slots/cpu.h"
+#include "join_parts/cpu.h"
 #include "match_keys/cpu.h"
 #include "pack/cpu.h"
+#include "read_records/cpu.h"
 
 namespace kvpress::KERNEL_ISA {
 
 constexpr Kernels with(decltype(Kernels::estimate_blocks) estimate) {
-  return {decode_rows,   decode_step, absorb_step, attention_sums, estimate,
-          attend_blocks, match_keys,  copy_slots,  pack_pages,     channel_scores};
+  return {decode_rows, attend_parts, decode_step, absorb_step,    attention_sums, estimate,    attend_blocks,
+          match_keys,  copy_slots,   pack_pages,  channel_scores, join_parts,     read_records};
 }
 
 extern const Kernels kernels;

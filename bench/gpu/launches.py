@@ -91,6 +91,8 @@ def operands(width: int, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[A
     yield "decode_rows", "", (query, pages, logits, True)
     many = query.expand(-1, -1, 32, -1)
     yield "decode_rows", "softcap Q=32", (many, pages, Logits(0.1, 50.0), True)
+    yield "attend_parts", "", (query, pages, logits, False)
+    yield "attend_parts", "weights", (query, pages, logits, True)
     yield from packed_operands(query, pages)
     columns = Columns(torch.zeros(1, page, dtype=torch.int32), torch.zeros(1, page))
     bounds = Bounds(batch, counts.clone(), counts.clone(), batch.clone(), "mass_per_age")
@@ -99,11 +101,8 @@ def operands(width: int, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[A
         held = (pages, columns, bounds)
         yield "decode_step", kind, (Token(query, token, token), *held, True, noise, logits)
     held = (pages, columns, bounds._replace(rank="mass"))
-    for case, pairs, counted in (
-        ("", 0, False),
-        ("turned", width // 4, False),
-        ("counted", 0, True),
-    ):
+    merged = ("", 0, False), ("turned", width // 4, False), ("counted", 0, True)
+    for case, pairs, counted in merged:
         turning = Turning(torch.zeros(pairs) if pairs else None)
         rule = Merging(own=2.7, memory=0.3, gain=0.7, counts=counted)
         yield "absorb_step", case, (*held, torch.zeros(2), turning, width - counted, rule)
@@ -112,6 +111,8 @@ def operands(width: int, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[A
     yield from sums_operands(prompt)
     yield from block_operands(prompt)
     yield "match_keys", "", (prompt[:, 2:4], prompt[:, :2], allowed)
+    sums = torch.zeros(64, 2, 8, 1, dtype=torch.float32)
+    yield "join_parts", "", (sums[..., None].repeat(1, 1, 1, 1, width), sums)
     for pool, last in ((key, True), (value, False)):
         dense = torch.zeros(16, width, dtype=dtype)
         kind = "channel-major" if last else "slot-major"
@@ -174,6 +175,7 @@ def packed_operands(
         tensors = [packed, *own, table[:, :1].contiguous(), counts * 4, holes, none, none.long()]
         old = Old(tensors, list(layout))
         yield "decode_rows", case, (query, pages, Logits(0.1), True, old)
+        yield "attend_parts", case, (query, pages, Logits(0.1), True, old)
 
 
 def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:

@@ -1,7 +1,8 @@
 // Attention of new queries over ragged paged rows. Formula, bytes and numerics: README.md.
 //
 // A row is cut into chunks of kChunk slots, always at the same places, whatever the batch and the number of threads:
-// the result of a row depends on that row alone, to the last bit. Whoever finishes the last chunk of a row joins them.
+// the result of a row depends on that row alone, to the last bit. Whoever finishes the last chunk of a row joins them,
+// unless the operator takes chunks one by one.
 #pragma once
 
 #include <algorithm>
@@ -23,27 +24,35 @@ namespace kvpress::KERNEL_ISA {
 //   on_logits(row, first query, queries, first slot, slots, logits [queries, kBlock], ahead)
 //       of a block, with -inf where a query does not look and up to the next multiple of kTile
 //   on_weights(row, query, first slot, slots, exponentials, the logit of which they are relative to)
-//   after_row(row, regions, LSE of its queries)
+//   after_row(row, regions, LSE of its queries), where kJoins; otherwise
+//   after_chunk(chunk, records of its queries, numbers of a record)
 template <class E, class Extra>
 class RowsAttention {
  public:
   RowsAttention(const DecodeRows& a, const Regions& regions, Extra& extra)
-      : a_(a), regions_(regions), counts_(regions.counts), extra_(extra), reader_(a, regions.counts), queries_(a),
-        rows_(a.batch * a.heads), m_(a.group * a.queries), value_width_(a.pages.value_width),
+      : a_(a), regions_(regions), counts_(regions.counts), extra_(extra), reader_(a, regions.counts),
+        queries_(a, regions), rows_(a.batch * a.heads), m_(a.group * a.queries), value_width_(a.pages.value_width),
         record_(kOut + value_width_) {}
 
   void run(const Threads& threads) {
     const int64_t slots = number_chunks(), kinds = a_.parts + 1, chunks = first_[rows_ * kinds];
-    partial_ = scratch<float, struct Partials>(chunks * m_ * record_);
-    left_ = scratch<std::atomic<int32_t>, struct Counters>(rows_);
-    for (int64_t r = 0; r < rows_; r++)
-      left_[r].store(int32_t(first_[(r + 1) * kinds] - first_[r * kinds]), std::memory_order_relaxed);
+    if constexpr (Extra::kJoins) {
+      partial_ = scratch<float, struct Partials>(chunks * m_ * record_);
+      left_ = scratch<std::atomic<int32_t>, struct Counters>(rows_);
+      for (int64_t r = 0; r < rows_; r++)
+        left_[r].store(int32_t(first_[(r + 1) * kinds] - first_[r * kinds]), std::memory_order_relaxed);
+    }
     const bool worthwhile = slots * (a_.pages.key_width + value_width_) * m_ > 1 << 17;
     // Neighbouring chunks together, so that the start of the next one is fetched during the end of the last.
     const int64_t together = std::max<int64_t>(1, chunks / (threads.count * 8));
     share(threads, (chunks + together - 1) / together, worthwhile, [&](int64_t i) {
       const int64_t end = std::min(chunks, (i + 1) * together);
-      for (int64_t c = i * together; c < end; c++) attend(c, std::min(c + 1, end - 1));
+      Chunk chunk = chunk_of(i * together);
+      for (int64_t c = i * together; c < end; c++) {
+        const Chunk following = c + 1 < end ? chunk_of(c + 1) : chunk;
+        attend(c, chunk, following);
+        chunk = following;
+      }
     });
   }
 
@@ -52,13 +61,17 @@ class RowsAttention {
   int64_t number_chunks() {
     const int64_t kinds = a_.parts + 1;
     first_ = scratch<int64_t, struct FirstChunks>(rows_ * kinds + 1);
-    int64_t slots = 0;
-    first_[0] = 0;
-    for (int64_t i = 0; i < rows_ * kinds; i++) {
-      const int64_t count = regions_.count(i / kinds, int(i % kinds));
-      const bool last = i % kinds == a_.parts;  // has a chunk, however few slots there are
-      first_[i + 1] = first_[i] + std::max<int64_t>(last, (count + kChunk - 1) / kChunk);
-      slots += count;
+    int64_t slots = 0, chunks = first_[0] = 0;
+    for (int64_t r = 0, i = 0; r < rows_; r++) {
+      const int64_t begin = chunks;
+      for (int p = 0; p < kinds; p++) {
+        const int64_t count = regions_.count(r, p);
+        chunks += (count + kChunk - 1) / kChunk;
+        // Somebody must write what a row without slots gives.
+        if (Extra::kJoins && p == a_.parts && chunks == begin) chunks++;
+        first_[++i] = chunks;
+        slots += count;
+      }
     }
     return slots;
   }
@@ -69,18 +82,21 @@ class RowsAttention {
     return Chunk{at / kinds, int(at % kinds), (i - first_[at]) * kChunk};
   }
 
-  // One chunk; what follows is read ahead. Whoever is last with a row joins its chunks.
-  void attend(int64_t i, int64_t following) {
-    const Chunk chunk = chunk_of(i);
+  // One chunk; what follows is read ahead. Whoever is last with a row joins its chunks, where they are joined.
+  void attend(int64_t i, const Chunk& chunk, const Chunk& following) {
     const int64_t kinds = a_.parts + 1, r = chunk.row, begin = first_[r * kinds], end = first_[(r + 1) * kinds];
-    float* records = partial_ + i * m_ * record_;
+    float* records = Extra::kJoins ? partial_ + i * m_ * record_ : scratch<float, struct ChunkRecords>(m_ * record_);
     if (i + 1 == end) extra_.before_last_chunk(r);
     if (chunk.region < a_.parts) {
-      attend_old_chunk(chunk, chunk_of(following), records);
+      attend_old_chunk(chunk, following, records);
     } else {
-      attend_chunk(chunk, chunk_of(following), records);
+      attend_chunk(chunk, following, records);
     }
-    if (left_[r].fetch_sub(1, std::memory_order_acq_rel) == 1) join(r, begin, end);
+    if constexpr (Extra::kJoins) {
+      if (left_[r].fetch_sub(1, std::memory_order_acq_rel) == 1) join(r, begin, end);
+    } else {
+      extra_.after_chunk(chunk, records, record_);
+    }
   }
 
   // The first slot that query m of a row does not see.
@@ -131,9 +147,10 @@ class RowsAttention {
     for (int64_t m = 0; m < m_; m++) {
       float *from = kept + m * record, *to = records + m * record_;
       if (part.layout.value_bits == 16) channels_in_order(static_cast<const E*>(nullptr), from + kOut, kept_width);
-      std::copy_n(from, kOut, to);
+      std::copy_n(from, kept_width == value_width_ ? record_ : kOut, to);
+      if (kept_width == value_width_) continue;  // channels ascend: these are all
       std::fill(to + kOut, to + record_, 0.0f);
-      for (int64_t u = 0; u < part.layout.value_kept; u++) to[kOut + channel[u]] = from[kOut + u];
+      for (int64_t u = 0; u < kept_width; u++) to[kOut + channel[u]] = from[kOut + u];
     }
   }
 
@@ -225,12 +242,17 @@ class RowsAttention {
   std::atomic<int32_t>* left_;  // chunks of every row
 };
 
-inline void decode_rows(const DecodeRows& a, const Threads& threads) {
-  const Regions regions(a, a.counts);
-  const int64_t stride = regions.begin[a.parts] + a.pages.table_width * a.pages.page_slots;
+// Where the weights that are returned are kept, as wide as the regions.
+inline BlockWeights returned_weights(const DecodeRows& a, const Regions& regions) {
+  const int64_t stride = regions.begin[a.parts] + regions.room(a.parts);
   const int64_t m = a.group * a.queries, blocks = (stride + kBlock - 1) / kBlock;
   float* references = a.weights ? scratch<float, struct References>(a.batch * a.heads * m * blocks) : nullptr;
-  Weights extra{{a.weights, references, m, stride, blocks}};
+  return {a.weights, references, m, stride, blocks};
+}
+
+inline void decode_rows(const DecodeRows& a, const Threads& threads) {
+  const Regions regions(a, a.counts);
+  Weights extra{returned_weights(a, regions)};
   with_storage(a.pages.type,
                [&](auto storage) { RowsAttention<decltype(storage), Weights>(a, regions, extra).run(threads); });
 }

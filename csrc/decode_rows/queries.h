@@ -4,18 +4,22 @@
 #include "../include/storage.h"
 #include "../include/tasks.h"
 #include "../include/tiles.h"
+#include "regions.h"
 
 namespace kvpress::KERNEL_ISA {
 
-// Queries of a row, times the scaling, as the products of attention take them.
+// Queries of a row, times the scaling, as the products of attention take them; for regions in which it has slots.
 class Queries {
  public:
-  explicit Queries(const DecodeRows& a) : a_(a), m_(a.group * a.queries), width_(a.pages.key_width) {
+  Queries(const DecodeRows& a, const Regions& regions) : a_(a), m_(a.group * a.queries), width_(a.pages.key_width) {
     const int64_t rows = a.batch * a.heads;
     all_ = scratch<float, struct AllQueries>(rows * m_ * width_);
-    for (int64_t r = 0; r < rows; r++) read_all(r);
     if (a.parts) kept_ = scratch<float, struct KeptQueries>(rows * a.parts * m_ * kKept);
-    for (int64_t i = 0; i < rows * a.parts; i++) read_kept(i / a.parts, int(i % a.parts));
+    for (int64_t r = 0; r < rows; r++) {
+      for (int p = 0; p < a.parts; p++)
+        if (regions.count(r, p)) read_kept(r, p);
+      if (regions.count(r, a.parts)) read_all(r);
+    }
   }
 
   // All channels of query m of a row and those after it.
@@ -46,6 +50,7 @@ class Queries {
     const int16_t* channel = part.key_channel + r * part.layout.key_kept;
     float* row = scratch<float, struct QueryRow>(width_);
     const auto read_one = [&](int64_t m, float* to) {
+      if (part.layout.key_kept == width_) return read(r, m, to);  // channels ascend: these are all
       read(r, m, row);
       for (int64_t c = 0; c < part.layout.key_kept; c++) to[c] = row[channel[c]];
     };

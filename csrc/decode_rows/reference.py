@@ -33,20 +33,32 @@ def decode_rows(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     without a slot to attend to gets zeros and an LSE of -inf. Old slots stand before the others,
     also in the weights. Raises OperatorError.
     """
-    query_BNQD, pages, logits, need_weights, old = operands
-    check(query_BNQD, pages, logits)
-    batch, query_heads, queries, width = query_BNQD.shape
-    rows = len(pages.table_RW)
-    group = query_heads * batch // rows
-    parts = check_parts("decode_rows", old, query_BNQD, pages)
-    dense = [_old(layout, tensors, queries, pages.key_PDS) for layout, tensors in parts]
-    dense.append(_recent(pages, queries))
+    query_BNQD, _, logits, need_weights, _ = operands
+    dense = regions("decode_rows", operands)
     key_RSD, value_RSE = (torch.cat([part[i].float() for part in dense], dim=1) for i in (0, 1))
-    hidden_RQS = torch.cat([part.hidden_RQS for part in dense], dim=2)
-    slots = key_RSD.shape[1]
+    whole = Dense(key_RSD, value_RSE, torch.cat([part.hidden_RQS for part in dense], dim=2))
+    out_BNQE, lse_BNQ, weights_BNQS = attend(query_BNQD, whole, logits)
+    weights = weights_BNQS if need_weights else weights_BNQS.new_empty(0)
+    return out_BNQE.to(query_BNQD.dtype), lse_BNQ, weights
 
+
+def regions(op: str, operands: Operands) -> list[Dense]:
+    """The slots of the parts, then those of the other pages, checked. Raises OperatorError."""
+    query_BNQD, pages, logits, _, old = operands
+    check(op, query_BNQD, pages, logits)
+    parts, queries = check_parts(op, old, query_BNQD, pages), query_BNQD.shape[2]
+    dense = [_old(layout, tensors, queries, pages.key_PDS) for layout, tensors in parts]
+    return [*dense, _recent(pages, queries)]
+
+
+def attend(query_BNQD: Tensor, dense: Dense, logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, LSE and weights in fp32."""
+    key_RSD, value_RSE, hidden_RQS = dense
+    batch, query_heads, queries, width = query_BNQD.shape
+    rows, slots, _ = key_RSD.shape
+    group = query_heads * batch // rows
     query_RMD = query_BNQD.float().reshape(rows, group * queries, width)  # M = G·Q
-    logits_RMS = torch.matmul(query_RMD * logits.scaling, key_RSD.mT)
+    logits_RMS = torch.matmul(query_RMD * logits.scaling, key_RSD.float().mT)
     if logits.softcap:
         logits_RMS = torch.tanh(logits_RMS / logits.softcap) * logits.softcap
     hidden_RMS = hidden_RQS[:, None].expand(rows, group, queries, slots).reshape_as(logits_RMS)
@@ -55,11 +67,9 @@ def decode_rows(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     if slots:
         lse_RM = logits_RMS.logsumexp(-1)
     weights_RMS = (logits_RMS - lse_RM[..., None]).exp().masked_fill(hidden_RMS, 0.0)
-    out_RME = torch.matmul(weights_RMS, value_RSE).to(query_BNQD.dtype)
-
+    out_RME = torch.matmul(weights_RMS, value_RSE.float())
     shape = (batch, query_heads, queries)
-    weights = weights_RMS.view(*shape, slots) if need_weights else weights_RMS.new_empty(0)
-    return out_RME.view(*shape, value_RSE.shape[-1]), lse_RM.view(shape), weights
+    return out_RME.view(*shape, -1), lse_RM.view(shape), weights_RMS.view(*shape, slots)
 
 
 def _recent(pages: Pages, queries: int) -> Dense:
@@ -110,9 +120,8 @@ def _old(layout: PageLayout, tensors: Sequence[Tensor], queries: int, like: Tens
     return Dense(key_RSD, value_RSE, hidden_RS[:, None].expand(-1, queries, -1))
 
 
-def check(query_BNQD: Tensor, pages: Pages, logits: Logits) -> None:
+def check(op: str, query_BNQD: Tensor, pages: Pages, logits: Logits) -> None:
     """Raises OperatorError for operands that do not fit together."""
-    op = "decode_rows"
     lengths = shapes.bind(op, {"query_BNQD": query_BNQD, **pages._asdict()})
     shapes.floating(op, {"query_BNQD": query_BNQD})
     check_pages(op, pages)

@@ -57,6 +57,7 @@ class Plan(NamedTuple):
     launch: Launch
     blocks: int  # of members
     chunk: int  # slots
+    joins: bool
     old_splits: list[int]
     own_splits: int
     old_columns: list[int]
@@ -89,7 +90,7 @@ def decode_rows(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     outputs add 4·E bytes per member and chunk. Raises OperatorError.
     """
     query_BNQD, pages, logits, need_weights, old = operands
-    check(query_BNQD, pages, logits)
+    check("decode_rows", query_BNQD, pages, logits)
     parts = check_parts("decode_rows", old, query_BNQD, pages)
     slots = pages.table_RW.shape[1] * pages.key_PDS.shape[2]
     slots += sum(span(layout, tensors[3].shape[1]) for layout, tensors in parts)
@@ -121,28 +122,13 @@ def attend(
 
     With parts of old slots those of all others are written as well: -inf.
     """
-    plan = _plan(query_BNQD, pages, parts)
+    plan = plan_of(query_BNQD, pages, parts)
+    partials = attend_chunks(query_BNQD, pages, logits, logits_BNQS, parts, plan)
     batch, query_heads, queries, _ = query_BNQD.shape
-    rows, value_width = len(pages.table_RW), pages.value_PSE.shape[2]
-    members = batch * query_heads * queries // rows
-    scratch = query_BNQD.new_empty(0, dtype=torch.float32)
-    top = scratch.new_empty(rows, plan.splits, members)
-    kept = top if logits_BNQS is None else logits_BNQS
-    part = scratch.new_empty(*top.shape, value_width)
-    partials = Partials(top, torch.empty_like(top), part, kept)
-    if parts:  # programs without slots leave these
-        kept.fill_(-torch.inf)
-        top.fill_(-torch.inf)
-        partials.total_RKM.zero_()
-        partials.part_RKME.zero_()
+    value_width, (rows, _, members) = pages.value_PSE.shape[2], partials.top_RKM.shape
     out = query_BNQD.new_empty(batch, query_heads, queries, value_width)
-    lse = scratch.new_empty(batch, query_heads, queries)
-    keeps = logits_BNQS is not None
+    lse = partials.top_RKM.new_empty(batch, query_heads, queries)
     with device_of(query_BNQD):
-        for number, old in enumerate(parts):
-            if len(old[1][0]) and plan.old_splits[number]:
-                _attend_old(old, number, query_BNQD, pages, logits, partials, plan, keeps)
-        _attend_own(query_BNQD, pages, logits, partials, plan, keeps)
         combine_kernel[(rows * members,)](
             *(pages.counts_R, *partials[:3], out, lse, plan.splits, plan.chunk, members),
             ALL=bool(parts),
@@ -155,19 +141,56 @@ def attend(
     return out, lse
 
 
-def _plan(query_BNQD: Tensor, pages: Pages, parts: Sequence[OldPart]) -> Plan:
+def attend_chunks(
+    query_BNQD: Tensor,
+    pages: Pages,
+    logits: Logits,
+    logits_BNQS: Tensor | None,
+    parts: Sequence[OldPart],
+    plan: Plan,
+) -> Partials:
+    """Partial softmaxes over all chunks, and their logits where there is a tensor for them.
+
+    Where chunks are not joined, or old slots are among them, those that a row does not reach have a
+    largest logit of -inf, and so have slots that it does not hold.
+    """
+    batch, query_heads, queries, _ = query_BNQD.shape
+    rows, value_width = len(pages.table_RW), pages.value_PSE.shape[2]
+    members = batch * query_heads * queries // rows
+    top = query_BNQD.new_empty(rows, plan.splits, members, dtype=torch.float32)
+    kept = top if logits_BNQS is None else logits_BNQS
+    partials = Partials(top, torch.empty_like(top), top.new_empty(*top.shape, value_width), kept)
+    if parts or not plan.joins:  # programs without slots leave these
+        kept.fill_(-torch.inf)
+        top.fill_(-torch.inf)
+    if parts and plan.joins:
+        partials.total_RKM.zero_()
+        partials.part_RKME.zero_()
+    keeps = logits_BNQS is not None
+    with device_of(query_BNQD):
+        for number, old in enumerate(parts):
+            if len(old[1][0]) and plan.old_splits[number]:
+                _attend_old(old, number, query_BNQD, pages, logits, partials, plan, keeps)
+        if plan.own_splits:
+            _attend_own(query_BNQD, pages, logits, partials, plan, keeps)
+    return partials
+
+
+def plan_of(query_BNQD: Tensor, pages: Pages, parts: Sequence[OldPart], joins: bool = True) -> Plan:
+    """How rows are cut. Chunks that are not joined have `CHUNK` slots, however many members."""
     batch, query_heads, queries, width = query_BNQD.shape
     rows, table_width = pages.table_RW.shape
     is_wide = wide(query_BNQD.dtype, pages.key_PDS.dtype)
     widest = max(width, pages.value_PSE.shape[2])
     launch = by_architecture(LAUNCH, query_BNQD, widest, is_wide)
     blocks = triton.cdiv(batch * query_heads * queries // rows, launch.block_m)
-    chunk = CHUNK * blocks  # blocks of members are as good as chunks to fill the device
+    # Blocks of members are as good as chunks to fill the device.
+    chunk = CHUNK * blocks if joins else CHUNK
     own_columns = table_width * pages.key_PDS.shape[2]
     old_columns = [span(layout, tensors[3].shape[1]) for layout, tensors in parts]
     old_splits = [triton.cdiv(columns, chunk) for columns in old_columns]
-    own_splits = max(1, triton.cdiv(own_columns, chunk))
-    return Plan(launch, blocks, chunk, old_splits, own_splits, old_columns, own_columns)
+    own_splits = max(int(joins), triton.cdiv(own_columns, chunk))
+    return Plan(launch, blocks, chunk, joins, old_splits, own_splits, old_columns, own_columns)
 
 
 def _attend_own(

@@ -50,6 +50,8 @@ class Victim {
 template <class E>
 class Step {
  public:
+  static constexpr bool kJoins = true;
+
   // kept: without memory where no mass is kept; totals: [R, M, blocks], the sums of noisy exponentials
   Step(const DecodeStep& a, const Regions& regions, const BlockWeights& kept, float* totals)
       : a_(a), regions_(regions), slots_{a.attend.pages, a.columns}, kept_(kept), totals_(totals),

@@ -91,7 +91,8 @@ struct Part {
   float* mass;            // [P, S] or null
   int64_t* dropped;       // [R] or null
 };
-constexpr int kMostParts = 4;  // ordinary and short rows, each with those that a guard keeps wide
+constexpr int64_t kChunk = 512;  // slots of a row that are attended to in one task
+constexpr int kMostParts = 4;    // ordinary and short rows, each with those that a guard keeps wide
 
 struct Logits {
   double scaling, softcap;
@@ -103,8 +104,8 @@ struct DecodeRows {
   const int64_t* counts;  // [R]
   int64_t batch, heads, group, queries;
   Logits logits;
-  void* out;       // [B, N, Q, D'], contiguous, of the query's type
-  float* lse;      // [B, N, Q]
+  void* out;       // [B, N, Q, D'], contiguous, of the query's type; [J, B, N, Q, D'] in fp32 of chunks
+  float* lse;      // [B, N, Q], or [J, B, N, Q] of chunks
   float* weights;  // [B, N, Q, spans of the parts + W·S] or null
   Part part[kMostParts];
   int parts;
@@ -254,8 +255,30 @@ struct CopySlots {
   bool slot_last, gather;  // gather: from the pool, otherwise into it
 };
 
+// Outputs of parts of the slots, and the logarithms of the sums of their exponentials; items are queries of heads.
+struct JoinParts {
+  const float *part, *part_lse;  // [J, items, E], [J, items]
+  int64_t parts, items, width;
+  float *out, *lse;  // [items, E], [items]
+};
+
+// A range of a file, its place in an arena, and the XXH3-128 that is expected of a part of it: a row of `reads_AX`.
+struct Read {
+  int64_t offset, length, place, begin, checked;
+  uint64_t low, high;
+};
+
+struct ReadRecords {
+  int fd;
+  const Read* reads;
+  int64_t count;
+  uint8_t* arena;
+  int64_t* status;  // [count]
+};
+
 struct Kernels {
   void (*decode_rows)(const DecodeRows&, const Threads&);
+  void (*attend_parts)(const DecodeRows&, const Threads&);
   void (*decode_step)(const DecodeStep&, const Threads&);
   void (*absorb_step)(const AbsorbStep&, const Threads&);
   void (*attention_sums)(const AttentionSums&, const Threads&);
@@ -265,6 +288,8 @@ struct Kernels {
   void (*copy_slots)(const CopySlots&, const Threads&);
   void (*pack_pages)(const PackPages&, const Threads&);
   void (*channel_scores)(const ChannelScores&, const Threads&);
+  void (*join_parts)(const JoinParts&, const Threads&);
+  void (*read_records)(const ReadRecords&, const Threads&);
 };
 
 }  // namespace kvpress

@@ -67,6 +67,12 @@ def attend_blocks(*operands: Any, **named: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def attend_parts(*operands: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What `decode_rows` finds in every chunk of 512 slots; see csrc/attend_parts."""
+    out, lse, weights = _call("attend_parts", operands, named)
+    return out, lse, weights
+
+
 def attend_sums(*operands: Any, **named: Any) -> tuple[Tensor, Tensor]:
     """Attention of a prompt and its column sums; see csrc/attend_sums."""
     out, sums = _call("attend_sums", operands, named)
@@ -77,6 +83,12 @@ def attention_sums(*operands: Any, **named: Any) -> Tensor:
     """Column sums of a prompt's attention; see csrc/attention_sums."""
     sums: Tensor = _call("attention_sums", operands, named)
     return sums
+
+
+def join_parts(*operands: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    """Attention over several parts of the slots, from that over each; see csrc/join_parts."""
+    out, lse = _call("join_parts", operands, named)
+    return out, lse
 
 
 def match_keys(*operands: Any, **named: Any) -> tuple[Tensor, Tensor]:
@@ -107,6 +119,12 @@ def estimate_blocks(*operands: Any, **named: Any) -> Tensor:
     """The bit map of blocks that matter, from 4-bit codes; see csrc/estimate_blocks."""
     computed: Tensor = _call("estimate_blocks", operands, named)
     return computed
+
+
+def read_records(*operands: Any, **named: Any) -> Tensor:
+    """Ranges of a file into an arena, verified: a status each; see csrc/read_records."""
+    status: Tensor = _call("read_records", operands, named)
+    return status
 
 
 def gather_slots(*operands: Any, **named: Any) -> Tensor:

@@ -96,6 +96,11 @@ def _native() -> str:
     return "cpu"
 
 
+def has_triton(name: str) -> bool:
+    """Whether an operator has a Triton kernel: those that read files do not."""
+    return importlib.util.find_spec(f"kvpress.csrc.{name}.triton_kernel") is not None
+
+
 def reason_of(backend: str) -> str:
     """Why a backend is the reference; empty where that was asked for, or where it is not."""
     return backend.partition(": ")[2]
@@ -136,7 +141,7 @@ def _triton(forced: str | None) -> dict[str, str]:
     if interpreted and not forced:
         return {}
     key, device = ("CPU", "cpu") if interpreted else ("CUDA", "cuda")
-    for name in names():
+    for name in filter(has_triton, names()):
         kernel = _of_flat(name, _function(name, "triton_kernel"))
         _define().impl(name, kernel, key)  # type: ignore[no-untyped-call]
     return {device: "triton"}

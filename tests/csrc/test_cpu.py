@@ -273,7 +273,8 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.kvpress.channel_scores.default, (query, key, held))
 
 
-OLDER = ("test_cpu.py", "test_match_keys.py", "test_packed.py")
+OLDER = ("test_cpu.py", "test_join_parts.py", "test_match_keys.py", "test_packed.py")
+OLDER += ("test_attend_parts.py",)
 
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])

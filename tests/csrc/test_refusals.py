@@ -46,7 +46,7 @@ def valid(name: str) -> dict[str, Any]:
 
 
 @BACKENDS
-@pytest.mark.parametrize("name", ["decode_rows", "decode_step", "absorb_step"])
+@pytest.mark.parametrize("name", ["decode_rows", "attend_parts", "decode_step", "absorb_step"])
 @pytest.mark.parametrize("count", [MOST, MOST - 1, 2**62, -1, -(2**63)])
 def test_counts_near_the_largest_number(name: str, count: int, backend: str) -> None:
     call = valid(name)
@@ -55,7 +55,7 @@ def test_counts_near_the_largest_number(name: str, count: int, backend: str) -> 
 
 
 @BACKENDS
-@pytest.mark.parametrize("name", ["decode_rows", "decode_step", "absorb_step"])
+@pytest.mark.parametrize("name", ["decode_rows", "attend_parts", "decode_step", "absorb_step"])
 def test_pages_of_no_slots(name: str, backend: str) -> None:
     call = valid(name)
     pages, width, _ = call["key_PDS"].shape
@@ -167,7 +167,7 @@ def test_a_start_of_channels_that_overflows(start: int, backend: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("decode_rows", "decode_step", "absorb_step"),
+        *("decode_rows", "attend_parts", "decode_step", "absorb_step"),
         *("attention_sums", "attend_sums", "attend_blocks"),
     ],
 )

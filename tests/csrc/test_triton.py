@@ -26,7 +26,7 @@ from kvpress.formulas import noise as engine_noise
 from kvpress.formulas.attention import prompt_attention
 from kvpress.formulas.block_map import Blocks, to_map
 from kvpress.ops import Bounds, Columns, Logits, Noise, Old, Pages, Reduction, Token
-from kvpress.ops.registry import implementation
+from kvpress.ops.registry import has_triton, implementation
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -194,6 +194,36 @@ def test_decode_rows_equals_the_formula(run: Run, case: tuple[Any, ...]) -> None
     sees = (exact[1] > -torch.inf).float()
     torch.testing.assert_close(given[2].sum(-1), sees, rtol=1e-5, atol=1e-6)
     assert (given[0][sees == 0] == 0).all()
+
+
+@pytest.mark.parametrize("case", ATTENTION.values(), ids=ATTENTION)
+def test_chunks_of_rows_equal_the_reference_and_join(run: Run, case: tuple[Any, ...]) -> None:
+    batch, counts, group, queries, width, value_width, page, query_dtype, dtype, softcap = case
+    rows = make_rows(counts, width, value_width, page, dtype)
+    query = torch.randn(batch, queries, len(counts) // batch * group, width, device=DEVICE)
+    query = query.to(query_dtype).transpose(1, 2)
+    out, lse, weights = run(
+        "attend_parts", query, rows.pages(wild=True), Logits(0.3, softcap), True
+    )
+    wanted = implementation("attend_parts", "reference")(
+        query, rows.pages(wild=False), Logits(0.3, softcap), True
+    )
+    for one, other in zip((out, lse, weights), wanted, strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype == FP32
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
+    assert (out[lse == -torch.inf] == 0).all()
+    exact_out, exact_lse, _ = attention(query, rows, 0.3, softcap)
+    joined, joined_lse = implementation("join_parts", "reference")(out, lse)
+    torch.testing.assert_close(joined.double(), exact_out, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(joined_lse.double(), exact_lse, rtol=1e-4, atol=2e-5)
+
+
+def test_rows_without_pages_have_no_chunks(run: Run) -> None:
+    rows = make_rows([0, 0], 32, 32, 16, FP32)
+    query = torch.randn(1, 2, 1, 32, device=DEVICE)
+    out, lse, weights = run("attend_parts", query, rows.pages(wild=True), Logits(0.3), True)
+    assert out.shape == (0, 1, 2, 1, 32) and lse.shape == (0, 1, 2, 1)
+    assert weights.shape == (1, 2, 1, 0)
 
 
 def test_decode_rows_without_weights_is_the_same_attention(run: Run) -> None:
@@ -570,6 +600,26 @@ def test_decode_rows_reads_packed_pages(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("case", PACKED.values(), ids=PACKED)
+def test_chunks_of_packed_pages_equal_the_reference(
+    run: Run, case: tuple[Any, ...], need_weights: bool
+) -> None:
+    key_bits, value_bits, widths, kept, page, groups, dtype = case
+    layout = packing.layout_of(key_bits, value_bits, widths, kept, dtype, page, groups)
+    part = packing.make_part(layout, [17, 0, 1, 2], dtype, holes=need_weights)
+    part.tensors[5][part.tensors[3][2, 0].long()] = -1  # the third row has holes alone
+    rows = make_rows([3, 0, 520, 1], *widths, 16, dtype)
+    query = torch.randn(2, 6, 1 + 6 * need_weights, widths[0], device=DEVICE)
+    old = Old([x.to(DEVICE) for x in part.tensors], list(layout))
+    operands = (query, rows.pages(wild=False), Logits(0.2), need_weights, old)
+    given = run("attend_parts", *operands)
+    wanted = implementation("attend_parts", "reference")(*operands)
+    for one, other in zip(given, wanted, strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
 def test_channel_scores_equal_the_reference(run: Run, dtype: torch.dtype) -> None:
     query = torch.randn(2, 6, 5, 80, device=DEVICE).to(dtype).transpose(1, 2).contiguous()
@@ -580,6 +630,19 @@ def test_channel_scores_equal_the_reference(run: Run, dtype: torch.dtype) -> Non
     given = run("channel_scores", *operands)
     wanted = implementation("channel_scores", "reference")(*operands)
     torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (5, 2, 3, 2, 21), (40, 2, 9, 1, 128)], ids=str)
+def test_joined_parts_equal_the_reference(run: Run, shape: tuple[int, ...]) -> None:
+    out, lse = torch.randn(shape, device=DEVICE), torch.randn(shape[:-1], device=DEVICE) * 9
+    nothing = torch.rand(shape[:-1], device=DEVICE) < 0.3
+    lse[nothing], out[nothing] = -torch.inf, torch.nan
+    given = run("join_parts", out, lse)
+    for one, other in zip(given, implementation("join_parts", "reference")(out, lse), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    alone = run("join_parts", out[:, -1:, -1:].contiguous(), lse[:, -1:, -1:].contiguous())
+    for one, other in zip(alone, given, strict=True):
+        assert torch.equal(one, other[-1:, -1:])
 
 
 # B, N, H, P, S, D
@@ -636,7 +699,7 @@ def test_sums_over_blocks_equal_the_reference(run: Run, noise: str) -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU what tensors hold is not checked")
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-@pytest.mark.parametrize("name", calls.MAKERS)
+@pytest.mark.parametrize("name", [*filter(has_triton, calls.MAKERS)])
 def test_mutated_calls_are_refused_or_equal_the_reference(run: Run, name: str) -> None:
     for seed in range(40):
         call = calls.some(name, seed)

@@ -6,13 +6,17 @@ made; now and then a length is 0.
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import random
+import struct
 from collections.abc import Callable
 from typing import Any
 
 import packing
 import torch
+import xxhash
 from torch import Tensor
 
 from kvpress.formulas.block_map import Blocks
@@ -142,6 +146,10 @@ def decode_rows(make: Maker) -> Call:
     query = make.floats(batch, query_heads, make.size(1, 2, 7), pools["key_PDS"].shape[1])
     old = make.old(batch * heads, pools, False)
     return {"query_BNQD": query, **pools, **make.logits(), "need_weights": make.flag(), **old}
+
+
+def attend_parts(make: Maker) -> Call:
+    return decode_rows(make)
 
 
 def decode_step(make: Maker) -> Call:
@@ -317,11 +325,57 @@ def scatter_slots(make: Maker) -> Call:
     return {**call, "slots_AX": slots, "slot_last": last}
 
 
+def join_parts(make: Maker) -> Call:
+    parts, (batch, _, heads), queries = make.size(1, 3, 20), make.heads(), make.size(1, 5)
+    lse = make.floats(parts, batch, heads, queries, dtype=torch.float32) * 9
+    out = make.floats(*lse.shape, make.size(1, 6, 16, 21), dtype=torch.float32)
+    nothing = torch.rand(lse.shape) < 0.2
+    out[nothing], lse[nothing] = math.nan, -math.inf
+    return {"out_JBNQE": out, "lse_JBNQ": lse}
+
+
+def read_records(make: Maker) -> Call:
+    reads, end = [], 0
+    for _ in range(make.size(1, 3, 9)):
+        length, end = make.size(1, 60, 200), end + make.random.choice((0, 0, 5))
+        offset = make.random.choice((end, 0, len(_FILE) - 90))
+        begin = make.random.randint(0, length)
+        part = _FILE[offset + begin : offset + length]
+        digest = xxhash.xxh3_128_digest(part if make.random.random() < 0.8 else b"")
+        high, low = struct.unpack(">qq", digest)
+        reads.append((offset, length, end, begin, length - begin, low, high))
+        end += length
+    reads_AX = torch.tensor(make.random.sample(reads, len(reads))).view(-1, 7)
+    arena = torch.zeros(end + 3, dtype=torch.uint8)
+    threads = make.random.choice((1, 1, 2))
+    return {"fd": _file(), "reads_AX": reads_AX, "arena": arena, "threads": threads}
+
+
+_FILE = random.Random(0).randbytes(4096)
+
+
+@functools.cache
+def _file() -> int:
+    """A file in memory, open as long as this process runs."""
+    fd = os.memfd_create("records")
+    os.pwrite(fd, _FILE, 0)
+    return fd
+
+
 MAKERS: dict[str, Callable[[Maker], Call]] = {
     make.__name__: make
     for make in (
-        *(decode_rows, decode_step, absorb_step, attention_sums, attend_sums, attend_blocks),
+        *(
+            decode_rows,
+            attend_parts,
+            decode_step,
+            absorb_step,
+            attention_sums,
+            attend_sums,
+            attend_blocks,
+        ),
         *(estimate_blocks, match_keys, pack, unpack, channel_scores, gather_slots, scatter_slots),
+        *(join_parts, read_records),
     )
 }
 
@@ -340,6 +394,7 @@ ENTRIES: dict[str, tuple[int, ...]] = {
     "table_RW": (-(2**31), -1, 999, 2**31 - 1),
     "width": tuple(n for n in INTEGERS if n != 1),
     "address_A": (-(2**63), -1, 999, 2**40, 2**63 - 1),
+    "fd": (-(2**63), -1, 2**31 - 1, 2**31, 2**63 - 1),  # no file that is open
 }
 
 
