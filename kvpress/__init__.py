@@ -26,6 +26,9 @@ from kvpress.errors import (
     MaskError,
     OperatorError,
     PolicyError,
+    TierError,
+    TierIntegrityError,
+    TierTimeoutError,
     UnsupportedModelError,
 )
 
@@ -50,6 +53,9 @@ __all__ = [
     "OperatorError",
     "Policy",
     "PolicyError",
+    "TierError",
+    "TierIntegrityError",
+    "TierTimeoutError",
     "UnsupportedModelError",
     "__version__",
     "attach",

@@ -21,6 +21,7 @@ from kvpress.hf.norms import check_projections
 from kvpress.hf.rotation_probe import rotations
 from kvpress.hf.spec import CacheSpec, Lease
 from kvpress.hf.support import check_model
+from kvpress.hf.tiering import make_tiers
 from kvpress.hf.unwrap import unwrap
 from kvpress.hf.wording import wording
 from kvpress.ops.shapes import FLOATS
@@ -29,8 +30,10 @@ from kvpress.policy.base import Policy
 from kvpress.policy.loading import parse, refuse_options
 from kvpress.policy.recipe import Recipe
 from kvpress.report import Report
+from kvpress.store.tiers.caps import Caps
 
 PAGE_SLOTS = 16
+_OPTIONS = ("page_size", "cache_dtype", "tokenizer")
 _ENGINES: WeakKeyDictionary[Any, ref[Engine]] = WeakKeyDictionary()
 
 
@@ -41,6 +44,9 @@ def attach(
     page_size: int = PAGE_SLOTS,
     cache_dtype: torch.dtype | None = None,
     tokenizer: Any = None,
+    device: str | int | None = None,
+    host: str | int | None = None,
+    disk: str | None = None,
     **options: Any,
 ) -> Engine:
     """Attaches a policy to a transformers model; the engine is also a context manager.
@@ -48,15 +54,19 @@ def attach(
     policy: `"name:budget=0.5"`, a Policy, or several joined with `+` or in a list. page_size: slots
     per page. cache_dtype: float32, bfloat16 or float16 for stored keys and values whatever the
     model computes in; None: the model's. tokenizer: for policies that read a text of their own
-    behind a prompt; None: the one that was saved with the model. Every `generate()` or forward call
+    behind a prompt; None: the one that was saved with the model. device, host, disk: the most that
+    the keys and values of all caches of this engine may take there, `"512MiB"`, `"2GiB"`,
+    `"20GiB:folder"`; what does not fit in one goes to the next, and is read back: nothing is
+    forgotten. None: all of them stay on the device. Every `generate()` or forward call
     of the model then uses a compressed cache until `engine.detach()` or the end of the `with`
     block. Raises PolicyError, BudgetError, AttachError, UnsupportedModelError, or BackendError
     where an environment variable forces what cannot run; the model is then untouched. options:
     none; those of a policy belong into its specification, which the error writes out.
     """
-    refuse_options(policy, options, ("page_size", "cache_dtype", "tokenizer"))
+    refuse_options(policy, options, (*_OPTIONS, "device", "host", "disk"))
     ops.refuse_settings()
-    return Engine(unwrap(model), parse(policy), page_size, cache_dtype, tokenizer)
+    caps = Caps.parse(device, host, disk)
+    return Engine(unwrap(model), parse(policy), page_size, cache_dtype, tokenizer, caps)
 
 
 def engine_of(model: Any) -> Engine | None:
@@ -86,6 +96,7 @@ class Engine:
         page_size: int,
         cache_dtype: torch.dtype | None = None,
         tokenizer: Any = None,
+        caps: Caps | None = None,
     ) -> None:
         if not isinstance(page_size, int) or not 1 <= page_size <= 4096:
             raise PolicyError(
@@ -115,8 +126,9 @@ class Engine:
         known = learned.calibrated(recipe, model, shape)
         check_projections(model, len(shape.kinds), recipe)
         said = wording(recipe, model, tokenizer)
+        tiers = make_tiers(model, recipe, shape, caps, cache_dtype)
         self.spec = CacheSpec(
-            shape, recipe, page_size, lease, cache_dtype, turns, sparse, said, known
+            shape, recipe, page_size, lease, cache_dtype, turns, sparse, said, known, tiers
         )
         compresses = recipe.limits is not None or recipe.formats or recipe.sparsity is not None
         self._attachment: Attachment | None = Attachment(model, self.spec, self, compresses)
@@ -170,14 +182,17 @@ class Engine:
         """An empty cache that `engine.cache` does not show."""
         return EngineCache(self.spec, max_new_tokens)
 
-    def load_cache(self, path: str | Path) -> EngineCache:
+    def load_cache(self, path: str | Path, lazy: bool = False) -> EngineCache:
         """The cache that `cache.save(path)` wrote, to go on exactly where it was.
 
-        The file is checked byte by byte. Raises CacheFileError if it is not whole, or comes from
-        another model, other weights, another policy or another version of the engine.
+        Everything is checked byte by byte before anything is used. lazy: for engines with tiers;
+        pages stay in the session's data file, from which each is read, and checked, when it is
+        wanted, so that answers begin at once. That file may be removed or replaced meanwhile.
+        Raises CacheFileError if a file is not whole, or comes from another model, other weights,
+        another policy or another version of the engine; TierError where tiers have no room.
         """
         cache = self.make()
-        cache.load(path, cache_file.layer_devices(self.model))
+        cache.load(path, cache_file.layer_devices(self.model), lazy)
         self.newest.passed(cache)
         return cache
 

@@ -41,6 +41,18 @@ class CacheFileError(CacheError):
     """A file from which no cache can be loaded."""
 
 
+class TierError(KVPressError, RuntimeError):
+    """The host or the disk tier cannot hold, write or read what it was asked to."""
+
+
+class TierIntegrityError(TierError):
+    """Bytes on the disk that are not the ones that were written. They are never handed out."""
+
+
+class TierTimeoutError(TierError):
+    """A tier that did not answer before the deadline."""
+
+
 class InputError(KVPressError, TypeError):
     """Something else than token ids where token ids are taken."""
 

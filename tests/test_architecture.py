@@ -264,6 +264,7 @@ BENCH = [
     {"operators", "quality", "run"},
     {"speed", "calibrate"},
     {"peers", "sparse", "gpu"},
+    {"tiers"},
     {"view", "pages"},
     {"commands", "docs"},
 ]

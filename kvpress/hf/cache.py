@@ -40,6 +40,7 @@ class EngineCache(Cache):
         super().__init__(layers=list(self._engine_layers))
         self.latest: EngineLayer | None = None  # that took keys
         self.ids = SeenIds()
+        spec.note(self)
         self.repeats: Tensor | None = None  # how the running pass is to be repeated; see dedup.py
 
     @property
@@ -187,22 +188,22 @@ class EngineCache(Cache):
     def save(self, path: str | Path) -> None:
         """Writes the cache to a safetensors file, whole or not at all.
 
-        `engine.load_cache` reads it. The file names the model as it is now: save before adapters
-        or weights change. Tokens that could still be taken back become final. Raises CacheError if
-        a forward pass was interrupted, the engine is gone or the model has weights that show no
-        bytes, CacheFileError if the file cannot be written.
+        `engine.load_cache` reads it; pages of tiers go to a second file, `path.ID.pages`. It names
+        the model as it is: save before weights change. Tokens that could still be taken back become
+        final. Raises CacheError if a forward pass was interrupted, the engine is gone or weights
+        show no bytes, CacheFileError if a file cannot be written, TierError if one cannot be read.
         """
         self.check_whole()
         settings = cache_file.settings(self.context, self.horizon, self.ids.ended)
         facts = {**self.spec.facts(), "settings": settings}
-        cache_file.save(path, self.states, self.ids, facts)
+        cache_file.save(path, self.states, self.ids, facts, self.spec.tiers)
 
-    def load(self, path: str | Path, devices: Mapping[int, torch.device]) -> None:
+    def load(self, path: str | Path, devices: Mapping[int, torch.device], lazy: bool) -> None:
         """Becomes what another cache was when it was saved; see `engine.load_cache`.
 
-        devices: where the layers of the model are. Raises CacheFileError; nothing changes then.
+        devices: where layers are. Raises CacheFileError, TierError; nothing changes then.
         """
-        found = cache_file.load(path, self.spec, self.context, devices)
+        found = cache_file.load(path, self.spec, self.context, devices, lazy)
         self.context, self.ids, self.horizon = found.context, found.ids, found.horizon
         self.spec = replace(
             self.spec, page_slots=found.context.page_slots, cache_dtype=found.context.cache_dtype
@@ -222,9 +223,8 @@ class EngineCache(Cache):
 
     def check_integrity(self) -> bool:
         """True if the store of every layer is consistent. Raises CacheError otherwise."""
-        return all(
-            state.store.check_integrity() for state in self.states if state.store is not None
-        )
+        stores = [state.store for state in self.states if state.store is not None]
+        return all(store.check_integrity() for store in stores)
 
 
 _update_uncompiled = uncompiled(EngineCache.update)

@@ -22,26 +22,58 @@ from kvpress.pipe.state.ids import SeenIds
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.snapshot import IDS, Restored, layer_numbers, layer_tensors, restore
 from kvpress.store import sealed
+from kvpress.store.tiers.beside import PAGES, named_by, tidy
+from kvpress.store.tiers.data_file import DataFile, Source
+from kvpress.store.tiers.syscalls import Syscalls
+from kvpress.store.tiers.tiers import Tiers
 
 FORMAT = 5  # of the file; another one is refused
+TIERS = "tiers"  # what else pages of tiers depend on
 
 
-def save(path: str | Path, layers: Sequence[Layer], ids: SeenIds, facts: Mapping[str, Any]) -> None:
+def save(
+    path: str | Path,
+    layers: Sequence[Layer],
+    ids: SeenIds,
+    facts: Mapping[str, Any],
+    tiers: Tiers | None = None,
+) -> None:
     """Writes the layers of a cache to a file, with what tells which cache it is.
 
     ids: what the cache has seen. facts: `model`, `weights` and `policy`, which a reader must have
-    too, and `settings`. Drafted tokens become final first.
+    too, and `settings`. tiers: where its pages are; they go to a second file. Drafted tokens become
+    final first.
     """
     for layer in layers:
         commit(layer)
-    tensors = {
-        f"{layer.kind.index}.{name}": tensor
-        for layer in layers
-        for name, tensor in layer_tensors(layer).items()
-    }
-    tensors[IDS] = ids.all()
     numbers = [layer_numbers(layer) for layer in layers]
-    sealed.write(path, tensors, {**_VERSIONS, **facts, "layers": numbers})
+    known = {**_VERSIONS, **facts, "layers": numbers}
+    if tiers is None:
+        sealed.write(path, _tensors(layers, ids), known)
+        tidy(sealed.real_path(path))  # those of a session that was there before
+        return
+    manifest = sealed.real_path(path)
+    try:
+        with tiers.lock, DataFile(manifest, tiers.facts) as data:
+            tensors = _tensors(layers, ids, data)
+            known |= {TIERS: tiers.facts.text, PAGES: data.finish()}
+            sealed.write(manifest, tensors, known)
+    except OSError as error:
+        raise CacheFileError(
+            f"{path} cannot be written: {error}. Nothing was changed. Free some space, or give the"
+            " path of a file in a folder that exists and may be written to."
+        ) from error
+
+
+def _tensors(
+    layers: Sequence[Layer], ids: SeenIds, data: DataFile | None = None
+) -> dict[str, torch.Tensor]:
+    """Everything that a cache holds, but pages of tiers: those go to a data file."""
+    tensors = {IDS: ids.all()}
+    for layer in layers:
+        for name, tensor in layer_tensors(layer, data).items():
+            tensors[f"{layer.kind.index}.{name}"] = tensor
+    return tensors
 
 
 def settings(context: Context, horizon: int | None, ended: bool) -> dict[str, Any]:
@@ -61,25 +93,66 @@ def settings(context: Context, horizon: int | None, ended: bool) -> dict[str, An
 
 
 def load(
-    path: str | Path, spec: CacheSpec, context: Context, devices: Mapping[int, torch.device]
+    path: str | Path,
+    spec: CacheSpec,
+    context: Context,
+    devices: Mapping[int, torch.device],
+    lazy: bool = False,
 ) -> Restored:
     """What a file holds of a cache of this kind. context: of a new one; it stays as it is.
 
-    Raises CacheFileError.
+    lazy: pages of tiers stay in the session's data file until they are wanted. Raises
+    CacheFileError, and TierError where tiers have no room.
     """
-    return restore(path, read(path, spec.facts()), spec.fingerprint.kinds, context, devices)
+    tiers, kinds = context.tiers, spec.fingerprint.kinds
+    if lazy and (tiers is None or tiers.vault is None):
+        raise CacheFileError(
+            "lazy=True reads pages through the host: attach the engine with device= and host= or"
+            " disk=, or leave it out."
+        )
+    if tiers is None:
+        return restore(path, read(path, spec), kinds, context, devices)
+    contents, source = _session(path, spec, lazy)
+    with tiers.reading(source):
+        return restore(path, contents, kinds, context, devices)
+
+
+def _session(path: str | Path, spec: CacheSpec, lazy: bool) -> tuple[sealed.Contents, Source]:
+    """A manifest and its data file; of another save if the first one is replaced meanwhile."""
+    manifest = sealed.real_path(path)
+    while True:
+        contents = read(path, spec)
+        pages = contents.facts.get(PAGES)
+        try:
+            return contents, Source(manifest, pages, lazy, Syscalls())
+        except CacheFileError:
+            if not isinstance(pages, dict) or named_by(manifest) in (pages.get("id"), "", None):
+                raise
 
 
 @lasting
-def read(path: str | Path, expected: Mapping[str, Any]) -> sealed.Contents:
-    """What a file holds. Raises CacheFileError if it is not whole, or not what is expected."""
+def read(path: str | Path, spec: CacheSpec) -> sealed.Contents:
+    """What a file holds. Raises CacheFileError if it is not whole, or not of such a cache."""
     contents = sealed.read(path)
-    for name, ours in {**_VERSIONS, **expected}.items():
+    expected: dict[str, Any] = {**_VERSIONS, **spec.facts()}
+    for name, ours in expected.items():
         if contents.facts.get(name) != ours:
             raise CacheFileError(
                 f"{path} was saved with {name}={contents.facts.get(name)!r}, but here it is"
                 f" {ours!r}. {_REMEDY[name]}"
             )
+    theirs, tiers = contents.facts.get(TIERS), spec.tiers
+    if (theirs is None) != (tiers is None):
+        done, here = ("with", "without") if tiers is None else ("without", "with")
+        raise CacheFileError(
+            f"{path} was saved by an engine {done} tiers (device=, host=, disk=), but this one is"
+            f" {here} them. Attach an engine {done} them to load it."
+        )
+    if tiers is not None and theirs != tiers.facts.text:
+        raise CacheFileError(
+            f"{path} has pages of {theirs!r}, but here they are of {tiers.facts.text!r}. Attach the"
+            " engine with the same policy, dtype (cache_dtype=) and rotary settings."
+        )
     return contents
 
 

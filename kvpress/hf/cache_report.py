@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from kvpress.errors import CacheError
 from kvpress.hf.spec import DEFAULT_HORIZON
-from kvpress.pipe.state import ledger
+from kvpress.pipe.state import ledger, tier_ledger
 from kvpress.pipe.state.context import Context
 from kvpress.pipe.state.ids import SeenIds
 from kvpress.pipe.state.layer import Layer
 from kvpress.report import Report
+from kvpress.report.tiers import notes as notes_of_tiers
 
 
 def report(
@@ -28,6 +29,10 @@ def report(
             " or the policy's option horizon."
         )
     notes += ledger.remarks(states, layers)
+    tiers = None
+    if context.tiers is not None:
+        tiers = tier_ledger.figures(states, context.tiers, context.ledger.prompt_seconds)
+        notes += notes_of_tiers(tiers)
     return Report(
         model=model,
         policy=str(context.recipe),
@@ -40,6 +45,7 @@ def report(
         bytes_peak=context.ledger.bytes_peak,
         stages=context.ledger.meter.seconds(),
         notes=notes,
+        tiers=tiers,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from kvpress.pipe.state.context import Context, Ledger
 from kvpress.policy.pooling import Calibrated
 from kvpress.policy.recipe import Recipe
 from kvpress.policy.sparsity import Thresholds
+from kvpress.store.tiers.tiers import Tiers
 
 DEFAULT_HORIZON = 256  # new tokens assumed by schedules when nobody said how many will be generated
 
@@ -41,7 +43,8 @@ class CacheSpec:
     page_slots: slots per page. cache_dtype: of stored keys and values; None: the model's.
     rotations: of the keys of every layer, where a policy needs them. thresholds: of blocks of
     prompt attention, where it is sparse. wording: what probes say, and how texts are
-    written. calibrated: what policies need to know of the model.
+    written. calibrated: what policies need to know of the model. tiers: where old pages are,
+    where they may be elsewhere than on the device.
     """
 
     fingerprint: Fingerprint
@@ -53,6 +56,7 @@ class CacheSpec:
     thresholds: Thresholds | None = None
     wording: Wording = field(default_factory=Wording)
     calibrated: Mapping[Calibrated, Mapping[str, Tensor]] = field(default_factory=dict)
+    tiers: Tiers | None = None
 
     @property
     def compressed(self) -> int:
@@ -71,6 +75,7 @@ class CacheSpec:
             self.rotations,
             self.thresholds,
             calibrated=self.calibrated,
+            tiers=self.tiers,
         )
 
     def notes(self) -> dict[str, None]:
@@ -84,6 +89,11 @@ class CacheSpec:
             f"{sliding} of {len(kinds)} layers are sliding-window layers: they keep their window"
             f" ({window} tokens) and are not compressed by the policy.": None
         }
+
+    def note(self, cache: object) -> None:
+        """Tells tiers, if there are some, when a cache is gone."""
+        if self.tiers is not None:
+            weakref.finalize(cache, self.tiers.note_dropped).atexit = False
 
     def facts(self) -> dict[str, str]:
         """What a file and its reader must agree on."""

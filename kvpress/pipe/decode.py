@@ -11,7 +11,7 @@ from torch import Tensor
 from kvpress import ops
 from kvpress.formulas.sums import Observation
 from kvpress.host import lasting
-from kvpress.ops import Columns, Noise
+from kvpress.ops import Columns, Noise, Old
 from kvpress.ops.operands import new
 from kvpress.pipe.evict import evict
 from kvpress.pipe.growth import grow
@@ -45,6 +45,8 @@ def _run(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
             if known is None:
                 known = layer.excess.measure(layer.rows.counts, layer.sequences.quota_R)
             over = known + 1
+        if layer.rows.streams and over == 0 and not layer.recipe.accumulates:
+            return _run_streamed(layer, tokens)
         observation = _fusable(layer, over)
         if observation is not None:
             return _run_fused(layer, tokens, over > 0, observation)
@@ -67,7 +69,7 @@ def _is_due(layer: Layer, sequence: int) -> bool:
 def _fusable(layer: Layer, over: int) -> Observation | None:
     """What to observe, if one operator call can do the whole step; otherwise None."""
     recipe = layer.recipe
-    if recipe.gathers and not recipe.adds_attention:
+    if layer.rows.streams or (recipe.gathers and not recipe.adds_attention):
         return None
     if recipe.formats and ops.backends()[layer.rows.device.type] != "cpu":
         return None  # elsewhere a victim among old slots is found by the stages
@@ -108,6 +110,22 @@ def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observat
     return out_BN1D
 
 
+def _run_streamed(layer: Layer, tokens: Tokens) -> Tensor:
+    """The step where slots may have to be read and none is over: append, and attend part by part.
+
+    `decode_step` appends in one call; what it says of recent slots alone is of no use.
+    """
+    rows = layer.rows
+    with layer.timed("store"):
+        rows.paging.reserve_one()
+        pages, position = rows.paging.operands(), rows.paging.pool.by_name[POSITION]
+        columns, bounds = new(Columns, (position, None)), bounds_of(layer)
+        ops.decode_step(tokens[:3], pages, columns, bounds, False, _SILENT, tokens[3:], _NO_OLD)
+        layer.count_step(False)
+    with layer.timed("decode attention"):
+        return rows.attend(tokens.query_bNQD, None, tokens.logits, False)[0]
+
+
 @lasting
 def _run_stages(layer: Layer, group: list[int], tokens: Tokens, due: bool) -> Tensor:
     """The step in its parts, for policies with code of their own and for parts of a batch."""
@@ -130,4 +148,5 @@ def _run_stages(layer: Layer, group: list[int], tokens: Tokens, due: bool) -> Te
     return out_bN1D
 
 
+_SILENT, _NO_OLD = Noise("none", 1.0, 0, 0), Old([], [])
 _NOTHING = Observation()  # for steps that keep no mass: the operator then observes nothing

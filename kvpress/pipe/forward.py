@@ -54,7 +54,9 @@ def _is_step(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> bool:
     drafts = layer.context.recording.on or layer.sequences.drafts.tokens
     if not single or drafts or layer.store is None or not layer.store.on_host:
         return False
-    return layer.recipe.merging is None and not layer.recipe.formats and layer.in_step
+    aging = layer.rows.aging
+    packs = layer.recipe.formats or (aging is not None and aging.room <= 1)
+    return layer.recipe.merging is None and not packs and layer.in_step
 
 
 def _pass(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
@@ -75,6 +77,9 @@ def _pass(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
             " them, and this pass holds a prompt and drafted tokens. Read the prompt in a pass of"
             " its own before speculative decoding starts, or use a policy with equal budgets."
         )
+    reads = new > 1 and not drafted
+    if reads:
+        layer.context.begin_prompt(layer)
     with layer.rows.memory.lock:
         if layer.sequences.drafts.tokens:
             commit(layer)
@@ -83,8 +88,10 @@ def _pass(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
             out = _with_drafts(layer, tokens, drafted)
         else:
             out = _run_groups(layer, tokens, valid_BQ)
-        if layer.recipe.formats and not layer.sequences.drafts.tokens and not layer.context.held:
+        if layer.stores.packs and not layer.sequences.drafts.tokens and not layer.context.held:
             pack_due(layer, _read(layer, new, valid_BQ))
+    if reads:
+        layer.context.end_prompt(layer)
     layer.context.dirty = None
     return out
 

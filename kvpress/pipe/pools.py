@@ -46,7 +46,7 @@ def compress(layer: Layer, group: Sequence[int]) -> None:
             excess_bH = other.rows.counts_BH[rows] - other.sequences.quota_BH[rows]
             if bool((excess_bH > 0).any()):
                 evict(other, rows, slots, excess_bH, score_bHS=score_bHS)
-            if other.recipe.formats:
+            if other.stores.packs:
                 pack_due(other, dict(zip(rows, other.sequences.seen_B[rows].tolist(), strict=True)))
     layer.context.pending.clear()
     layer.context.held, layer.context.dirty = set(), None

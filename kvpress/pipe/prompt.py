@@ -49,6 +49,8 @@ def run_prompt(
     layer.sequences.decoded.tokens_B[group] = 0
     layer.prompted_at = layer.columns_seen
     layer.evicted_in_prompt = layer.evicted_in_prompt - set(group)  # a new one: forks share it
+    if _passes_by(layer, group, tokens):
+        return _attend_passing(layer, group, tokens)
     columns = candidates(layer, group, tokens, before_b)
     where = step(layer, group[0], tokens.query_bNQD.shape[2])
     request = None if layer.recipe.probes else layer.recipe.stage("observe").observe(where)
@@ -57,6 +59,26 @@ def run_prompt(
         out_bNQD, sums_BNS = _attention_and_sums(layer, tokens, columns, chunk.request)
     with torch.no_grad():
         return out_bNQD, _compress(layer, chunk, sums_BNS)
+
+
+def _passes_by(layer: Layer, group: list[int], tokens: Tokens) -> bool:
+    """Whether what is stored is attended to where it is, part by part: nothing else asks for it."""
+    rows, recipe = layer.rows, layer.recipe
+    if not rows.streams or not bool((rows.counts_BH[group] > 0).any()):
+        return False
+    asks = layer.limits is not None or recipe.accumulates or recipe.sparsity is not None
+    return not asks and not (torch.is_grad_enabled() and tokens.query_bNQD.requires_grad)
+
+
+@torch.no_grad()
+def _attend_passing(layer: Layer, group: list[int], tokens: Tokens) -> tuple[Tensor, Survivors]:
+    """The attention output of a chunk over slots that stay in their tiers, and that all stay."""
+    rows = layer.rows
+    with layer.timed("prefill attention"):
+        own = (tokens.key_bHQD, tokens.value_bHQD)
+        out_bNQD = rows.attend_prompt(tokens.query_bNQD, own, group, tokens.logits)
+    counts_bH = rows.counts_BH[group] + tokens.key_bHQD.shape[2]
+    return out_bNQD, Survivors(tuple(group), {}, counts_bH)
 
 
 def _attention_and_sums(
@@ -124,7 +146,7 @@ def _in_place(
     layer: Layer, survivors: list[Survivors], chunks: list[tuple[Tokens, Tensor]]
 ) -> bool:
     """Whether pages are shared and rows lose so few slots that they can stay so."""
-    if layer.recipe.formats:  # what is old stays where it is
+    if layer.stores.packs:  # what is old stays where it is
         return True
     if not layer.rows.memory.shares or layer.recipe.merging is not None:
         return False  # where slots are merged, kept ones change too

@@ -15,9 +15,9 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from kvpress.errors import BudgetError
+from kvpress.formulas.sizes import UNITS
 
 UNLIMITED = 2**62  # the quota of a budget that keeps everything, however long the text grows
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _ALLOWED = (
     "Allowed: a fraction kept in (0, 1] written with a decimal point, of all tokens seen (0.5) or"
     " of the prompt, whatever is decoded (0.5prompt); a whole number of tokens of at least 1"
@@ -85,7 +85,7 @@ class Budget:
             raise BudgetError(f"budget={text!r} cannot be read. {_ALLOWED}")
         number, exponent, unit = match.group(1), match.group(2) or "", match.group(3).upper()
         amount = Fraction(number + exponent)
-        if unit and unit not in (*_UNITS, "PROMPT"):
+        if unit and unit not in (*UNITS, "PROMPT"):
             raise BudgetError(
                 f"budget={text!r} has the unknown unit {match.group(3)!r}. {_ALLOWED}"
             )
@@ -93,7 +93,7 @@ class Budget:
         if unit == "PROMPT":
             kind = "prompt"
         elif unit:
-            kind, amount = "bytes", Fraction(int(amount * _UNITS[unit]))
+            kind, amount = "bytes", Fraction(int(amount * UNITS[unit]))
         budget = cls(kind, amount)
         if amount <= 0 or (budget.relative and amount > 1):
             raise BudgetError(f"budget={text} is out of range. {_ALLOWED}")

@@ -11,6 +11,7 @@ from kvpress.report import page
 from kvpress.report.figures import Figures
 from kvpress.report.figures import LayerReport as LayerReport
 from kvpress.report.tables import Fitted
+from kvpress.report.tiers import TierFigures as TierFigures
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,7 +25,8 @@ class Report(Figures):
     was held so far, in a prompt with the new keys and values of the layer at work. Prompt attention
     is computed in full unless a policy makes it sparse: a layer's density is then the share of
     blocks computed. bytes_ids: the ids of the tokens seen, 4 bytes each, by which a text that does
-    not go on from the cache is refused; bytes_held are without them.
+    not go on from the cache is refused; bytes_held are without them. tiers: see
+    `TierFigures`; where there are some, bytes_held are those of all of them.
     """
 
     def __str__(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kvpress.report.tiers import TierFigures
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -17,6 +19,7 @@ class LayerReport:
     bytes_full: int
     bytes_shared: int = 0
     density: list[float] = field(default_factory=list)  # of prompt attention, per query head
+    bytes_tiers: dict[str, int] = field(default_factory=dict)  # of bytes_held, where there are some
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Figures:
     bytes_shared: int = 0
     bytes_peak: int = 0
     bytes_ids: int = 0
+    tiers: TierFigures | None = None
 
     @property
     def slots_kept(self) -> list[list[list[int]]]:
@@ -60,4 +64,9 @@ class Figures:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and text, ready for JSON."""
-        return asdict(self) | {"slots_kept": self.slots_kept, "fraction": self.fraction}
+        plain = asdict(self) | {"slots_kept": self.slots_kept, "fraction": self.fraction}
+        if self.tiers is None:  # nothing is said of what is not there
+            del plain["tiers"]
+            for layer in plain["layers"]:
+                del layer["bytes_tiers"]
+        return plain

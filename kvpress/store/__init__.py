@@ -5,5 +5,15 @@ from kvpress.store.formatted import FormattedRows
 from kvpress.store.packed import PackedRows
 from kvpress.store.paged import PagedRows
 from kvpress.store.rows import Aging, Rows
+from kvpress.store.streamed import tiered_rows
 
-__all__ = ["Aging", "Column", "FormattedRows", "PackedRows", "PagedRows", "Rows", "Survivors"]
+__all__ = [
+    "Aging",
+    "Column",
+    "FormattedRows",
+    "PackedRows",
+    "PagedRows",
+    "Rows",
+    "Survivors",
+    "tiered_rows",
+]

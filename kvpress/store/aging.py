@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,18 +19,30 @@ from kvpress.store.packed import PackedRows
 from kvpress.store.packing import finite, pack
 from kvpress.store.paged import PagedRows
 from kvpress.store.rows import Layouts, by_position
+from kvpress.store.taking import take_last
 from kvpress.types import EMPTY
+
+# Makes the rows of old slots of a layout, from its number and what PackedRows is made of.
+MakePart: TypeAlias = Callable[..., PackedRows]
+
+
+def resident(number: int, *made_of: Any) -> PackedRows:
+    """Rows of old slots that are all on the device of their layer."""
+    return PackedRows(*made_of)
 
 
 class PageAging:
     """Recent slots of one layer, and parts of old ones: one for each format.
 
     Args: recent: the store of recent slots. division: the rule by which slots become old. ordered:
-    nothing is ever dropped.
+    nothing is ever dropped. part: makes the rows of old slots of one format.
     """
 
-    def __init__(self, recent: PagedRows, division: Division, ordered: bool) -> None:
+    def __init__(
+        self, recent: PagedRows, division: Division, ordered: bool, part: MakePart = resident
+    ) -> None:
         self._recent, self._division, self._ordered = recent, division, ordered
+        self._part = part
         self.parts: list[PackedRows] = []  # none until something is decided
         self.decided = Decided(recent.sequences, recent.heads, recent.device)
         self.room = 0  # tokens that surely come before a slot becomes old
@@ -107,7 +120,8 @@ class PageAging:
             sizes = (recent.sequences, recent.heads)
             self.decided.make_room(layouts[0])
             self.parts = [
-                PackedRows(*sizes, layout, volatile, like, self._ordered) for layout in layouts
+                self._part(number, *sizes, layout, volatile, like, self._ordered)
+                for number, layout in enumerate(layouts)
             ]
         row_R = recent.paging.table.row_index(sequences)
         self.decided.settle(sequences, row_R, key_channels_bHC, value_channels_bHU, format_bH)
@@ -159,7 +173,7 @@ class PageAging:
         columns = {name: recent.dense(name) for name in recent.columns}
         counts_R = recent.counts.clone()
         for number, part in enumerate(self.parts):
-            taken_R, taken = part.take_last(missing_R * (self.decided.format_R == number))
+            taken_R, taken = take_last(part, missing_R * (self.decided.format_R == number))
             counts_R += taken_R
             columns = {n: torch.cat([taken[n].to(x.dtype), x], dim=2) for n, x in columns.items()}
         self._leave_last(by_position(columns), tuple(range(recent.sequences)), counts_R)
@@ -191,7 +205,7 @@ class PageAging:
     def select(self, index: Sequence[int]) -> PageAging:
         """One whose sequence i holds what sequence `index[i]` holds, in the same pages."""
         recent = self.recent.select_sequences(index)
-        chosen = PageAging(recent, self._division, self._ordered)
+        chosen = PageAging(recent, self._division, self._ordered, self._part)
         chosen.parts = [part.select_sequences(index) for part in self.parts]
         chosen.decided = self.decided.select(index, self.recent.paging.table.row_index(index))
         chosen.room = self.room
@@ -238,3 +252,11 @@ def _add_pages(
     old[POSITION] = old[POSITION].masked_fill(~real_AS.to(device), EMPTY)
     page_AX = pack(part.layout, old.pop(KEY), old.pop(VALUE), part.channels(row_r[own_A]))
     part.add(row_r[own_A], page_AX, old, (~real_AS).sum(1))
+
+
+def dense_widths(
+    aging: PageAging, sequences: Sequence[int] | None, parts: Sequence[PackedRows]
+) -> list[int]:
+    """Dense slots of old parts."""
+    rows = slice(None) if sequences is None else aging.recent.paging.table.row_index(sequences)
+    return [int(part.counts[rows].max()) for part in parts]

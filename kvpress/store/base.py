@@ -12,6 +12,7 @@ from torch import Tensor
 
 KEY, VALUE, POSITION, MASS = "key", "value", "position", "mass"
 PAGE = "page"  # the keys and values of a page of old slots
+REF = "ref"  # the number by which tiers know such a page
 
 
 class Column(NamedTuple):
@@ -19,7 +20,8 @@ class Column(NamedTuple):
 
     slot_last: pages are `[*shape, page_slots]`, so that a channel of neighbouring slots lies side
     by side, as kernels read keys; otherwise `[page_slots, *shape]`. volatile: every step writes it;
-    one number per slot. whole: `shape` is that of a page.
+    one number per slot. whole: `shape` is that of a page. on_host: it lies there, whatever the
+    device of the others.
     """
 
     shape: tuple[int, ...]
@@ -27,6 +29,7 @@ class Column(NamedTuple):
     slot_last: bool = False
     volatile: bool = False
     whole: bool = False
+    on_host: bool = False
 
     def page_shape(self, page_slots: int) -> tuple[int, ...]:
         """The shape of one page."""

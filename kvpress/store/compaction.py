@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpress import host
-from kvpress.store.base import PAGE, POSITION
+from kvpress.store.base import PAGE, POSITION, REF
 from kvpress.store.division import most_holes
 from kvpress.store.packed import PackedRows
 from kvpress.store.packing import pack
@@ -55,13 +55,13 @@ def _refill(rows: PackedRows, row: int, place_A: Tensor, kept: int) -> None:
     columns = {
         name: rows.paging.pages(name)[page_A].flatten()[from_K]
         for name in rows.paging.columns
-        if name != PAGE
+        if name not in (PAGE, REF)
     }
     columns[POSITION][len(live_L) :] = EMPTY
     if rows.paging.pool.lent:
         rows.paging.own(row_A[:kept], place_A[:kept])
     slots = {name: column.view(kept, size) for name, column in columns.items()}
-    rows.fields.put_pages(row_A[:kept], place_A[:kept], {**slots, PAGE: page_AX})
+    rows.put(row_A[:kept], place_A[:kept], page_AX, slots)
 
 
 def _let_go(rows: PackedRows, row: int, pages: int, place_A: Tensor) -> None:

@@ -35,18 +35,27 @@ class Division(NamedTuple):
 
     residual: last slots that stay as they came, at most. page: slots of a page, of every format.
     fewest: of every format the slots for which a page is begun that they do not fill; as many as it
-    holds, or more: none is.
+    holds, or more: none is. due: of every format the old slots that make it worth to pack pages.
     """
 
     residual: int
     page: tuple[int, ...]
     fewest: tuple[int, ...]
+    due: tuple[int, ...]
 
     @classmethod
     def of(
-        cls, layouts: Sequence[PageLayout], residual: int, columns: dict[str, Column], ordered: bool
+        cls,
+        layouts: Sequence[PageLayout],
+        residual: int,
+        columns: dict[str, Column],
+        ordered: bool,
+        together: int = 1,
     ) -> Division:
-        """The rule for rows of these columns. ordered: pages cannot have holes."""
+        """The rule for rows of these columns. ordered: pages cannot have holes.
+
+        together: at least so many slots are packed at once while tokens are decoded.
+        """
         slot = sum(column.page_bytes(1) for column in columns.values())
         beside = slot - sum(column.page_bytes(1) for column in columns.values() if column.shape)
         page = tuple(layout.slots for layout in layouts)
@@ -55,7 +64,8 @@ class Division(NamedTuple):
         # packed in the end: of larger pages it must save half.
         gains = [1 if slots == min(page) else 2 for slots in page]
         fewest = [-(-gain * cost // slot) for gain, cost in zip(gains, costs, strict=True)]
-        return cls(residual, page, page if ordered else tuple(fewest))
+        due = tuple(max(slots, together // slots * slots) for slots in page)
+        return cls(residual, page, page if ordered else tuple(fewest), due)
 
     def residual_of(self, held: Held) -> Tensor:
         """Last slots of rows that stay as they came: int64 `[R]`."""
@@ -66,11 +76,12 @@ class Division(NamedTuple):
         return host.tensor(self.page)[held.format]
 
     def room(self, held: Held) -> Tensor:
-        """Tokens that surely come before a whole page of a row is old: int64 `[R]`; 0: it is.
+        """Tokens that surely come before pages of a row are due: int64 `[R]`; 0: they are.
 
         A row that gets tokens may keep more of them as they came, never fewer.
         """
-        return (self.residual_of(held) + self.page_of(held) - held.recent).clamp_min(0)
+        due_R = host.tensor(self.due)[held.format]
+        return (self.residual_of(held) + due_R - held.recent).clamp_min(0)
 
     def packed(self, held: Held, ended_R: Tensor) -> Tensor:
         """For how many slots rows get pages: int64 `[R]`, whole pages but for the last one.

@@ -70,16 +70,36 @@ class Fields:
             else:
                 self.scatter(name, address_A, source)
 
+    def put_one(self, slot_R: Tensor, columns: Mapping[str, Tensor]) -> None:
+        """Writes one slot (on the host) of every row; columns that are not given become zero."""
+        table = self.paging.table
+        page_R1 = table.pages_RW.gather(1, (slot_R // table.page_slots)[:, None])
+        address_R = page_R1.flatten() * table.page_slots + slot_R % table.page_slots
+        address_R = address_R.to(table.device)
+        for name, column in self.paging.columns.items():
+            given = columns.get(name)
+            if self.overlay is not None and name in self.overlay:
+                values = address_R.new_zeros(len(slot_R), 1) if given is None else given
+                row_R = host.arange(len(slot_R))
+                self.overlay.write(name, row_R, slot_R[:, None], values.reshape(len(slot_R), 1))
+            elif given is None:
+                zeros = torch.zeros(len(slot_R), *column.shape, dtype=column.dtype, device="cpu")
+                self.scatter(name, address_R, zeros.to(table.device))
+            else:
+                shape = (table.sequences, table.heads, 1, *column.shape)
+                self.scatter(name, address_R, given.detach().expand(shape))
+
     def put_pages(self, row_A: Tensor, place_A: Tensor, columns: Mapping[str, Tensor]) -> None:
         """Writes whole pages at some places of rows: each column `[N, *page_shape]`."""
         table = self.paging.table
-        page_A = table.pages_RW[row_A, place_A].long().to(table.device)
+        page_A = table.pages_RW[row_A, place_A].long()
         for name, column in self.paging.columns.items():
             if self.overlay is not None and name in self.overlay:
                 slot_AS = place_A[:, None] * table.page_slots + host.arange(table.page_slots)
                 self.overlay.write(name, row_A, slot_AS, columns[name])
             else:
-                self.paging.pages(name).index_copy_(0, page_A, columns[name].to(column.dtype))
+                pages = self.paging.pages(name)
+                pages.index_copy_(0, page_A.to(pages.device), columns[name].to(column.dtype))
 
     def write(self, name: str, values_bHS: Tensor, sequences: Sequence[int] | None = None) -> None:
         """Overwrites a volatile column of all slots from the form that `dense` gives it."""

@@ -11,18 +11,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kvpress import ops
 from kvpress.errors import CacheError
-from kvpress.formulas.page_layout import PageLayout, span
+from kvpress.formulas.page_layout import PageLayout
 from kvpress.ops import Logits, Old
-from kvpress.store.aging import PageAging
+from kvpress.store.aging import MakePart, PageAging, dense_widths, resident
+from kvpress.store.attending import Attending, Attends, Resident
 from kvpress.store.base import POSITION, Survivors
 from kvpress.store.division import Division
-from kvpress.store.fields import Fields
-from kvpress.store.joint import JointMemory
 from kvpress.store.packed import PackedRows
 from kvpress.store.paged import PagedRows
 from kvpress.store.rows import Layouts, Rows
+from kvpress.store.tiers.data_file import DataFile
 
 
 class FormattedRows(Rows):
@@ -30,19 +29,29 @@ class FormattedRows(Rows):
 
     Args: recent: the store of recent slots. layouts: of old pages of all channels, one for each
     format. residual: last slots that stay as they came, at most. ordered: nothing is ever dropped.
+    part: makes the rows of old slots of one format. together: slots that are packed at once, if
+    they are more than a page. attends: makes how they are attended to.
     """
 
     aging: PageAging
+    attending: Attending
 
     def __init__(
-        self, recent: PagedRows, layouts: Sequence[PageLayout], residual: int, ordered: bool
+        self,
+        recent: PagedRows,
+        layouts: Sequence[PageLayout],
+        residual: int,
+        ordered: bool,
+        part: MakePart = resident,
+        together: int = 1,
+        attends: Attends = Resident,
     ) -> None:
         self.heads, self.page_slots, self.columns = recent.heads, recent.page_slots, recent.columns
         self.device, self.on_host = recent.device, recent.on_host
         self.sequences, self.paging = recent.sequences, recent.paging
-        division = Division.of(layouts, residual, recent.columns, ordered)
-        self.aging = PageAging(recent, division, ordered)
-        self.memory = JointMemory(self.aging)
+        division = Division.of(layouts, residual, recent.columns, ordered, together)
+        self.aging, self.attends = PageAging(recent, division, ordered, part), attends
+        _begin(self)
 
     @property
     def counts(self) -> Tensor:
@@ -72,12 +81,7 @@ class FormattedRows(Rows):
 
     def old(self) -> Old:
         """Parts of old slots, as operators take them."""
-        return self._old(None)
-
-    def _old(self, sequences: Sequence[int] | None) -> Old:
-        parts = self.aging.filled
-        tensors = [tensor for part in parts for tensor in part.part(sequences)]
-        return Old(tensors, [size for part in parts for size in part.layout])
+        return self.attending.old(None)
 
     def attend(
         self,
@@ -87,24 +91,17 @@ class FormattedRows(Rows):
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention output of new queries, and weights in the order of `dense` where asked for."""
-        pages = self.paging.operands(sequences)
-        out_bNQE, _, weights = ops.decode_rows(
-            query_bNQD, pages, logits, need_weights, self._old(sequences)
-        )
-        if not need_weights:
-            return out_bNQE, None
-        # The operator leaves room for every page of the table; dense forms end with the last slot.
-        kept, start = [], 0
-        for part in self.aging.filled:
-            (slots,) = self._widths(sequences, [part])
-            kept.append(weights[..., start : start + slots])
-            start += span(part.layout, part.paging.table.pages_RW.shape[1])
-        return out_bNQE, torch.cat([*kept, weights[..., start:]], dim=-1)
+        return self.attending.attend(query_bNQD, sequences, logits, need_weights)
 
-    def _widths(self, sequences: Sequence[int] | None, parts: Sequence[PackedRows]) -> list[int]:
-        """Dense slots of old parts."""
-        rows = slice(None) if sequences is None else self.paging.table.row_index(sequences)
-        return [int(part.counts[rows].max()) for part in parts]
+    def attend_prompt(
+        self,
+        query_bNQD: Tensor,
+        own: tuple[Tensor, Tensor],
+        sequences: Sequence[int],
+        logits: Logits,
+    ) -> Tensor:
+        """Attention output of new tokens over all slots and themselves: of rows that stream."""
+        return self.attending.attend_prompt(query_bNQD, own, sequences, logits)
 
     # Slots
 
@@ -133,7 +130,7 @@ class FormattedRows(Rows):
         """Overwrites a volatile column of all slots from the form that `dense` gives it."""
         start = 0
         parts = self.aging.parts
-        for part, slots in zip(parts, self._widths(sequences, parts), strict=True):
+        for part, slots in zip(parts, dense_widths(self.aging, sequences, parts), strict=True):
             part.fields.write(name, values_bHS[:, :, start : start + slots], sequences)
             start += slots
         self.aging.recent.write(name, values_bHS[:, :, start:], sequences)
@@ -143,7 +140,7 @@ class FormattedRows(Rows):
     ) -> None:
         """Drops one slot of each of some rows, by its place in the dense form of some sequences."""
         slot_A, parts = slot_A.cpu(), self.aging.parts
-        for part, slots in zip(parts, self._widths(sequences, parts), strict=True):
+        for part, slots in zip(parts, dense_widths(self.aging, sequences, parts), strict=True):
             mine_A = (slot_A >= 0) & (slot_A < slots)
             if bool(mine_A.any()):
                 part.evict_one(row_A[mine_A], slot_A[mine_A])
@@ -181,7 +178,8 @@ class FormattedRows(Rows):
         """A store whose sequence i holds what sequence `index[i]` holds, in the same pages."""
         chosen = copy.copy(self)
         chosen.aging, chosen.sequences = self.aging.select(index), len(index)
-        chosen.paging, chosen.memory = chosen.aging.recent.paging, JointMemory(chosen.aging)
+        chosen.paging = chosen.aging.recent.paging
+        _begin(chosen)
         return chosen
 
     def unshare(self, headroom: int = 0) -> None:
@@ -193,9 +191,13 @@ class FormattedRows(Rows):
     def state(self) -> dict[str, Tensor]:
         """Everything that the rows hold: tensors on the host."""
         state = self.aging.decided.state()
-        for name, fields in self._named().items():
-            state |= {f"{name}.{key}": tensor for key, tensor in fields.state().items()}
+        for name, part in self._named().items():
+            state |= {f"{name}.{key}": tensor for key, tensor in part.state().items()}
         return state
+
+    def saved(self, data: DataFile | None) -> dict[str, Tensor]:
+        """What a file must hold: `state`, but pages of tiers, which are written to a data file."""
+        return self.attending.saved(self.state(), self._named(), data)
 
     def load(self, state: Mapping[str, Tensor], layouts: Layouts) -> None:
         """Takes over what `state` gave. Raises CacheError if it cannot."""
@@ -205,19 +207,23 @@ class FormattedRows(Rows):
         odd = {name.split(".")[0] for name in state.keys() - own.keys()} - named.keys()
         if odd:
             raise CacheError(f"{', '.join(sorted(odd))}: nothing that belongs here.")
-        for name, fields in named.items():
+        for name, part in named.items():
             prefix = f"{name}."
-            fields.load(
-                {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
-            )
+            part.load({n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)})
         self.aging.room = 0
 
-    def _named(self) -> dict[str, Fields]:
+    def _named(self) -> dict[str, PackedRows | PagedRows]:
         """What is in pages, as the names of a state start."""
-        old = {f"old{i}": part.fields for i, part in enumerate(self.aging.parts)}
-        return {"recent": self.aging.recent.fields, **old}
+        old = {f"old{i}": part for i, part in enumerate(self.aging.parts)}
+        return {"recent": self.aging.recent, **old}
 
     def check_integrity(self) -> bool:
         """True if every part is whole, and holds rows of its format only. Raises CacheError."""
         self.aging.check_integrity()
         return all(store.check_integrity() for store in self._stores)
+
+
+def _begin(rows: FormattedRows) -> None:
+    """Makes what follows from the slots."""
+    rows.attending = rows.attends(rows.aging)
+    rows.memory, rows.streams = rows.attending.memory(), rows.attending.streams

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from torch import Tensor
 
@@ -22,9 +22,12 @@ class JointMemory:
         return [*(part.memory for part in self._aging.parts), self._aging.recent.memory]
 
     @property
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """To be held while the pages are used: forks may run in several threads."""
+        return self._every()
+
+    @contextmanager
+    def _every(self) -> Iterator[None]:
         with ExitStack() as stack:
             for memory in self._all:  # always in this order
                 stack.enter_context(memory.lock)

@@ -39,10 +39,9 @@ class PackedRows:
         ordered: bool,
     ) -> None:
         self.layout, self.like = layout, like
-        page = Column((layout.page_bytes,), torch.uint8, whole=True)
         positions = {} if ordered else {POSITION: Column((), torch.int32)}
         table = PageTable(sequences, heads, layout.slots, like.device, (_DROPPED,))
-        self.paging = Paging({PAGE: page, **columns, **positions}, table)
+        self.paging = Paging({**self._bytes(), **columns, **positions}, table)
         self.fields = Fields(self.paging)
         self.memory = PageMemory(self.fields)
         self.key_channels_RC = self.value_channels_RU = host.zeros(0, dtype=torch.int16)
@@ -82,12 +81,27 @@ class PackedRows:
         position, mass = pages.get(POSITION, no_position), pages.get(MASS, no_mass)
         return [pages[PAGE], *channels, *table.operands(sequences), position, mass, dropped]
 
+    # Whole pages
+
+    def _bytes(self) -> dict[str, Column]:
+        """The column that holds, or finds, what is packed."""
+        return {PAGE: Column((self.layout.page_bytes,), torch.uint8, whole=True)}
+
+    def packed(self, page_A: Tensor) -> Tensor:
+        """What is packed of some pages of the pool (on the host): uint8 `[A, page_bytes]`."""
+        return self.paging.pages(PAGE)[page_A.to(self.like.device)]
+
+    def put(
+        self, row_A: Tensor, place_A: Tensor, page_AX: Tensor, columns: Mapping[str, Tensor]
+    ) -> None:
+        """Writes whole pages at some places of rows: what is packed, and `[A, S]` per column."""
+        self.fields.put_pages(row_A, place_A, {**columns, PAGE: page_AX})
+
     # Slots
 
     def unpack(self, row_A: Tensor, place_A: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the pages at some places of rows, `[N, S, D]` and `[N, S, E]`."""
-        page_A = self.paging.table.pages_RW[row_A, place_A].long().to(self.like.device)
-        packed_AX = self.paging.pages(PAGE)[page_A]
+        packed_AX = self.packed(self.paging.table.pages_RW[row_A, place_A].long())
         return ops.unpack(packed_AX, *self.channels(row_A), list(self.layout), self.like)
 
     def dense(self, name: str, sequences: Sequence[int] | None = None) -> Tensor:
@@ -130,7 +144,7 @@ class PackedRows:
         self.paging.reserve(counts)
         self.paging.table.set_counts(counts)
         self.dropped.index_add_(0, row_A, holes_A)
-        self.fields.put_pages(row_A, place_A, {**columns, PAGE: page_AX})
+        self.put(row_A, place_A, page_AX, columns)
 
     def evict_one(self, row_A: Tensor, slot_A: Tensor) -> None:
         """Drops one slot of each of some rows."""
@@ -162,34 +176,6 @@ class PackedRows:
             self.dropped[empty_R] = 0
             self.paging.truncate(self.counts * ~empty_R)
 
-    def take_last(self, tokens_R: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Removes the last pages with at least so many tokens of each row: their tokens, and them.
-
-        int64 `[R]`; keys, values and all other columns dense, `[B, H, S, ...]`.
-        """
-        table, size = self.paging.table, self.paging.table.page_slots
-        live_RS = (self.dense(POSITION) != EMPTY).flatten(0, 1).cpu()
-        live_RW = live_RS.view(len(live_RS), live_RS.shape[1] // size, size).sum(2)
-        from_RW = live_RW.flip(1).cumsum(1).flip(1)  # tokens of a page and those behind it
-        used_RW = host.arange(live_RW.shape[1]) < (self.counts // size)[:, None]
-        taken_RW = used_RW & (from_RW - live_RW < tokens_R[:, None])
-        pages_R, given_R = taken_RW.sum(1), (live_RW * taken_RW).sum(1)
-        first_R = self.counts // size - pages_R
-        slot_RS = first_R[:, None] * size + host.arange(int(pages_R.max()) * size)
-        taken = {}
-        for name in (KEY, VALUE, POSITION, *self.fields.volatile):
-            column = self.dense(name).flatten(0, 1)
-            # Rows that give fewer slots end earlier: any slot stands for what is not there.
-            index = slot_RS.clamp(0, max(0, column.shape[1] - 1)).to(column.device)
-            index = index.view(*index.shape, *[1] * (column.dim() - 2))
-            moved = column.gather(1, index.expand(*slot_RS.shape, *column.shape[2:]))
-            if name == POSITION:
-                moved = moved.masked_fill((slot_RS >= self.counts[:, None]).to(moved.device), EMPTY)
-            taken[name] = moved.view(table.sequences, table.heads, *moved.shape[1:])
-        self.dropped.sub_(pages_R * size - given_R)
-        self.paging.truncate(first_R * size)
-        return given_R, taken
-
     # Whole sequences
 
     def select_sequences(self, index: Sequence[int]) -> PackedRows:
@@ -203,6 +189,16 @@ class PackedRows:
         """Gives every row pages of its own."""
         if self.paging.pool.lent:
             self.paging.own(*self.paging.table.held_RW.nonzero().unbind(1))
+
+    # Files and checks
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the rows hold: tensors on the host."""
+        return self.fields.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave. Raises CacheError if that cannot be."""
+        self.fields.load(state)
 
     def check_integrity(self) -> bool:
         """True if every page is whole and known. Raises CacheError otherwise."""

@@ -88,13 +88,25 @@ class PagedRows(Rows):
 
         Columns that are not given start at zero.
         """
-        table = self.paging.table
-        row_R, tokens = table.row_index(sequences), columns[POSITION].shape[2]
+        table, tokens = self.paging.table, columns[POSITION].shape[2]
+        if tokens == 1 and (sequences is None or len(sequences) == self.sequences):
+            self._append_one(columns)
+            return
+        row_R = table.row_index(sequences)
         slot_RQ = table.counts[row_R, None] + host.arange(tokens)
         counts = table.counts.index_add(0, row_R, torch.full_like(row_R, tokens))
         self.paging.reserve(counts)
         self.fields.put(row_R, slot_RQ, columns)
         table.set_counts(counts)
+
+    def _append_one(self, columns: Mapping[str, Tensor]) -> None:
+        """The same of one token to every row: in as few steps as can be, for each decoded token."""
+        table = self.paging.table
+        self.paging.reserve_one()
+        self.fields.put_one(table.counts, columns)
+        spare = table.spare  # that was found for the next tokens too
+        table.set_counts(table.counts + 1)
+        table.spare = spare
 
     def write(self, name: str, values_bHS: Tensor, sequences: Sequence[int] | None = None) -> None:
         """Overwrites a volatile column of all slots from the form that `dense` gives it."""

@@ -15,6 +15,7 @@ from kvpress.formulas.ranking import gather
 from kvpress.ops import Logits, Old
 from kvpress.store.base import POSITION, Column, Survivors
 from kvpress.store.paging import Paging
+from kvpress.store.tiers.data_file import DataFile
 
 # The layouts of old pages that keep so many channels of keys and values.
 Layouts: TypeAlias = Callable[[tuple[int, int]], Sequence[PageLayout]]
@@ -133,6 +134,7 @@ class Rows(ABC):
     paging: Paging  # the pages that new tokens go to
     memory: Memory  # what all pages cost, and who else uses them
     aging: Aging | None = None  # how slots become old; None: all of them stay as they came
+    streams: bool = False  # whether slots may have to be read before they are attended to
 
     @property
     @abstractmethod
@@ -171,6 +173,19 @@ class Rows(ABC):
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention output of new queries, and weights in the order of `dense` where asked for."""
+
+    def attend_prompt(
+        self,
+        query_bNQD: Tensor,
+        own: tuple[Tensor, Tensor],
+        sequences: Sequence[int],
+        logits: Logits,
+    ) -> Tensor:
+        """Attention output of new tokens over all slots and themselves: of rows that stream.
+
+        own: keys and values of the new tokens, which are not stored yet.
+        """
+        raise NotImplementedError("rows that do not stream are attended to in their dense form")
 
     @abstractmethod
     def count_step(self, quota_R: Tensor | None, everywhere: bool) -> None:
@@ -244,6 +259,13 @@ class Rows(ABC):
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """Everything that the rows hold: tensors on the host."""
+
+    def saved(self, data: DataFile | None) -> dict[str, Tensor]:
+        """What a file must hold: `state`, but pages of tiers, which are written to a data file.
+
+        Raises TierError, OSError.
+        """
+        return self.state()
 
     @abstractmethod
     def load(self, state: Mapping[str, Tensor], layouts: Layouts) -> None:

@@ -69,7 +69,7 @@ def write(
     Raises CacheFileError, and nothing has changed then.
     """
     try:
-        real = Path(os.path.realpath(_path(path)))
+        real = real_path(path)
         if real.exists():
             _check_regular(real.stat().st_mode)
         _remove_left(real)
@@ -98,7 +98,7 @@ def read(path: str | Path) -> Contents:
     Raises CacheFileError if any byte has changed, or it is no such file.
     """
     try:
-        with _opened(_path(path)) as file:
+        with _opened(real_path(path)) as file:
             return _read(file)
     except OSError as error:
         raise CacheFileError(f"{path} cannot be read: {error}.") from error
@@ -109,10 +109,10 @@ def read(path: str | Path) -> Contents:
         ) from error
 
 
-def _path(given: str | Path) -> Path:
-    """A path, with `~` as the user's home."""
+def real_path(given: str | Path) -> Path:
+    """Where a file really is: `~` is the user's home, links are followed. Raises CacheFileError."""
     try:
-        return Path(os.path.expanduser(given))
+        return Path(os.path.realpath(os.path.expanduser(given)))
     except TypeError as error:
         kind = type(given).__name__
         raise CacheFileError(f"a {kind} is no path; give a str or a Path") from error

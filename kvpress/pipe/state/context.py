@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from kvpress.policy.pooling import Calibrated
 from kvpress.policy.probes import Probe
 from kvpress.policy.recipe import Recipe
 from kvpress.policy.sparsity import Thresholds
+from kvpress.store.tiers.tiers import Tiers
 from kvpress.types import LayerKind
 
 
@@ -33,6 +35,8 @@ class Ledger:
     notes: dict[str, None] = field(default_factory=dict)  # an ordered set of lines
     bytes_peak: int = 0  # the most that was held so far; see `Report`
     noted_at: int = -1  # logical length at which a layer last gave something back
+    prompt_seconds: float = 0.0  # from the first layer to the last, of all prompts
+    prompt_begun: float = 0.0
 
     def note(self, line: str) -> None:
         """Adds a line to the report, once."""
@@ -62,6 +66,7 @@ class Context:
     growth: Growth | None = None  # of the quotas of all layers, while tokens are decoded
     plans: dict[Hashable, list[Any]] = field(default_factory=dict)  # slots of rows, by prompt
     calibrated: Mapping[Calibrated, Mapping[str, Tensor]] = field(default_factory=dict)
+    tiers: Tiers | None = None  # where old pages of all caches of the engine are
     protect: list[Ranges] = field(default_factory=list)  # of all sequences, or of each
     looks: dict[int, Probe] = field(default_factory=dict)  # that are read just now, by sequence
     norms: dict[int, Norms] = field(default_factory=dict)  # of layers that a probe passes
@@ -73,7 +78,7 @@ class Context:
         """Forgets every pass, and what was said about tokens to come. notes: what still holds."""
         self.ledger.notes.clear()
         self.ledger.notes.update(notes)
-        self.ledger.bytes_peak = 0
+        self.ledger.bytes_peak, self.ledger.prompt_seconds = 0, 0.0
         self.recording = Recording()
         self.newest = self.dirty = self.growth = None
         self.protect, self.looks, self.held = [], {}, set()
@@ -119,6 +124,16 @@ class Context:
                 return after_B
         self.newest = (seen_B, _next(seen_B))
         return self.newest[1]
+
+    def begin_prompt(self, layer: object) -> None:
+        """To be called before each layer reads a prompt: the first one starts the clock."""
+        if layer is self.layers[0]:
+            self.ledger.prompt_begun = perf_counter()
+
+    def end_prompt(self, layer: object) -> None:
+        """To be called after each layer has read a prompt: the last one stops the clock."""
+        if layer is self.layers[-1]:
+            self.ledger.prompt_seconds += perf_counter() - self.ledger.prompt_begun
 
     def note_peak(self, more: int = 0) -> None:
         """Notes what all layers hold now, and `more` bytes, if that is the most so far."""

@@ -37,7 +37,7 @@ class Layer:
             self.recipe = Recipe((Newest(),))
             self.limits = Limits(Budget.parse(keep), recent=keep)
         self.grows = self.limits is not None and self.limits.grow(self.recipe.allocates)
-        self.stores = Stores(self.recipe, self.limits, context.page_slots, context.cache_dtype)
+        self.stores = Stores.of(kind, context, self.recipe, self.limits)
         self.reset()
 
     @lasting

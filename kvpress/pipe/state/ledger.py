@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvpress.pipe.state import tier_ledger
 from kvpress.pipe.state.layer import Layer
 from kvpress.policy.pooling import thins
 from kvpress.report.figures import LayerReport
@@ -31,6 +32,7 @@ def report(layer: Layer) -> LayerReport:
         bytes_full=tokens * layer.kind.heads * slot_bytes,
         bytes_shared=layer.store.memory.nbytes_shared,
         density=density(layer),
+        bytes_tiers=tier_ledger.held(layer) if layer.context.tiers else {},
     )
 
 

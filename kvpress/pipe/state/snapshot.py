@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvpress.errors import CacheError, CacheFileError, KVPressError
+from kvpress.errors import CacheError, CacheFileError, KVPressError, TierError
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.host import lasting
 from kvpress.ops.shapes import FLOATS
@@ -31,6 +31,7 @@ from kvpress.store import Rows
 from kvpress.store.base import KEY, VALUE
 from kvpress.store.saved import ANY, expect
 from kvpress.store.sealed import Contents
+from kvpress.store.tiers.data_file import DataFile
 from kvpress.types import LayerKind
 
 NUMBERS = ("columns_seen", "evicted_at", "prompted_at", "padded_at")  # of a layer
@@ -78,6 +79,8 @@ def restore(
             _fill(layer, numbers, _take(contents, index), devices.get(index, devices[-1]))
             check_alike(layers, layer)
         ids = _ids(contents, layers[0], devices[-1])
+    except (CacheFileError, TierError):
+        raise
     except KVPressError as error:
         raise CacheFileError(
             f"{path} has a right checksum, but what is in it cannot be: {error} Nothing was loaded."
@@ -112,6 +115,7 @@ def _context(settings: Any, context: Context) -> Context:
         context.rotations,
         context.thresholds,
         calibrated=context.calibrated,
+        tiers=context.tiers,
     )
 
 
@@ -194,7 +198,7 @@ def _set_counters(layer: Layer, tensors: dict[str, Tensor]) -> None:
 
 def _store(layer: Layer, tensors: Mapping[str, Tensor], device: torch.device) -> Rows:
     """The store that gave these tensors."""
-    prefix = "recent.page." if layer.recipe.formats else "page."
+    prefix = "recent.page." if layer.stores.packs else "page."
     key, value = (tensors.get(f"{prefix}{name}") for name in (KEY, VALUE))
     if key is None or value is None or not key.dim() == value.dim() == 3 or not value.shape[2]:
         raise CacheError(f"Layer {layer.kind.index} has no pages of keys and values.")
@@ -247,6 +251,8 @@ def _kept_channels(store: Rows) -> list[int]:
     return [] if store.aging is None else store.aging.kept_channels
 
 
-def layer_tensors(layer: Layer) -> dict[str, Tensor]:
-    """Everything that a layer holds, on the host."""
-    return {} if layer.store is None else {**layer.sequences.state(), **layer.store.state()}
+def layer_tensors(layer: Layer, data: DataFile | None = None) -> dict[str, Tensor]:
+    """Everything that a layer holds, on the host. data: where pages of tiers are written."""
+    if layer.store is None:
+        return {}
+    return {**layer.sequences.state(), **layer.store.saved(data)}

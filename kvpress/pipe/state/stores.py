@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from kvpress.pipe.state import channels
+from kvpress.pipe.state.context import Context
 from kvpress.policy import formats
 from kvpress.policy.budget import Limits
 from kvpress.policy.recipe import Recipe
-from kvpress.store import Column, FormattedRows, PagedRows, Rows
+from kvpress.store import Column, FormattedRows, PagedRows, Rows, tiered_rows
 from kvpress.store.base import KEY, MASS, VALUE
+from kvpress.store.tiered import SPAN
+from kvpress.store.tiers.tiers import Tiers
+from kvpress.types import LayerKind
 
 _RECENT_SLOTS = 8  # of a page, at most, where recent slots are few and the others are packed
 
@@ -25,6 +29,14 @@ class Stores:
     limits: Limits | None
     page_slots: int
     cache_dtype: torch.dtype | None  # of keys and values; None: as they come
+    layer: int = 0
+    tiers: Tiers | None = None  # where old pages go; None: they stay on the device
+
+    @classmethod
+    def of(cls, kind: LayerKind, context: Context, recipe: Recipe, limits: Limits | None) -> Stores:
+        """How a layer of a cache does it. A window is small, and always read: it needs no tiers."""
+        tiers = context.tiers if kind.window is None else None
+        return cls(recipe, limits, context.page_slots, context.cache_dtype, kind.index, tiers)
 
     def new(self, key_BHQD: Tensor, value_BHQD: Tensor) -> Rows:
         """An empty store for tokens like these. Raises PolicyError where it cannot count them."""
@@ -39,16 +51,25 @@ class Stores:
     ) -> Rows:
         """An empty store of these columns."""
         recipe = self.recipe
-        if not recipe.formats:
+        if not self.packs:
             return PagedRows(batch, heads, columns, self.page_slots, device)
-        few = min(self.page_slots, _RECENT_SLOTS)
+        few = self.page_slots if self.tiers else min(self.page_slots, _RECENT_SLOTS)
         rows, key = PagedRows(batch, heads, columns, few, device), columns[KEY]
         widths = (key.shape[0], columns[VALUE].shape[0])
         layouts = formats.layouts(
             recipe.packing, widths, widths, key.dtype.itemsize, self.has_short_rows
         )
         ordered = self.limits is None and not recipe.accumulates
-        return FormattedRows(rows, layouts, recipe.residual, ordered)
+        made_of = (rows, layouts, recipe.residual, ordered)
+        if self.tiers is None:
+            return FormattedRows(*made_of)
+        # What is quantised changes with when it is; slots as they came may wait for a whole span.
+        return tiered_rows(*made_of, self.tiers, self.layer, 1 if recipe.formats else SPAN)
+
+    @property
+    def packs(self) -> bool:
+        """Whether old slots are in whole pages: packed, or as they came to go to another tier."""
+        return self.recipe.formats or self.tiers is not None
 
     @property
     def has_short_rows(self) -> bool:

@@ -64,11 +64,10 @@ class PagePool:
 
     def copy(self, source: list[int], target: list[int]) -> None:
         """Copies whole pages."""
-        to, start = (
-            torch.tensor(x, device=self._device, dtype=torch.int64) for x in (target, source)
-        )
+        to, start = host.tensor(target), host.tensor(source)
         for pool in self.by_name.values():
-            pool.index_copy_(0, to, pool.index_select(0, start))
+            copied = pool.index_select(0, start.to(pool.device))
+            pool.index_copy_(0, to.to(pool.device), copied)
 
     def leave(self, store: PageUser) -> None:
         """Ends the part that a store has in this pool, and frees what nobody needs any more."""
@@ -85,9 +84,9 @@ class PagePool:
         kept = int(live_P.sum())
         if kept > _LEAST_USED * self.pages:
             return
-        index = live_P.nonzero().flatten().to(self._device)
+        index = live_P.nonzero().flatten()
         for name, pool in self.by_name.items():
-            self.by_name[name] = pool.index_select(0, index)
+            self.by_name[name] = pool.index_select(0, index.to(pool.device))
         self.pages, self._free = kept, []
         place_P = live_P.cumsum(0) - 1
         for store in self.members:
@@ -112,7 +111,8 @@ class PagePool:
     def _new(self, name: str, pages: int) -> Tensor:
         column = self._columns[name]
         shape = (pages, *column.page_shape(self._page_slots))
-        return torch.empty(shape, dtype=column.dtype, device=self._device)
+        device = "cpu" if column.on_host else self._device
+        return torch.empty(shape, dtype=column.dtype, device=device)
 
     def _grow(self, pages: int, most: int) -> None:
         """Enlarges the pool by at least `pages` free pages, one column at a time."""

@@ -1,0 +1,115 @@
+"""How rows with old slots are attended to: at once, or part by part (streamed.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from kvpress import ops
+from kvpress.formulas.page_layout import span
+from kvpress.ops import Logits, Old
+from kvpress.store.aging import PageAging, dense_widths
+from kvpress.store.joint import JointMemory
+from kvpress.store.packed import PackedRows
+from kvpress.store.paged import PagedRows
+from kvpress.store.tiers.data_file import DataFile
+
+Named: TypeAlias = Mapping[str, PackedRows | PagedRows]  # what is in pages, as files name it
+
+
+class Attending(Protocol):
+    """What depends on whether all slots of some rows are on the device."""
+
+    streams: bool  # whether some may have to be read before they are attended to
+
+    def memory(self) -> JointMemory:
+        """What all pages cost."""
+
+    def old(self, sequences: Sequence[int] | None) -> Old:
+        """Parts of old slots, as operators take them."""
+
+    def attend(
+        self,
+        query_bNQD: Tensor,
+        sequences: Sequence[int] | None,
+        logits: Logits,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Rows.attend`."""
+
+    def attend_prompt(
+        self,
+        query_bNQD: Tensor,
+        own: tuple[Tensor, Tensor],
+        sequences: Sequence[int],
+        logits: Logits,
+    ) -> Tensor:
+        """See `Rows.attend_prompt`."""
+
+    def saved(
+        self, state: dict[str, Tensor], named: Named, data: DataFile | None
+    ) -> dict[str, Tensor]:
+        """See `Rows.saved`. state: what the rows gave."""
+
+
+Attends: TypeAlias = Callable[[PageAging], Attending]
+
+
+class Resident:
+    """All slots are on the device: one operator call attends to them."""
+
+    streams = False
+
+    def __init__(self, aging: PageAging) -> None:
+        self._aging = aging
+
+    def memory(self) -> JointMemory:
+        """What all pages cost."""
+        return JointMemory(self._aging)
+
+    def old(self, sequences: Sequence[int] | None) -> Old:
+        """Parts of old slots, as operators take them."""
+        parts = self._aging.filled
+        tensors = [tensor for part in parts for tensor in part.part(sequences)]
+        return Old(tensors, [size for part in parts for size in part.layout])
+
+    def attend(
+        self,
+        query_bNQD: Tensor,
+        sequences: Sequence[int] | None,
+        logits: Logits,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention output of new queries, and weights in the order of `dense` where asked for."""
+        pages = self._aging.recent.paging.operands(sequences)
+        out_bNQE, _, weights = ops.decode_rows(
+            query_bNQD, pages, logits, need_weights, self.old(sequences)
+        )
+        if not need_weights:
+            return out_bNQE, None
+        # The operator leaves room for every page of the table; dense forms end with the last slot.
+        kept, start = [], 0
+        for part in self._aging.filled:
+            (slots,) = dense_widths(self._aging, sequences, [part])
+            kept.append(weights[..., start : start + slots])
+            start += span(part.layout, part.paging.table.pages_RW.shape[1])
+        return out_bNQE, torch.cat([*kept, weights[..., start:]], dim=-1)
+
+    def attend_prompt(
+        self,
+        query_bNQD: Tensor,
+        own: tuple[Tensor, Tensor],
+        sequences: Sequence[int],
+        logits: Logits,
+    ) -> Tensor:
+        """Not here: prompts attend to dense copies of what is on the device."""
+        raise NotImplementedError("rows that do not stream are attended to in their dense form")
+
+    def saved(
+        self, state: dict[str, Tensor], named: Named, data: DataFile | None
+    ) -> dict[str, Tensor]:
+        """The state: a file holds all of it."""
+        return state

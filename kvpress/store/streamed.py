@@ -1,0 +1,203 @@
+"""Rows whose old slots are attended to part by part, since not all of them are on the device.
+
+A part is a span of the pages of one row (tiered.py). What a query sees in a part depends on nothing
+else, and parts are joined in one order by their LSE: so the output is the same, to the last bit,
+wherever pages are and however many are read at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from itertools import chain
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor
+
+from kvpress.formulas.page_layout import PageLayout
+from kvpress.host import lasting
+from kvpress.ops import Logits, Old
+from kvpress.store.aging import PageAging, dense_widths
+from kvpress.store.attending import Named
+from kvpress.store.base import KEY, POSITION, VALUE
+from kvpress.store.formatted import FormattedRows
+from kvpress.store.joint import JointMemory
+from kvpress.store.paged import PagedRows
+from kvpress.store.parts import Parts, Plan
+from kvpress.store.prompt_parts import prompt_parts
+from kvpress.store.session import save_pages
+from kvpress.store.tiered import SPAN, TieredPages
+from kvpress.store.tiered_memory import TieredMemory
+from kvpress.store.tiers.data_file import DataFile
+from kvpress.store.tiers.tiers import TIERS, Tiers
+from kvpress.store.units import unit_bytes, units_of
+
+
+def tiered_rows(
+    recent: PagedRows,
+    layouts: Sequence[PageLayout],
+    residual: int,
+    ordered: bool,
+    tiers: Tiers,
+    layer: int,
+    together: int = SPAN,
+) -> FormattedRows:
+    """Rows whose slots are in whole pages, in any tier, once they are old.
+
+    Args: as FormattedRows. tiers: where pages are. layer: its number. together: slots that become
+    old at once while tokens are decoded.
+    """
+    part = partial(_part, tiers, layer, unit_bytes(recent.heads, layouts))
+    attends = partial(Streamed, tiers=tiers, layer=layer)
+    return FormattedRows(recent, layouts, residual, ordered, part, together, attends)
+
+
+class Streamed:
+    """Attention over slots of which some must be read first.
+
+    Args: aging: the slots. tiers: where their pages are. layer: its number.
+    """
+
+    streams = True
+
+    def __init__(self, aging: PageAging, tiers: Tiers, layer: int) -> None:
+        self.aging, self.tiers, self._layer = aging, tiers, layer
+        self.device = aging.recent.device
+        self._known: tuple[list[object], Plan] | None = None
+        tiers.readers.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.tiers.readers.add(self)
+
+    def memory(self) -> StreamedMemory:
+        """What all pages cost."""
+        return StreamedMemory(self.aging, self.tiers)
+
+    def old(self, sequences: Sequence[int] | None) -> Old:
+        """Not here: no operator takes what may not be there."""
+        raise NotImplementedError("old slots that stream are attended to part by part")
+
+    def attend(
+        self,
+        query_bNQD: Tensor,
+        sequences: Sequence[int] | None,
+        logits: Logits,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention output of new queries, and weights in the order of `dense` where asked for.
+
+        Raises TierError where a page cannot be read.
+        """
+        begun = perf_counter()
+        plan = self._plan(sequences)
+        pages = self.aging.recent.paging.operands(sequences)
+        parts = Parts(plan, query_bNQD, pages, logits, need_weights)
+        self.tiers.uses.device += plan.pages_here
+        if plan.all_here:
+            parts.add_all()
+        else:
+            self.tiers.passed(self)
+            parts.add_each(chain(plan.here(), plan.streamed()))
+            self.tiers.read_ahead(self)
+        out_bNQE = parts.joined()
+        if self.tiers.watcher is not None:
+            self.tiers.watcher.note("attention", begun, layer=self._layer)
+        if not need_weights:
+            return out_bNQE, None
+        return out_bNQE, parts.weights(dense_widths(self.aging, sequences, self.aging.parts))
+
+    def attend_prompt(
+        self,
+        query_bNQD: Tensor,
+        own: tuple[Tensor, Tensor],
+        sequences: Sequence[int],
+        logits: Logits,
+    ) -> Tensor:
+        """Attention output of new tokens over all slots and their own.
+
+        Old slots pass by group by group. Raises TierError where a page cannot be read.
+        """
+        recent = self.aging.recent
+        key, value, position = (recent.dense(x, sequences) for x in (KEY, VALUE, POSITION))
+        every = [units_of(part, sequences) for part in self._tiered]
+        return prompt_parts(every, (key, value, position), query_bNQD, own, *logits)
+
+    def saved(
+        self, state: dict[str, Tensor], named: Named, data: DataFile | None
+    ) -> dict[str, Tensor]:
+        """The state without pages, which are written to a data file. Raises TierError, OSError."""
+        assert data is not None, "pages of tiers are not kept in memory"
+        for name, part in named.items():
+            if isinstance(part, TieredPages):
+                names = [n for n in state if n.startswith(f"{name}.")]
+                own = {n.removeprefix(f"{name}."): state.pop(n) for n in names}
+                save_pages(part, own, data)
+                state |= {f"{name}.{n}": tensor for n, tensor in own.items()}
+        return state
+
+    def read_ahead(self) -> None:
+        """Starts to read what will be attended to first, if it is what was attended to last."""
+        if self._known is not None and self._plan(None) is self._known[1]:
+            self._known[1].begin()
+
+    @lasting
+    def _plan(self, sequences: Sequence[int] | None) -> Plan:
+        """What is attended to, made anew where pages came, went or moved."""
+        known: list[object] = []
+        for part in self._tiered:
+            known += [part.paging.table.pages_RW, part.counts, part.shelf.directory.version]
+        if sequences is None and self._known is not None:
+            same = len(known) == len(self._known[0])
+            if same and all(_same(*x) for x in zip(known, self._known[0], strict=True)):
+                return self._known[1]
+        recent = self.aging.recent
+        batch = recent.sequences if sequences is None else len(sequences)
+        every = [units_of(part, sequences) for part in self._tiered]
+        plan = Plan(every, batch, recent.heads, self.device)
+        self._known = (known, plan) if sequences is None else self._known
+        return plan
+
+    def bytes_beside(self) -> int:
+        """Bytes on the device besides pages of old slots: recent slots, positions, masses."""
+        parts = (part.memory for part in self._tiered)
+        beside = sum(x.beside for x in parts if isinstance(x, TieredMemory))
+        return self.aging.recent.memory.nbytes + beside
+
+    @property
+    def _tiered(self) -> list[TieredPages]:
+        return [part for part in self.aging.parts if isinstance(part, TieredPages)]
+
+
+class StreamedMemory(JointMemory):
+    """The memory of recent and old slots, whose pages are in tiers that other rows have too."""
+
+    def __init__(self, aging: PageAging, tiers: Tiers) -> None:
+        super().__init__(aging)
+        self._tiers = tiers
+
+    @property
+    def lock(self) -> AbstractContextManager[None]:
+        """That of all rows of the engine first: they share what is on its way."""
+        return self._both(super().lock)
+
+    @contextmanager
+    def _both(self, inner: AbstractContextManager[None]) -> Iterator[None]:
+        with self._tiers.lock, inner:
+            yield
+
+    def tier_bytes(self) -> dict[str, int]:
+        """Bytes of pages in each tier."""
+        found = [x.tier_bytes() for x in self._all if isinstance(x, TieredMemory)]
+        return {tier: sum(x[tier] for x in found) for tier in TIERS}
+
+
+def _same(a: object, b: object) -> bool:
+    return a is b or (isinstance(a, int) and a == b)
+
+
+def _part(tiers: Tiers, layer: int, unit: int, number: int, *made_of: Any) -> TieredPages:
+    """Rows of old slots of a layout, by its number and what PackedRows is made of."""
+    return TieredPages(*made_of, tiers=tiers, name=(layer, number), unit=unit)

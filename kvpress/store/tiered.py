@@ -1,0 +1,246 @@
+"""Rows of old slots whose pages may be in any tier.
+
+What is written again and again (positions where slots are dropped, masses) stays on the device, a
+few bytes for each slot; what a page packs never changes. `span` pages of a row in a row go down
+together, with those of the other heads of their sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpress import host
+from kvpress.errors import CacheError
+from kvpress.formulas.page_layout import PageLayout
+from kvpress.store.base import POSITION, REF, Column
+from kvpress.store.packed import PackedRows
+from kvpress.store.session import Whole, load_pages, slices_of
+from kvpress.store.tiered_memory import TieredMemory, ids_of, used_pages
+from kvpress.store.tiers.directory import NOWHERE
+from kvpress.store.tiers.record import Owner
+from kvpress.store.tiers.tiers import Tiers
+
+SPAN = 128  # slots that go down together: at least so many
+
+
+def span_pages(layout: PageLayout) -> int:
+    """Pages of a span."""
+    return max(1, SPAN // layout.slots)
+
+
+class TieredPages(PackedRows):
+    """Old slots of one layer in one layout, whose pages are where `tiers` has room.
+
+    name: the layer and the number of the layout, which stand in every record. unit: the most bytes
+    that a span of all heads has in any layout of the layer.
+    """
+
+    def __init__(
+        self,
+        sequences: int,
+        heads: int,
+        layout: PageLayout,
+        columns: Mapping[str, Column],
+        like: Tensor,
+        ordered: bool,
+        *,
+        tiers: Tiers,
+        name: tuple[int, int],
+        unit: int,
+    ) -> None:
+        self.name, self.span = name, span_pages(layout)
+        super().__init__(sequences, heads, layout, columns, like, ordered)
+        beside = 0 if ordered else layout.slots * 4  # positions, as they were sealed
+        self.shelf = tiers.shelf(like.device, layout.page_bytes, beside, unit)
+        _join(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.shelf.tiers.tenants.add(self)
+
+    # Whole pages
+
+    def _bytes(self) -> dict[str, Column]:
+        return {REF: Column((), torch.int64, whole=True, on_host=True)}
+
+    def packed(self, page_A: Tensor) -> Tensor:
+        """What is packed of some pages of the pool (on the host): uint8 `[A, page_bytes]`, a copy.
+
+        Raises TierError.
+        """
+        return self.shelf.read(self.paging.pages(REF)[page_A])
+
+    def put(
+        self, row_A: Tensor, place_A: Tensor, page_AX: Tensor, columns: Mapping[str, Tensor]
+    ) -> None:
+        """Writes whole pages at some places of rows: what is packed, and `[A, S]` per column.
+
+        Spans that are complete with them stay on the device as far as there is room. Raises
+        TierError.
+        """
+        with self.shelf.tiers.lock:
+            id_A = self.shelf.directory.enter(len(row_A))
+            self.fields.put_pages(row_A, place_A, {**columns, REF: id_A})
+            position_AS = columns.get(POSITION) if POSITION in self.paging.columns else None
+            self._settle(row_A, place_A, id_A, page_AX, position_AS)
+
+    def _settle(
+        self,
+        row_A: Tensor,
+        place_A: Tensor,
+        id_A: Tensor,
+        page_AX: Tensor,
+        position_AS: Tensor | None,
+    ) -> None:
+        """Puts new pages into tiers: those of open spans on the device, whatever goes for it."""
+        whole = list(self.whole(row_A, place_A, host.full((len(row_A),), 1, torch.bool)))
+        open_A = host.full((len(row_A),), 1, torch.bool)
+        for group in whole:
+            open_A[group.entry_NP] = False
+        device = page_AX.device
+        span_A = (place_A // self.span).where(open_A, -1)
+        for span in torch.unique(span_A[open_A]).tolist():  # one that is complete then makes room
+            entry_A = (span_A == span).nonzero().flatten()
+            self.shelf.put(id_A[entry_A], page_AX[entry_A.to(device)], self)
+        for group in whole:
+            flat_A = group.entry_NP.flatten()
+            pages_AX = page_AX[flat_A.to(device)]
+            if not self.shelf.tiers.fits(len(flat_A) * self.layout.page_bytes, self.shelf.arena):
+                position = None if position_AS is None else position_AS[flat_A.to(device)]
+                self._seal(group, id_A[group.entry_NP], pages_AX, position)
+            else:
+                self.shelf.put(id_A[flat_A], pages_AX, self)
+
+    def whole(self, row_A: Tensor, place_A: Tensor, usable_A: Tensor) -> Iterator[Whole]:
+        """The spans of which all pages are in a list, by span and sequence; of as many heads."""
+        span_A = place_A // self.span
+        key_A = (span_A * len(self.counts) + row_A).where(usable_A, -1)
+        order_A = (key_A * self.span + place_A % self.span).argsort(stable=True)
+        keys, counts = torch.unique_consecutive(key_A[order_A], return_counts=True)
+        first = counts.cumsum(0) - counts
+        complete = (counts == self.span) & (keys >= 0)
+        entry_NP = order_A[first[complete][:, None] + host.arange(self.span)]
+        row_N, span_N = keys[complete] % len(self.counts), keys[complete] // len(self.counts)
+        heads = self.paging.table.heads
+        group_N = span_N * self.paging.table.sequences + row_N // heads
+        start = 0
+        for size in torch.unique_consecutive(group_N, return_counts=True)[1].tolist():
+            mine = slice(start, start + size)
+            own = tuple((row_N[mine] % heads).tolist())
+            yield Whole(int(row_N[start]) // heads, own, int(span_N[start]), entry_NP[mine])
+            start += size
+
+    def _seal(
+        self, group: Whole, id_NP: Tensor, page_AX: Tensor, position_AS: Tensor | None
+    ) -> None:
+        """Makes a record of a span. Raises TierError."""
+        first = group.span * self.span * self.layout.slots
+        slice_NX, known = slices_of(len(id_NP), page_AX, position_AS)
+        first = first if position_AS is None else known
+        slots = id_NP.shape[1] * self.layout.slots
+        owner = Owner(*self.name, group.sequence, group.heads, first, slots)
+        self.shelf.put_below(id_NP, slice_NX, owner)
+
+    # As tiers ask
+
+    def ids_in_use(self) -> Tensor:
+        """The numbers of the pages on the shelf: int64, on the host; some may stand twice."""
+        return ids_of(self.paging)
+
+    def spill(self, least: int) -> None:
+        """Sends whole spans to a lower tier, the last ones first. Raises TierError.
+
+        Where rows were compacted, pages of one span may be in several tiers: what is left of such
+        spans on the device goes last, page by page.
+        """
+        row_A, place_A = used_pages(self.paging.table).nonzero().unbind(1)
+        page_A = self.paging.table.pages_RW[row_A, place_A].long()
+        id_A = self.paging.pages(REF)[page_A]
+        here_A = self.shelf.directory.at_P[id_A] != NOWHERE
+        groups = list(self.whole(row_A, place_A, here_A))
+        mixed = list(self.whole(row_A, place_A, torch.ones_like(here_A)))
+        for group in (*reversed(groups), *reversed(mixed)):
+            if least <= 0:
+                return
+            entry_A = group.entry_NP.flatten()
+            now_A = self.shelf.directory.at_P[id_A[entry_A]] != NOWHERE  # beams may share pages
+            if not bool(now_A.all()):
+                group, entry_A = _single(group, now_A), entry_A[now_A]
+            if len(entry_A):
+                at_A = self.shelf.directory.at_P[id_A[entry_A]].to(self.like.device)
+                positions = self._positions(page_A[entry_A])
+                self._seal(group, id_A[group.entry_NP], self.shelf.pages[at_A], positions)
+                self.shelf.leave(id_A[entry_A])
+                least -= len(entry_A) * self.layout.page_bytes
+
+    def _positions(self, page_A: Tensor) -> Tensor | None:
+        """The positions of pages, where they are kept."""
+        if POSITION not in self.paging.columns:
+            return None
+        return self.paging.pages(POSITION)[page_A.to(self.like.device)]
+
+    # Whole sequences, files and checks
+
+    def select_sequences(self, index: Sequence[int]) -> TieredPages:
+        """Rows whose sequence i holds what sequence `index[i]` holds, in the same pages."""
+        chosen = super().select_sequences(index)
+        assert isinstance(chosen, TieredPages), "it is a copy of this"
+        _join(chosen)
+        return chosen
+
+    def unshare(self) -> None:
+        """Gives every row pages of its own, also where several had the same bytes."""
+        super().unshare()
+        table, ref_P = self.paging.table, self.paging.pages(REF)
+        with self.shelf.tiers.lock:
+            row_A, place_A = used_pages(table).nonzero().unbind(1)
+            page_A = table.pages_RW[row_A, place_A].long()
+            again_A = torch.ones(len(page_A), dtype=torch.bool, device="cpu")
+            again_A[_first_of_each(ref_P[page_A])] = False
+            span_A = (place_A // self.span).where(again_A, -1)
+            for span in range(int(span_A.max()) + 1 if len(span_A) else 0):
+                mine = span_A == span
+                page_AX = self.shelf.read(ref_P[page_A[mine]])
+                id_A = ref_P[page_A[mine]] = self.shelf.directory.enter(len(page_AX))
+                position_AS = self._positions(page_A[mine])
+                self._settle(row_A[mine], place_A[mine], id_A, page_AX, position_AS)
+            table.set_pages(table.pages_RW.clone())  # what was planned for them holds no more
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the rows hold; of pages their numbers on the shelf. See session.py."""
+        return super().state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what a session has. Raises CacheError if that cannot be, TierError."""
+        load_pages(self, state)
+
+    def check_integrity(self) -> bool:
+        """True if every page is whole, known and somewhere. Raises CacheError otherwise."""
+        own, id_A = self.shelf.directory, self.ids_in_use()
+        if bool(((own.at_P[id_A] == NOWHERE) & (own.record_P[id_A] == NOWHERE)).any()):
+            raise CacheError("A page is in no tier.")
+        return super().check_integrity()
+
+
+def _single(group: Whole, chosen_A: Tensor) -> Whole:
+    """Some pages of a span, each as a slice of its own."""
+    head_A = host.tensor(group.heads).repeat_interleave(group.entry_NP.shape[1])
+    entry_NP = group.entry_NP.flatten()[chosen_A, None]
+    return Whole(group.sequence, tuple(head_A[chosen_A].tolist()), group.span, entry_NP)
+
+
+def _join(rows: TieredPages) -> None:
+    """Makes what follows from the pages of rows, and tells the tiers of them."""
+    rows.memory = TieredMemory(rows.fields, rows.shelf)
+    rows.shelf.tiers.tenants.add(rows)
+
+
+def _first_of_each(value_A: Tensor) -> Tensor:
+    """Where each value stands first, by ascending values."""
+    order_A = value_A.argsort(stable=True)
+    counts = torch.unique_consecutive(value_A[order_A], return_counts=True)[1]
+    return order_A[counts.cumsum(0) - counts]
