@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from kvpress.bench.common.storages import storage_bytes
 from transformers import DynamicCache, QuantizedCache
 
 import kvpress
@@ -42,6 +45,7 @@ class Candidate:
     model: Any
     new_cache: Callable[..., Any]
     cache_name: str
+    tiers: Any = None  # of its engine, where pages may be elsewhere than on the device
 
     def forward(self, ids_BQ: torch.Tensor, cache: Any, keep: int = 1) -> torch.Tensor:
         """The logits `[B, keep, V]` after the last of some new tokens, which the cache takes."""
@@ -49,18 +53,22 @@ class Candidate:
         logits: torch.Tensor = out.logits
         return logits
 
-    def read(self, ids_1Q: torch.Tensor, batch: int) -> Any:
-        """A cache of a prompt that is repeated over the batch, each with storages of its own."""
+    def read(self, ids_bQ: torch.Tensor, copies: int) -> Any:
+        """A cache of prompts that are repeated so often, each with storages of its own."""
         cache = self.new_cache()
         if isinstance(cache, QuantizedCache):  # asked to repeat itself, it does nothing
-            self.forward(ids_1Q.repeat(batch, 1), cache)
+            self.forward(ids_bQ.repeat(copies, 1), cache)
             return cache
-        self.forward(ids_1Q, cache)
-        if batch > 1:
-            cache.batch_repeat_interleave(batch)
-        if isinstance(cache, EngineCache):
+        self.forward(ids_bQ, cache)
+        if copies > 1:
+            cache.batch_repeat_interleave(copies)
+        if isinstance(cache, EngineCache) and copies > 1:
             cache.unshare()  # as different prompts would be
         return cache
+
+    def bytes_held(self, cache: Any) -> int:
+        """Bytes of storages; with tiers what the ledger says, whose arenas are mostly room."""
+        return storage_bytes(cache) if self.tiers is None else cache.report().bytes_held
 
     def generate(self, ids_BQ: torch.Tensor, cache: Any, new_tokens: int) -> torch.Tensor:
         """Prompts and exactly so many new tokens, greedily: `[B, Q + new_tokens]`."""
@@ -81,21 +89,34 @@ def candidate(
     name: str | Recipe,
     cache_dtype: torch.dtype | None = None,
     new_tokens: int | None = None,
+    caps: Mapping[str, Any] | None = None,
 ) -> Candidate:
     """A cache of transformers by its name in `CACHES`, or the engine with the policy `name`.
 
     It is on a copy of the model that shares the weights and has its own config, which attaching
-    changes. new_tokens: what schedules of a policy should expect. Raises what `kvpress.attach`
-    raises.
+    changes. new_tokens: what schedules of a policy should expect. caps: of the engine's tiers, on
+    disk in a folder of its own. Raises what `kvpress.attach` raises.
     """
     copied = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     if isinstance(name, str) and name in CACHES:
         copied.set_attn_implementation("sdpa")
         return Candidate(copied, partial(CACHES[name], copied.config), cache_name(copied))
-    engine = kvpress.attach(copied, name, cache_dtype=cache_dtype)
-    return Candidate(
-        copied, partial(engine.new_cache, max_new_tokens=new_tokens), cache_name(copied)
-    )
+    with _folder_of_its_own(caps or {}) as given:
+        engine = kvpress.attach(copied, name, cache_dtype=cache_dtype, **given)
+    new_cache = partial(engine.new_cache, max_new_tokens=new_tokens)
+    return Candidate(copied, new_cache, cache_name(copied), engine.spec.tiers)
+
+
+@contextmanager
+def _folder_of_its_own(caps: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Caps whose folder is a new one in the folder given: engines cannot share one."""
+    given = dict(caps)
+    if not given.get("disk"):
+        yield given
+        return
+    size, _, folder = given["disk"].partition(":")
+    with tempfile.TemporaryDirectory(dir=folder, prefix="kvpress-") as own:
+        yield given | {"disk": f"{size}:{own}"}
 
 
 def refuse_unknown(name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +25,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing els
 
 def _of_model(*names: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=_PANEL, **more)
+
+
+DeviceMap = Annotated[
+    str | None,
+    _of_model(
+        help="Instead of --device: auto, balanced, …, or JSON of modules to devices.",
+        show_default="one device",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,23 +66,78 @@ class HubOptions:
 
     @property
     def source(self) -> Source:
-        """Where the model comes from."""
-        given = asdict(self)
-        del given["threads"]
-        return Source(given.pop("model"), **given)
+        """Where the model comes from. Raises BadParameter where --device has a cap."""
+        place, cap = split_device(self.device)
+        if cap is not None:
+            raise typer.BadParameter(
+                f"--device {self.device}: this command keeps its caches on one device, without a"
+                " cap. Give cpu or cuda."
+            )
+        return self.source_at(place)
+
+    def source_at(self, device: str | None) -> Source:
+        """The same, onto a device."""
+        given = {field.name: getattr(self, field.name) for field in fields(Source)[1:]}
+        return Source(self.model, **{**given, "device": device})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(HubOptions):
     """The same, and over which devices it is spread."""
 
-    device_map: Annotated[
+    device_map: DeviceMap = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TieredOptions(HubOptions):
+    """The same, how many bytes keys and values may take there, and where the others go."""
+
+    device_map: DeviceMap = None
+
+    device: Annotated[
         str | None,
         _of_model(
-            help="Instead of --device: auto, balanced, …, or JSON of modules to devices.",
-            show_default="one device",
+            help="cpu, cuda, …: weights are loaded onto it. A size is the most that keys and"
+            " values take there, what is more goes to --host and --disk: 512MiB, or both:"
+            " cpu,512MiB.",
+            show_default=GPU,
         ),
     ] = None
+    host: Annotated[
+        str | None,
+        _of_model(
+            help="The most bytes of the host's memory that keys and values take: 2GiB.",
+            show_default="none",
+        ),
+    ] = None
+    disk: Annotated[
+        str | None,
+        _of_model(
+            help="The most bytes that they take on disk, and the folder: 20GiB:folder.",
+            show_default="none",
+        ),
+    ] = None
+
+    @property
+    def source(self) -> Source:
+        """Where the model comes from."""
+        return self.source_at(split_device(self.device)[0])
+
+    @property
+    def caps(self) -> dict[str, Any]:
+        """What `attach` takes; nothing without caps. Raises TierError for what it would refuse."""
+        from kvpress.store.tiers.caps import Caps
+        from kvpress.store.tiers.folder import check_folder
+
+        caps = Caps.parse(**self.given_caps)
+        if caps is not None and caps.disk is not None:
+            check_folder(caps.disk.folder)
+        return {} if caps is None else self.given_caps
+
+    @property
+    def given_caps(self) -> dict[str, str | None]:
+        """The same as it was given, unchecked."""
+        return {"device": split_device(self.device)[1], "host": self.host, "disk": self.disk}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +163,19 @@ class PromptOptions:
             return Text(GIVEN, self.prompt)
         path = self.prompt_file or batch_file
         return None if path is None else read_text(path)
+
+
+def split_device(given: str | None) -> tuple[str | None, str | None]:
+    """Where weights are and how many bytes pages may take there, of `cpu`, `512MiB`, `cpu,512MiB`.
+
+    None for what is not said.
+    """
+    if given is None:
+        return None, None
+    place, comma, cap = (part.strip() for part in given.partition(","))
+    if not comma and place[:1].isdigit():
+        return None, place
+    return place or None, cap if comma else None
 
 
 def use_threads(threads: int | None) -> None:

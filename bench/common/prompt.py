@@ -38,6 +38,28 @@ def as_chat(tokenizer: Any, text: str) -> str:
     return chat
 
 
+_ANSWER = "An answer."
+
+
+def as_turn(tokenizer: Any, text: str) -> tuple[str, str]:
+    """What ends an answer in the tokenizer's chat template, and the text as the next user message.
+
+    Raises PromptError for a template that writes earlier messages otherwise once there are more.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return "", text
+    before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+    messages = [*before, {"role": "user", "content": text}]
+    known: str = tokenizer.apply_chat_template(before, tokenize=False)
+    whole: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if not whole.startswith(known) or _ANSWER not in known:
+        raise PromptError(
+            "The chat template of this tokenizer writes earlier messages otherwise once there are"
+            " more: a chat cannot go on from what was read. Give --no-chat, and write turns so."
+        )
+    return known[known.rindex(_ANSWER) + len(_ANSWER) :], whole[len(known) :]
+
+
 def check_positions(model: Any, tokens: int, new_tokens: int) -> None:
     """Raises PromptError where a prompt and new tokens exceed the model's positions."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 
-from kvpress.bench.docs import fewer, pictures, positions, quality, reference, speed, stages
+from kvpress.bench.docs import fewer, pictures, positions, quality, reference, speed, stages, tiers
 from kvpress.bench.docs.marks import fill, update
 from kvpress.bench.docs.tables import ROOT
 
@@ -16,6 +16,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     **fewer.PARTS,
     **speed.PARTS,
     **positions.PARTS,
+    **tiers.PARTS,
 }
 PICTURES = ROOT / "docs" / "pictures"
 

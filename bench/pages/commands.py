@@ -72,10 +72,14 @@ def _is_of_benchmarks(path: Path) -> bool:
 
 def _report(path: Path) -> Any:
     from kvpress.bench.sparse import report as sparse
+    from kvpress.bench.tiers import report as tiers
 
     record = sparse.read(path)
     if record is not None:
         return sparse.report(record)
+    found = tiers.read(path)
+    if found is not None:
+        return tiers.report(found)
     if _is_of_benchmarks(path):
         from kvpress.bench.common.journal import read
         from kvpress.bench.speed import report as speed

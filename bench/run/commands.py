@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from kvpress.bench.common.command import command
-from kvpress.bench.common.options import AsJson, ModelOptions, PromptOptions, use_threads
+from kvpress.bench.common.options import AsJson, PromptOptions, TieredOptions, use_threads
 from rich.console import Console
 
 from kvpress.report.tables import Fitted
@@ -20,6 +20,7 @@ from kvpress.report.tables import Fitted
 if TYPE_CHECKING:
     from kvpress.bench.common.text import Text
     from kvpress.bench.run.job import Result
+    from kvpress.bench.run.session import Session
 
 console = Console()
 POLICIES = ["full"]
@@ -48,7 +49,7 @@ class DecodingOptions:
 def run(
     asking: PromptOptions,
     decoding: DecodingOptions,
-    loading: ModelOptions,
+    loading: TieredOptions,
     policy: Annotated[
         list[str], typer.Option(help="name:key=value,… ; repeat to compare.")
     ] = POLICIES,
@@ -65,12 +66,17 @@ def run(
             help="Question at the end of the default prompt.", show_default="about assert"
         ),
     ] = None,
+    session: Annotated[
+        Path | None,
+        typer.Option(help="Saves the chat here, and goes on with it.", show_default="none"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Generate with one or more policies and compare bytes, slots and speed.
 
     Without a prompt, about 4,000 tokens of Python's language reference are used, with a question at
-    the end.
+    the end. With --session the next run with the same file and another --prompt goes on with the
+    chat: only the new turn is read.
     """
     from kvpress.bench.common.candidates import warm_up
     from kvpress.bench.common.loading import quiet
@@ -78,15 +84,17 @@ def run(
     from kvpress.policy.loading import parse
 
     for recipe in policy:
-        parse(recipe)  # refuse a wrong policy before a model is loaded
-    text = asking.given(batch_file)
+        parse(recipe)  # refuse a wrong policy, or wrong caps, before a model is loaded
+    caps, text = loading.caps, asking.given(batch_file)
+    talk = _session(session, asking, policy, text, batch_file)
     use_threads(loading.threads)
     with quiet() if as_json else console.status(f"Loading {loading.model} …"):
         loaded, tokenizer = loading.source.load()
-    by_line, chat = batch_file is not None, asking.chat
+    by_line, chat = batch_file is not None, asking.chat and talk is None
     named, prompts = _prompts(text, by_line, tokenizer, chat, prompt_tokens, question)
     warm_up(loaded)
-    job = partial(_one, loaded, tokenizer, prompts, decoding=decoding, hidden=as_json)
+    job = partial(_one, loaded, tokenizer, prompts, talk, decoding=decoding, caps=caps)
+    job = partial(job, hidden=as_json)
     _show([replace(job(recipe), text=named.to_dict()) for recipe in policy], as_json)
 
 
@@ -94,9 +102,11 @@ def _one(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
+    talk: Session | None,
     recipe: str,
     *,
     decoding: DecodingOptions,
+    caps: dict[str, Any],
     hidden: bool,
 ) -> Result:
     """Runs one policy, and shows its text where nothing is hidden."""
@@ -113,6 +123,8 @@ def _one(
             max_new_tokens=decoding.max_new_tokens,
             page_size=decoding.page_size,
             on_text=shown.on_text,
+            caps=caps,
+            session=talk,
             **decoding.generation,
         )
     if not hidden:
@@ -128,8 +140,34 @@ def _show(results: Sequence[Result], as_json: bool) -> None:
         sys.stdout.write(json.dumps([result.to_dict() for result in results], indent=2) + "\n")
         return
     console.print(Fitted(table(results)))
+    for result in results:
+        if result.resumed_tokens is not None:
+            console.print(f"{result.resumed_tokens:,} tokens of the session were not read again.")
     for note in dict.fromkeys(f"{r.policy}: {note}" for r in results for note in r.report.notes):
         console.print(f"Note: {note}", highlight=False, markup=False)
+
+
+def _session(
+    path: Path | None,
+    asking: PromptOptions,
+    policies: Sequence[str],
+    text: Text | None,
+    batch_file: Path | None,
+) -> Session | None:
+    """The chat of a file. Raises BadParameter for what is no single chat."""
+    from kvpress.bench.run.session import Session
+
+    if path is None:
+        return None
+    if len(policies) > 1 or batch_file is not None:
+        raise typer.BadParameter(
+            f"--session {path} is one chat: give one --policy, and no --batch-file."
+        )
+    if text is None:
+        raise typer.BadParameter(
+            f"--session {path}: give its next turn as --prompt or --prompt-file."
+        )
+    return Session(path, asking.chat)
 
 
 def _prompts(

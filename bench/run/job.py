@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from kvpress.bench.common.prompt import PromptError, check_positions
+from kvpress.bench.run.session import Session
 from rich.table import Table
 from rich.text import Text
+from transformers import BatchEncoding
 
 import kvpress
 from kvpress.report import Report
@@ -33,6 +36,7 @@ class Result:
     first_token_seconds: float
     tokens_per_second: float | None  # over all sequences, after the first token; None for one token
     report: Report
+    resumed_tokens: int | None = None  # of a session, which were not read again
     text: dict[str, str] | None = None  # that prompts were made of: its name and hash
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,12 +87,15 @@ def run(
     max_new_tokens: int = 64,
     page_size: int = 16,
     on_text: Callable[[str], None] | None = None,
+    caps: Mapping[str, Any] | None = None,
+    session: Session | None = None,
     **generation: Any,
 ) -> Result:
     """Generates from the prompts, one left-padded batch, with a policy.
 
     Raises PromptError and the engine's errors. on_text is called with pieces of the first
-    text as they come; generation goes to `model.generate`.
+    text as they come; caps of tiers go to `attach`, generation goes to `model.generate`. session:
+    goes on from what it holds, with one prompt that is no chat yet, and is saved afterwards.
     """
     if not prompts or not all(prompts):
         raise PromptError(
@@ -96,13 +103,21 @@ def run(
         )
     if max_new_tokens < 1:
         raise PromptError(f"max_new_tokens={max_new_tokens} must be at least 1.")
-    inputs = _tokenize(tokenizer, prompts).to(model.device)
-    width = inputs["input_ids"].shape[1]
-    check_positions(model, width, max_new_tokens)
     watch = Stopwatch(tokenizer, on_text)
-    with kvpress.attach(model, policy, page_size=page_size) as engine, torch.inference_mode():
-        start = time.perf_counter()
-        out = engine.generate(**inputs, max_new_tokens=max_new_tokens, streamer=watch, **generation)
+    with (
+        kvpress.attach(model, policy, page_size=page_size, **(caps or {})) as engine,
+        closing(engine.spec.tiers) if engine.spec.tiers else nullcontext(),
+        torch.inference_mode(),
+    ):
+        start, cache = time.perf_counter(), session.resume(engine) if session else None
+        resumed = None if cache is None else cache.get_seq_length()
+        inputs = _inputs(tokenizer, prompts, session, cache).to(model.device)
+        width = inputs["input_ids"].shape[1]
+        check_positions(model, width, max_new_tokens)
+        given = {"max_new_tokens": max_new_tokens, "streamer": watch, **generation}
+        out = engine.generate(**inputs, cache=cache, **given)
+        if session is not None:
+            session.save(engine, engine.cache, out)
         report = engine.report()
     decoded = len(watch.times) - 1
     seconds = watch.times[-1] - watch.times[0]
@@ -114,6 +129,7 @@ def run(
         first_token_seconds=watch.times[0] - start,
         tokens_per_second=decoded * len(prompts) / seconds if decoded else None,
         report=report,
+        resumed_tokens=resumed,
     )
 
 
@@ -140,6 +156,14 @@ def table(results: Sequence[Result]) -> Table:
             "–" if speed is None else f"{speed:.2f}",
         )
     return made
+
+
+def _inputs(tokenizer: Any, prompts: Sequence[str], session: Session | None, cache: Any) -> Any:
+    """What `generate` takes: the prompts, or all that a session has seen and the next turn."""
+    if session is None:
+        return _tokenize(tokenizer, prompts)
+    ids = session.ids(tokenizer, prompts[0], cache)
+    return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
 def _tokenize(tokenizer: Any, prompts: Sequence[str]) -> Any:

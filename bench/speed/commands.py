@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from kvpress.bench.common.command import command
 from kvpress.bench.common.models import DTYPES
-from kvpress.bench.common.options import HubOptions, ModelOptions, chosen_device, use_threads
+from kvpress.bench.common.options import (
+    HubOptions,
+    ModelOptions,
+    TieredOptions,
+    chosen_device,
+    use_threads,
+)
 from kvpress.bench.speed import options
 from rich.console import Console
 
@@ -29,7 +35,7 @@ ALONE, TOGETHER = [1], [4]
 @command("kvpress bench decode --tokens 2000 --policy full --policy snapkv:budget=0.2")
 def decode(
     grid: options.GridOptions,
-    loading: ModelOptions,
+    loading: TieredOptions,
     policy: options.Policies = POLICIES,
     tokens: options.Lengths = LONG,
     batch: options.Batches = ALONE,
@@ -66,7 +72,7 @@ def prefill(
 @command("kvpress bench throughput --batch 8 --new-tokens 32")
 def throughput(
     grid: options.GridOptions,
-    loading: ModelOptions,
+    loading: TieredOptions,
     policy: options.Policies = POLICIES,
     tokens: options.Lengths = SHORT,
     batch: options.Batches = TOGETHER,
@@ -128,6 +134,7 @@ def make_setting(loading: HubOptions, cache_dtype: str | None, rounds: int, warm
         allowed = ", ".join(DTYPES)
         raise typer.BadParameter(f"--cache-dtype {cache_dtype}: allowed: {allowed}.")
     use_threads(loading.threads)
+    caps = loading.caps if isinstance(loading, TieredOptions) else None
     source = loading.source
     device = chosen_device(source.device).type
     if source.device_map is None:
@@ -143,6 +150,7 @@ def make_setting(loading: HubOptions, cache_dtype: str | None, rounds: int, warm
         threads=torch.get_num_threads(),
         rounds=rounds,
         warmup=warmup,
+        caps=caps or None,
     )
 
 

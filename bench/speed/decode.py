@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from kvpress.bench.common.candidates import BASELINE, FULL, Candidate, candidate, weight_bytes
 from kvpress.bench.common.journal import Row
-from kvpress.bench.common.storages import storage_bytes
 from kvpress.bench.common.timing import Samples
 from kvpress.bench.speed.rounds import Measurement
 from kvpress.bench.speed.rows import Column, against, milliseconds, of_ideal, times
@@ -34,9 +33,13 @@ LEGEND = (
 def measurement(
     setting: Setting, model: Any, ids: torch.Tensor, batch: int, name: str
 ) -> Measurement:
-    """A candidate that decodes after `ids[:1]`, `batch` sequences together."""
+    """A candidate that decodes after `ids[:1]`, `batch` sequences together.
+
+    With tiers after different prompts: sequences that are alike would share their pages.
+    """
     new_tokens = setting.rounds + setting.warmup
-    return _Decode(candidate(model, name, setting.cache_dtype, new_tokens), ids[:1], batch)
+    made = candidate(model, name, setting.cache_dtype, new_tokens, setting.caps)
+    return _Decode(made, ids[:batch] if setting.caps else ids[:1], batch)
 
 
 class _Decode:
@@ -44,8 +47,9 @@ class _Decode:
 
     def __init__(self, candidate: Candidate, ids: torch.Tensor, batch: int) -> None:
         self._candidate, self._batch = candidate, batch
-        self._token = ids[:, -1:].repeat(batch, 1)
-        self._cache = candidate.read(ids, batch)
+        copies = batch // len(ids)
+        self._token = ids[:, -1:].repeat(copies, 1)
+        self._cache = candidate.read(ids, copies)
         self._ledger = [_ledger(self._cache)]
         self._warmup = 0
 
@@ -61,7 +65,7 @@ class _Decode:
         return {
             "tokens_per_second": self._batch / taken.median,
             "attention": Samples(spent).to_dict() if any(spent) else None,
-            "bytes_held": storage_bytes(self._cache),
+            "bytes_held": self._candidate.bytes_held(self._cache),
             "bytes_weights": weight_bytes(self._candidate.model),
         }
 

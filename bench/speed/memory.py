@@ -9,8 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from kvpress.bench.common.candidates import BASELINE, Candidate, candidate, warm_up
 from kvpress.bench.common.journal import Row
+from kvpress.bench.common.processes import in_a_process
 from kvpress.bench.common.prompt import prompts
 from kvpress.bench.common.storages import storage_bytes
 from kvpress.bench.speed.peak import Peak
@@ -33,8 +32,6 @@ LEGEND = (
     " at most, their prompts read one by one. context: tokens of this batch that can be read and"
     " decoded under it, at most."
 )
-# Blocks that are freed must go back to the system at once, or they would count as resident.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 _STEPS = 3  # decoded tokens of which the peak is taken
 _PRECISION = 16  # a context is found to within a sixteenth of it
 
@@ -45,26 +42,11 @@ def measure(
     """The rows of a cell, each from a process of its candidate."""
     rows = {}
     for number, name in enumerate(names):
-        rows[name] = _in_a_process({**setting.to_dict(), "candidate": name, **cell._asdict()})
+        rows[name] = in_a_process(
+            __name__, {**setting.to_dict(), "candidate": name, **cell._asdict()}
+        )
         on_round(number)
     return rows
-
-
-def _in_a_process(job: dict[str, Any]) -> Row:
-    done = subprocess.run(
-        [sys.executable, "-m", __name__],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        env={**os.environ, **_MALLOC},
-        check=False,
-    )
-    if done.returncode < 0:
-        return {"error": f"the process was killed by signal {-done.returncode}: out of memory?"}
-    if done.returncode > 0:
-        return {"error": done.stderr.strip().rpartition("\n")[2] or "the process failed"}
-    row: Row = json.loads(done.stdout.rpartition("\n")[2])
-    return row
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ class Setting:
 
     threads: CPU threads. cap: bytes, for the largest batch and context. quality: the tasks that
     rows also have, and the contexts of each. device_map, revision, trust_remote_code: those of the
-    `Source`. text: what prompts are parts of, by name and hash.
+    `Source`. caps: of tiers, as `attach` takes them. text: what prompts are parts of, by name and
+    hash.
     """
 
     model: str
@@ -32,6 +33,7 @@ class Setting:
     device_map: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    caps: dict[str, Any] | None = None
     text: dict[str, str] = field(default_factory=lambda: default_text().to_dict())
 
     @property
@@ -42,6 +44,8 @@ class Setting:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; of loading only what was asked for."""
         plain = asdict(self)
+        if not self.caps:
+            del plain["caps"]  # rows that were measured before there were any stay comparable
         for name in ("device_map", "revision", "trust_remote_code"):
             del plain[name]
         return {**plain, **self.source.load_options}

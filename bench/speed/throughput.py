@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from kvpress.bench.common.candidates import BASELINE, FULL, Candidate, candidate
 from kvpress.bench.common.journal import Row
-from kvpress.bench.common.storages import storage_bytes
 from kvpress.bench.common.timing import Samples
 from kvpress.bench.speed.rounds import Measurement
 from kvpress.bench.speed.rows import Column, against, times
@@ -24,7 +23,7 @@ def measurement(
     setting: Setting, model: Any, ids: torch.Tensor, batch: int, name: str
 ) -> Measurement:
     """A candidate that generates from the prompts `ids`, `[B, Q]`."""
-    made = candidate(model, name, setting.cache_dtype, setting.new_tokens)
+    made = candidate(model, name, setting.cache_dtype, setting.new_tokens, setting.caps)
     return _Generate(made, ids[:batch], setting.new_tokens)
 
 
@@ -41,7 +40,7 @@ class _Generate:
         return self._candidate.generate(self._ids, self._cache, self._new_tokens)
 
     def settle(self, timed: bool) -> None:
-        self._bytes = storage_bytes(self._cache)
+        self._bytes = self._candidate.bytes_held(self._cache)
         self._cache = self._candidate.new_cache()  # see prefill: nothing is freed while timed
 
     def row(self, taken: Samples) -> Row:

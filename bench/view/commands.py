@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from kvpress.bench.common.command import command
-from kvpress.bench.common.options import AsJson, ModelOptions, PromptOptions, use_threads
+from kvpress.bench.common.options import AsJson, PromptOptions, TieredOptions, use_threads
 from kvpress.bench.common.output import check_writable, write
 from rich.console import Console
 
@@ -41,20 +41,31 @@ class PageOptions:
         ),
     ] = None
     layer: Annotated[int, typer.Option(help="The layer of --map.", min=0)] = 0
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead: a .json for chrome://tracing of a decode step whose pages are in tiers.",
+            show_default="none",
+        ),
+    ] = None
 
     def check(self) -> None:
         """Raises ViewError, BadParameter or PlotError for what cannot be written."""
-        if self.map_file is None:
-            _check_out(self.out)
-        else:
+        if self.map_file is not None and self.trace is not None:
+            raise typer.BadParameter("give only one of --map, --trace")
+        if self.trace is not None:
+            _check_trace(self.trace)
+        elif self.map_file is not None:
             _check_map(self.map_file)
+        else:
+            _check_out(self.out)
 
 
 @command("kvpress view --policy snapkv:budget=0.2 --out view.html")
 def view(
     asking: PromptOptions,
     made: PageOptions,
-    loading: ModelOptions,
+    loading: TieredOptions,
     policy: Annotated[str, typer.Option(help="name:key=value,…")] = "snapkv:budget=0.2",
     prompt_tokens: Annotated[
         int, typer.Option(help="Length of the default prompt.", min=64)
@@ -66,7 +77,9 @@ def view(
     The budget of each head is printed besides. The answer is decoded greedily. Without a prompt,
     about 1,000 tokens of Python's language reference are used, with a question at the end. With
     --map: which blocks of the prompt's attention a sparse policy computes in one layer, per query
-    head.
+    head. With --trace: what each thread does in one decode step when not all pages are on the
+    device; without --device, --host and --disk a quarter of the cache is there and a third on the
+    host. These also take shares of the cache, as in --device 0.3.
     """
     from kvpress.bench.common.report import table
     from kvpress.bench.view.heads import sheet
@@ -75,8 +88,9 @@ def view(
 
     from kvpress.policy.loading import parse
 
-    parse(policy)  # refuse a wrong policy, file or prompt before a model is loaded
+    parse(policy)  # refuse a wrong policy, file, prompt or cap before a model is loaded
     made.check()
+    caps = _caps(loading, made)
     text = asking.given()
     use_threads(loading.threads)
     with errors.status(f"Loading {loading.model} …"):
@@ -86,13 +100,48 @@ def view(
         if made.map_file is not None:
             _draw_map(loaded, tokenizer, whole, policy, made.layer, made.map_file)
             return
-        name = loading.model
-        kept = look(loaded, tokenizer, whole, policy, name=name, max_new_tokens=max_new_tokens)
+        if made.trace is not None:
+            _trace(loaded, tokenizer, whole, policy, caps, made.trace)
+            return
+        options: dict[str, Any] = {
+            "name": loading.model,
+            "max_new_tokens": max_new_tokens,
+            "caps": caps,
+        }
+        kept = look(loaded, tokenizer, whole, policy, **options)
     if made.as_json:
         sys.stdout.write(json.dumps(kept.to_dict()) + "\n")
     else:
         console.print(table(sheet(kept)))
         write(made.out, page(kept).encode())
+
+
+def _caps(loading: TieredOptions, made: PageOptions) -> dict[str, Any]:
+    """The caps of tiers, of a trace perhaps as shares. Raises BadParameter or TierError."""
+    if made.trace is None:
+        if loading.caps and made.map_file is not None:
+            raise typer.BadParameter("--map is of prompts, which need no tiers: give no caps")
+        return loading.caps
+    from kvpress.bench.common.caps import check
+
+    check(loading.given_caps)
+    return loading.given_caps
+
+
+def _trace(
+    model: Any, tokenizer: Any, prompt: str, policy: str, caps: dict[str, Any], path: Path
+) -> None:
+    from kvpress.bench.view.trace import write_trace
+
+    console.print(write_trace(model, tokenizer, prompt, policy, caps, path))
+    console.print(f"Wrote {path}: open it with chrome://tracing or ui.perfetto.dev.")
+
+
+def _check_trace(path: Path) -> None:
+    """Raises ViewError or BadParameter for a file that cannot be the trace."""
+    check_writable("--trace", path)
+    if path.suffix != ".json":
+        raise ViewError(f"--trace {path}: the name must end in .json.")
 
 
 def _check_out(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,14 +55,22 @@ class Kept:
 
 
 def look(
-    model: Any, tokenizer: Any, prompt: str, policy: str, *, name: str, max_new_tokens: int = 32
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    policy: str,
+    *,
+    name: str,
+    max_new_tokens: int = 32,
+    caps: Mapping[str, Any] | None = None,
 ) -> Kept:
     """What the policy kept after greedy decoding from the prompt.
 
-    name: of the model, as the page calls it. Raises PromptError and the engine's errors.
+    name: of the model, as the page calls it. caps: of tiers. Raises PromptError and the engine's
+    errors.
     """
     inputs = tokenize(model, tokenizer, prompt, max_new_tokens)
-    with kvpress.attach(model, policy) as engine, torch.inference_mode():
+    with kvpress.attach(model, policy, **(caps or {})) as engine, torch.inference_mode():
         out = engine.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
         cache, report = engine.cache, engine.report()
     ids = out[0].tolist()

@@ -1,0 +1,1 @@
+"""Tiers beside everything on the device, offloading and recomputing: `kvpress bench tiers`."""
