@@ -77,6 +77,15 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
+def record_of(path: Path) -> Row | None:
+    """The one object that a file holds, of a bench that writes one; None where it is not so."""
+    try:
+        record = json.loads(text_of(path))
+    except (OSError, EOFError, ValueError):
+        return None
+    return record if isinstance(record, dict) and "bench" in record else None
+
+
 def append(path: Path, row: Row) -> None:
     """Adds a line. Raises JournalError."""
     try:

@@ -71,15 +71,14 @@ def _is_of_benchmarks(path: Path) -> bool:
 
 
 def _report(path: Path) -> Any:
+    from kvpress.bench.common.journal import record_of
     from kvpress.bench.sparse import report as sparse
     from kvpress.bench.tiers import report as tiers
 
-    record = sparse.read(path)
-    if record is not None:
-        return sparse.report(record)
-    found = tiers.read(path)
-    if found is not None:
-        return tiers.report(found)
+    record = record_of(path) or {}
+    for made in (sparse, tiers):
+        if record.get("bench") == made.KIND:
+            return made.report(record)
     if _is_of_benchmarks(path):
         from kvpress.bench.common.journal import read
         from kvpress.bench.speed import report as speed
@@ -92,10 +91,11 @@ def _report(path: Path) -> Any:
 
 
 def _figure(path: Path, what: str) -> Any:
+    from kvpress.bench.common.journal import record_of
     from kvpress.bench.sparse import report as sparse
 
-    record = sparse.read(path)
-    if record is not None:
+    record = record_of(path) or {}
+    if record.get("bench") == sparse.KIND:
         return sparse.figure(sparse.rows_of(record))
     if _is_of_benchmarks(path):
         from kvpress.bench.common.journal import read

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from kvpress.bench.common.figures import add_legend, figure_of
-from kvpress.bench.common.journal import text_of
 from kvpress.bench.common.report import Report, Sheet, machine, settings_of
 from kvpress.bench.sparse.measure import Row, Total, total
 
@@ -26,15 +23,6 @@ LEGEND = (
     "estimate: its share of the exact time; density: blocks computed, of those that are causal;"
     " error: Σ|o − o'| / Σ|o|."
 )
-
-
-def read(path: Path) -> dict[str, Any] | None:
-    """The record in a file; None where it holds something else."""
-    try:
-        record = json.loads(text_of(path))
-    except (OSError, EOFError, ValueError):
-        return None
-    return record if isinstance(record, dict) and record.get("bench") == KIND else None
 
 
 def report(record: dict[str, Any]) -> Report:

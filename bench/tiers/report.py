@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from kvpress.bench.common.journal import Row, text_of
+from kvpress.bench.common.journal import Row
 from kvpress.bench.common.report import Report, Sheet, machine, settings_of
 from kvpress.bench.speed.rows import milliseconds, times
 from kvpress.bench.tiers.steps import CAPPED, UNTIERED
@@ -23,15 +21,6 @@ LEGEND = (
     " to those without tiers, and logits or outputs equal to the last bit to those of tiers with"
     " all on the device; error: Σ|o − o'| / Σ|o| against no tiers."
 )
-
-
-def read(path: Path) -> dict[str, Any] | None:
-    """The record in a file; None where it holds something else."""
-    try:
-        record = json.loads(text_of(path))
-    except (OSError, EOFError, ValueError):
-        return None
-    return record if isinstance(record, dict) and record.get("bench") == KIND else None
 
 
 def to_record(

@@ -163,7 +163,7 @@ def attend_chunks(
     if parts or not plan.joins:  # programs without slots leave these
         kept.fill_(-torch.inf)
         top.fill_(-torch.inf)
-    if parts and plan.joins:
+    if parts:  # channels that a part does not keep are left, and so is what no program reaches
         partials.total_RKM.zero_()
         partials.part_RKME.zero_()
     keeps = logits_BNQS is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -198,7 +197,7 @@ class EngineCache(Cache):
         facts = {**self.spec.facts(), "settings": settings}
         cache_file.save(path, self.states, self.ids, facts, self.spec.tiers)
 
-    def load(self, path: str | Path, devices: Mapping[int, torch.device], lazy: bool) -> None:
+    def load(self, path: str | Path, devices: cache_file.Devices, lazy: bool = False) -> None:
         """Becomes what another cache was when it was saved; see `engine.load_cache`.
 
         devices: where layers are. Raises CacheFileError, TierError; nothing changes then.

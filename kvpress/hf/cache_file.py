@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -27,6 +27,7 @@ from kvpress.store.tiers.data_file import DataFile, Source
 from kvpress.store.tiers.syscalls import Syscalls
 from kvpress.store.tiers.tiers import Tiers
 
+Devices: TypeAlias = Mapping[int, torch.device]  # where layers are; -1: the model as a whole
 FORMAT = 5  # of the file; another one is refused
 TIERS = "tiers"  # what else pages of tiers depend on
 
@@ -96,7 +97,7 @@ def load(
     path: str | Path,
     spec: CacheSpec,
     context: Context,
-    devices: Mapping[int, torch.device],
+    devices: Devices,
     lazy: bool = False,
 ) -> Restored:
     """What a file holds of a cache of this kind. context: of a new one; it stays as it is.

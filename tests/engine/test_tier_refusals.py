@@ -153,7 +153,7 @@ def test_more_than_all_tiers_hold(lower: bool, tmp_path: Path) -> None:
     with tiered.attached(model, "full", caps) as engine:
         cache, own = engine.new_cache(), engine.spec.tiers
         with pytest.raises(kvpress.TierError, match="Raise"):
-            tiered.feed(model, cache, helpers.prompt(1, 1000), [100] * 10)
+            tiered.feed(model, cache, helpers.prompt(1, 2000), [100] * 20)
         with pytest.raises(kvpress.CacheError, match="reset"):
             tiered.feed(model, cache, helpers.prompt(1, 1), [1])
         cache.reset()

@@ -86,6 +86,28 @@ def test_whatever_the_heads_and_the_dtype(recipe: str, shape: Any, tmp_path: Pat
         assert engine.below or recipe != "full"
 
 
+@pytest.mark.real_model
+@pytest.mark.parametrize("recipe", RECIPES[:4])
+def test_the_real_model_gives_the_same_logits(
+    recipe: str, demo: tuple[Any, Any], tmp_path: Path
+) -> None:
+    from kvpress.bench.common.prompt import reference_prompt
+
+    model, tokenizer = demo
+    ids = tokenizer(reference_prompt(tokenizer, 720), return_tensors="pt")["input_ids"][:, :700]
+    device, opened = tiered.least(model, recipe)
+    small = {"device": device, "host": opened, "disk": f"256MiB:{tmp_path}"}
+    runs = []
+    for caps in ({"device": "1GiB"}, {"device": device, "host": "512MiB"}, small):
+        with tiered.attached(model, recipe, caps) as engine:
+            cache = engine.new_cache(max_new_tokens=8)
+            found = tiered.feed(model, cache, ids, [300, 400])
+            runs.append(found + tiered.decode(model, cache, found[-1], 6))
+            tiered.check(engine, cache)
+            assert bool(tiered.below(cache)) == ("host" in caps)
+    assert all(same(given, runs[0]) for given in runs[1:])
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_full_gives_the_tokens_of_the_model_itself(style: str) -> None:
     model, ids = tiered.model(), helpers.prompt(2, TOKENS, seed=3)

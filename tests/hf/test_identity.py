@@ -174,15 +174,17 @@ def test_a_weight_in_the_place_of_one_that_is_gone_is_read() -> None:
     layer, identity = model.model.layers[0].mlp.up_proj, Identity(model)
     ones = torch.ones_like(layer.weight)
     addresses, digests = set(), set()
-    for row in range(1, 12):  # differs only between the elements that are always read
+    for row in range(1, 500):  # differs only between the elements that are always read
         new = ones.clone()
         new[row, 1:200] = row
         layer.weight.data = new
         del new
         addresses.add(layer.weight.data_ptr())
         digests.add(identity())
-    assert len(digests) == 11
-    assert len(addresses) < 11  # otherwise nothing was shown
+        if len(addresses) < row:
+            break
+    assert len(digests) == row
+    assert len(addresses) < row  # otherwise nothing was shown
 
 
 def test_tensors_of_inference_mode_have_no_counter_and_are_read_each_time(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def held(recent: list[int], old: int = 0, holes: int = 0, format: int = 0) -> He
 def test_the_worked_example() -> None:
     """A slot has 260 bytes; pages of 64 have 64 · 76 = 4,864, of 32 with their steps 2,560."""
     division = Division.of(PAIR, 32, COLUMNS, ordered=False)
-    assert division == (32, (64, 32), (38, 10))  # 38 · 260 is twice 4,864 and more
+    assert division == (32, (64, 32), (38, 10), (64, 32))  # 38 · 260 is twice 4,864 and more
     rows = held([20, 31, 200, 231, 1000, 4096])
     assert division.residual_of(rows).tolist() == [0, 0, 6, 7, 31, 32]
     assert division.room(rows).tolist() == [44, 33, 0, 0, 0, 0]

@@ -75,8 +75,8 @@ def attached(model: Any, recipe: str, caps: dict[str, Any]) -> Iterator[Engine]:
 
 def close(engine: Engine) -> None:
     tiers = engine.spec.tiers
-    if tiers is not None and tiers.vault is not None:
-        tiers.vault.close()
+    if tiers is not None:
+        tiers.close()
 
 
 def below(cache: Any) -> int:

@@ -3,7 +3,7 @@
 A store has a file of its own, which nobody else can open and which is gone when the process is,
 however it ends. The lock `kvpress.lock` is there so that two stores do not fill one folder unseen.
 It is removed when the store is closed; one that a dead process left is taken over. Stores of one
-process may share a folder: whoever made the second one knows of the first.
+process may share a folder, and with it the lock: whoever made the second one knows of the first.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,10 @@ LOCK = "kvpress.lock"
 _NO_ALLOCATION = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _ZEROS = 1 << 20  # bytes at a time
 _TMPFILE = getattr(os, "O_TMPFILE", 0)
+# Locks of this process: descriptor and stores, by process and path. A file is locked for one open of
+# it, so that stores of one process would refuse each other.
+_HELD: dict[tuple[int, str], tuple[int, int]] = {}
+_GUARD = threading.Lock()
 
 
 class DiskSpec(NamedTuple):
@@ -47,21 +52,29 @@ class DiskSpec(NamedTuple):
 
 
 class FolderLock:
-    """The lock of a folder, held until `release`, if this process did not hold it before.
+    """The lock of a folder, held until the last store of this process releases it.
 
     Raises TierError where another process holds it.
     """
 
     def __init__(self, folder: Path, store: bytes, calls: Syscalls) -> None:
-        self._path, self._fd = folder / LOCK, -1
-        taken = False
-        while not taken:  # anew if the holder removed the file between opening and locking
-            taken = self._try(calls)
-        if self._fd >= 0:
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, f"{os.getpid()} {store.hex()}\n".encode(), 0)
+        self._path, self._held = folder / LOCK, True
+        self._key = (os.getpid(), os.path.realpath(self._path))
+        with _GUARD:
+            if self._key not in _HELD:
+                _HELD[self._key] = (self._take(store, calls), 0)
+            fd, users = _HELD[self._key]
+            _HELD[self._key] = (fd, users + 1)
 
-    def _try(self, calls: Syscalls) -> bool:
+    def _take(self, store: bytes, calls: Syscalls) -> int:
+        fd = -1
+        while fd < 0:  # anew if the holder removed the file between opening and locking
+            fd = self._try(calls)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()} {store.hex()}\n".encode(), 0)
+        return fd
+
+    def _try(self, calls: Syscalls) -> int:
         try:
             fd = calls.open(self._path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
@@ -69,13 +82,10 @@ class FolderLock:
         try:
             calls.lock(fd)
             if os.path.exists(self._path) and os.path.samestat(os.fstat(fd), os.stat(self._path)):
-                self._fd = fd
-                return True
+                return fd
         except BlockingIOError as error:
             pid, _, store = os.pread(fd, 100, 0).decode(errors="replace").strip().partition(" ")
             os.close(fd)
-            if pid == str(os.getpid()):
-                return True
             raise TierError(
                 f"The folder {self._path.parent} is used by process {pid or 'unknown'} (store"
                 f" {store or 'unknown'}). Give each process a folder of its own, or end the other."
@@ -84,15 +94,21 @@ class FolderLock:
             os.close(fd)
             raise _unusable(self._path.parent, error) from error
         os.close(fd)
-        return False
+        return -1
 
     def release(self) -> None:
-        """Removes the lock; a second call does nothing."""
-        if self._fd >= 0:
+        """Removes the lock if nobody else here has it; a second call does nothing."""
+        with _GUARD:
+            if not self._held:
+                return
+            self._held = False
+            fd, users = _HELD.pop(self._key)
+            if users > 1:
+                _HELD[self._key] = (fd, users - 1)
+                return
             with suppress(OSError):
                 self._path.unlink()
-            os.close(self._fd)
-            self._fd = -1
+            os.close(fd)
 
 
 def nameless_file(folder: Path, size: int, calls: Syscalls) -> int:

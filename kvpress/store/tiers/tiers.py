@@ -93,6 +93,7 @@ class Tiers:
 
     def close(self) -> None:
         """Frees host memory, file and folder now; what is there cannot be read any more."""
+        self.copies.shutdown()
         if self.vault is not None:
             self.vault.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -94,12 +95,15 @@ def test_a_name_that_is_no_path(tmp_path: Path) -> None:
             tiers.vault(tmp_path / name)
 
 
-def test_two_stores_of_one_process_cannot_share_a_folder(tmp_path: Path) -> None:
-    first = tiers.vault(tmp_path)
-    with pytest.raises(TierError, match=f"used by process {os.getpid()}"):
-        tiers.vault(tmp_path)
+def test_stores_of_one_process_share_the_lock_until_the_last_is_closed(tmp_path: Path) -> None:
+    first, second = tiers.vault(tmp_path), tiers.vault(tmp_path)
     first.close()
-    tiers.vault(tmp_path).close()
+    first.close()
+    assert tiers.left(tmp_path) == [LOCK]
+    with open(tmp_path / LOCK) as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as another process would
+    second.close()
+    assert tiers.left(tmp_path) == []
 
 
 def test_a_lock_that_is_removed_while_it_is_taken_is_taken_anew(tmp_path: Path) -> None:
@@ -111,8 +115,8 @@ def test_a_lock_that_is_removed_while_it_is_taken_is_taken_anew(tmp_path: Path) 
     calls = tiers.Faulty(lock=removed)
     store = tiers.vault(tmp_path, calls=calls)
     assert calls.counts["lock"] == 2
-    with pytest.raises(TierError, match="used by"):
-        tiers.vault(tmp_path)
+    with open(tmp_path / LOCK) as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     store.close()
 
 
