@@ -89,7 +89,7 @@ class PagedRows(Rows):
         Columns that are not given start at zero.
         """
         table, tokens = self.paging.table, columns[POSITION].shape[2]
-        if tokens == 1 and (sequences is None or len(sequences) == self.sequences):
+        if tokens == 1 and (sequences is None or list(sequences) == [*range(self.sequences)]):
             self._append_one(columns)
             return
         row_R = table.row_index(sequences)

@@ -47,6 +47,7 @@ class Plan:
             int((at_uHW[some_u] >= 0).sum())
             for some_u, at_uHW in zip(self._here, self.at, strict=True)
         )
+        self._mixed = any(units.mixed(at_uHW) for units, at_uHW in self._both())
         self.begun: Arriving | None = None  # of what is streamed first
         self._whole: Old | None = None
 
@@ -54,12 +55,12 @@ class Plan:
         return zip(self.every, self.at, strict=True)
 
     @property
-    def all_here(self) -> bool:
-        """Whether all pages are on the device."""
-        return not any(len(away_u) for away_u in self.away)
+    def is_one(self) -> bool:
+        """Whether one call can take everything: all pages are here, each dropped alike."""
+        return not self._mixed and not any(len(away_u) for away_u in self.away)
 
     def whole(self) -> Old:
-        """All old slots as operators take them, where all pages are on the device."""
+        """All old slots as operators take them, where one call can take them."""
         if self._whole is None or any(units.drops for units in self.every):
             tensors: list[Tensor] = []
             layouts: list[int] = []
@@ -75,7 +76,7 @@ class Plan:
         for number, (units, at_uHW) in enumerate(self._both()):
             some_u = self._here[number]
             if len(some_u):
-                yield self._call(number, units.some(some_u), at_uHW[some_u])
+                yield from self._calls(number, units.some(some_u), at_uHW[some_u])
 
     def streamed(self) -> Iterator[Call]:
         """Calls of what must be read, as much at once as finds room. Raises TierError."""
@@ -89,7 +90,7 @@ class Plan:
                 for batch, at_A in zip(batches, arrived, strict=True):
                     at_uHW = torch.full_like(batch.id_uHW, NOWHERE)
                     at_uHW[batch.held_uHW] = at_A
-                    yield self._call(number, batch, at_uHW)
+                    yield from self._calls(number, batch, at_uHW)
 
     def begin(self) -> None:
         """Starts to read what `streamed` needs first."""
@@ -104,6 +105,15 @@ class Plan:
         at_once = units.rows.shelf.at_once // units.id_uHW[0].numel()
         parts_u = torch.split(self.away[number], max(1, at_once))
         return [units.some(some_u) for some_u in parts_u]
+
+    def _calls(self, number: int, units: Units, at_uHW: Tensor) -> Iterator[Call]:
+        """One call, or where sequences share pages but not what they dropped, one for each."""
+        if not self._mixed or not units.mixed(at_uHW):
+            yield self._call(number, units, at_uHW)
+            return
+        for sequence in torch.unique(units.sequence_u).tolist():
+            some_u = _places(units.sequence_u == sequence)
+            yield self._call(number, units.some(some_u), at_uHW[some_u])
 
     def _call(self, number: int, units: Units, at_uHW: Tensor) -> Call:
         chunk_u = self.first[number] + units.unit_u * units.chunks

@@ -96,7 +96,7 @@ class Streamed:
         pages = self.aging.recent.paging.operands(sequences)
         parts = Parts(plan, query_bNQD, pages, logits, need_weights)
         self.tiers.uses.device += plan.pages_here
-        if plan.all_here:
+        if plan.is_one:
             parts.add_all()
         else:
             self.tiers.passed(self)

@@ -74,6 +74,18 @@ class Units(NamedTuple):
         at_uHW[held] = self.rows.shelf.directory.at_P[self.id_uHW[held]]
         return at_uHW
 
+    def mixed(self, at_uHW: Tensor) -> bool:
+        """Whether sequences share a page at a place of which they dropped different slots.
+
+        What operators take has one list of positions for each page.
+        """
+        held = self.held_uHW & (at_uHW >= 0)
+        if not self.drops or not bool(held.any()):
+            return False
+        at_A, page_A = at_uHW[held], self.page_uHW[held]
+        both_A = torch.unique(at_A * (int(page_A.max()) + 1) + page_A)
+        return len(both_A) > len(torch.unique(at_A))
+
     def some(self, index_u: Tensor) -> Units:
         """Some of these units."""
         heads = self.id_uHW.shape[1]

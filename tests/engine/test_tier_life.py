@@ -72,6 +72,19 @@ def beams(engine: Any) -> list[Tensor]:
     return found + goes_on(engine, cache, 8)
 
 
+def apart(engine: Any) -> list[Tensor]:
+    """Two sequences that share their pages read different tokens, and drop different slots."""
+    cache, found = begun(engine)
+    cache.batch_repeat_interleave(2)
+    kept = helpers.positions(cache)
+    for token in range(30):
+        ids = torch.tensor([[token], [90 - token]])
+        found += tiered.feed(engine.model, cache, ids, [1])
+    assert helpers.positions(cache) != kept != helpers.positions(cache, 1)
+    assert helpers.positions(cache) != helpers.positions(cache, 1)
+    return found + goes_on(engine, cache, 8)
+
+
 def again(engine: Any) -> list[Tensor]:
     """A cache that is emptied and used again."""
     cache, found = begun(engine)
@@ -105,6 +118,7 @@ SCRIPTS: dict[str, list[Callable[[Any], list[Tensor]]]] = {
     "full": [forks, copies, beams, again, mixed, two],
     "snapkv:budget=0.6": [forks, beams, two],
     "keyformer:budget=0.6+quant": [forks, copies, again],
+    "h2o:budget=0.6": [apart],
 }
 CASES = [(recipe, script) for recipe, scripts in SCRIPTS.items() for script in scripts]
 

@@ -24,7 +24,7 @@ from kvpress.errors import TierError
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.ops import Logits
 from kvpress.store import Column, FormattedRows, PagedRows, Survivors, tiered_rows
-from kvpress.store.tiered import span_pages
+from kvpress.store.tiered import SPAN, span_pages
 from kvpress.store.tiers.caps import Caps
 from kvpress.store.tiers.data_file import DataFile, Source
 from kvpress.store.tiers.directory import NOWHERE
@@ -118,7 +118,7 @@ class Tiered(RuleBasedStateMachine):
         tiered = (
             tiered_rows(r, *made_of, t, 3) for r, t in zip(recent[1:], self.tiers, strict=True)
         )
-        return [FormattedRows(recent[0], *made_of), *tiered]
+        return [FormattedRows(recent[0], *made_of, together=SPAN), *tiered]
 
     def feed(self, trio: Trio, tokens: int, ended: bool) -> None:
         """New tokens of every row; what has become old is then packed."""

@@ -29,7 +29,7 @@ class Shelf:
         self.directory = Directory()
         self.staging = arena.staging(page_bytes)
         self._arrivals = Arrivals(tiers, self.directory, page_bytes, beside)
-        self._position_PS: Tensor | None = None
+        self._positions: dict[int, Tensor] = {}  # by slots of a page: formats may have equal bytes
 
     @property
     def pages(self) -> Tensor:
@@ -39,15 +39,15 @@ class Shelf:
     @lasting
     def positions(self, slots: int) -> Tensor:
         """A number for each slot of each page of the pool: int32 `[P, S]`, to be written to."""
-        if self._position_PS is None:
-            shape = (len(self.pages), slots)
-            self._position_PS = torch.zeros(shape, dtype=torch.int32, device=self.arena.device)
-        return self._position_PS
+        if slots not in self._positions:
+            shape, device = (len(self.pages), slots), self.arena.device
+            self._positions[slots] = torch.zeros(shape, dtype=torch.int32, device=device)
+        return self._positions[slots]
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device besides the arena."""
-        return 0 if self._position_PS is None else self._position_PS.nbytes
+        return sum(position_PS.nbytes for position_PS in self._positions.values())
 
     def __deepcopy__(self, memo: object) -> Shelf:
         return self  # pages never change: a copy of rows has the same
