@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,30 @@ sys.path.insert(0, str(Path(__file__).parent / "tools"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--few",
-        action="store_true",
-        help="Of the cases of each test, those with other families of models aside, only the last.",
+        "--cases",
+        type=int,
+        metavar="N",
+        help="At most so many cases of each test, of each family of models; default: all of them.",
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What another Python or library breaks, it breaks in every case of a test, or in a family."""
-    if not config.getoption("--few"):
+    """Leaves cases that are evenly spread over all of a test, its last one among them."""
+    most = config.getoption("--cases")
+    if most is None:
         return
-    last = {_function_and_family(item): item for item in items}
-    chosen = {id(item) for item in last.values()}
+    alike: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        case = getattr(item, "callspec", None)
+        family = str(case.params.get("family", "")) if case else ""
+        alike[item.nodeid.partition("[")[0], family].append(item)
+    chosen = {
+        id(cases[(i + 1) * len(cases) // min(most, len(cases)) - 1])
+        for cases in alike.values()
+        for i in range(min(most, len(cases)))
+    }
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
     items[:] = [item for item in items if id(item) in chosen]
-
-
-def _function_and_family(item: pytest.Item) -> tuple[str, ...]:
-    case = getattr(item, "callspec", None)
-    family = case.params.get("family", "") if case else ""
-    return item.nodeid.partition("[")[0], str(family)
 
 
 @pytest.fixture(autouse=True)

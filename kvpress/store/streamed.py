@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from itertools import chain
+from itertools import chain, zip_longest
 from time import perf_counter
 from typing import Any
 
@@ -24,6 +24,7 @@ from kvpress.store.attending import Named
 from kvpress.store.base import KEY, POSITION, VALUE
 from kvpress.store.formatted import FormattedRows
 from kvpress.store.joint import JointMemory
+from kvpress.store.packed import PackedRows
 from kvpress.store.paged import PagedRows
 from kvpress.store.parts import Parts, Plan
 from kvpress.store.prompt_parts import prompt_parts
@@ -143,16 +144,18 @@ class Streamed:
         if self._known is not None and self._plan(None) is self._known[1]:
             self._known[1].begin()
 
-    @lasting
     def _plan(self, sequences: Sequence[int] | None) -> Plan:
         """What is attended to, made anew where pages came, went or moved."""
-        known: list[object] = []
-        for part in self._tiered:
-            known += [part.paging.table.pages_RW, part.counts, part.shelf.directory.version]
         if sequences is None and self._known is not None:
-            same = len(known) == len(self._known[0])
-            if same and all(_same(*x) for x in zip(known, self._known[0], strict=True)):
+            seen = iter(self._known[0])
+            known = (x for part in self.aging.parts for x in _state_of(part))
+            if all(a is b for a, b in zip_longest(known, seen)):
                 return self._known[1]
+        return self._planned(sequences)
+
+    @lasting
+    def _planned(self, sequences: Sequence[int] | None) -> Plan:
+        known = [x for part in self.aging.parts for x in _state_of(part)]
         recent = self.aging.recent
         batch = recent.sequences if sequences is None else len(sequences)
         every = [units_of(part, sequences) for part in self._tiered]
@@ -194,8 +197,11 @@ class StreamedMemory(JointMemory):
         return {tier: sum(x[tier] for x in found) for tier in TIERS}
 
 
-def _same(a: object, b: object) -> bool:
-    return a is b or (isinstance(a, int) and a == b)
+def _state_of(rows: PackedRows) -> tuple[object, ...]:
+    """What is another object when the pages of rows are others, or elsewhere."""
+    if not isinstance(rows, TieredPages):
+        return ()
+    return (rows.paging.table.pages_RW, rows.counts, rows.shelf.directory.version)
 
 
 def _part(tiers: Tiers, layer: int, unit: int, number: int, *made_of: Any) -> TieredPages:

@@ -25,12 +25,12 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import helpers, kvpress, torch
 from kvpress import ops
-model, ids = helpers.tiny(initializer_range=0.3), helpers.prompt(2, 72)
+model, ids = helpers.tiny(initializer_range=0.3, num_hidden_layers=2), helpers.prompt(2, 72)
 tokens = {"backend": ops.backends()["cpu"]}
 for recipe in sys.argv[2:]:
     with kvpress.attach(model, recipe) as engine:
-        cache = engine.new_cache(max_new_tokens=4)
-        tokens[recipe] = helpers.greedy(model, ids, torch.ones_like(ids), 4, cache).tolist()
+        cache = engine.new_cache(max_new_tokens=3)
+        tokens[recipe] = helpers.greedy(model, ids, torch.ones_like(ids), 3, cache).tolist()
         assert cache.check_integrity()
 print(json.dumps(tokens))
 """

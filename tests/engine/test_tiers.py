@@ -94,18 +94,20 @@ def test_the_real_model_gives_the_same_logits(
     from kvpress.bench.common.prompt import reference_prompt
 
     model, tokenizer = demo
-    ids = tokenizer(reference_prompt(tokenizer, 720), return_tensors="pt")["input_ids"][:, :700]
+    first, rest = (200, 500) if "keyformer" in recipe else (200, 250)  # what drops needs more
+    text = reference_prompt(tokenizer, first + rest + 20)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][:, : first + rest]
     device, opened = tiered.least(model, recipe)
     small = {"device": device, "host": opened, "disk": f"256MiB:{tmp_path}"}
     runs = []
-    for caps in ({"device": "1GiB"}, {"device": device, "host": "512MiB"}, small):
+    for caps in ({"device": "1GiB"}, small):
         with tiered.attached(model, recipe, caps) as engine:
             cache = engine.new_cache(max_new_tokens=8)
-            found = tiered.feed(model, cache, ids, [300, 400])
-            runs.append(found + tiered.decode(model, cache, found[-1], 6))
+            found = tiered.feed(model, cache, ids, [first, rest])
+            runs.append(found + tiered.decode(model, cache, found[-1], 4))
             tiered.check(engine, cache)
             assert bool(tiered.below(cache)) == ("host" in caps)
-    assert all(same(given, runs[0]) for given in runs[1:])
+    assert same(*runs)
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -50,6 +50,20 @@ def test_picked_slots_are_those_of_the_dense_form(make: type, slots: int) -> Non
         assert torch.equal(picked, store.dense(name, [1])[:, :, [slots - 1, 0]])
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("order", [[0, 1], [1, 0], [1]])
+@pytest.mark.parametrize("make", [plain, formatted])
+def test_tokens_go_to_the_sequences_that_are_named(
+    make: type, order: list[int], tokens: int
+) -> None:
+    store = make()
+    key, value = torch.randn(len(order), 1, tokens, 8), torch.randn(len(order), 1, tokens, 6)
+    position = torch.arange(tokens, dtype=torch.int32).expand(len(order), 1, tokens)
+    store.append({"position": position, "key": key, "value": value}, order)
+    assert torch.equal(store.dense("key", order), key)
+    assert torch.equal(store.dense("value", order), value)
+
+
 @pytest.mark.parametrize("on_host", [True, False])
 def test_operators_get_the_parts_of_some_sequences(on_host: bool) -> None:
     """Where operators are not on the host, they are told of no holes."""

@@ -19,6 +19,7 @@ from kvpress.errors import UnsupportedModelError
 from kvpress.hf.support import check_model
 
 VOCAB = 97
+_THERE = set(dir(transformers))  # once: each time takes half a second
 
 _COMMON = {
     "vocab_size": VOCAB,
@@ -121,7 +122,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "mpt": ("MptConfig", "MptForCausalLM", {"max_seq_len": 1024} | _ONE_TO_ONE),
 }
-FAMILIES = {name: given for name, given in FAMILIES.items() if given[1] in dir(transformers)}
+FAMILIES = {name: given for name, given in FAMILIES.items() if given[1] in _THERE}
 
 _MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
 _FEW_EXPERTS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
@@ -195,7 +196,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
-REFUSED = {name: given for name, given in REFUSED.items() if given[1] in dir(transformers)}
+REFUSED = {name: given for name, given in REFUSED.items() if given[1] in _THERE}
 
 
 def tiny(family: str = "llama", query_heads: int = 6, kv_heads: int = 2, **fields: Any) -> Any:

@@ -82,7 +82,7 @@ def measured(tokens: int, folder: Path) -> dict[str, Any]:
     held = engine.cache.states[0].store.memory.tier_bytes()
     before = timed.run("attend", lambda: filling.attend(engine.cache, query))
     timed.run("save", lambda: engine.cache.save(chat))
-    files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    pages = sum(path.stat().st_size for path in folder.glob("chat*.pages"))
     engine.detach()
     engine.spec.tiers.close()
     del engine
@@ -99,7 +99,8 @@ def measured(tokens: int, folder: Path) -> dict[str, Any]:
         "mib": {
             "keys and values": shape.whole // MIB,
             **{tier: size // MIB for tier, size in held.items()},
-            **{name: size // MIB for name, size in files.items()},
+            "manifest": chat.stat().st_size // MIB,
+            "its pages": pages // MIB,
             "read back": read // MIB,
         },
         "parts": timed.parts,

@@ -25,8 +25,8 @@ LOCK = "kvpress.lock"
 _NO_ALLOCATION = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _ZEROS = 1 << 20  # bytes at a time
 _TMPFILE = getattr(os, "O_TMPFILE", 0)
-# Locks of this process: descriptor and stores, by process and path. A file is locked for one open of
-# it, so that stores of one process would refuse each other.
+# Locks of this process: descriptor and stores, by process and path. A lock is of one opening of a
+# file, so that stores of one process would refuse each other.
 _HELD: dict[tuple[int, str], tuple[int, int]] = {}
 _GUARD = threading.Lock()
 
