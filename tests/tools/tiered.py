@@ -134,6 +134,14 @@ def used(tiers: Tiers) -> tuple[int, int, int]:
     return (device, vault.bytes_host, vault.bytes_disk) if vault else (device, 0, 0)
 
 
+def nothing_stays_in_flight(tiers: Tiers) -> bool:
+    """Whether what was read ahead, which nobody waits for, ends soon."""
+    until = time.monotonic() + 10
+    while tiers.vault is not None and tiers.vault.bytes_in_flight and time.monotonic() < until:
+        time.sleep(0.005)
+    return tiers.vault is None or tiers.vault.bytes_in_flight == 0
+
+
 def threads() -> set[str]:
     """Names of the threads of tiers that run now."""
     return {t.name for t in threading.enumerate() if t.name.startswith("kvpress-tier")}

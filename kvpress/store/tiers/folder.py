@@ -25,10 +25,7 @@ LOCK = "kvpress.lock"
 _NO_ALLOCATION = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _ZEROS = 1 << 20  # bytes at a time
 _TMPFILE = getattr(os, "O_TMPFILE", 0)
-# Locks of this process: descriptor and stores, by process and path. A lock is of one opening of a
-# file, so that stores of one process would refuse each other.
-_HELD: dict[tuple[int, str], tuple[int, int]] = {}
-_GUARD = threading.Lock()
+_GUARD = threading.RLock()  # a store may end, and release its lock, while another one takes its own
 
 
 class DiskSpec(NamedTuple):
@@ -51,6 +48,16 @@ class DiskSpec(NamedTuple):
         return cls(size_bytes, Path(folder.strip()).expanduser())
 
 
+class _Held:
+    """A lock of this process. A file is locked for one opening of it: its stores share that."""
+
+    def __init__(self) -> None:
+        self.fd, self.stores = -1, 0
+
+
+_HELD: dict[tuple[int, str], _Held] = {}  # by process and path
+
+
 class FolderLock:
     """The lock of a folder, held until the last store of this process releases it.
 
@@ -58,13 +65,18 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, store: bytes, calls: Syscalls) -> None:
-        self._path, self._held = folder / LOCK, True
+        self._path, self._released = folder / LOCK, False
         self._key = (os.getpid(), os.path.realpath(self._path))
         with _GUARD:
-            if self._key not in _HELD:
-                _HELD[self._key] = (self._take(store, calls), 0)
-            fd, users = _HELD[self._key]
-            _HELD[self._key] = (fd, users + 1)
+            self._held = _HELD.setdefault(self._key, _Held())
+            self._held.stores += 1  # from here on no other store is the last one
+            try:
+                if self._held.fd < 0:
+                    self._held.fd = self._take(store, calls)
+            except BaseException:
+                self._held.stores -= 1
+                raise
+            _HELD[self._key] = self._held  # the last one may have ended before that
 
     def _take(self, store: bytes, calls: Syscalls) -> int:
         fd = -1
@@ -99,16 +111,16 @@ class FolderLock:
     def release(self) -> None:
         """Removes the lock if nobody else here has it; a second call does nothing."""
         with _GUARD:
-            if not self._held:
+            if self._released:
                 return
-            self._held = False
-            fd, users = _HELD.pop(self._key)
-            if users > 1:
-                _HELD[self._key] = (fd, users - 1)
-                return
-            with suppress(OSError):
-                self._path.unlink()
-            os.close(fd)
+            self._released = True
+            self._held.stores -= 1
+            if self._held.stores == 0:
+                with suppress(OSError):
+                    self._path.unlink()
+                os.close(self._held.fd)
+                self._held.fd = -1
+                _HELD.pop(self._key, None)
 
 
 def nameless_file(folder: Path, size: int, calls: Syscalls) -> int:
