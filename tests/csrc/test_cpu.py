@@ -278,11 +278,15 @@ OLDER += ("test_attend_parts.py",)
 
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_older_processors_get_the_same_results(instructions: str) -> None:
+def test_older_processors_get_the_same_results(
+    instructions: str, request: pytest.FixtureRequest
+) -> None:
     if os.environ.get("KVPRESS_CPU"):
         pytest.skip("already inside")
+    cases = request.config.getoption("--cases")
     files = [str(Path(__file__).with_name(name)) for name in OLDER]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    command += [] if cases is None else [f"--cases={cases}"]
     done = subprocess.run(
         command, env={**os.environ, "KVPRESS_CPU": instructions}, capture_output=True, text=True
     )
