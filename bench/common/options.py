@@ -77,9 +77,9 @@ class HubOptions:
 
     def source_at(self, device: str | None) -> Source:
         """The same, onto a device."""
-        names = {field.name for field in fields(Source)} - {"name"}
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        given = {name: value for name, value in given.items() if name in names}
+        own = {field.name for field in fields(self)}  # a device map is not among all of them
+        names = [field.name for field in fields(Source)[1:] if field.name in own]
+        given = {name: getattr(self, name) for name in names}
         return Source(self.model, **{**given, "device": device})
 
 

@@ -10,7 +10,7 @@ from kvpress.bench.docs.tables import RESULTS, code, percent, table
 from kvpress.bench.tiers import report
 from kvpress.bench.tiers.steps import UNTIERED
 
-MODEL, LAYER = "tiers-8000.json", "tiers-one-layer.json"
+MODEL, LAYER, SESSION = "tiers-8000.json", "tiers-one-layer.json", "tiers-million.json"
 _MISSING = "Not recorded yet."
 _MIB = 2**20
 
@@ -86,9 +86,23 @@ def _disk(record: Mapping[str, Any]) -> str:
     return table((f"records of {row['record_bytes'] // 1024} KiB", "MiB/s"), lines)
 
 
+def _session(record: Mapping[str, Any]) -> str:
+    """A session that is filled, saved and loaded: seconds and resident memory of each part."""
+    lines = [
+        (name, f"{part['seconds']:.1f}", f"{part['peak_mib']:,}")
+        for name, part in record["parts"].items()
+    ]
+    sizes = ", ".join(f"{name} {size:,}" for name, size in record["mib"].items())
+    same = "the same" if record["same_bits"] else "not the same"
+    said = f"MiB: {sizes}. Bits of outputs before and after: {same}; against torch in fp32:"
+    head = ("", "s", "resident at most, MiB")
+    return f"{table(head, lines)}\n\n{said} Σ|o − o'| / Σ|o| = {record['error']:.1e}."
+
+
 PARTS: Mapping[str, Callable[[], str]] = {
     "tiers": lambda: _made(MODEL, _steps),
     "tiers-memory": lambda: _made(MODEL, _memory),
     "tiers-disk": lambda: _made(MODEL, _disk),
     "tiers-layer": lambda: _made(LAYER, _layer),
+    "tiers-session": lambda: _made(SESSION, _session),
 }
