@@ -7,15 +7,20 @@
 #include "attend_sums/bind.h"
 #include "attention_sums/bind.h"
 #include "channel_scores/bind.h"
+#include "choose_pages/bind.h"
 #include "decode_rows/bind.h"
 #include "decode_step/bind.h"
 #include "estimate_blocks/bind.h"
 #include "gather_slots/bind.h"
 #include "join_parts/bind.h"
 #include "match_keys/bind.h"
+#include "missed_mass/bind.h"
 #include "pack/bind.h"
+#include "page_bounds/bind.h"
 #include "read_records/bind.h"
 #include "scatter_slots/bind.h"
+#include "score_pages/bind.h"
+#include "search_pages/bind.h"
 #include "unpack/bind.h"
 
 STABLE_TORCH_LIBRARY_IMPL(kvpress, CPU, library) {
@@ -34,7 +39,12 @@ STABLE_TORCH_LIBRARY_IMPL(kvpress, CPU, library) {
   library.impl("channel_scores", TORCH_BOX(&kvpress::channel_scores));
   library.impl("gather_slots", TORCH_BOX(&kvpress::gather_slots));
   library.impl("scatter_slots", TORCH_BOX(&kvpress::scatter_slots));
+  library.impl("page_bounds", TORCH_BOX(&kvpress::page_bounds));
+  library.impl("score_pages", TORCH_BOX(&kvpress::score_pages));
+  library.impl("choose_pages", TORCH_BOX(&kvpress::choose_pages));
+  library.impl("missed_mass", TORCH_BOX(&kvpress::missed_mass));
   library.impl("read_records", TORCH_BOX(&kvpress::read_records));
+  library.impl("search_pages", TORCH_BOX(&kvpress::search_pages));
 }
 
 // The name of the instruction set that the operators use here.

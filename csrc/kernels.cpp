@@ -4,20 +4,26 @@
 #include "attend_parts/cpu.h"
 #include "attention_sums/cpu.h"
 #include "channel_scores/cpu.h"
+#include "choose_pages/cpu.h"
 #include "decode_rows/cpu.h"
 #include "decode_step/cpu.h"
 #include "estimate_blocks/cpu.h"
 #include "gather_slots/cpu.h"
 #include "join_parts/cpu.h"
 #include "match_keys/cpu.h"
+#include "missed_mass/cpu.h"
 #include "pack/cpu.h"
+#include "page_bounds/cpu.h"
 #include "read_records/cpu.h"
+#include "score_pages/cpu.h"
+#include "search_pages/cpu.h"
 
 namespace kvpress::KERNEL_ISA {
 
 constexpr Kernels with(decltype(Kernels::estimate_blocks) estimate) {
-  return {decode_rows, attend_parts, decode_step, absorb_step,    attention_sums, estimate,    attend_blocks,
-          match_keys,  copy_slots,   pack_pages,  channel_scores, join_parts,     read_records};
+  return {decode_rows,   attend_parts, decode_step, absorb_step,  attention_sums, estimate,
+          attend_blocks, match_keys,   copy_slots,  pack_pages,   channel_scores, join_parts,
+          read_records,  page_bounds,  score_pages, choose_pages, missed_mass,    search_pages};
 }
 
 extern const Kernels kernels;

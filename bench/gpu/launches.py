@@ -108,6 +108,7 @@ def operands(width: int, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[A
         yield "absorb_step", case, (*held, torch.zeros(2), turning, width - counted, rule)
     allowed = torch.ones(2, 2, 160, dtype=torch.bool)
     prompt = torch.zeros(2, 8, 160, width, dtype=dtype)
+    yield from chosen_operands(query[:, :, 0])
     yield from sums_operands(prompt)
     yield from block_operands(prompt)
     yield "match_keys", "", (prompt[:, 2:4], prompt[:, :2], allowed)
@@ -118,6 +119,19 @@ def operands(width: int, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[A
         kind = "channel-major" if last else "slot-major"
         yield "gather_slots", kind, (pool, torch.arange(16), last)
         yield "scatter_slots", f"{kind} scatter", (pool, torch.arange(16), dense, last)
+
+
+def chosen_operands(query: torch.Tensor) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """The operators that choose among 512 pages of each row."""
+    places = 512
+    table, pages = torch.zeros(4, places, dtype=torch.int32), torch.full((4,), places)
+    ends, lengths = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.float32)
+    bound = torch.zeros(*query.shape[:2], places, dtype=torch.float32)
+    yield "score_pages", "", (query, query[:1, :2].contiguous(), table, pages)
+    yield "choose_pages", "", (bound, table, pages, ends, pages, pages, pages)
+    rows = (query, bound, table, pages, table, pages, lengths)
+    for case, logits in (("", Logits(0.1)), ("softcap", Logits(0.1, 50.0))):
+        yield "missed_mass", case, (*rows, logits, 64)
 
 
 def sums_operands(prompt: torch.Tensor) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
@@ -170,6 +184,7 @@ def packed_operands(
         yield "pack", case, (dense, dense, *channels, list(layout))
         packed = torch.zeros(1, layout.page_bytes, dtype=torch.uint8)
         yield "unpack", case, (packed, *channels, list(layout), key)
+        yield "page_bounds", case, (packed, *channels, list(layout), key)
         own = [x.expand(4, -1).contiguous() for x in channels]
         holes = torch.zeros(1, 64, dtype=torch.int32)
         tensors = [packed, *own, table[:, :1].contiguous(), counts * 4, holes, none, none.long()]

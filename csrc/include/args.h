@@ -290,6 +290,11 @@ struct Kernels {
   void (*channel_scores)(const ChannelScores&, const Threads&);
   void (*join_parts)(const JoinParts&, const Threads&);
   void (*read_records)(const ReadRecords&, const Threads&);
+  void (*page_bounds)(const struct PageBounds&, const Threads&);
+  void (*score_pages)(const struct ScorePages&, const Threads&);
+  void (*choose_pages)(const struct ChoosePages&, const Threads&);
+  void (*missed_mass)(const struct MissedMass&, const Threads&);
+  void (*search_pages)(const struct SearchPages&, const Threads&);
 };
 
 }  // namespace kvpress

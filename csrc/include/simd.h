@@ -120,6 +120,11 @@ inline void load_pair(const E* p, Vec* pair) {
 }
 template <class E>
 inline void in_order(const E*, Vec*) {}
+// One of them.
+template <int I, class E>
+inline Vec load_half(const E* p) {
+  return load(p + I * kWidth);
+}
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 // Numbers at even places, then those at odd ones: half the instructions of a conversion in order.
@@ -127,6 +132,11 @@ inline void load_pair(const BFloat16* p, Vec* pair) {
   const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   pair[0] = bits_as<Vec>(_mm256_slli_epi32(words, 16));
   pair[1] = bits_as<Vec>(_mm256_and_si256(words, _mm256_set1_epi32(int(0xFFFF0000))));
+}
+template <int I>
+inline Vec load_half(const BFloat16* p) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return bits_as<Vec>(I ? _mm256_and_si256(words, _mm256_set1_epi32(int(0xFFFF0000))) : _mm256_slli_epi32(words, 16));
 }
 inline void in_order(const BFloat16*, Vec* pair) {
   const __m256 low = _mm256_unpacklo_ps(pair[0], pair[1]), high = _mm256_unpackhi_ps(pair[0], pair[1]);
@@ -195,6 +205,17 @@ inline float max(Vec x) {
   return largest;
 }
 #endif
+
+// `negative` where the sign bit of x is set, otherwise `other`: one instruction less than after a comparison.
+inline Vec by_sign(Vec x, Vec negative, Vec other) {
+#if defined(__AVX512F__)
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(bits_as<__m512i>(x)), other, negative);
+#elif defined(__AVX2__)
+  return _mm256_blendv_ps(other, negative, x);
+#else
+  return bits_as<IntVec>(x) < 0 ? negative : other;
+#endif
+}
 
 // To the nearest whole numbers, of at most 16 bits.
 inline void to_whole(Vec x, int16_t* p) {

@@ -14,6 +14,14 @@ inline void with_storage(Type type, const F& f) {
   if (type == Type::kFloat16) f(Float16{});
 }
 
+// The first numbers of a vector that may end before it does; the others are `rest`.
+inline Vec load_some(const float* from, int64_t count, float rest) {
+  if (count >= kWidth) return load(from);
+  float line[kWidth];
+  for (int i = 0; i < kWidth; i++) line[i] = i < count ? from[i] : rest;
+  return load(line);
+}
+
 inline void read_floats(const void* from, Type type, int64_t offset, int64_t count, float factor, float* to) {
   with_storage(type, [&](auto storage) {
     const auto* typed = static_cast<const decltype(storage)*>(from) + offset;

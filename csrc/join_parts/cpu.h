@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "../include/simd.h"
+#include "../include/storage.h"
 #include "../include/tasks.h"
 
 namespace kvpress::KERNEL_ISA {
@@ -35,12 +35,7 @@ class JoinedParts {
 
  private:
   Vec sums(int64_t part, int64_t first, int64_t count) const {
-    const float* from = a_.part_lse + part * a_.items + first;
-    if (count == kWidth) return load(from);
-    float line[kWidth];
-    std::fill_n(line, kWidth, -INFINITY);
-    std::copy_n(from, count, line);
-    return load(line);
+    return load_some(a_.part_lse + part * a_.items + first, count, -INFINITY);
   }
 
   void join(const float* weight, int64_t item, float whole) const {

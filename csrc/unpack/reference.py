@@ -73,10 +73,10 @@ def _spread(x_PSt: Tensor, channel_Pt: Tensor, width: int) -> Tensor:
     return full_PSd.scatter_(2, index_PSt, x_PSt)
 
 
-def check(operands: Operands) -> PageLayout:
+def check(operands: Operands, op: str = "unpack") -> PageLayout:
     """The layout. Raises OperatorError for tensors that do not fit it."""
     page_PX, channel_PC, channel_PU, layout, like = operands
-    op, sizes = "unpack", checked("unpack", layout)
+    sizes = checked(op, layout)
     channels = {"channel_PC": channel_PC, "channel_PU": channel_PU}
     lengths = shapes.bind(op, {"page_PX": page_PX, **channels})
     shapes.dense(op, {"like": like})

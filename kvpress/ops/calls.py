@@ -136,3 +136,33 @@ def gather_slots(*operands: Any, **named: Any) -> Tensor:
 def scatter_slots(*operands: Any, **named: Any) -> None:
     """Writes slots into a pool; see csrc/scatter_slots."""
     _call("scatter_slots", operands, named)
+
+
+def page_bounds(*operands: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    """The box of the keys of each page, and how long its numbers are; see csrc/page_bounds."""
+    box, length = _call("page_bounds", operands, named)
+    return box, length
+
+
+def score_pages(*operands: Any, **named: Any) -> Tensor:
+    """Upper bounds of the products of queries with the keys of pages; see csrc/score_pages."""
+    bound: Tensor = _call("score_pages", operands, named)
+    return bound
+
+
+def choose_pages(*operands: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    """The places of the pages of each row that are read; see csrc/choose_pages."""
+    place, chosen = _call("choose_pages", operands, named)
+    return place, chosen
+
+
+def search_pages(*operands: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `choose_pages` gives on `score_pages`, by a tree of boxes; see csrc/search_pages."""
+    place, chosen, bound, boxes = _call("search_pages", operands, named)
+    return place, chosen, bound, boxes
+
+
+def missed_mass(*operands: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    """How much attention pages that are not read hold at most; see csrc/missed_mass."""
+    mass, length = _call("missed_mass", operands, named)
+    return mass, length

@@ -7,9 +7,6 @@ zero. What is moved, kept or evicted is compared exactly.
 from __future__ import annotations
 
 import importlib
-import os
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +16,7 @@ import matching
 import packing
 import pytest
 import torch
+from interpreted import DEVICE, INTERPRETED, Run, run
 from outcomes import compare, outcome
 
 from kvpress.errors import OperatorError
@@ -31,43 +29,9 @@ from kvpress.ops.registry import has_triton, implementation
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETED else "cuda"
+__all__ = ["run"]  # a fixture
 NOWHERE = 1 << 30  # a page that does not exist
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-Run = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def run(record_testsuite_property: Callable[[str, object], None]) -> Iterator[Run]:
-    """Calls a Triton operator by name; memory that it does not write is NaN.
-
-    Without a GPU the kernels are imported once more, to be interpreted, and forgotten afterwards:
-    other tests see Triton as it was. A JUnit report says where they ran (`kvpress.bench.gpu`).
-    """
-    record_testsuite_property("triton", DEVICE)
-    with pytest.MonkeyPatch.context() as patch:
-        if INTERPRETED:
-            patch.setenv("TRITON_INTERPRET", "1")
-            _reload()
-        yield _poisoned
-    if INTERPRETED:
-        _reload()
-
-
-def _reload() -> None:
-    for name in [n for n in sys.modules if n.startswith("kvpress.csrc.") and "triton" in n]:
-        del sys.modules[name]
-    for name in ("triton.language.standard", "triton.language"):
-        importlib.reload(importlib.import_module(name))
-
-
-def _poisoned(operator: str, *args: Any) -> Any:
-    torch.use_deterministic_algorithms(True)
-    try:
-        return implementation(operator, "triton_kernel")(*args)
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def within(given: torch.Tensor, pytorch: torch.Tensor, exact: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ import xxhash
 from torch import Tensor
 
 from kvpress.formulas.block_map import Blocks
+from kvpress.formulas.page_tree import tree_of
 from kvpress.ops.operands import flattening, grouped, leaves
 from kvpress.ops.registry import operands_of
 
@@ -301,6 +302,62 @@ def unpack(make: Maker) -> Call:
     return {"page_PX": page_PX, **rest, "like": like}
 
 
+def page_bounds(make: Maker) -> Call:
+    return unpack(make)
+
+
+def _row_pages(make: Maker) -> tuple[Call, int, int, int]:
+    """A table of pages, how many there are of rows; pages, sequences and query heads."""
+    batch, heads, query_heads = make.heads()
+    rows, places, pages = batch * heads, make.size(1, 3, 9, 40), make.size(1, 5, 30)
+    held = [make.random.randint(0, places if pages else 0) for _ in range(rows)]
+    table_RW = torch.randint(0, max(1, pages), (rows, places)).int()
+    call = {"table_RW": table_RW, "pages_R": torch.tensor(held).long()}
+    return call, pages, batch, query_heads
+
+
+def score_pages(make: Maker) -> Call:
+    call, pages, batch, heads = _row_pages(make)
+    width = make.size(1, 7, 16, 40)
+    ends = make.floats(pages, 2, width, dtype=make.random.choice(FLOATS))
+    box_P2D = ends.sort(1).values
+    return {"query_BND": make.floats(batch, heads, width), "box_P2D": box_P2D, **call}
+
+
+def choose_pages(make: Maker) -> Call:
+    call, pages, batch, heads = _row_pages(make)
+    rows = len(call["pages_R"])
+    bound_BNW = make.floats(batch, heads, call["table_RW"].shape[1], dtype=torch.float32) * 9
+    span_P2 = torch.randint(0, 200, (pages, 2)).sort(1).values.int()
+    sizes = {"sink_R": (0, 4, 90), "from_R": (200, 150, 20), "keep_R": (0, 1, 3, 20)}
+    numbers = {
+        name: torch.tensor([make.random.choice(some) for _ in range(rows)]).long()
+        for name, some in sizes.items()
+    }
+    rounded = bound_BNW.round() if make.flag() else bound_BNW  # many are equal
+    return {"bound_BNW": rounded, **call, "span_P2": span_P2, **numbers}
+
+
+def missed_mass(make: Maker) -> Call:
+    call, pages, batch, heads = _row_pages(make)
+    (rows, places), held = call["table_RW"].shape, call["pages_R"].tolist()
+    place_RW = torch.full((rows, places), -1, dtype=torch.int32)
+    chosen = [make.random.randint(0, count) for count in held]
+    for r, count in enumerate(chosen):
+        place_RW[r, :count] = torch.randperm(held[r])[:count].sort().values.int()
+    bound_BNW = make.floats(batch, heads, places, dtype=torch.float32)
+    return {
+        "query_BND": make.floats(batch, heads, make.size(1, 7, 16, 40)),
+        "bound_BNW": bound_BNW * make.random.choice((1, 30)),
+        **call,
+        "place_RW": place_RW,
+        "chosen_R": torch.tensor(chosen).long(),
+        "length_P2": torch.rand(pages, 2) * 5,
+        **make.logits(),
+        "slots": make.random.choice((1, 16, 64)),
+    }
+
+
 def channel_scores(make: Maker) -> Call:
     (batch, heads, query_heads), slots = make.heads(), make.size(1, 9, 33)
     return {
@@ -332,6 +389,29 @@ def join_parts(make: Maker) -> Call:
     nothing = torch.rand(lse.shape) < 0.2
     out[nothing], lse[nothing] = math.nan, -math.inf
     return {"out_JBNQE": out, "lse_JBNQ": lse}
+
+
+def search_pages(make: Maker) -> Call:
+    """Small whole numbers, whose scores are exact, so that all backends take the same way."""
+    (batch, heads, query_heads), places = make.heads(), make.size(1, 2, 5, 9, 70)
+    rows, width = batch * heads, make.size(1, 5, 16)
+    pages_R = torch.tensor([make.random.randint(0, places) for _ in range(rows)]).long()
+    table_RW = torch.randperm(rows * places + 1)[: rows * places].view(rows, places).int()
+    box_P2D = make.floats(rows * places + 1, 2, width).sort(1).values.round()
+    tree_RX2D = tree_of(box_P2D, table_RW, pages_R)
+    query_BND = make.floats(batch, query_heads, width, dtype=make.random.choice(FLOATS))
+    first_P1 = torch.randint(0, 20, (len(box_P2D), 1)).int()
+    limits = [torch.randint(0, 20, (rows,)) for _ in range(3)]
+    return {
+        "query_BND": query_BND.round(),
+        "box_P2D": box_P2D,
+        "table_RW": table_RW,
+        "pages_R": pages_R,
+        "tree_RX2D": tree_RX2D,
+        "state_RX": torch.randint(-2, 10, tree_RX2D.shape[:2]).to(torch.int8),
+        "span_P2": torch.cat([first_P1, first_P1 + 3], 1),
+        **dict(zip(("sink_R", "from_R", "keep_R"), limits, strict=True)),
+    }
 
 
 def read_records(make: Maker) -> Call:
@@ -375,7 +455,8 @@ MAKERS: dict[str, Callable[[Maker], Call]] = {
             attend_blocks,
         ),
         *(estimate_blocks, match_keys, pack, unpack, channel_scores, gather_slots, scatter_slots),
-        *(join_parts, read_records),
+        *(join_parts, read_records, page_bounds, score_pages, choose_pages, missed_mass),
+        search_pages,
     )
 }
 

@@ -24,7 +24,7 @@ import filling
 import torch
 from kvpress.bench.common.environment import environment
 from kvpress.bench.common.models import load
-from kvpress.bench.tiers.one_layer import Shape, tiles
+from kvpress.bench.sparse.tiled import Shape, tiles
 from torch import Tensor
 
 MIB, CHUNK = 1 << 20, 8192  # tokens that come at once

@@ -1,0 +1,52 @@
+// What the operators of retrieval take: pages with boxes, of which a step reads some. See args.h.
+#pragma once
+
+#include "args.h"
+
+namespace kvpress {
+
+// The pages of rows; query head g of row r is number r · group + g.
+struct RowPages {
+  const int32_t* table;  // [R, W]
+  const int64_t* pages;  // [R]
+  int64_t rows, group, table_width;
+};
+
+struct PageBounds {
+  PackPages packed;
+  void* box;      // [P, 2, D] of the store's type
+  float* length;  // [P, 2]
+};
+
+struct ScorePages {
+  RowPages row;
+  const void *query, *box;  // [R, G, D], [P, 2, D]
+  Type query_type, type;
+  int64_t width;
+  float* bound;  // [R, G, W]
+};
+
+struct ChoosePages {
+  RowPages row;
+  const float* bound;                 // [R, G, W]
+  const int32_t* span;                // [P, 2]
+  const int64_t *sink, *from, *keep;  // [R]
+  int32_t* place;                     // [R, W]
+  int64_t* chosen;                    // [R]
+};
+
+struct MissedMass {
+  RowPages row;
+  const void* query;  // [R, G, D]
+  Type query_type;
+  int64_t width;
+  const float* bound;     // [R, G, W]
+  const int32_t* place;   // [R, W]
+  const int64_t* chosen;  // [R]
+  const float* length;    // [P, 2]
+  Logits logits;
+  int64_t slots;
+  float *mass, *longest;  // [R, G], [R]
+};
+
+}  // namespace kvpress

@@ -1,0 +1,28 @@
+"""Upper bounds of the products of queries with the keys of each page."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kvpress.ops.operands import schema
+
+
+class Operands(NamedTuple):
+    """One query of every head, the boxes of all pages, and which pages are a row's."""
+
+    query_BND: Tensor
+    box_P2D: Tensor
+    table_RW: Tensor  # int32
+    pages_R: Tensor  # int64: pages of each row
+
+
+SCHEMA = schema("score_pages", Operands, "Tensor")
+
+
+def fake(operands: Operands) -> Tensor:
+    """An empty result of the right shape and dtype."""
+    query_BND, _, table_RW, _ = operands
+    shape = (*query_BND.shape[:2], table_RW.shape[1])
+    return query_BND.new_empty(shape, dtype=query_BND.float().dtype)

@@ -1,0 +1,128 @@
+"""Triton kernels that choose pages against the references: on a GPU, or interpreted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import packing
+import pytest
+import torch
+from boxes import BF16, FP16, FP32, KINDS, all_of, bounds_of, boxes_and_keys, keys_of
+from interpreted import DEVICE, Run, run
+
+from kvpress.formulas.page_layout import PageLayout
+from kvpress.ops import Logits
+from kvpress.ops.registry import implementation
+
+pytest.importorskip("triton")
+
+__all__ = ["run"]  # a fixture
+DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+# Sequences, KV heads, query heads of one, channels, places of a table.
+SHAPES = [(1, 1, 1, 1, 1), (2, 2, 3, 20, 7), (1, 2, 4, 128, 70), (1, 1, 2, 256, 16)]
+
+
+def both(run: Run, name: str, *operands: Any) -> tuple[Any, Any]:
+    given, wanted = run(name, *operands), implementation(name, "reference")(*operands)
+    return (given, wanted) if isinstance(given, tuple) else ((given,), (wanted,))
+
+
+@DTYPES
+@pytest.mark.parametrize("bits", [(16, 16), (8, 4), (4, 2), (2, 8)], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 64, (24, 40), (17, 21)), (2, 32, (128, 5), (128, 5))])
+def test_boxes_equal_the_reference(
+    run: Run, sizes: Any, bits: tuple[int, int], dtype: torch.dtype
+) -> None:
+    pages, slots, widths, kept = sizes
+    layout: PageLayout = packing.layout_of(*bits, widths, kept, dtype, slots, (32, 32))
+    key, value = (torch.randn(pages, slots, n).to(dtype) for n in widths)
+    channels = [packing.subsets(pages, *pair) for pair in zip(kept, widths, strict=True)]
+    page = implementation("pack", "reference")(key, value, *channels, list(layout))
+    page, *channels, like = (x.to(DEVICE) for x in (page, *channels, key))
+    (box, length), (wanted, wanted_length) = both(
+        run, "page_bounds", page, *channels, list(layout), like
+    )
+    assert torch.equal(box, wanted)
+    torch.testing.assert_close(length, wanted_length, rtol=1e-5, atol=0)
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, where Triton is interpreted
+def test_no_key_of_a_page_gives_a_larger_product(run: Run, kind: str, dtype: torch.dtype) -> None:
+    for width, heads in ((40, 3), (128, 1)):
+        key_PSD = keys_of(kind, dtype, 11, 6, width)
+        box_P2D = boxes_and_keys(key_PSD)
+        query = keys_of("mixed", FP32, 1, heads, width)
+        operands = [x.to(DEVICE) for x in (query, box_P2D, *all_of(box_P2D))]
+        bound = run("score_pages", *operands)
+        page_NP1, alone_NPS = bound[0, :, :11, None], bound[0, :, 11:].view(heads, 11, 6)
+        assert bool((page_NP1 >= alone_NPS).all())
+
+
+def a_step(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    """Operands of a step of some rows."""
+    batch, heads, group, width, places = shape
+    torch.manual_seed(places)
+    rows, pages = batch * heads, 2 * places + 1
+    box_P2D, length_P2 = bounds_of(torch.randn(pages, 3, width).to(dtype))
+    named = {
+        "query": torch.randn(batch, heads * group, width).to(dtype),
+        "box": box_P2D,
+        "length": length_P2,
+        "table": torch.randint(0, pages, (rows, places)).int(),
+        "pages": torch.randint(0, places + 1, (rows,)),
+        "span": torch.randint(0, 99, (pages, 2)).sort(1).values.int(),
+        "sink": torch.randint(0, 20, (rows,)),
+        "from": torch.randint(60, 120, (rows,)),
+        "keep": torch.randint(0, places + 1, (rows,)),
+    }
+    return {name: x.to(DEVICE) for name, x in named.items()}
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_step_equals_the_references(run: Run, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for softcap in (0.0, 4.0):
+        x = a_step(shape, dtype)
+        rows = (x["table"], x["pages"])
+        (bound,), (wanted,) = both(run, "score_pages", x["query"], x["box"], *rows)
+        torch.testing.assert_close(bound, wanted, rtol=1e-5, atol=1e-4)
+        coarse = (wanted * 2).round()  # many are equal
+        for ranked in (wanted, coarse):
+            books = (x["span"], x["sink"], x["from"], x["keep"])
+            (place, chosen), expected = both(run, "choose_pages", ranked, *rows, *books)
+            assert torch.equal(place, expected[0]) and torch.equal(chosen, expected[1])
+        read = (place, chosen, x["length"], Logits(0.3, softcap), 16)
+        given, expected = both(run, "missed_mass", x["query"], wanted, *rows, *read)
+        for one, other in zip(given, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_infinite_bounds_and_no_numbers_are_read_first(run: Run) -> None:
+    inf = float("inf")
+    bound = torch.tensor([[[1.0, float("nan"), 3.0, inf, -inf], [5.0, 1.0, 1.0, 1.0, 1.0]]])
+    table, pages = torch.arange(5).view(1, 5).int(), torch.tensor([5])
+    span = torch.zeros(5, 2, dtype=torch.int32)
+    books = (span, torch.zeros(1).long(), torch.ones(1).long(), torch.tensor([3]))
+    operands = [x.to(DEVICE) for x in (bound, table, pages, *books)]
+    place, chosen = run("choose_pages", *operands)
+    assert place.tolist() == [[0, 1, 3, -1, -1]] and chosen.tolist() == [3]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no device to wait for")
+def test_the_host_does_not_wait(run: Run) -> None:
+    x = a_step((1, 2, 4, 128, 70), BF16)
+    rows, logits = (x["table"], x["pages"]), Logits(0.3)
+
+    def step() -> None:
+        bound = run("score_pages", x["query"], x["box"], *rows)
+        chosen = run("choose_pages", bound, *rows, x["span"], x["sink"], x["from"], x["keep"])
+        run("missed_mass", x["query"], bound, *rows, *chosen, x["length"], logits, 16)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
