@@ -116,10 +116,11 @@ class Engine:
                 f"{recipe} scores by queries, which on this model carry ALiBi positions in channels"
                 " of their own. Use a policy that does not."
             )
-        if recipe.formats and slopes:
+        if (recipe.formats or recipe.retrieves) and slopes:
             raise PolicyError(
-                f"{recipe}: keys of this model carry ALiBi positions in channels, which"
-                " must not be pruned or quantised. Use a policy that keeps keys as they are."
+                f"{recipe}: keys of this model carry ALiBi positions in channels, which must not be"
+                " pruned, quantised or judged by boxes. Use a policy that keeps keys as they are,"
+                " and reads them all."
             )
         turns = tuple(rotations(model)) if recipe.needs_rotation else ()
         sparse = calibration.thresholds(recipe.sparsity, model, shape)

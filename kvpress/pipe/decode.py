@@ -15,6 +15,7 @@ from kvpress.ops import Columns, Noise, Old
 from kvpress.ops.operands import new
 from kvpress.pipe.evict import evict
 from kvpress.pipe.growth import grow
+from kvpress.pipe.stages import retrieve
 from kvpress.pipe.stages.absorb import merge_one
 from kvpress.pipe.stages.observe import observe, some
 from kvpress.pipe.state.layer import Layer
@@ -45,8 +46,8 @@ def _run(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
             if known is None:
                 known = layer.excess.measure(layer.rows.counts, layer.sequences.quota_R)
             over = known + 1
-        if layer.rows.streams and over == 0 and not layer.recipe.accumulates:
-            return _run_streamed(layer, tokens)
+        if _is_apart(layer) and over == 0 and not layer.recipe.accumulates:
+            return _run_apart(layer, tokens)
         observation = _fusable(layer, over)
         if observation is not None:
             return _run_fused(layer, tokens, over > 0, observation)
@@ -60,6 +61,11 @@ def _run(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
     return _run_stages(layer, group, tokens, due)
 
 
+def _is_apart(layer: Layer) -> bool:
+    """Whether attention is no part of the one operator call: what it reads is found out first."""
+    return layer.rows.streams or layer.rows.retrieving is not None
+
+
 def _is_due(layer: Layer, sequence: int) -> bool:
     """Whether this step of a sequence is one that may evict."""
     interval = layer.limits.interval if layer.limits else 0
@@ -69,7 +75,7 @@ def _is_due(layer: Layer, sequence: int) -> bool:
 def _fusable(layer: Layer, over: int) -> Observation | None:
     """What to observe, if one operator call can do the whole step; otherwise None."""
     recipe = layer.recipe
-    if layer.rows.streams or (recipe.gathers and not recipe.adds_attention):
+    if _is_apart(layer) or (recipe.gathers and not recipe.adds_attention):
         return None
     if recipe.formats and ops.backends()[layer.rows.device.type] != "cpu":
         return None  # elsewhere a victim among old slots is found by the stages
@@ -110,8 +116,8 @@ def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observat
     return out_BN1D
 
 
-def _run_streamed(layer: Layer, tokens: Tokens) -> Tensor:
-    """The step where slots may have to be read and none is over: append, and attend part by part.
+def _run_apart(layer: Layer, tokens: Tokens) -> Tensor:
+    """The step where attention is apart and no row is over: append, and attend to what is read.
 
     `decode_step` appends in one call; what it says of recent slots alone is of no use.
     """
@@ -123,23 +129,29 @@ def _run_streamed(layer: Layer, tokens: Tokens) -> Tensor:
         ops.decode_step(tokens[:3], pages, columns, bounds, False, _SILENT, tokens[3:], _NO_OLD)
         layer.count_step(False)
     with layer.timed("decode attention"):
-        return rows.attend(tokens.query_bNQD, None, tokens.logits, False)[0]
+        return _attend(layer, None, tokens, False)[0]
+
+
+def _attend(
+    layer: Layer, group: list[int] | None, tokens: Tokens, need_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention output of one new token of some sequences, and weights where asked for."""
+    if layer.rows.retrieving is not None:
+        return retrieve.attend(layer, group, tokens, need_weights)
+    return layer.rows.attend(tokens.query_bNQD, group, tokens.logits, need_weights)
 
 
 @lasting
 def _run_stages(layer: Layer, group: list[int], tokens: Tokens, due: bool) -> Tensor:
     """The step in its parts, for policies with code of their own and for parts of a batch."""
-    rows = layer.rows
     with layer.timed("store"):
         layer.append(tokens, group, layer.sequences.seen_B[group] - 1)
-    excess_bH = rows.counts_BH[group] - layer.sequences.quota_BH[group]
+    excess_bH = layer.rows.counts_BH[group] - layer.sequences.quota_BH[group]
     evicts = due and bool((excess_bH > 0).any())
     looks = evicts or layer.recipe.gathers
     request = layer.recipe.stage("observe").observe(step(layer, group[0], 1)) if looks else None
     with layer.timed("decode attention"):
-        out_bN1D, weights_bN1S = rows.attend(
-            tokens.query_bNQD, some(layer, group), tokens.logits, request is not None
-        )
+        out_bN1D, weights_bN1S = _attend(layer, some(layer, group), tokens, request is not None)
     if looks:
         with layer.timed("observe"):
             slots = observe(layer, group, weights_bN1S, request, layer.sequences.seen_B[group])

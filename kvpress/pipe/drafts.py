@@ -50,6 +50,8 @@ def _draft_attention(layer: Layer, tokens: Tokens) -> Tensor:
         rest = (columns[POSITION], tokens.scaling, tokens.softcap, layer.kind.window)
         return prompt_attention(tokens.query_bNQD, key, value, *rest)
     watched = _request(layer, 0) is not None
+    if rows.retrieving is not None:
+        layer.context.ledger.note("Drafted tokens attended to all pages.")
     out_bNQD, weights_bNQS = rows.attend(tokens.query_bNQD, None, tokens.logits, watched)
     if weights_bNQS is not None:
         layer.sequences.drafts.blocks.append(weights_bNQS)

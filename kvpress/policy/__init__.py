@@ -18,6 +18,7 @@ from kvpress.policy.options import option
 from kvpress.policy.pooling import Calibrated, Pool, Room
 from kvpress.policy.probes import Probe, Text, repetitions
 from kvpress.policy.recipe import Recipe
+from kvpress.policy.retrieval import Retrieval
 from kvpress.policy.slots import Need, Queries, Slots, Step
 from kvpress.policy.sparsity import Sparsity
 from kvpress.policy.stages import STAGES
@@ -43,6 +44,7 @@ __all__ = [
     "Queries",
     "Rank",
     "Recipe",
+    "Retrieval",
     "Room",
     "Rotation",
     "Slots",

@@ -23,10 +23,13 @@ from kvpress.policy.layer_shares import Division
 from kvpress.policy.options import as_text, coerce, option_types
 from kvpress.policy.pooling import Calibrated, Pool, Room
 from kvpress.policy.probes import Probe, Text
+from kvpress.policy.retrieval import Retrieval
 from kvpress.policy.slots import Need, Slots, Step
 from kvpress.policy.sparsity import Sparsity
 from kvpress.policy.stages import STAGES
 from kvpress.types import Rank
+
+_FAR = 2**31  # a layer behind any of which the first ones are another matter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,9 @@ class Policy:
         pool, limits = self.compete(), self.limits
         if pool is not None:
             pool.check()
+        for retrieval in (self.retrieve(0), self.retrieve(_FAR)):
+            if retrieval is not None:
+                retrieval.check()
         if limits is not None:
             limits.check()
             if limits.budget.unit == "bytes" and max(Division.of(self)[2:]) > 0:
@@ -186,6 +192,10 @@ class Policy:
         """The bits of old slots. Default: as they came."""
         return None
 
+    def retrieve(self, layer: int) -> Retrieval | None:
+        """Which pages of a layer a decode step reads; all are kept. Default: all of them."""
+        return None
+
     @property
     def name(self) -> str:
         """The name by which the policy is loaded: that of its module."""
@@ -199,17 +209,6 @@ class Policy:
         common = [field.name for field in dataclasses.fields(Limits)]
         return Limits(**{name: getattr(self, name) for name in common if hasattr(self, name)})
 
-    def replaces(self) -> set[str]:
-        """The stages that this policy replaces."""
-        stages = {stage.name for stage in STAGES if self.overrides(stage.name)}
-        if self.compete() is None:
-            stages.discard("compete")
-        if self.rank is not None:
-            stages.add("score")
-        if self.accumulates:
-            stages.add("accumulate")
-        return stages
-
     def overrides(self, stage: str) -> bool:
         """Whether this policy brings code of its own for a stage."""
         return getattr(type(self), stage) is not getattr(Policy, stage)
@@ -218,3 +217,15 @@ class Policy:
         options = (f"{f.name}={as_text(getattr(self, f.name))}" for f in dataclasses.fields(self))
         text = ",".join(options)
         return f"{self.name}:{text}" if text else self.name
+
+
+def stages_of(policy: Policy) -> set[str]:
+    """The stages that a policy replaces."""
+    stages = {stage.name for stage in STAGES if policy.overrides(stage.name)}
+    if policy.compete() is None:
+        stages.discard("compete")
+    if policy.rank is not None:
+        stages.add("score")
+    if policy.accumulates:
+        stages.add("accumulate")
+    return stages

@@ -107,16 +107,19 @@ def layouts(
     kept: tuple[int, int],
     item_bytes: int,
     short: bool,
+    page: int | None = None,
 ) -> list[PageLayout]:
     """How old pages lie in memory, by the number that `format_of` gives a row.
 
-    short: whether there are short rows.
+    short: whether there are short rows. page: slots of a page, where that is not left to the bits.
     """
     rule = packing or Packing()
     bits = [(rule.key_bits, rule.value_bits)]
     if guards(packing):
         bits.append((max(WIDE, rule.key_bits), max(WIDE, rule.value_bits)))
     sizes = [page_slots(packing), *([short_slots(packing)] if short else [])]
+    if page is not None:
+        sizes = [_fitting(packing, page)]
     return [
         PageLayout(
             slots, *widths, *kept, *pair, min(rule.key_group, slots), rule.value_group, item_bytes
@@ -147,6 +150,12 @@ def page_slots(packing: Packing | None) -> int:
     if min(rule.key_bits, rule.value_bits) == 16:
         return _RAW_SLOTS
     return _SLOTS if rule.key_bits == 16 else math.lcm(_SLOTS, rule.key_group)
+
+
+def _fitting(packing: Packing | None, page: int) -> int:
+    """Slots of a page that was asked for: whole groups of keys, where these are quantised."""
+    group = (packing or Packing()).key_group
+    return page if page <= group else -(-page // group) * group
 
 
 def short_slots(packing: Packing | None) -> int:

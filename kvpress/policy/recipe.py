@@ -7,7 +7,7 @@ import functools
 
 from kvpress.errors import PolicyError
 from kvpress.formulas.merging import Merging
-from kvpress.policy.base import Policy
+from kvpress.policy.base import Policy, stages_of
 from kvpress.policy.budget import Limits
 from kvpress.policy.formats import Packing
 from kvpress.policy.pooling import Pool
@@ -24,7 +24,7 @@ class Recipe:
     policies: tuple[Policy, ...]
 
     def __post_init__(self) -> None:
-        owners = self._check_owners()
+        owners = self._owners
         for stage in STAGES:
             if stage.name in owners and not owners.keys().isdisjoint(stage.not_beside):
                 raise PolicyError(f"{self} {stage.why}.")
@@ -59,11 +59,15 @@ class Recipe:
         if self.pool is not None and self.limits:
             self.pool.check_beside(self.limits)
 
-    def _check_owners(self) -> dict[str, Policy]:
-        """Who replaces which stage. Raises PolicyError where two replace the same one."""
+    @functools.cached_property
+    def _owners(self) -> dict[str, Policy]:
+        """Who replaces which stage, looked up several times per layer and decoded token.
+
+        Raises PolicyError where two replace the same one.
+        """
         owners: dict[str, Policy] = {}
         for policy in self.policies:
-            parts = policy.replaces() | ({"budget"} if policy.limits else set())
+            parts = stages_of(policy) | ({"budget"} if policy.limits else set())
             for part in sorted(parts):
                 if part in owners:
                     raise PolicyError(
@@ -77,11 +81,6 @@ class Recipe:
     def stage(self, name: str) -> Policy:
         """The policy that answers this stage: the one that replaces it, or the default."""
         return self._owners.get(name, _DEFAULT)
-
-    @functools.cached_property
-    def _owners(self) -> dict[str, Policy]:
-        """Stage -> policy, looked up several times per layer and decoded token."""
-        return {stage: policy for policy in self.policies for stage in policy.replaces()}
 
     @property
     def limits(self) -> Limits | None:
@@ -147,6 +146,11 @@ class Recipe:
     def sparsity(self) -> Sparsity | None:
         """Which blocks of a prompt's attention are computed, where not all of them are."""
         return self.stage("sparsify").sparsify()
+
+    @functools.cached_property
+    def retrieves(self) -> bool:
+        """Whether a decode step reads some of the stored pages only."""
+        return self.stage("retrieve").overrides("retrieve")
 
     @functools.cached_property
     def formats(self) -> bool:

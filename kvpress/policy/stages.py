@@ -25,6 +25,10 @@ _HELD = (
     "compresses layers only once a prompt has passed all of them, which merging, and budgets by the"
     " demand of layers, do in their own way. Combine it with policies that drop"
 )
+_BOXED = (
+    "merges into slots, or trims layers later, whose pages it also judges by their keys: what is in"
+    " such a page is never written again. Combine retrieval with policies that drop"
+)
 STAGES = (
     Stage("sparsify"),
     Stage("allocate", ("compete", "share"), _DIVIDED),
@@ -38,4 +42,5 @@ STAGES = (
     Stage("absorb"),
     Stage("prune", ("absorb", "share"), _PACKED),
     Stage("pack", ("absorb", "share"), _PACKED),
+    Stage("retrieve", ("absorb", "share"), _BOXED),
 )

@@ -10,6 +10,7 @@ from rich.text import Text
 from kvpress.report import page
 from kvpress.report.figures import Figures
 from kvpress.report.figures import LayerReport as LayerReport
+from kvpress.report.reads import ReadFigures as ReadFigures
 from kvpress.report.tables import Fitted
 from kvpress.report.tiers import TierFigures as TierFigures
 
@@ -24,9 +25,10 @@ class Report(Figures):
     bytes_shared: the part of them that forks of this cache use as well. bytes_peak: the most that
     was held so far, in a prompt with the new keys and values of the layer at work. Prompt attention
     is computed in full unless a policy makes it sparse: a layer's density is then the share of
-    blocks computed. bytes_ids: the ids of the tokens seen, 4 bytes each, by which a text that does
-    not go on from the cache is refused; bytes_held are without them. tiers: see
-    `TierFigures`; where there are some, bytes_held are those of all of them.
+    blocks computed. Where decode steps read some pages only, a layer's reads say how much, and what
+    they may have missed. bytes_ids: the ids of the tokens seen, 4 bytes each, by which a text that
+    does not go on from the cache is refused; bytes_held are without them. tiers: see `TierFigures`;
+    where there are some, bytes_held are those of all of them.
     """
 
     def __str__(self) -> str:

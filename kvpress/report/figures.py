@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kvpress.report.reads import ReadFigures
 from kvpress.report.tiers import TierFigures
 
 
@@ -20,6 +21,7 @@ class LayerReport:
     bytes_shared: int = 0
     density: list[float] = field(default_factory=list)  # of prompt attention, per query head
     bytes_tiers: dict[str, int] = field(default_factory=dict)  # of bytes_held, where there are some
+    reads: ReadFigures | None = None  # of decode steps, where they read some pages only
 
 
 @dataclass(frozen=True)
@@ -69,4 +71,7 @@ class Figures:
             del plain["tiers"]
             for layer in plain["layers"]:
                 del layer["bytes_tiers"]
+        for layer in plain["layers"]:
+            if layer["reads"] is None:
+                del layer["reads"]
         return plain

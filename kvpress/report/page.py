@@ -10,7 +10,7 @@ from itertools import groupby
 from rich.console import Console
 from rich.table import Table
 
-from kvpress.report import tiers
+from kvpress.report import reads, tiers
 from kvpress.report.figures import Figures, LayerReport
 from kvpress.report.tables import Fitted, new_table, size, span
 
@@ -53,6 +53,8 @@ def remarks(report: Figures) -> list[str]:
         made.append(f"Besides, ids of the tokens seen: {size(report.bytes_ids)}.")
     if report.bytes_shared:
         made.append(f"Shared with forks: {size(report.bytes_shared)} of the bytes held.")
+    if own := [layer.reads for layer in report.layers if layer.reads is not None]:
+        made.append(reads.remark(own))
     if report.tiers is not None:
         made.append(tiers.remark(report.tiers))
     seconds = ", ".join(f"{name} {value:.3f}" for name, value in report.stages.items())

@@ -11,14 +11,14 @@ from torch import Tensor
 from kvpress import host
 from kvpress.errors import CacheError
 from kvpress.formulas.page_layout import PageLayout
-from kvpress.store.base import KEY, POSITION, VALUE, Survivors
+from kvpress.store.base import KEY, POSITION, VALUE, Survivors, by_position
 from kvpress.store.compaction import compact
 from kvpress.store.decided import Decided, kept_of
 from kvpress.store.division import Division, Held, pages_of
 from kvpress.store.packed import PackedRows
 from kvpress.store.packing import finite, pack
 from kvpress.store.paged import PagedRows
-from kvpress.store.rows import Layouts, by_position
+from kvpress.store.rows import Layouts
 from kvpress.store.taking import take_last
 from kvpress.types import EMPTY
 
@@ -26,9 +26,9 @@ from kvpress.types import EMPTY
 MakePart: TypeAlias = Callable[..., PackedRows]
 
 
-def resident(number: int, *made_of: Any) -> PackedRows:
+def resident(number: int, *made_of: Any, **options: Any) -> PackedRows:
     """Rows of old slots that are all on the device of their layer."""
-    return PackedRows(*made_of)
+    return PackedRows(*made_of, **options)
 
 
 class PageAging:
@@ -260,3 +260,8 @@ def dense_widths(
     """Dense slots of old parts."""
     rows = slice(None) if sequences is None else aging.recent.paging.table.row_index(sequences)
     return [int(part.counts[rows].max()) for part in parts]
+
+
+def stores_of(aging: PageAging) -> list[PackedRows | PagedRows]:
+    """Everything that is in pages: old slots, then recent ones."""
+    return [*aging.parts, aging.recent]

@@ -12,15 +12,18 @@ from kvpress import ops
 from kvpress.formulas.page_layout import span
 from kvpress.ops import Logits, Old
 from kvpress.store.aging import PageAging, dense_widths
+from kvpress.store.chosen import Chosen, Found, Retrieving, Wanted, spread
 from kvpress.store.joint import JointMemory
 from kvpress.store.packed import PackedRows
 from kvpress.store.paged import PagedRows
+from kvpress.store.retrieving import attend_some
 from kvpress.store.tiers.data_file import DataFile
+from kvpress.store.trees import Trees
 
 Named: TypeAlias = Mapping[str, PackedRows | PagedRows]  # what is in pages, as files name it
 
 
-class Attending(Protocol):
+class Attending(Retrieving, Protocol):
     """What depends on whether all slots of some rows are on the device."""
 
     streams: bool  # whether some may have to be read before they are attended to
@@ -64,11 +67,11 @@ class Resident:
     streams = False
 
     def __init__(self, aging: PageAging) -> None:
-        self._aging = aging
+        self._aging, self.trees = aging, Trees()
 
     def memory(self) -> JointMemory:
         """What all pages cost."""
-        return JointMemory(self._aging)
+        return JointMemory(self._aging, self.trees)
 
     def old(self, sequences: Sequence[int] | None) -> Old:
         """Parts of old slots, as operators take them."""
@@ -98,6 +101,31 @@ class Resident:
             start += span(part.layout, part.paging.table.pages_RW.shape[1])
         return out_bNQE, torch.cat([*kept, weights[..., start:]], dim=-1)
 
+    def attend_some(
+        self,
+        query_bN1D: Tensor,
+        sequences: Sequence[int] | None,
+        logits: Logits,
+        need_weights: bool,
+        wanted: Wanted,
+    ) -> tuple[Tensor, Tensor | None, Found]:
+        """Attention output over some of the pages, by a shorter page table of each row."""
+        pages = self._aging.recent.paging.operands(sequences)
+
+        def attend(some: Sequence[Chosen], weighs: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+            some = [own.narrow() for own in some]
+            tensors = [tensor for own in some for tensor in _part_of(own, sequences)]
+            old = Old(tensors, [size for own in some for size in own.part.layout])
+            out_bN1E, lse_bN1, weights = ops.decode_rows(query_bN1D, pages, logits, weighs, old)
+            if weighs:
+                widths = dense_widths(self._aging, sequences, [own.part for own in some])
+                spans = [span(own.part.layout, own.place_rW.shape[1]) for own in some]
+                weights = spread(weights, some, widths, spans)
+            return out_bN1E, lse_bN1[..., 0], weights if weighs else None
+
+        given = (query_bN1D, sequences, logits, need_weights, wanted, attend, self.trees)
+        return attend_some(self._aging, *given)
+
     def attend_prompt(
         self,
         query_bNQD: Tensor,
@@ -113,3 +141,11 @@ class Resident:
     ) -> dict[str, Tensor]:
         """The state: a file holds all of it."""
         return state
+
+
+def _part_of(own: Chosen, sequences: Sequence[int] | None) -> list[Tensor]:
+    """A part of which rows have the chosen pages alone, as operators take it."""
+    tensors = own.part.part(sequences)
+    table_rW = tensors[3].gather(1, own.place_rW.long().clamp_min(0))
+    dropped_r = tensors[7].new_empty(0)  # it is counted over all pages
+    return [*tensors[:3], table_rW, own.pages_r * own.part.layout.slots, *tensors[5:7], dropped_r]

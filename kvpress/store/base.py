@@ -13,6 +13,9 @@ from torch import Tensor
 KEY, VALUE, POSITION, MASS = "key", "value", "position", "mass"
 PAGE = "page"  # the keys and values of a page of old slots
 REF = "ref"  # the number by which tiers know such a page
+BOX = "box"  # the least and the largest key of every channel of such a page
+LENGTH = "length"  # of the farthest corner of the box, and of the longest value
+SPAN = "span"  # the first and the last position of such a page, when it was made
 
 
 class Column(NamedTuple):
@@ -50,3 +53,13 @@ class Survivors:
     columns: Mapping[str, Tensor]  # each [b, H, K, ...]; b = len(sequences)
     counts_BH: Tensor  # int64, on the host
     evicted: bool = False  # whether some of the sequences' slots were dropped
+
+
+def by_position(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Dense columns, each row in the order of its positions, empty slots first."""
+    order_bHS = columns[POSITION].argsort(dim=-1, stable=True)
+    ordered = {}
+    for name, values in columns.items():
+        index = order_bHS.view(*order_bHS.shape, *[1] * (values.dim() - 3))
+        ordered[name] = values.gather(2, index.expand(*order_bHS.shape, *values.shape[3:]))
+    return ordered

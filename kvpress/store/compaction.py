@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvpress import host
 from kvpress.store.base import PAGE, POSITION, REF
+from kvpress.store.boxes import BESIDE
 from kvpress.store.division import most_holes
 from kvpress.store.packed import PackedRows
 from kvpress.store.packing import pack
@@ -55,7 +56,7 @@ def _refill(rows: PackedRows, row: int, place_A: Tensor, kept: int) -> None:
     columns = {
         name: rows.paging.pages(name)[page_A].flatten()[from_K]
         for name in rows.paging.columns
-        if name not in (PAGE, REF)
+        if name not in (PAGE, REF, *BESIDE)
     }
     columns[POSITION][len(live_L) :] = EMPTY
     if rows.paging.pool.lent:

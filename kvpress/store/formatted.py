@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from kvpress.errors import CacheError
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.ops import Logits, Old
-from kvpress.store.aging import MakePart, PageAging, dense_widths, resident
+from kvpress.store.aging import MakePart, PageAging, dense_widths, resident, stores_of
 from kvpress.store.attending import Attending, Attends, Resident
 from kvpress.store.base import POSITION, Survivors
 from kvpress.store.division import Division
@@ -30,7 +31,8 @@ class FormattedRows(Rows):
     Args: recent: the store of recent slots. layouts: of old pages of all channels, one for each
     format. residual: last slots that stay as they came, at most. ordered: nothing is ever dropped.
     part: makes the rows of old slots of one format. together: slots that are packed at once, if
-    they are more than a page. attends: makes how they are attended to.
+    they are more than a page. attends: makes how they are attended to. box: slots of a box
+    by which steps choose pages; 0: a whole page; None: they read all.
     """
 
     aging: PageAging
@@ -45,7 +47,10 @@ class FormattedRows(Rows):
         part: MakePart = resident,
         together: int = 1,
         attends: Attends = Resident,
+        box: int | None = None,
     ) -> None:
+        self.box = box
+        part = part if box is None else partial(part, box=box)
         self.heads, self.page_slots, self.columns = recent.heads, recent.page_slots, recent.columns
         self.device, self.on_host = recent.device, recent.on_host
         self.sequences, self.paging = recent.sequences, recent.paging
@@ -69,10 +74,6 @@ class FormattedRows(Rows):
         if self.refills:
             return list(self.columns)
         return [n for n, column in self.columns.items() if n == POSITION or column.volatile]
-
-    @property
-    def _stores(self) -> list[PackedRows | PagedRows]:
-        return [*self.aging.parts, self.aging.recent]
 
     def limit(self, pages: int) -> None:
         """Nothing: recent slots are few, and old ones come in whole pages."""
@@ -112,7 +113,7 @@ class FormattedRows(Rows):
 
     def dense(self, name: str, sequences: Sequence[int] | None = None) -> Tensor:
         """A dense copy of one column, `[b, H, S, ...]`; empty slots hold position -1."""
-        return torch.cat([store.dense(name, sequences) for store in self._stores], dim=2)
+        return torch.cat([store.dense(name, sequences) for store in stores_of(self.aging)], dim=2)
 
     def picked(self, name: str, sequences: Sequence[int], index_bHK: Tensor) -> Tensor:
         """Some slots of one column, `[b, H, K, ...]`, by places; only recent ones are cheap."""
@@ -152,7 +153,7 @@ class FormattedRows(Rows):
 
     def retain(self, survivors: Survivors) -> None:
         """Drops what did not survive of some sequences; their volatile columns are renewed."""
-        for store in self._stores:
+        for store in stores_of(self.aging):
             store.retain(survivors)
         self.aging.room = 0  # of shorter rows fewer slots stay as they came
 
@@ -220,10 +221,11 @@ class FormattedRows(Rows):
     def check_integrity(self) -> bool:
         """True if every part is whole, and holds rows of its format only. Raises CacheError."""
         self.aging.check_integrity()
-        return all(store.check_integrity() for store in self._stores)
+        return all(store.check_integrity() for store in stores_of(self.aging))
 
 
 def _begin(rows: FormattedRows) -> None:
     """Makes what follows from the slots."""
     rows.attending = rows.attends(rows.aging)
     rows.memory, rows.streams = rows.attending.memory(), rows.attending.streams
+    rows.retrieving = None if rows.box is None else rows.attending

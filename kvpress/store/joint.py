@@ -9,13 +9,14 @@ from torch import Tensor
 
 from kvpress.store.aging import PageAging
 from kvpress.store.memory import PageMemory
+from kvpress.store.trees import Trees
 
 
 class JointMemory:
-    """The memory of recent and old slots together."""
+    """The memory of recent and old slots together, and of trees over old pages."""
 
-    def __init__(self, aging: PageAging) -> None:
-        self._aging = aging
+    def __init__(self, aging: PageAging, trees: Trees) -> None:
+        self._aging, self._trees = aging, trees
 
     @property
     def _all(self) -> list[PageMemory]:
@@ -42,7 +43,7 @@ class JointMemory:
     def nbytes(self) -> int:
         """Bytes of the storages kept alive: pages of both kinds, tables, counts and channels."""
         books = sum(tensor.nbytes for tensor in self._aging.decided.tensors())
-        return books + sum(memory.nbytes for memory in self._all)
+        return books + self._trees.nbytes + sum(memory.nbytes for memory in self._all)
 
     @property
     def nbytes_shared(self) -> int:
@@ -61,6 +62,7 @@ class JointMemory:
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that is kept alive."""
         yield from self._aging.decided.tensors()
+        yield from self._trees.tensors()
         for memory in self._all:
             yield from memory.tensors()
 

@@ -12,6 +12,7 @@ from kvpress import host, ops
 from kvpress.errors import CacheError
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.store.base import KEY, MASS, PAGE, POSITION, VALUE, Column, Survivors
+from kvpress.store.boxes import box_columns, boxes_of, check_boxes
 from kvpress.store.fields import Fields, check_positions
 from kvpress.store.memory import PageMemory
 from kvpress.store.paging import Paging
@@ -26,7 +27,8 @@ class PackedRows:
 
     `key_channels_RC` and `value_channels_RU` say which channels each row keeps; whoever owns this
     store sets them. columns: what is kept of a slot besides. ordered: nothing is ever dropped, and
-    slot s of a row holds token s: then no positions are stored.
+    slot s of a row holds token s: then no positions are stored. box: slots of a box, by which steps
+    choose pages; 0: a whole page; None: they read all.
     """
 
     def __init__(
@@ -37,15 +39,18 @@ class PackedRows:
         columns: Mapping[str, Column],
         like: Tensor,
         ordered: bool,
+        box: int | None = None,
     ) -> None:
         self.layout, self.like = layout, like
+        self.box = layout.slots if box == 0 else box
         positions = {} if ordered else {POSITION: Column((), torch.int32)}
         table = PageTable(sequences, heads, layout.slots, like.device, (_DROPPED,))
+        positions |= box_columns(layout, like.dtype, self.box) if self.box else {}
         self.paging = Paging({**self._bytes(), **columns, **positions}, table)
         self.fields = Fields(self.paging)
         self.memory = PageMemory(self.fields)
         self.key_channels_RC = self.value_channels_RU = host.zeros(0, dtype=torch.int16)
-        # What operators get where there are no positions, no mass, no counts on their device.
+        # Instead of positions, masses and counts that are not there.
         self._none = [like.new_empty(0, dtype=t) for t in (torch.int32, torch.float32, torch.int64)]
 
     @property
@@ -95,7 +100,8 @@ class PackedRows:
         self, row_A: Tensor, place_A: Tensor, page_AX: Tensor, columns: Mapping[str, Tensor]
     ) -> None:
         """Writes whole pages at some places of rows: what is packed, and `[A, S]` per column."""
-        self.fields.put_pages(row_A, place_A, {**columns, PAGE: page_AX})
+        beside = boxes_of(self, row_A, page_AX, columns)
+        self.fields.put_pages(row_A, place_A, {**columns, **beside, PAGE: page_AX})
 
     # Slots
 
@@ -210,4 +216,5 @@ class PackedRows:
         # Pages of a row stand in any order.
         self.paging.check_integrity(table.head_R[:, None].expand(-1, table.pages_RW.shape[1]))
         check_positions(self.dense(POSITION), self.held)
+        check_boxes(self.paging)
         return True

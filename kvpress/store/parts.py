@@ -177,7 +177,7 @@ class Parts:
 
     def joined(self) -> Tensor:
         """The attention output, in the dtype of the queries."""
-        out_bNQE, self._total_bNQ = ops.join_parts(self._out_JbNQE, self._lse_JbNQ)
+        out_bNQE, self.lse_bNQ = ops.join_parts(self._out_JbNQE, self._lse_JbNQ)
         return out_bNQE.to(self._query_bNQD.dtype)
 
     def weights(self, widths: Sequence[int]) -> Tensor:
@@ -186,7 +186,7 @@ class Parts:
         widths: dense slots of each layout. Those of a chunk are relative to it; these to all slots.
         """
         assert self._weights_JbNQS is not None, "they were not asked for"
-        share_JbNQ = (self._lse_JbNQ - self._total_bNQ).exp().nan_to_num(0.0)
+        share_JbNQ = (self._lse_JbNQ - self.lse_bNQ).exp().nan_to_num(0.0)
         weights_JbNQS = self._weights_JbNQS * share_JbNQ[..., None]
         first, made = [*self._plan.first, self._before], []
         for begin, chunks, width in zip(first, self._plan.chunks, widths, strict=False):

@@ -13,7 +13,8 @@ from torch import Tensor
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.formulas.ranking import gather
 from kvpress.ops import Logits, Old
-from kvpress.store.base import POSITION, Column, Survivors
+from kvpress.store.base import Column, Survivors, by_position
+from kvpress.store.chosen import Retrieving
 from kvpress.store.paging import Paging
 from kvpress.store.tiers.data_file import DataFile
 
@@ -135,6 +136,7 @@ class Rows(ABC):
     memory: Memory  # what all pages cost, and who else uses them
     aging: Aging | None = None  # how slots become old; None: all of them stay as they came
     streams: bool = False  # whether slots may have to be read before they are attended to
+    retrieving: Retrieving | None = None  # how a decode step reads some pages; None: it reads all
 
     @property
     @abstractmethod
@@ -280,16 +282,6 @@ class Rows(ABC):
 
         Raises CacheError otherwise.
         """
-
-
-def by_position(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Dense columns, each row in the order of its positions, empty slots first."""
-    order_bHS = columns[POSITION].argsort(dim=-1, stable=True)
-    ordered = {}
-    for name, values in columns.items():
-        index = order_bHS.view(*order_bHS.shape, *[1] * (values.dim() - 3))
-        ordered[name] = values.gather(2, index.expand(*order_bHS.shape, *values.shape[3:]))
-    return ordered
 
 
 _NO_OLD = Old([], [])

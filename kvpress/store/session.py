@@ -54,6 +54,7 @@ class TieredPages(Protocol):
     shelf: Shelf
     paging: Paging
     fields: Fields
+    last: int  # the number of the last step that chose pages
 
     @property
     def counts(self) -> Tensor:
@@ -65,8 +66,19 @@ class TieredPages(Protocol):
     def spill(self, least: int) -> None:
         """See `Tenant`."""
 
+    def thin(self, least: int) -> None:
+        """See `Tenant`."""
+
     def whole(self, row_A: Tensor, place_A: Tensor, usable_A: Tensor) -> Iterator[Whole]:
         """The spans of which all pages are in a list."""
+
+    def seal(
+        self, group: Whole, id_NP: Tensor, page_AX: Tensor, position_AS: Tensor | None
+    ) -> None:
+        """Makes a record of a span."""
+
+    def positions(self, page_A: Tensor) -> Tensor | None:
+        """The positions of pages, where they are kept."""
 
 
 class Named(NamedTuple):

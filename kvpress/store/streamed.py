@@ -12,8 +12,9 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import chain, zip_longest
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor
 
 from kvpress.formulas.page_layout import PageLayout
@@ -22,17 +23,20 @@ from kvpress.ops import Logits, Old
 from kvpress.store.aging import PageAging, dense_widths
 from kvpress.store.attending import Named
 from kvpress.store.base import KEY, POSITION, VALUE
+from kvpress.store.chosen import Chosen, Found, Wanted, spread
 from kvpress.store.formatted import FormattedRows
 from kvpress.store.joint import JointMemory
 from kvpress.store.packed import PackedRows
 from kvpress.store.paged import PagedRows
 from kvpress.store.parts import Parts, Plan
 from kvpress.store.prompt_parts import prompt_parts
+from kvpress.store.retrieving import attend_some
 from kvpress.store.session import save_pages
 from kvpress.store.tiered import SPAN, TieredPages
 from kvpress.store.tiered_memory import TieredMemory
 from kvpress.store.tiers.data_file import DataFile
 from kvpress.store.tiers.tiers import TIERS, Tiers
+from kvpress.store.trees import Trees
 from kvpress.store.units import unit_bytes, units_of
 
 
@@ -44,6 +48,7 @@ def tiered_rows(
     tiers: Tiers,
     layer: int,
     together: int = SPAN,
+    box: int | None = None,
 ) -> FormattedRows:
     """Rows whose slots are in whole pages, in any tier, once they are old.
 
@@ -52,7 +57,7 @@ def tiered_rows(
     """
     part = partial(_part, tiers, layer, unit_bytes(recent.heads, layouts))
     attends = partial(Streamed, tiers=tiers, layer=layer)
-    return FormattedRows(recent, layouts, residual, ordered, part, together, attends)
+    return FormattedRows(recent, layouts, residual, ordered, part, together, attends, box)
 
 
 class Streamed:
@@ -66,6 +71,7 @@ class Streamed:
     def __init__(self, aging: PageAging, tiers: Tiers, layer: int) -> None:
         self.aging, self.tiers, self._layer = aging, tiers, layer
         self.device = aging.recent.device
+        self.trees = Trees()
         self._known: tuple[list[object], Plan] | None = None
         tiers.readers.add(self)
 
@@ -75,7 +81,7 @@ class Streamed:
 
     def memory(self) -> StreamedMemory:
         """What all pages cost."""
-        return StreamedMemory(self.aging, self.tiers)
+        return StreamedMemory(self.aging, self.trees, self.tiers)
 
     def old(self, sequences: Sequence[int] | None) -> Old:
         """Not here: no operator takes what may not be there."""
@@ -92,8 +98,22 @@ class Streamed:
 
         Raises TierError where a page cannot be read.
         """
+        out_bNQE, parts = self._attend(
+            query_bNQD, sequences, logits, need_weights, self._plan(sequences)
+        )
+        if not need_weights:
+            return out_bNQE, None
+        return out_bNQE, parts.weights(dense_widths(self.aging, sequences, self.aging.parts))
+
+    def _attend(
+        self,
+        query_bNQD: Tensor,
+        sequences: Sequence[int] | None,
+        logits: Logits,
+        need_weights: bool,
+        plan: Plan,
+    ) -> tuple[Tensor, Parts]:
         begun = perf_counter()
-        plan = self._plan(sequences)
         pages = self.aging.recent.paging.operands(sequences)
         parts = Parts(plan, query_bNQD, pages, logits, need_weights)
         self.tiers.uses.device += plan.pages_here
@@ -106,9 +126,41 @@ class Streamed:
         out_bNQE = parts.joined()
         if self.tiers.watcher is not None:
             self.tiers.watcher.note("attention", begun, layer=self._layer)
-        if not need_weights:
-            return out_bNQE, None
-        return out_bNQE, parts.weights(dense_widths(self.aging, sequences, self.aging.parts))
+        return out_bNQE, parts
+
+    def attend_some(
+        self,
+        query_bN1D: Tensor,
+        sequences: Sequence[int] | None,
+        logits: Logits,
+        need_weights: bool,
+        wanted: Wanted,
+    ) -> tuple[Tensor, Tensor | None, Found]:
+        """Attention output over some of the pages, of which some may have to be read.
+
+        Raises TierError where a page cannot be read.
+        """
+
+        def attend(some: Sequence[Chosen], weighs: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+            some = [x.narrow() for x in some]
+            every = [
+                units_of(x.part, sequences, (x.place_rW, x.pages_r))
+                for x in some
+                if _is_tiered(x.part)
+            ]
+            for units in every:
+                units.rows.bring(torch.unique(units.id_uHW[units.held_uHW]))
+            plan = Plan(every, len(query_bN1D), self.aging.recent.heads, self.device)
+            out_bN1E, parts = self._attend(query_bN1D, sequences, logits, weighs, plan)
+            if not weighs:
+                return out_bN1E, parts.lse_bNQ[..., 0], None
+            spans = [x.place_rW.shape[1] * x.part.layout.slots for x in some]
+            widths = dense_widths(self.aging, sequences, [x.part for x in some])
+            weights = spread(parts.weights(spans), some, widths, spans)
+            return out_bN1E, parts.lse_bNQ[..., 0], weights
+
+        given = (query_bN1D, sequences, logits, need_weights, wanted, attend, self.trees)
+        return attend_some(self.aging, *given)
 
     def attend_prompt(
         self,
@@ -164,21 +216,21 @@ class Streamed:
         return plan
 
     def bytes_beside(self) -> int:
-        """Bytes on the device besides pages of old slots: recent slots, positions, masses."""
+        """Bytes on the device besides pages of old slots: recent slots, positions, boxes, trees."""
         parts = (part.memory for part in self._tiered)
         beside = sum(x.beside for x in parts if isinstance(x, TieredMemory))
-        return self.aging.recent.memory.nbytes + beside
+        return self.aging.recent.memory.nbytes + beside + self.trees.nbytes
 
     @property
     def _tiered(self) -> list[TieredPages]:
-        return [part for part in self.aging.parts if isinstance(part, TieredPages)]
+        return [part for part in self.aging.parts if _is_tiered(part)]
 
 
 class StreamedMemory(JointMemory):
     """The memory of recent and old slots, whose pages are in tiers that other rows have too."""
 
-    def __init__(self, aging: PageAging, tiers: Tiers) -> None:
-        super().__init__(aging)
+    def __init__(self, aging: PageAging, trees: Trees, tiers: Tiers) -> None:
+        super().__init__(aging, trees)
         self._tiers = tiers
 
     @property
@@ -204,6 +256,12 @@ def _state_of(rows: PackedRows) -> tuple[object, ...]:
     return (rows.paging.table.pages_RW, rows.counts, rows.shelf.directory.version)
 
 
-def _part(tiers: Tiers, layer: int, unit: int, number: int, *made_of: Any) -> TieredPages:
+def _is_tiered(part: PackedRows) -> TypeGuard[TieredPages]:
+    return isinstance(part, TieredPages)
+
+
+def _part(
+    tiers: Tiers, layer: int, unit: int, number: int, *made_of: Any, box: int | None = None
+) -> TieredPages:
     """Rows of old slots of a layout, by its number and what PackedRows is made of."""
-    return TieredPages(*made_of, tiers=tiers, name=(layer, number), unit=unit)
+    return TieredPages(*made_of, tiers=tiers, name=(layer, number), unit=unit, box=box)

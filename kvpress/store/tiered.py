@@ -17,8 +17,10 @@ from kvpress import host
 from kvpress.errors import CacheError
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.store.base import POSITION, REF, Column
+from kvpress.store.boxes import boxes_of
 from kvpress.store.packed import PackedRows
 from kvpress.store.session import Whole, load_pages, slices_of
+from kvpress.store.spilling import single, spill
 from kvpress.store.tiered_memory import TieredMemory, ids_of, used_pages
 from kvpress.store.tiers.directory import NOWHERE
 from kvpress.store.tiers.record import Owner
@@ -51,10 +53,12 @@ class TieredPages(PackedRows):
         tiers: Tiers,
         name: tuple[int, int],
         unit: int,
+        box: int | None = None,
     ) -> None:
         self.name, self.span = name, span_pages(layout)
-        super().__init__(sequences, heads, layout, columns, like, ordered)
+        super().__init__(sequences, heads, layout, columns, like, ordered, box)
         beside = 0 if ordered else layout.slots * 4  # positions, as they were sealed
+        self.last, self.spare = 0, True  # the number of the last step; whether it left pages there
         self.shelf = tiers.shelf(like.device, layout.page_bytes, beside, unit)
         _join(self)
 
@@ -84,7 +88,8 @@ class TieredPages(PackedRows):
         """
         with self.shelf.tiers.lock:
             id_A = self.shelf.directory.enter(len(row_A))
-            self.fields.put_pages(row_A, place_A, {**columns, REF: id_A})
+            beside = boxes_of(self, row_A, page_AX, columns)
+            self.fields.put_pages(row_A, place_A, {**columns, **beside, REF: id_A})
             position_AS = columns.get(POSITION) if POSITION in self.paging.columns else None
             self._settle(row_A, place_A, id_A, page_AX, position_AS)
 
@@ -111,7 +116,7 @@ class TieredPages(PackedRows):
             pages_AX = page_AX[flat_A.to(device)]
             if not self.shelf.tiers.fits(len(flat_A) * self.layout.page_bytes, self.shelf.arena):
                 position = None if position_AS is None else position_AS[flat_A.to(device)]
-                self._seal(group, id_A[group.entry_NP], pages_AX, position)
+                self.seal(group, id_A[group.entry_NP], pages_AX, position)
             else:
                 self.shelf.put(id_A[flat_A], pages_AX, self)
 
@@ -134,10 +139,16 @@ class TieredPages(PackedRows):
             yield Whole(int(row_N[start]) // heads, own, int(span_N[start]), entry_NP[mine])
             start += size
 
-    def _seal(
+    def seal(
         self, group: Whole, id_NP: Tensor, page_AX: Tensor, position_AS: Tensor | None
     ) -> None:
-        """Makes a record of a span. Raises TierError."""
+        """Makes a record of a span. Where steps choose pages, each can be read alone.
+
+        Raises TierError.
+        """
+        if self.box:
+            group = single(group)
+            id_NP = id_NP.view(-1, 1)
         first = group.span * self.span * self.layout.slots
         slice_NX, known = slices_of(len(id_NP), page_AX, position_AS)
         first = first if position_AS is None else known
@@ -152,32 +163,34 @@ class TieredPages(PackedRows):
         return ids_of(self.paging)
 
     def spill(self, least: int) -> None:
-        """Sends whole spans to a lower tier, the last ones first. Raises TierError.
+        """Sends pages to a lower tier: those that no step chose, then whole spans, the last first.
 
-        Where rows were compacted, pages of one span may be in several tiers: what is left of such
-        spans on the device goes last, page by page.
+        Raises TierError.
         """
-        row_A, place_A = used_pages(self.paging.table).nonzero().unbind(1)
-        page_A = self.paging.table.pages_RW[row_A, place_A].long()
-        id_A = self.paging.pages(REF)[page_A]
-        here_A = self.shelf.directory.at_P[id_A] != NOWHERE
-        groups = list(self.whole(row_A, place_A, here_A))
-        mixed = list(self.whole(row_A, place_A, torch.ones_like(here_A)))
-        for group in (*reversed(groups), *reversed(mixed)):
-            if least <= 0:
-                return
-            entry_A = group.entry_NP.flatten()
-            now_A = self.shelf.directory.at_P[id_A[entry_A]] != NOWHERE  # beams may share pages
-            if not bool(now_A.all()):
-                group, entry_A = _single(group, now_A), entry_A[now_A]
-            if len(entry_A):
-                at_A = self.shelf.directory.at_P[id_A[entry_A]].to(self.like.device)
-                positions = self._positions(page_A[entry_A])
-                self._seal(group, id_A[group.entry_NP], self.shelf.pages[at_A], positions)
-                self.shelf.leave(id_A[entry_A])
-                least -= len(entry_A) * self.layout.page_bytes
+        spill(self, least, every=True)
 
-    def _positions(self, page_A: Tensor) -> Tensor | None:
+    def thin(self, least: int) -> None:
+        """The same of pages that the last step did not choose. Raises TierError."""
+        if self.spare:
+            self.spare = spill(self, least, every=False)
+
+    def bring(self, id_A: Tensor) -> None:
+        """Brings the pages that a step chose to the device, as far as others may go for them.
+
+        Those of the last step are there: what is copied is what they have not in common. Raises
+        TierError.
+        """
+        shelf = self.shelf
+        with shelf.tiers.lock:
+            self.last = shelf.tiers.tick()
+            shelf.directory.step_P[id_A] = self.last
+            self.spare = True
+            away_A = id_A[shelf.directory.at_P[id_A] == NOWHERE]
+            if len(away_A):
+                room = shelf.tiers.make_space(len(away_A) * shelf.page_bytes, shelf.arena, self)
+                shelf.bring(away_A[: room // shelf.page_bytes])
+
+    def positions(self, page_A: Tensor) -> Tensor | None:
         """The positions of pages, where they are kept."""
         if POSITION not in self.paging.columns:
             return None
@@ -206,13 +219,9 @@ class TieredPages(PackedRows):
                 mine = span_A == span
                 page_AX = self.shelf.read(ref_P[page_A[mine]])
                 id_A = ref_P[page_A[mine]] = self.shelf.directory.enter(len(page_AX))
-                position_AS = self._positions(page_A[mine])
+                position_AS = self.positions(page_A[mine])
                 self._settle(row_A[mine], place_A[mine], id_A, page_AX, position_AS)
             table.set_pages(table.pages_RW.clone())  # what was planned for them holds no more
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything that the rows hold; of pages their numbers on the shelf. See session.py."""
-        return super().state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes over what a session has. Raises CacheError if that cannot be, TierError."""
@@ -224,13 +233,6 @@ class TieredPages(PackedRows):
         if bool(((own.at_P[id_A] == NOWHERE) & (own.record_P[id_A] == NOWHERE)).any()):
             raise CacheError("A page is in no tier.")
         return super().check_integrity()
-
-
-def _single(group: Whole, chosen_A: Tensor) -> Whole:
-    """Some pages of a span, each as a slice of its own."""
-    head_A = host.tensor(group.heads).repeat_interleave(group.entry_NP.shape[1])
-    entry_NP = group.entry_NP.flatten()[chosen_A, None]
-    return Whole(group.sequence, tuple(head_A[chosen_A].tolist()), group.span, entry_NP)
 
 
 def _join(rows: TieredPages) -> None:

@@ -142,16 +142,26 @@ class Units(NamedTuple):
         return [own.shelf.pages, *channels, *where, position, none, none.long()]
 
 
-def units_of(rows: TieredPages, sequences: Sequence[int] | None) -> Units:
-    """The units of some sequences, or of all, the first ones of all sequences first."""
+def units_of(
+    rows: TieredPages,
+    sequences: Sequence[int] | None,
+    some: tuple[Tensor, Tensor] | None = None,
+) -> Units:
+    """The units of some sequences, or of all, the first ones of all sequences first.
+
+    some: as if their rows had these pages alone: places in the rows, and how many.
+    """
     table, size = rows.paging.table, rows.layout.slots
     row_R = table.row_index(sequences)
     heads, pages = table.heads, unit_pages(rows.layout)
-    pages_R = rows.counts[row_R] // size
+    page_RW, pages_R = table.pages_RW[row_R], rows.counts[row_R] // size
+    if some is not None:
+        place_RW, pages_R = (x.cpu() for x in some)
+        page_RW = page_RW.gather(1, place_RW.long().clamp_min(0))
     units = -(-int(pages_R.max()) // pages) if len(row_R) else 0
     place_W = host.arange(units * pages)
     held_RW = place_W < pages_R[:, None]
-    page_RW = torch.nn.functional.pad(table.pages_RW[row_R], (0, units * pages))
+    page_RW = torch.nn.functional.pad(page_RW, (0, units * pages))
     page_RW = page_RW[:, : units * pages].long().where(held_RW, 0)
     id_RW = rows.paging.pages(REF)[page_RW].where(held_RW, EMPTY) if units else page_RW
     shape = (len(row_R) // heads, heads, units, pages)

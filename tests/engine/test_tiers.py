@@ -25,6 +25,10 @@ RECIPES = [
     "snapkv:budget=0.5+adakv",
     "think",
     "think+quant",
+    "quest:dense=0,read=160",
+    "leoam:read=0.3",
+    "freekv:dense=0,read=160",
+    "keyformer:budget=0.6+leoam+quant",
 ]
 SHAPES = [
     (4, 4, 32, torch.float32),

@@ -432,7 +432,8 @@ def test_a_process_killed_while_saving_leaves_the_old_session_or_the_new_one(
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     kills, old, new = map(int, done.stdout.split()[-3:])
-    assert kills >= 200 and old > 20 and new > 20, done.stdout
+    # How many of each depends on what else the machine does: both must have been seen.
+    assert kills >= 200 and old > 5 and new > 5, done.stdout
 
 
 MEMORY = Path(__file__).parents[1] / "tools" / "session_memory.py"

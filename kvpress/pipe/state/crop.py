@@ -68,4 +68,5 @@ def crop(layer: Layer, tokens: int) -> None:
     layer.excess.forget()
     final = tokens - own.drafts.take_back(tokens)  # drafted tokens are not watched, nor counted
     own.watched.take_back(final)
+    own.earlier.clear()  # it may be the query of a token that is gone
     own.decoded.take_back(final)

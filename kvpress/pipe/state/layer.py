@@ -16,6 +16,7 @@ from kvpress.host import lasting
 from kvpress.pipe.state import channels
 from kvpress.pipe.state.context import Context
 from kvpress.pipe.state.growth import Excess
+from kvpress.pipe.state.reads import Reads
 from kvpress.pipe.state.sequences import Sequences
 from kvpress.pipe.state.stores import Stores
 from kvpress.pipe.state.tokens import Tokens
@@ -55,6 +56,7 @@ class Layer:
         self.padded_at = 0  # logical length after the last padded column
         self.evicted_in_prompt: set[int] = set()  # sequences, by the last prompt, before a trim
         self.blocks: tuple[Tensor, int] | None = None  # of prompts: computed per head [N], all
+        self.reads = Reads()  # of decode steps, where they read some pages only
         self._in_step: bool | None = None  # None: not known
 
     @property
@@ -102,7 +104,7 @@ class Layer:
     def fork(self, context: Context) -> Layer:
         """A copy for another cache. Both use the same pages until one of them writes to them."""
         other = copy.copy(self)
-        other.context, other.excess = context, Excess()
+        other.context, other.excess, other.reads = context, Excess(), Reads()
         other.sequences = self.sequences.clone()
         if self.store is not None:
             with self.store.memory.lock:
@@ -217,11 +219,10 @@ class Layer:
 
     @property
     def bytes_held(self) -> int:
-        """The storages of this layer, with what drafts attended to and queries that are watched."""
+        """The storages of this layer, with what drafts attended to and queries that are kept."""
         if self.store is None:
             return 0
-        watched = sum(query.nbytes for query in self.sequences.watched.values())
-        return self.store.memory.nbytes + watched + self.sequences.drafts.nbytes
+        return self.store.memory.nbytes + self.sequences.nbytes + self.reads.nbytes
 
     def note_peak(self, more: int = 0) -> None:
         """To be called before this layer gives memory back, which now holds `more` bytes."""

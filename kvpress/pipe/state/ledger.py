@@ -33,6 +33,7 @@ def report(layer: Layer) -> LayerReport:
         bytes_shared=layer.store.memory.nbytes_shared,
         density=density(layer),
         bytes_tiers=tier_ledger.held(layer) if layer.context.tiers else {},
+        reads=layer.reads.figures,
     )
 
 

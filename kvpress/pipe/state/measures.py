@@ -54,4 +54,5 @@ def layouts(layer: Layer, kept: tuple[int, int]) -> list[PageLayout]:
     widths = (layer.key_width, layer.value_width)
     item_bytes = layer.rows.columns[KEY].dtype.itemsize
     short = layer.stores.has_short_rows
-    return formats.layouts(layer.recipe.packing, widths, kept, item_bytes, short)
+    page = layer.stores.page(widths[0])
+    return formats.layouts(layer.recipe.packing, widths, kept, item_bytes, short, page)

@@ -100,6 +100,24 @@ class Watched(dict[int, Tensor]):
             self[b] = query_NQD[:, : max(0, query_NQD.shape[1] - tokens)]
 
 
+class Earlier(dict[int, Tensor]):
+    """The queries `[N, D]` of the last decode step of sequences, where pages are chosen by them."""
+
+    PREFIX = "earlier."  # before the number of a sequence, in files
+
+    def select(self, index: Sequence[int]) -> Earlier:
+        """Sequence i becomes what sequence `index[i]` was."""
+        return Earlier({i: self[b] for i, b in enumerate(index) if b in self})
+
+    def clone(self) -> Earlier:
+        """Another one that goes on by itself: its tensors are replaced, never written to."""
+        return Earlier(self)
+
+    def state(self) -> dict[str, Tensor]:
+        """A tensor for each sequence."""
+        return {f"{self.PREFIX}{b}": query.cpu().contiguous() for b, query in self.items()}
+
+
 class Counter(NamedTuple):
     """How a tensor of `Sequences` begins, and what files hold of it."""
 
@@ -139,6 +157,7 @@ class Sequences:
     recent_R: Tensor = counter()  # protected last tokens of it
     decoded: Decoded = field(default_factory=Decoded)
     watched: Watched = field(default_factory=Watched)
+    earlier: Earlier = field(default_factory=Earlier)
     drafts: Drafts = field(default_factory=Drafts)
     spans: Spans = field(default_factory=Spans)  # protected tokens behind the first ones
 
@@ -184,6 +203,12 @@ class Sequences:
 
     def __len__(self) -> int:
         return len(self.seen_B)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of queries that are kept, and of what drafts attended to."""
+        queries = (*self.watched.values(), *self.earlier.values())
+        return self.drafts.nbytes + sum(query.nbytes for query in queries)
 
     @property
     def quota_BH(self) -> Tensor:

@@ -25,7 +25,7 @@ from kvpress.pipe.state.plausible import (
     check_slots,
     check_whole,
 )
-from kvpress.pipe.state.sequences import Watched
+from kvpress.pipe.state.sequences import Earlier, Watched
 from kvpress.pipe.state.spans import Spans
 from kvpress.store import Rows
 from kvpress.store.base import KEY, VALUE
@@ -145,7 +145,10 @@ def _fill(layer: Layer, numbers: Any, tensors: dict[str, Tensor], device: torch.
         expect(tensors, {})
         return
     _set_numbers(layer, numbers)
-    watched = {n: tensors.pop(n) for n in list(tensors) if n.startswith(Watched.PREFIX)}
+    watched, earlier = (
+        {n: tensors.pop(n) for n in list(tensors) if n.startswith(kept.PREFIX)}
+        for kept in (Watched, Earlier)
+    )
     _set_counters(layer, tensors)
     layer.store = _store(layer, tensors, device)
     if _kept_channels(layer.store) != numbers["kept_channels"]:
@@ -155,6 +158,7 @@ def _fill(layer: Layer, numbers: Any, tensors: dict[str, Tensor], device: torch.
     check_quotas(layer)
     layer.sequences.move(layer.store.device)
     _set_watched(layer, watched)
+    _set_earlier(layer, earlier)
     layer.refresh()
 
 
@@ -234,6 +238,19 @@ def _set_watched(layer: Layer, watched: Mapping[str, Tensor]) -> None:
         if heads % layer.kind.heads or not heads or queries > most:
             raise CacheError(f"{name} is {list(query_NQD.shape)}: no last {most} queries.")
         layer.sequences.watched[allowed[name]] = query_NQD.to(rows.device, copy=True)
+
+
+def _set_earlier(layer: Layer, earlier: Mapping[str, Tensor]) -> None:
+    """Takes the queries by which the next step chooses pages, in memory of their own."""
+    rule, batch = layer.stores.retrieval, len(layer.sequences)
+    wanted = rule is not None and rule.turn is not None
+    allowed = {f"{Earlier.PREFIX}{b}": b for b in range(batch if wanted else 0)}
+    sizes = (layer.kind.queries or ANY, layer.key_width)
+    expect(earlier, dict.fromkeys(earlier.keys() & allowed.keys(), (layer.token_dtype, sizes)))
+    for name, query_ND in earlier.items():
+        if not len(query_ND) or len(query_ND) % layer.kind.heads:
+            raise CacheError(f"{name} is {list(query_ND.shape)}: no queries of a step.")
+        layer.sequences.earlier[allowed[name]] = query_ND.to(layer.rows.device, copy=True)
 
 
 def layer_numbers(state: Layer) -> dict[str, Any] | None:

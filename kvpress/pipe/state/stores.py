@@ -12,6 +12,7 @@ from kvpress.pipe.state.context import Context
 from kvpress.policy import formats
 from kvpress.policy.budget import Limits
 from kvpress.policy.recipe import Recipe
+from kvpress.policy.retrieval import Retrieval
 from kvpress.store import Column, FormattedRows, PagedRows, Rows, tiered_rows
 from kvpress.store.base import KEY, MASS, VALUE
 from kvpress.store.tiered import SPAN
@@ -31,12 +32,14 @@ class Stores:
     cache_dtype: torch.dtype | None  # of keys and values; None: as they come
     layer: int = 0
     tiers: Tiers | None = None  # where old pages go; None: they stay on the device
+    retrieval: Retrieval | None = None  # which pages a decode step reads; None: all
 
     @classmethod
     def of(cls, kind: LayerKind, context: Context, recipe: Recipe, limits: Limits | None) -> Stores:
         """How a layer of a cache does it. A window is small, and always read: it needs no tiers."""
         tiers = context.tiers if kind.window is None else None
-        return cls(recipe, limits, context.page_slots, context.cache_dtype, kind.index, tiers)
+        rule = recipe.stage("retrieve").retrieve(kind.index)
+        return cls(recipe, limits, context.page_slots, context.cache_dtype, kind.index, tiers, rule)
 
     def new(self, key_BHQD: Tensor, value_BHQD: Tensor) -> Rows:
         """An empty store for tokens like these. Raises PolicyError where it cannot count them."""
@@ -53,23 +56,44 @@ class Stores:
         recipe = self.recipe
         if not self.packs:
             return PagedRows(batch, heads, columns, self.page_slots, device)
-        few = self.page_slots if self.tiers else min(self.page_slots, _RECENT_SLOTS)
+        few = (
+            min(self.page_slots, _RECENT_SLOTS)
+            if recipe.formats and not self.tiers
+            else self.page_slots
+        )
         rows, key = PagedRows(batch, heads, columns, few, device), columns[KEY]
         widths = (key.shape[0], columns[VALUE].shape[0])
         layouts = formats.layouts(
-            recipe.packing, widths, widths, key.dtype.itemsize, self.has_short_rows
+            recipe.packing,
+            widths,
+            widths,
+            key.dtype.itemsize,
+            self.has_short_rows,
+            self.page(widths[0]),
         )
         ordered = self.limits is None and not recipe.accumulates
         made_of = (rows, layouts, recipe.residual, ordered)
-        if self.tiers is None:
-            return FormattedRows(*made_of)
-        # What is quantised changes with when it is; slots as they came may wait for a whole span.
-        return tiered_rows(*made_of, self.tiers, self.layer, 1 if recipe.formats else SPAN)
+        # What is quantised changes with when it is, and what is chosen with what is in pages; other
+        # slots as they came may wait for a whole span.
+        box = self.box
+        together = SPAN if box is None and not recipe.formats else 1
+        if self.tiers is not None:
+            return tiered_rows(*made_of, self.tiers, self.layer, together, box)
+        return FormattedRows(*made_of, box=box)
+
+    def page(self, width: int) -> int | None:
+        """Slots of a page of old slots; None: as many as its format wants."""
+        return None if self.retrieval is None else self.retrieval.page_of(width)
+
+    @property
+    def box(self) -> int | None:
+        """Slots of a box, by which steps choose pages; 0: a whole page. None: they read all."""
+        return None if self.retrieval is None else self.retrieval.box or 0
 
     @property
     def packs(self) -> bool:
         """Whether old slots are in whole pages: packed, or as they came to go to another tier."""
-        return self.recipe.formats or self.tiers is not None
+        return self.recipe.formats or self.tiers is not None or self.retrieval is not None
 
     @property
     def has_short_rows(self) -> bool:
@@ -77,7 +101,7 @@ class Stores:
 
         A row without a budget holds every token of its text.
         """
-        return self.limits is not None
+        return self.limits is not None and self.retrieval is None
 
     def columns(self, dtype: torch.dtype, key_width: int, value_width: int) -> dict[str, Column]:
         """What the store keeps of a slot. dtype: of the tokens."""

@@ -36,6 +36,9 @@ class Tenant(Protocol):
     def spill(self, least: int) -> None:
         """Sends whole spans to a lower tier, of at least so many bytes where there are as many."""
 
+    def thin(self, least: int) -> None:
+        """The same of pages that its last step did not choose to read."""
+
 
 class Around(Protocol):
     """What the shelves of an engine share."""
@@ -53,6 +56,12 @@ class Around(Protocol):
 
     def make_room(self, room: int, arena: Arena, first: Tenant | None) -> None:
         """Frees so many bytes of a device where it can; of these rows before those of others."""
+
+    def make_space(self, room: int, arena: Arena, first: Tenant) -> int:
+        """Frees as many bytes as no last step chose, at the most. Returns how many are free."""
+
+    def tick(self) -> int:
+        """The number of a step of some rows."""
 
     def end_dropped(self) -> None:
         """Frees the pages of caches that are gone."""

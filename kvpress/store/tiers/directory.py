@@ -16,11 +16,12 @@ class Directory:
     """Pages by numbers that stay theirs while they move.
 
     at_P: where on its device, NOWHERE if it is not there. record_P: the number of its record, or
-    NOWHERE. place_P: the page of that record. All int64, on the host.
+    NOWHERE. place_P: the page of that record. step_P: the step that last chose to read it, where
+    steps choose. All int64, on the host.
     """
 
     def __init__(self) -> None:
-        self.at_P = self.record_P = self.place_P = host.zeros(0)
+        self.at_P = self.record_P = self.place_P = self.step_P = host.zeros(0)
         self.records: dict[int, Any] = {}  # by number, what the vault gave
         self._pages: dict[int, int] = {}  # of every record that are in use
         self._free: list[int] = []
@@ -33,8 +34,9 @@ class Directory:
             old = len(self.at_P)
             more = max(missing, old // 2)
             nowhere = host.full((more,), NOWHERE)
-            self.at_P, self.record_P, self.place_P = (
-                torch.cat([x, nowhere]) for x in (self.at_P, self.record_P, self.place_P)
+            self.at_P, self.record_P, self.place_P, self.step_P = (
+                torch.cat([x, nowhere])
+                for x in (self.at_P, self.record_P, self.place_P, self.step_P)
             )
             self._free = list(range(old + more - 1, old - 1, -1)) + self._free
         return host.tensor([self._free.pop() for _ in range(count)])
@@ -81,7 +83,7 @@ class Directory:
             if not self._pages[number]:
                 del self._pages[number]
                 ended.append(self.records.pop(number))
-        for column_P in (self.at_P, self.record_P, self.place_P):
+        for column_P in (self.at_P, self.record_P, self.place_P, self.step_P):
             column_P[id_A] = NOWHERE
         self._free.extend(id_A.tolist())
         self.version += 1

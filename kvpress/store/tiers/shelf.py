@@ -14,6 +14,7 @@ from kvpress.store.tiers.directory import NOWHERE, Directory
 from kvpress.store.tiers.record import Owner
 from kvpress.store.tiers.vault import Vault
 
+_TOGETHER = 64  # records that are asked for before the first one is copied
 _AT_ONCE = 4  # records that are read while others are copied, where pages are read one after all
 
 
@@ -109,6 +110,27 @@ class Shelf:
             self.vault.free(record)
 
     # Pages are read
+
+    def bring(self, id_A: Tensor) -> int:
+        """Copies pages to the device, where they stay: as many as find room, the first ones.
+
+        They keep their records, so that they can leave again at once. Raises TierError.
+        """
+        away_A = id_A[self.directory.at_P[id_A] == NOWHERE]
+        at_A = self.arena.take(len(away_A), self.page_bytes)
+        away_A = away_A[: len(at_A)]
+        away_A = away_A[self.directory.by_record(away_A)]
+        try:
+            wanted = self._arrivals.wanted(away_A, at_A)
+            for start in range(0, len(wanted), _TOGETHER):
+                part = wanted[start : start + _TOGETHER]
+                self._arrivals.land(part, self._arrivals.fetch(part), self.pages)
+        except BaseException:
+            self.arena.give(at_A, self.page_bytes)
+            raise
+        self.directory.arrive(away_A, at_A)
+        self.tiers.uses.brought += len(away_A)
+        return len(away_A)
 
     def read(self, id_A: Tensor) -> Tensor:
         """A copy of pages on the device, `[A, page_bytes]`. Raises TierError."""

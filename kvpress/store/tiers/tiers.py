@@ -65,6 +65,7 @@ class Tiers:
         self._last: weakref.ref[Reader] | None = None
         self.stalls, self.uses = Stopwatch(), Uses()
         self.watcher: Watcher | None = None
+        self._steps = 0
         self._dropped = False  # whether caches are gone whose rows may still be there
         self.copies = ThreadPoolExecutor(1, "kvpress-copy")
         weakref.finalize(self, self.copies.shutdown, wait=False)
@@ -166,12 +167,34 @@ class Tiers:
         self.collect()
         if self.vault is None:
             return
-        for tenant in sorted(self.tenants, key=lambda tenant: tenant is not first):
+        for tenant in self._others(first, arena):
             missing = room + arena.size // _MORE - self._free(arena)
             if missing <= arena.size // _MORE and tenant is not first:
                 return
-            if missing > 0 and tenant.shelf.arena is arena:
+            if missing > 0:
                 tenant.spill(missing)
+
+    def make_space(self, room: int, arena: Arena, first: Tenant) -> int:
+        """Frees as many bytes, as far as pages are there that no last step chose. Returns them.
+
+        Rows that are read one after the other would otherwise take each other's pages in turn.
+        """
+        for tenant in self._others(first, arena):
+            missing = room - self._free(arena)
+            if missing <= 0:
+                break
+            tenant.thin(missing)
+        return max(0, min(room, self._free(arena)))
+
+    def _others(self, first: Tenant | None, arena: Arena) -> list[Tenant]:
+        """Who has pages there: `first` before the others."""
+        mine = [tenant for tenant in self.tenants if tenant.shelf.arena is arena]
+        return sorted(mine, key=lambda tenant: tenant is not first)
+
+    def tick(self) -> int:
+        """The number of a step of some rows: later ones have larger numbers."""
+        self._steps += 1
+        return self._steps
 
     def passed(self, rows: Reader) -> None:
         """Says that rows are attended to now: those after which they come learn who follows."""

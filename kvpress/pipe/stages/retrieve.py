@@ -1,0 +1,76 @@
+"""Which of the stored pages a decode step reads, and what it may have missed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvpress import host
+from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.tokens import Tokens
+from kvpress.policy.retrieval import Retrieval
+from kvpress.store.chosen import Wanted
+
+
+def attend(
+    layer: Layer, group: Sequence[int] | None, tokens: Tokens, need_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention output of one new token of some sequences, and weights: 0 where nothing was read.
+
+    group: the sequences, None for all of them.
+    """
+    rule, rows, query_bN1D = layer.stores.retrieval, layer.rows.retrieving, tokens.query_bNQD
+    assert rule is not None and rows is not None, "only such rows are asked"
+    counts = layer.rows.counts if group is None else layer.rows.counts_BH[list(group)].flatten()
+    held: list[int] = counts.tolist()
+    wanted = _wanted(layer, rule, group, tokens, held)
+    out, weights, found = rows.attend_some(query_bN1D, group, tokens.logits, need_weights, wanted)
+    layer.reads.add(found, sum(held), group)
+    if rule.turn is not None:
+        _remember(layer, group, query_bN1D[:, :, 0])
+    return out, weights
+
+
+def _wanted(
+    layer: Layer, rule: Retrieval, group: Sequence[int] | None, tokens: Tokens, held: Sequence[int]
+) -> Wanted:
+    """What the rule comes to for the rows of some sequences, which hold so many tokens."""
+    rows, seen_B = layer.rows, layer.sequences.seen_B
+    seen_b = (seen_B if group is None else seen_B[list(group)]).tolist()
+    from_r = host.tensor([seen - rule.recent for seen in seen_b for _ in range(rows.heads)])
+    now_bND = query_bND = tokens.query_bNQD[:, :, 0].contiguous()
+    if rule.turn is not None:
+        query_bND = _earlier(layer, group, now_bND, rule.turn)
+    return Wanted(
+        query_bND,
+        [rule.slots(count) for count in held],
+        host.full((len(held),), rule.sink).to(rows.device),
+        from_r.to(rows.device),
+        tokens.logits,
+        rule.mass,
+        rule.top,
+        rule.tree,
+        None if rule.turn is None else now_bND,
+    )
+
+
+def _earlier(layer: Layer, group: Sequence[int] | None, query_bND: Tensor, turn: float) -> Tensor:
+    """The queries of the step before; those of now for rows whose queries have turned since."""
+    own, rows = layer.sequences, layer.rows
+    mine = [own.earlier.get(b) for b in (range(len(own)) if group is None else group)]
+    known = [query_bND[i] if x is None else x for i, x in enumerate(mine)]
+    earlier_bND = torch.stack(known).to(query_bND.dtype)
+    cosine_bN = torch.cosine_similarity(query_bND.float(), earlier_bND.float(), dim=-1)
+    mean_bH = cosine_bN.view(len(query_bND), rows.heads, -1).mean(-1)
+    mean_bH[[i for i, x in enumerate(mine) if x is None]] = -torch.inf  # the first step of a text
+    turned_bN = (mean_bH < turn).repeat_interleave(query_bND.shape[1] // rows.heads, 1)
+    layer.reads.turned += int(turned_bN.sum()) // (query_bND.shape[1] // rows.heads)
+    return torch.where(turned_bN[..., None], query_bND, earlier_bND)
+
+
+def _remember(layer: Layer, group: Sequence[int] | None, query_bND: Tensor) -> None:
+    everybody = range(len(layer.sequences)) if group is None else group
+    for b, query_ND in zip(everybody, query_bND, strict=True):
+        layer.sequences.earlier[b] = query_ND.detach().clone()

@@ -1,0 +1,72 @@
+"""Which of the stored pages a decode step reads; the others are kept, and may be read later.
+
+Pages are judged by the box of their keys: the least and the largest key of every channel bound the
+logits of all of their slots (Tang et al., ICML 2024, arXiv 2406.10774).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kvpress.errors import PolicyError
+from kvpress.policy.budget import Budget, share
+
+_SLOTS, _NARROW = 32, 64  # of a page, where keys have no more channels than that
+
+
+class Retrieval(NamedTuple):
+    """How a policy wants pages to be read.
+
+    read: tokens that a row reads, at the most: a fraction of those that it holds, or a number.
+    page: slots of a page; None: see `page_of`. box: slots of a box, of which a page has several;
+    None: of the page. sink, recent: first and last tokens that are always read. mass: read until no
+    query head can miss more of its attention than this. top: read until the tokens with the largest
+    logits of every query head are known, so many, and attend to those. tree: search boxes of boxes,
+    not all of them. turn: choose by the query of the step before, whose pages are known earlier,
+    unless the cosine of a row's queries with it is below this.
+    """
+
+    read: Budget
+    page: int | None = None
+    box: int | None = None
+    sink: int = 0
+    recent: int = 0
+    mass: float | None = None
+    top: int | None = None
+    tree: bool = False
+    turn: float | None = None
+
+    def check(self) -> None:
+        """Raises PolicyError for what cannot be."""
+        if self.read.unit not in ("fraction", "tokens"):
+            raise PolicyError(
+                f"read={self.read}: allowed are a fraction of the tokens held (0.2) or a whole"
+                " number of tokens per row (1024)."
+            )
+        if self.page is not None and self.page % 32:
+            raise PolicyError(f"page={self.page}: allowed are multiples of 32.")
+        if self.box and (self.box % 8 or any(self.page_of(width) % self.box for width in (0, 256))):
+            raise PolicyError(
+                f"box={self.box}: allowed are multiples of 8 tokens that divide a page, which has"
+                f" {self.page_of(0)}, or {self.page_of(256)} where heads are wide."
+            )
+        if self.mass is not None and self.top is not None:
+            raise PolicyError(
+                f"mass={self.mass} and top={self.top} exclude each other: read until little is"
+                " missed, or until the largest logits are known."
+            )
+        if self.turn is not None and (self.mass is not None or self.top is not None):
+            raise PolicyError(
+                f"turn={self.turn} chooses by another query than the one that mass and top certify."
+                " Leave one of them out."
+            )
+
+    def page_of(self, width: int) -> int:
+        """Slots of a page of keys with so many channels: more where each of them is larger."""
+        return self.page or (_SLOTS if width <= _NARROW else 2 * _SLOTS)
+
+    def slots(self, held: int) -> int:
+        """Tokens that a row of so many reads at the most."""
+        if self.read.unit == "tokens":
+            return int(self.read.amount)
+        return max(1, share(self.read.amount, held))

@@ -1,0 +1,60 @@
+"""What a report says of decode steps that read some of the stored pages only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from kvpress.report.tables import size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadFigures:
+    """The decode steps of a layer since its cache was made, or loaded.
+
+    steps: of all rows together. tokens_read, tokens_held: of a row, on average. bytes_read: of all
+    steps, with the boxes that were looked at. boxes: of a row, on average. missed_mean, missed_max:
+    the share of its attention that a query head may have missed at the most, on average and of any;
+    None where the policy left out tokens on purpose (`top`). short: steps of rows that read all
+    they may and may have missed more than was asked. turned: steps of rows whose pages were chosen
+    anew.
+    """
+
+    steps: int
+    tokens_read: float
+    tokens_held: float
+    bytes_read: int
+    boxes: float
+    missed_mean: float | None
+    missed_max: float | None
+    short: int
+    turned: int
+
+
+def remark(layers: Sequence[ReadFigures]) -> str:
+    """One sentence of all layers that read so."""
+    return " ".join(_parts(layers))
+
+
+def _parts(layers: Sequence[ReadFigures]) -> Iterator[str]:
+    steps = sum(x.steps for x in layers)
+    read, held, boxes = (
+        sum(getattr(x, name) * x.steps for x in layers) / max(1, steps)
+        for name in ("tokens_read", "tokens_held", "boxes")
+    )
+    per = sum(x.bytes_read for x in layers) / max(1, steps)
+    yield (
+        f"Decode steps of {len(layers)} layers read {read:,.0f} of {held:,.0f} tokens a row"
+        f" ({read / max(1.0, held):.0%}), {size(round(per))} with {boxes:,.0f} boxes."
+    )
+    worst = [x.missed_max for x in layers if x.missed_max is not None]
+    if worst:
+        mean = sum((x.missed_mean or 0.0) * x.steps for x in layers) / max(1, steps)
+        yield (
+            "An upper limit of the attention that a query head missed, mostly far above what it"
+            f" did: {mean:.1%} on average, {max(worst):.1%} at any step."
+        )
+    if short := sum(x.short for x in layers):
+        yield f"{short:,} rows of {steps:,} read all they may and may have missed more than `mass`."
+    if turned := sum(x.turned for x in layers):
+        yield f"{turned:,} rows of {steps:,} chose their pages anew, since their queries turned."

@@ -1,0 +1,256 @@
+"""What a decode step wants to read of stored pages, and what it then read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kvpress import host, ops
+from kvpress.ops import Logits
+from kvpress.store.base import BOX, LENGTH, SPAN
+from kvpress.store.packed import PackedRows
+
+_CODES = 2.0**-10  # an LSE over quantised slots is right to that: their factors have 16 bits
+
+
+class Wanted(NamedTuple):
+    """Which pages of some rows a step may read, and by which queries it chooses them.
+
+    query_bND: of every head. slots: tokens that each row reads, at the most, pages that must be
+    read apart. A page is always read if a position of it is below `sink_r`, or not below `from_r`:
+    int64, on the device. mass, top, tree: as `Retrieval` says.
+    """
+
+    query_bND: Tensor
+    slots: Sequence[int]
+    sink_r: Tensor
+    from_r: Tensor
+    logits: Logits
+    mass: float | None = None
+    top: int | None = None
+    tree: bool = False
+    now_bND: Tensor | None = None  # the queries that attend, where pages are chosen by others
+
+    def by_now(self) -> Wanted:
+        """The same with the queries that attend: what is missed is missed by them."""
+        return self if self.now_bND is None else self._replace(query_bND=self.now_bND, now_bND=None)
+
+    def keep(self, recent: Sequence[int], page_slots: int) -> Tensor:
+        """Whole pages that rows may read besides so many other slots: int64, on the device."""
+        both = zip(self.slots, recent, strict=True)
+        pages = [max(0, slots - own) // page_slots for slots, own in both]
+        return host.tensor(pages).to(self.sink_r.device)
+
+
+class Bounds(NamedTuple):
+    """The pages of some rows in one part, and how much each of them can matter."""
+
+    part: PackedRows
+    number: int  # of the part, among those that have pages
+    table_rW: Tensor  # int32
+    pages_r: Tensor  # int64
+    bound_bNW: Tensor  # fp32: no key of a page gives a larger product
+    boxes: int  # that were looked at for this
+
+    @property
+    def slots(self) -> int:
+        """Slots of a page."""
+        return self.part.layout.slots
+
+    @property
+    def box_bytes(self) -> int:
+        """Bytes of the boxes that were looked at, of a row."""
+        box = self.part.paging.pages(BOX)
+        each = math.prod(box.shape[2:]) * box.element_size()
+        return self.boxes * each // max(1, len(self.pages_r))
+
+    def choose(self, wanted: Wanted, keep_r: Tensor) -> Chosen:
+        """So many of the pages, or those that must be read."""
+        place_rW, pages_r = ops.choose_pages(
+            self.bound_bNW,
+            self.table_rW,
+            self.pages_r,
+            self.part.paging.pages(SPAN),
+            wanted.sink_r,
+            wanted.from_r,
+            keep_r,
+        )
+        return Chosen(self.part, self.number, place_rW, pages_r)
+
+    def missed(self, wanted: Wanted, chosen: Chosen) -> tuple[Tensor, Tensor]:
+        """ln Σ exp of the logits of the other pages, at the most `[b, N]`; their longest value."""
+        mass_bN, length_r = ops.missed_mass(
+            wanted.query_bND,
+            self.bound_bNW,
+            self.table_rW,
+            self.pages_r,
+            chosen.place_rW,
+            chosen.pages_r,
+            self.part.paging.pages(LENGTH),
+            wanted.logits,
+            self.slots,
+        )
+        return mass_bN, length_r
+
+
+class Chosen(NamedTuple):
+    """Pages of some rows in one part: their places in the rows, ascending, and how many."""
+
+    part: PackedRows
+    number: int
+    place_rW: Tensor  # int32; −1 behind the last one
+    pages_r: Tensor  # int64
+
+    def counted(self) -> Chosen:
+        """The same without the places."""
+        return self._replace(place_rW=self.pages_r)
+
+    def narrow(self) -> Chosen:
+        """The same in as few columns as can be, where that costs no wait."""
+        if self.place_rW.device.type != "cpu" or not len(self.pages_r):
+            return self
+        width = int(self.pages_r.max())
+        return self._replace(place_rW=self.place_rW[:, :width])
+
+
+class Found(NamedTuple):
+    """What a step read.
+
+    recent: slots of each row that were read because they are in no page yet, of `slot_bytes` each.
+    mass_bN: ln of what the exponentials of all that was missed sum to, at the most; lse_bN: of what
+    all that was read sums to; fp32. length_r: of the longest value missed. boxes, box_bytes: that
+    were looked at, of all rows and of each. short: rows that read all they may and were not
+    certified. certified: whether what was missed is bounded at all.
+    """
+
+    out_bN1E: Tensor
+    lse_bN: Tensor
+    mass_bN: Tensor
+    length_r: Tensor
+    recent: Sequence[int]
+    slot_bytes: int
+    chosen: Sequence[Chosen]
+    boxes: int
+    box_bytes: int
+    short: int = 0
+    certified: bool = True
+
+    def counted(self) -> Found:
+        """The same without what its figures do not need."""
+        chosen = [own.counted() for own in self.chosen]
+        return self._replace(out_bN1E=self.lse_bN, length_r=self.lse_bN, chosen=chosen)
+
+    @property
+    def error_bN(self) -> Tensor:
+        """No query head missed a larger share of its attention: see `share_missed`."""
+        return share_missed(self.mass_bN, self.lse_bN, self.chosen)
+
+    @property
+    def move_bN(self) -> Tensor:
+        """The output of no query head moved by more than that: fp64."""
+        batch, heads = self.lse_bN.shape
+        length_bN = self.length_r.view(batch, -1).repeat_interleave(
+            heads * batch // len(self.length_r), 1
+        )
+        norm_bN: Tensor = self.out_bN1E[:, :, 0].float().norm(dim=-1)
+        return self.error_bN * (length_bN + norm_bN)
+
+    @property
+    def read_r(self) -> Tensor:
+        """Tokens that rows read: int64, on the device."""
+        read_r: Tensor = host.tensor(self.recent).to(self.lse_bN.device)
+        for own in self.chosen:
+            read_r = read_r + own.pages_r * own.part.layout.slots
+        return read_r
+
+    @property
+    def bytes_r(self) -> Tensor:
+        """Their bytes, with those of the boxes: int64, on the device."""
+        recent_r = host.tensor(self.recent).to(self.lse_bN.device)
+        bytes_r: Tensor = recent_r * self.slot_bytes + self.box_bytes
+        for own in self.chosen:
+            bytes_r = bytes_r + own.pages_r * own.part.layout.page_bytes
+        return bytes_r
+
+
+def share_missed(mass_bN: Tensor, lse_bN: Tensor, chosen: Sequence[Chosen]) -> Tensor:
+    """b / (z + b) from ln b and ln z: fp64, so that what is small is not 0.
+
+    chosen: what z is of.
+    """
+    layouts = [own.part.layout for own in chosen]
+    packed = any(min(layout.key_bits, layout.value_bits) < 16 for layout in layouts)
+    share_bN = torch.sigmoid(mass_bN.double() - lse_bN.double() + (_CODES if packed else 0.0))
+    return share_bN.nan_to_num(nan=1.0)  # of queries that are no numbers nothing is known
+
+
+class Retrieving(Protocol):
+    """Rows of which a decode step reads some pages only."""
+
+    def attend_some(
+        self,
+        query_bN1D: Tensor,
+        sequences: Sequence[int] | None,
+        logits: Logits,
+        need_weights: bool,
+        wanted: Wanted,
+    ) -> tuple[Tensor, Tensor | None, Found]:
+        """Attention output of one new query, weights where asked for, 0 where nothing was read.
+
+        Raises TierError where a page cannot be read.
+        """
+
+
+def scored(
+    parts: Sequence[PackedRows], sequences: Sequence[int] | None, wanted: Wanted
+) -> list[Bounds]:
+    """The bounds of all pages of some rows."""
+    made = []
+    for number, part in enumerate(parts):
+        table_rW, counts_r = part.paging.table.operands(sequences)
+        pages_r = counts_r // part.layout.slots
+        bound_bNW = _bounds(part.paging.pages(BOX), wanted.query_bND, table_rW, pages_r)
+        boxes = table_rW.shape[1] * len(pages_r) * part.paging.pages(BOX).shape[1]
+        made.append(Bounds(part, number, table_rW, pages_r, bound_bNW, boxes))
+    return made
+
+
+def _bounds(box_PX2D: Tensor, query_bND: Tensor, table_rW: Tensor, pages_r: Tensor) -> Tensor:
+    """The bound of every page: the largest one of its boxes."""
+    each = box_PX2D.shape[1]
+    if each == 1:
+        return ops.score_pages(query_bND, box_PX2D[:, 0], table_rW, pages_r)
+    # Boxes as pages: those of page p are p·X, p·X + 1, …
+    place_X = torch.arange(each, dtype=torch.int32, device=table_rW.device)
+    table_rX = (table_rW[..., None] * each + place_X).flatten(1)
+    bound_bNX = ops.score_pages(query_bND, box_PX2D.flatten(0, 1), table_rX, pages_r * each)
+    return torch.unflatten(bound_bNX, 2, (-1, each)).amax(3)
+
+
+def spread(
+    weights_bNQX: Tensor, chosen: Sequence[Chosen], widths: Sequence[int], spans: Sequence[int]
+) -> Tensor:
+    """Weights of chosen pages, then of recent slots, in the order of `dense`; 0 elsewhere.
+
+    widths: dense slots of each part. spans: columns that its chosen pages have in the weights.
+    """
+    batch, heads, queries, _ = weights_bNQX.shape
+    made, start = [], 0
+    for own, width, span in zip(chosen, widths, spans, strict=True):
+        size, rows = own.part.layout.slots, len(own.pages_r) // batch
+        columns = own.place_rW.shape[1] * size
+        short = weights_bNQX[..., start : start + columns]
+        slot_S = torch.arange(size, device=short.device)
+        # A page that is not there writes behind the last slot.
+        place_rW = own.place_rW.long().where(own.place_rW >= 0, width // size)
+        at_rX = (place_rW[..., None] * size + slot_S).flatten(1).clamp_max(width)
+        at = at_rX.view(batch, rows, 1, columns).expand(-1, -1, heads // rows, -1)
+        at = at.reshape(batch, heads, 1, columns).expand(short.shape)
+        full = short.new_zeros(batch, heads, queries, width + 1)
+        made.append(full.scatter_(3, at, short)[..., :width])
+        start += span
+    return torch.cat([*made, weights_bNQX[..., start:]], dim=-1)

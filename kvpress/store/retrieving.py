@@ -1,0 +1,119 @@
+"""Attention of a decode step over those stored pages whose bounds say that they matter.
+
+The slots that are not in whole pages yet are always read. What was left out is bounded: with b the
+sum of the exponentials that the other pages can hold at the most, and z that of all that was read,
+no query head missed a larger share of its attention than b / (z + b).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from kvpress.ops import Logits
+from kvpress.store.aging import PageAging
+from kvpress.store.base import KEY, VALUE
+from kvpress.store.chosen import Bounds, Chosen, Found, Wanted, scored, share_missed
+from kvpress.store.top import attend_top
+from kvpress.store.trees import Trees
+
+# Output, LSE `[b, N]` and, where asked for, dense weights of a query over recent slots and pages.
+Attend: TypeAlias = Callable[[Sequence[Chosen], bool], tuple[Tensor, Tensor, Tensor | None]]
+
+
+def attend_some(
+    aging: PageAging,
+    query_bN1D: Tensor,
+    sequences: Sequence[int] | None,
+    logits: Logits,
+    need_weights: bool,
+    wanted: Wanted,
+    attend: Attend,
+    trees: Trees,
+) -> tuple[Tensor, Tensor | None, Found]:
+    """Attention output, weights where asked for, and what was read. attend: to chosen pages."""
+    recent, short = _recent(aging, sequences), 0
+    parts = aging.filled
+    if wanted.top is not None:
+        bounds = scored(parts, sequences, wanted)
+        return attend_top(aging, query_bN1D, sequences, logits, need_weights, wanted, bounds)
+    keeps = [wanted.keep(recent, part.layout.slots) for part in parts]
+    if wanted.tree and trees.worthwhile(parts):
+        every = enumerate(zip(parts, keeps, strict=True))
+        both = [trees.search(i, part, sequences, wanted, keep_r) for i, (part, keep_r) in every]
+        bounds, chosen = [own for own, _ in both], [some for _, some in both]
+    else:
+        bounds = scored(parts, sequences, wanted)
+        if wanted.mass is not None and bounds:
+            keeps, short = _certify(wanted, bounds, keeps, attend)
+        chosen = [own.choose(wanted, keep_r) for own, keep_r in zip(bounds, keeps, strict=True)]
+    out, lse_bN, weights = attend(chosen, need_weights)
+    boxes = sum(own.boxes for own in bounds), sum(own.box_bytes for own in bounds)
+    if wanted.now_bND is not None:
+        wanted = wanted.by_now()
+        bounds = scored(parts, sequences, wanted)
+    missed = _missed(wanted, bounds, chosen, lse_bN)
+    slot_bytes = sum(aging.recent.columns[name].page_bytes(1) for name in (KEY, VALUE))
+    return out, weights, Found(out, lse_bN, *missed, recent, slot_bytes, chosen, *boxes, short)
+
+
+def _recent(aging: PageAging, sequences: Sequence[int] | None) -> list[int]:
+    """Slots of some rows that are in no whole page."""
+    counts = aging.recent.counts
+    if sequences is not None:
+        counts = counts[aging.recent.paging.table.row_index(sequences)]
+    slots: list[int] = counts.tolist()
+    return slots
+
+
+def _missed(
+    wanted: Wanted, bounds: Sequence[Bounds], chosen: Sequence[Chosen], lse_bN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What all parts missed: see `Found`."""
+    found = [own.missed(wanted, some) for own, some in zip(bounds, chosen, strict=True)]
+    if not found:
+        return torch.full_like(lse_bN, -torch.inf), lse_bN.new_zeros(wanted.from_r.shape)
+    mass_bN, length_r = found[0]
+    for more_bN, longer_r in found[1:]:
+        mass_bN = torch.logaddexp(mass_bN, more_bN)
+        length_r = torch.maximum(length_r, longer_r)
+    return mass_bN, length_r
+
+
+def _certify(
+    wanted: Wanted, bounds: Sequence[Bounds], most: list[Tensor], attend: Attend
+) -> tuple[list[Tensor], int]:
+    """The fewest pages of each row with which no query head misses more than `wanted.mass`.
+
+    most: never more. A row has pages in one part, so that one number does for all parts. Returns
+    what to keep in each part, and how many rows are not certified with that.
+    """
+    least = wanted.mass
+    assert least is not None, "it was asked for"
+    high_r = torch.stack(
+        [torch.minimum(keep_r, own.pages_r) for own, keep_r in zip(bounds, most, strict=True)]
+    ).amax(0)
+    low_r, step = torch.full_like(high_r, -1), 1
+
+    def certified(keep_r: Tensor) -> Tensor:
+        chosen = [own.choose(wanted, keep_r) for own in bounds]
+        lse_bN = attend(chosen, False)[1]
+        mass_bN, _ = _missed(wanted, bounds, chosen, lse_bN)
+        error_bN = share_missed(mass_bN, lse_bN, chosen)
+        return (error_bN.view(len(keep_r), -1) <= least).all(1)
+
+    # First by steps that double, then by halves: what is read grows with what it comes to.
+    tried_r, known_r = torch.zeros_like(high_r), torch.zeros_like(high_r, dtype=torch.bool)
+    while bool((low_r + 1 < high_r).any()):
+        found_r = certified(tried_r)
+        high_r = torch.where(found_r, torch.minimum(high_r, tried_r), high_r)
+        low_r = torch.where(found_r, low_r, torch.maximum(low_r, tried_r))
+        known_r = known_r | found_r
+        middle_r = (low_r + high_r + 1) // 2
+        tried_r = torch.minimum(torch.where(known_r, middle_r, low_r + step), high_r)
+        step *= 2
+    short = int((~certified(high_r)).sum())
+    return [high_r] * len(bounds), short

@@ -1,0 +1,37 @@
+"""Choose pages by the query of the step before, and correct it (FreeKV, arXiv 2505.13109).
+
+1. Queries of neighbouring steps are alike: the pages that the last query asks for are known before
+   the layer is computed, so that they can be on their way meanwhile.
+2. Where the queries of a row have turned, a cosine below `turn` on average over its query heads,
+   its pages are chosen by the query of now.
+3. A step attends to `read` tokens per row, by whole pages; all are kept.
+
+Differs from the paper: pages are judged by bounds, as Quest does; the paper's mean over the query
+heads of softmax scores is our largest bound relative to the best one of each head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvpress.policy import Budget, Policy, Retrieval, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeKV(Policy):
+    read: Budget = option(1024, "tokens a row reads per step, at most: a number, or a fraction")
+    turn: float = option(
+        0.8, "mean cosine below which a row's pages are chosen anew", low=-1, high=1
+    )
+    page: int | None = option(
+        None, "tokens of a page, 32·n; none: 32, of more than 64 channels 64", low=32, high=1024
+    )
+    box: int | None = option(None, "tokens of a box, 8·n; none: of a page", low=8)
+    sink: int = option(4, "first tokens that are always read", low=0)
+    recent: int = option(64, "last tokens that are always read", low=0)
+    dense: int = option(2, "first layers that read everything", low=0)
+
+    def retrieve(self, layer: int) -> Retrieval | None:
+        if layer < self.dense:
+            return None
+        return Retrieval(self.read, self.page, self.box, self.sink, self.recent, turn=self.turn)

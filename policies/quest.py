@@ -1,0 +1,45 @@
+"""Read only the pages whose keys can matter to the query (Quest, Tang et al., arXiv 2406.10774).
+
+1. Of every page of stored slots the least and the largest key of each channel are kept (Sec. 3.2),
+   or of parts of it (`box`).
+2. A page's score is Σ_d max(q_d · min_d, q_d · max_d): no key of it has a larger product with q.
+3. A decode step attends to the pages with the largest scores, `read` tokens per row; all are kept.
+4. The first `dense` layers read everything. Prompts are attended to in full.
+
+Differs from the paper: pages hold 32 tokens, 64 where heads are wide (16); query heads that share a
+KV head share its pages, ranked by the largest score relative to the best one of each head; tokens
+that fill no page yet, the first and the last ones are always read. `mass` reads until no query head
+can miss more of its attention, `top` until the largest logits of every query head are known: those
+modes are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvpress.policy import Budget, Policy, Retrieval, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quest(Policy):
+    read: Budget = option(1024, "tokens a row reads per step, at most: a number, or a fraction")
+    page: int | None = option(
+        None, "tokens of a page, 32·n; none: 32, of more than 64 channels 64", low=32, high=1024
+    )
+    box: int | None = option(None, "tokens of a box, 8·n; none: of a page", low=8)
+    sink: int = option(4, "first tokens that are always read", low=0)
+    recent: int = option(64, "last tokens that are always read", low=0)
+    dense: int = option(2, "first layers that read everything (paper: 2)", low=0)
+    mass: float | None = option(
+        None, "share of attention that a query head may miss; none: not asked", low=0, high=1
+    )
+    top: int | None = option(
+        None, "attend to so many tokens with the largest logits; none: to whole pages", low=1
+    )
+
+    def retrieve(self, layer: int) -> Retrieval | None:
+        if layer < self.dense:
+            return None
+        return Retrieval(
+            self.read, self.page, self.box, self.sink, self.recent, self.mass, self.top
+        )
