@@ -6,11 +6,12 @@ import typer
 from kvpress.bench.operators.commands import ops
 from kvpress.bench.peers.commands import peers
 from kvpress.bench.peers.positions_command import positions
+from kvpress.bench.retrieval.commands import retrieval
 from kvpress.bench.sparse.commands import sparse
 from kvpress.bench.speed.commands import decode, memory, overhead, prefill, throughput
 from kvpress.bench.tiers.commands import tiers
 
 bench = typer.Typer(help="Measure the operators and the engine.", no_args_is_help=True)
-TIMED = (decode, prefill, throughput, memory, tiers, sparse, ops, overhead)
+TIMED = (decode, prefill, throughput, memory, tiers, sparse, retrieval, ops, overhead)
 for command in (*TIMED, peers, positions):
     command.add_to(bench)

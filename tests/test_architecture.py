@@ -262,9 +262,10 @@ def test_no_tensor_depends_on_the_defaults_of_the_process(path: Path) -> None:
 BENCH = [
     {"common"},
     {"operators", "quality", "run"},
-    {"speed", "calibrate"},
-    {"peers", "sparse", "gpu"},
-    {"tiers"},
+    {"calibrate"},
+    {"sparse"},
+    {"speed", "retrieval"},
+    {"peers", "gpu", "tiers"},
     {"view", "pages"},
     {"commands", "docs"},
 ]

@@ -5,7 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 
-from kvpress.bench.docs import fewer, pictures, positions, quality, reference, speed, stages, tiers
+from kvpress.bench.docs import (
+    fewer,
+    pictures,
+    positions,
+    quality,
+    reference,
+    retrieval,
+    speed,
+    stages,
+    tiers,
+)
 from kvpress.bench.docs.marks import fill, update
 from kvpress.bench.docs.tables import ROOT
 
@@ -17,6 +27,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     **speed.PARTS,
     **positions.PARTS,
     **tiers.PARTS,
+    **retrieval.PARTS,
 }
 PICTURES = ROOT / "docs" / "pictures"
 

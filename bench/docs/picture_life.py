@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from kvpress.bench.docs.stages import replaced_by
 from kvpress.bench.docs.svg import Svg
 
-_WIDTH, _HEIGHT = 880, 400
+_WIDTH, _HEIGHT = 976, 400
 _LEFT, _BOX, _TALL, _STEP = 16, 82, 34, 96  # pixels: of a box, and from one to the next
 _TOP, _LOWER = 66, 300  # where the boxes of a prompt and of a new token begin
 _LINE = 15  # pixels of a line of text
@@ -15,7 +15,7 @@ _PROMPT = (
     *("sparsify", "attention", "observe", "accumulate", "share", "score", "select", "absorb"),
     "store",
 )
-_TOKEN = ("append", "attention", "observe", "accumulate", "score", "evict", "absorb")
+_TOKEN = ("append", "retrieve", "attention", "observe", "accumulate", "score", "evict", "absorb")
 _OLD = ("prune", "pack")
 
 
@@ -34,7 +34,7 @@ def draw() -> str:
     picture.text(_LEFT, _TOP - 10, "a prompt, layer by layer", "soft", 12)
     _lane(picture, _PROMPT, _TOP, replaced)
     _below(picture, replaced)
-    picture.text(_LEFT, _LOWER - 10, "a new token, one call per layer", "soft", 12)
+    picture.text(_LEFT, _LOWER - 10, "a new token, mostly one call per layer", "soft", 12)
     _lane(picture, (*_TOKEN, *_OLD), _LOWER, replaced)
     _to_old(picture, replaced)
     return str(picture)
@@ -60,13 +60,15 @@ def _below(picture: Svg, replaced: Mapping[str, Sequence[str]]) -> None:
 
 
 def _to_old(picture: Svg, replaced: Mapping[str, Sequence[str]]) -> None:
-    """What a prompt stored becomes old too; who replaces that."""
+    """What a prompt stored becomes old too; who replaces what happens to new tokens alone."""
     first, last = (_LEFT + i * _STEP + _BOX / 2 for i in (len(_TOKEN), len(_PROMPT) - 1))
     turn = _LOWER - 46
     picture.line([(last, _TOP + _TALL + 2), (last, turn), (first, turn)], "soft", 1.5)
     picture.arrow(first, turn, first, _LOWER - 2)
     picture.text(first + 12, turn + 20, "slots that are old", "soft", 12)
-    for i, name in enumerate(_OLD, start=len(_TOKEN)):
-        for j, policy in enumerate(replaced[name]):
+    for i, name in enumerate((*_TOKEN, *_OLD)):
+        for j, policy in enumerate(
+            replaced[name] if name not in _PROMPT and name in replaced else ()
+        ):
             y = _LOWER + _TALL + 18 + j * _LINE
             picture.text(_LEFT + i * _STEP + _BOX / 2, y, policy, "soft", 12, "middle")

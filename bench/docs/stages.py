@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from kvpress.bench.docs.tables import code, escaped, text_table
 
 from kvpress.policy import STAGES, Policy
+from kvpress.policy.base import stages_of
 from kvpress.policy.loading import available
 
 
@@ -15,7 +16,7 @@ def replaced_by() -> dict[str, list[str]]:
     """The installed policies that replace each stage, as combining them goes by."""
     found: dict[str, list[str]] = {stage.name: [] for stage in STAGES}
     for name, cls in available().items():
-        own = cls().replaces()
+        own = stages_of(cls())
         for stage in (stage.name for stage in STAGES):
             if stage in own:
                 found[stage].append(name)

@@ -72,11 +72,12 @@ def _is_of_benchmarks(path: Path) -> bool:
 
 def _report(path: Path) -> Any:
     from kvpress.bench.common.journal import record_of
+    from kvpress.bench.retrieval import report as retrieval
     from kvpress.bench.sparse import report as sparse
     from kvpress.bench.tiers import report as tiers
 
     record = record_of(path) or {}
-    for made in (sparse, tiers):
+    for made in (sparse, tiers, retrieval):
         if record.get("bench") == made.KIND:
             return made.report(record)
     if _is_of_benchmarks(path):
@@ -92,11 +93,13 @@ def _report(path: Path) -> Any:
 
 def _figure(path: Path, what: str) -> Any:
     from kvpress.bench.common.journal import record_of
+    from kvpress.bench.retrieval import report as retrieval
     from kvpress.bench.sparse import report as sparse
 
     record = record_of(path) or {}
-    if record.get("bench") == sparse.KIND:
-        return sparse.figure(sparse.rows_of(record))
+    for made in (sparse, retrieval):
+        if record.get("bench") == made.KIND:
+            return made.figure(made.rows_of(record))
     if _is_of_benchmarks(path):
         from kvpress.bench.common.journal import read
         from kvpress.bench.speed.report import drawn
@@ -106,9 +109,11 @@ def _figure(path: Path, what: str) -> Any:
     from kvpress.bench.quality import plots, table
     from kvpress.bench.quality.results import load
 
-    made = load(path)
-    chosen = list(table.blocks(made))
-    figure = plots.needles(made) if what == "needles" else plots.quality(chosen) if chosen else None
+    cells = load(path)
+    chosen = list(table.blocks(cells))
+    figure = (
+        plots.needles(cells) if what == "needles" else plots.quality(chosen) if chosen else None
+    )
     if figure is None:
         raise PlotError(f"{path} holds nothing to draw for --what {what}. Evaluate that first.")
     return figure

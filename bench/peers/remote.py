@@ -129,6 +129,9 @@ class Peer:
         """Bytes held; what the full cache would hold is not known here."""
         return Held(cache, 0)
 
+    def step_reads(self, cache: int) -> None:
+        """All that is held."""
+
 
 class PeerMeasurement:
     """What a peer does in `decode` or `prefill`; seconds are those of its own clock."""

@@ -94,3 +94,6 @@ class Sharer:
     def bytes(self, cache: int) -> Held:
         """As `Peer`."""
         return self._peer.bytes(cache)
+
+    def step_reads(self, cache: int) -> None:
+        """As `Peer`."""

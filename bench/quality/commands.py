@@ -53,8 +53,10 @@ def evaluate(
     """Measure quality beside bytes: what a model still knows of a context that was compressed.
 
     Answers are scored by teacher forcing, which equals greedy decoding where all tokens are right
-    and decoding evicts nothing; --generate decodes them besides. Intervals are 95 % bootstraps over
-    contexts; `vs full` pairs each context with the full cache.
+    and decoding evicts nothing; --generate decodes them besides. Policies whose decode steps read
+    some pages only (quest, leoam) are fed questions and answers token by token, since a pass of
+    several tokens reads everything; what steps read stands beside what is held. Intervals are 95 %
+    bootstraps over contexts; `vs full` pairs each context with the full cache.
     """
     from kvpress.bench.common.candidates import refuse_unknown
 

@@ -1,4 +1,7 @@
-"""Pictures of an evaluation: quality against bytes held, and needles by length and depth."""
+"""Pictures of an evaluation: quality against bytes, and needles by length and depth.
+
+Bytes are those held or, where a policy reads less than it holds, those read per decode step.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ LEVELS = {FULL: "--", BLIND: ":"}  # what has no bytes of its own to stand over
 
 def family(policy: str) -> str:
     """A policy without its budget: policies of one family are one line of a plot."""
-    return re.sub(r"budget=[^,+]*,?", "", policy).replace(":+", "+").rstrip(":,")
+    return re.sub(r"\b(budget|read)=[^,+]*,?", "", policy).replace(":+", "+").rstrip(":,")
 
 
 def quality(blocks: Sequence[Block]) -> Any:
-    """A figure with a panel per block: score over the share of bytes held, with intervals.
+    """A figure with a panel per block: score over the share of bytes, with intervals.
 
     The dashed line is the full cache, the dotted one the questions without a context. Raises
     PlotError without matplotlib.
@@ -76,7 +79,9 @@ def _quality_panel(axis: Any, block: Block, marks: dict[str, tuple[str, str]]) -
     whole = (
         "a full cache in bfloat16" if any(line.bf16 for line in block.lines) else "the full cache"
     )
-    axis.set_xlabel(f"bytes held, % of {whole}", fontsize=8)
+    reads = any(line.reads for line in block.lines)
+    what = "bytes read per decode step" if reads else "bytes held"
+    axis.set_xlabel(f"{what}, % of {whole}", fontsize=8)
     axis.set_ylabel("right %" if block.metric == "exact" else "tokens right %", fontsize=8)
     most = max((_share(line) or 0 for line in block.lines), default=0)
     axis.set_xlim(0, 105 * max(1, most))  # of a float32 cache more than all
@@ -85,8 +90,12 @@ def _quality_panel(axis: Any, block: Block, marks: dict[str, tuple[str, str]]) -
 
 
 def _share(line: Line) -> float | None:
-    """Bytes held, of a full cache in bfloat16, or of the full one in files that do not know it."""
-    return line.kept if line.bf16 is None else line.bf16
+    """Bytes, of a full cache in bfloat16, or of the full one in files that do not know it.
+
+    Those read per decode step, where the line says them.
+    """
+    held = line.kept if line.bf16 is None else line.bf16
+    return held if line.read is None or not held else held * line.read / (line.kept or 1.0)
 
 
 def title(block: Block) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from kvpress.bench.common.reads import StepReads
 from kvpress.bench.quality.sample import Sample
 from kvpress.bench.quality.system import Call, Held, System, recording
 from torch import Tensor
@@ -73,6 +74,11 @@ class Reading:
     def held(self) -> Held:
         """Bytes after the context, before the first question."""
         return self._read[1]
+
+    @property
+    def reads(self) -> StepReads | None:
+        """What the steps of the questions read so far; None: everything."""
+        return self._system.step_reads(self._cache)
 
     @property
     def calls(self) -> list[Call]:

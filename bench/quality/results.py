@@ -27,7 +27,8 @@ class Cell:
     generated, also `said`, `generated_exact` and `generated_tokens`. bytes: after the context was
     read, before the first question; bytes_bf16: of a full cache in bfloat16, 0: not known. metric,
     asks: those of the task. ratio: the compression that was asked for. leaks: of a secret, for
-    every prompt that asks for it.
+    every prompt that asks for it. reads: what `common.reads.StepReads` says, where steps read some
+    pages only.
 
     A task of lm-eval is one cell: scores are its numbers, bytes those at the end of all documents
     together, longest the tokens of the longest.
@@ -50,6 +51,7 @@ class Cell:
     ratio: float | None = None
     bytes_bf16: int = 0
     leaks: list[dict[str, Any]] = field(default_factory=list)
+    reads: dict[str, Any] | None = None
 
     @property
     def key(self) -> tuple[str, int, int, str, str]:

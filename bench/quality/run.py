@@ -119,6 +119,7 @@ def _filled(
         made = zip(scores, sample.questions, reading.generated, strict=True)
         scores = [{**one, **_generated(writer, asked, said)} for one, asked, said in made]
     extracted = zip(sample.extractions, reading.extracted, strict=True)
+    reads = reading.reads
     return replace(
         cell,
         scores=scores,
@@ -127,6 +128,7 @@ def _filled(
         bytes_full=known.held.full,
         bytes_bf16=known.held.bf16,
         seconds=round(reading.seconds, 3),
+        reads=None if reads is None else reads._asdict(),
     )
 
 

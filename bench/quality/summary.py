@@ -11,17 +11,19 @@ from kvpress.bench.common.report import Sheet
 from kvpress.bench.quality.results import Cell
 from kvpress.bench.quality.run import BLIND, FULL
 from kvpress.bench.quality.stats import Estimate, ratio_of_means
-from kvpress.bench.quality.table import held_of
+from kvpress.bench.quality.table import held_of, reads_of
 from kvpress.bench.quality.tasks import LM_EVAL
 
 SOLVED = 0.8  # tokens that the full cache gets right, at least, of a task that it solves
-HEAD = ("policy", "asked", "of bf16", "solved %", "generated %", "all %")
+_NAMES = "policy", "asked", "of bf16", "read of bf16", "solved %", "generated %", "all %"
+HEAD: tuple[str, ...] = _NAMES
+_READ = HEAD.index("read of bf16")  # shown where a policy reads less than it holds
 LEGEND = (
     "solved: tokens right, in % of the full cache's, mean over the tasks that it solves: of whose"
     f" tokens it gets {SOLVED:.0%} or more right at this length; [95 % bootstrap over contexts]."
     " generated: the same of answers that were decoded, by tokens right at their place. all: over"
     " all tasks. asked: the compression that was asked for; of bf16: bytes really held, of those of"
-    " a full cache in bfloat16."
+    " a full cache in bfloat16; read of bf16: of these, bytes read per decode step."
 )
 _Cells = Mapping[str, Sequence[Cell]]  # task -> cells of one policy
 
@@ -31,7 +33,7 @@ class Standing:
     """A policy over tasks. Scores are fractions of the full cache's.
 
     missing: tasks of which no context could be compared; partial: those of which some could not.
-    bf16: bytes held, of a bfloat16 cache's.
+    bf16: bytes held, of a bfloat16 cache's; read: bytes read per decode step, if not all of them.
     """
 
     policy: str
@@ -42,6 +44,7 @@ class Standing:
     all: Estimate | None
     missing: tuple[str, ...] = ()
     partial: tuple[str, ...] = ()
+    read: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,14 @@ def _standing(policy: str, own: _Cells, full: _Cells, solved: Sequence[str]) -> 
         _score(own, full, list(full), "tokens"),
         tuple(task for task, count in compared.items() if not count),
         tuple(task for task, count in compared.items() if 0 < count < len(full[task])),
+        _read(every),
     )
+
+
+def _read(cells: Sequence[Cell]) -> float | None:
+    """Bytes read per decode step, of a bfloat16 cache's; None where all that is held is read."""
+    share, bf16 = reads_of(cells), sum(cell.bytes_bf16 for cell in cells)
+    return share.read * sum(cell.bytes_full for cell in cells) / bf16 if share and bf16 else None
 
 
 def _score(own: _Cells, full: _Cells, tasks: Sequence[str], name: str) -> Estimate | None:
@@ -116,10 +126,12 @@ def sheets(cells: Iterable[Cell]) -> Iterator[Sheet]:
     for group in groups(cells):
         if len(group.tasks) < 2:
             continue
-        lines = tuple(map(_texts, group.standings))
+        whole = [HEAD, *map(_texts, group.standings)]
+        if not any(standing.read for standing in group.standings):
+            whole = [(*line[:_READ], *line[_READ + 1 :]) for line in whole]
         notes = (f"Solved by the full cache: {', '.join(group.solved) or 'none'}.", *gaps(group))
         title = f"All tasks, {group.tokens} tokens, question {group.protocol} while compressing"
-        yield Sheet(title, HEAD, lines, notes)
+        yield Sheet(title, whole[0], tuple(whole[1:]), notes)
 
 
 def gaps(group: Group) -> Iterator[str]:
@@ -131,10 +143,14 @@ def gaps(group: Group) -> Iterator[str]:
             yield f"{standing.policy}: some contexts are missing of {', '.join(standing.partial)}."
 
 
+def _shown(standing: Standing) -> float | None:
+    return standing.bf16 if standing.read is None else standing.read
+
+
 def _texts(standing: Standing) -> tuple[str, ...]:
     return (
         standing.policy,
         "–" if standing.ratio is None else f"{standing.ratio:g}:1",
-        "–" if standing.bf16 is None else f"{standing.bf16:.1%}",
+        *("–" if x is None else f"{x:.1%}" for x in (standing.bf16, _shown(standing))),
         *(str(x or "–") for x in (standing.solved, standing.generated, standing.all)),
     )

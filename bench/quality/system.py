@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from kvpress.bench.common.candidates import CACHES, candidate
+from kvpress.bench.common.reads import StepReads, sum_of
 from kvpress.bench.common.storages import storage_bytes
 from kvpress.bench.quality.sample import Question
 from torch import Tensor
@@ -18,6 +20,7 @@ from kvpress.hf.attention import attention
 from kvpress.hf.support import NAME
 from kvpress.policy.loading import parse
 from kvpress.policy.recipe import Recipe
+from kvpress.report import Report
 
 
 class Call(NamedTuple):
@@ -54,7 +57,8 @@ class System(Protocol):
     def ask(self, cache: Any, question: Question, stepwise: bool) -> Tensor:
         """The logits before each token of the answer, `[T, Y]`; the cache stays as it was.
 
-        stepwise: the answer is fed token by token, as it would be decoded.
+        stepwise: the answer is fed token by token, as it would be decoded. Systems that read some
+        pages only are always fed so, the question too: a pass of several tokens reads everything.
         """
 
     def decode(self, cache: Any, prompt: Sequence[int], most: int) -> list[int]:
@@ -62,6 +66,9 @@ class System(Protocol):
 
     def bytes(self, cache: Any) -> Held:
         """What the cache holds; of the reference, what the full cache would hold counts too."""
+
+    def step_reads(self, cache: Any) -> StepReads | None:
+        """What the steps of questions read that were asked of the cache; None: everything."""
 
 
 class LocalSystem:
@@ -81,6 +88,8 @@ class LocalSystem:
         # a copy that shares the weights, with its engine attached
         self.model, self._device = self._candidate.model, model.device
         self._replays = not known and _attends_once_in_full(parse(policy))
+        self._retrieves = not known and parse(policy).retrieves
+        self._asked: weakref.WeakKeyDictionary[Any, list[Report]] = weakref.WeakKeyDictionary()
         self._ends = _ends(model)
 
     def read(self, tokens: Sequence[int], calls: Sequence[Call] = (), protect: Spans = ()) -> Any:
@@ -104,17 +113,19 @@ class LocalSystem:
         """The logits before each token of the answer, `[T, Y]`."""
         forked = self._fork(cache)
         given = [*question.prompt, *question.answer[:-1]]
-        if not stepwise:
+        if not (stepwise or self._retrieves):
             return self._forward(given, forked, len(question.answer))
-        steps = [self._forward(question.prompt, forked, 1)]
+        steps = [self._prompted(question.prompt, forked)]
         steps += [self._forward([token], forked, 1) for token in question.answer[:-1]]
+        if self._retrieves:
+            self._asked.setdefault(cache, []).append(forked.report())
         return torch.cat(steps)
 
     def decode(self, cache: Any, prompt: Sequence[int], most: int) -> list[int]:
         """Greedy tokens after a prompt, without the end of text that they may stop at."""
         forked, given, made = self._fork(cache), list(prompt), list[int]()
         while len(made) < most:
-            token = int(self._forward(given, forked, 1)[-1].argmax())
+            token = int(self._prompted(given, forked)[-1].argmax())
             if token in self._ends:
                 break
             made.append(token)
@@ -130,6 +141,20 @@ class LocalSystem:
         held = storage_bytes(cache)
         full = held if self.name in CACHES else cache.report().bytes_full
         return Held(held, full, full * 2 // self.model.dtype.itemsize)
+
+    def step_reads(self, cache: Any) -> StepReads | None:
+        """What the steps of questions read that were asked of the cache; None: everything."""
+        asked = self._asked.get(cache) if self._retrieves else None
+        return sum_of(cache.report(), asked) if asked else None
+
+    def _prompted(self, prompt: Sequence[int], cache: Any) -> Tensor:
+        """The logits behind a question `[1, Y]`, of which each token is a step of its own.
+
+        In one pass where that reads what steps would read.
+        """
+        if not self._retrieves:
+            return self._forward(prompt, cache, 1)
+        return [self._forward([token], cache, 1) for token in prompt][-1]
 
     def _fork(self, cache: Any) -> Any:
         return copy.deepcopy(cache) if self.name in CACHES else cache.fork()

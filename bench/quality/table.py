@@ -5,21 +5,26 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvpress.bench.common.report import Sheet
+from kvpress.bench.quality.reads import Share, share_of
 from kvpress.bench.quality.results import Cell
 from kvpress.bench.quality.run import BLIND, FULL
 from kvpress.bench.quality.stats import Estimate, estimate
 from kvpress.bench.quality.tasks import LM_EVAL, Metric
 
 HEAD = (
-    *("policy", "kept", "of bf16", "score %", "worst", "generated"),
-    *("vs full", "NLL", "KL", "agree"),
+    *("policy", "kept", "of bf16", "read", "tokens read", "missed", "score %", "worst"),
+    *("generated", "vs full", "NLL", "KL", "agree"),
 )
-OPTIONAL = frozenset({"of bf16", "worst", "generated"})  # columns shown where they say something
+# Columns shown where they say something.
+OPTIONAL = frozenset({"of bf16", "read", "tokens read", "missed", "worst", "generated"})
 LEGEND = (
     "kept: bytes held, of those of the full cache; of bf16: of those of a full cache in bfloat16."
+    " read: bytes read per decode step, of those of the full cache: all that is held, or pages and"
+    " what they are chosen by; tokens read: of a row of layers that choose. missed: the share of"
+    " attention that a query head may have missed at the most, mean (largest)."
     " score: answers of which every token is right, [95 % bootstrap over contexts]. worst: the same"
     " of the worst question of each context. generated: the same of answers that were decoded."
     " vs full: paired, in points. NLL: nats per token of the right answer. KL, agree: next-token"
@@ -34,7 +39,9 @@ class Line:
     """One policy on one task. difference: from the full cache, sample by sample.
 
     kept: bytes held, as a fraction of those of the full cache; bf16: of one in bfloat16. worst: of
-    the questions of each context. generated: of decoded answers, where there are any.
+    the questions of each context. generated: of decoded answers, where there are any. reads: of
+    decode steps that read some pages only. read: bytes read per step, as a fraction of the full
+    cache's, where a policy beside this one reads less than it holds.
     """
 
     policy: str
@@ -48,6 +55,8 @@ class Line:
     bf16: float | None = None
     worst: float | None = None
     generated: Estimate | None = None
+    reads: Share | None = None
+    read: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,16 @@ def blocks(cells: Iterable[Cell]) -> Iterator[Block]:
         order = sorted(by_policy, key=lambda name: (name != FULL, name == BLIND))
         any_cell = by_policy[order[0]][0]  # all of them say the same of their task
         metric, asks = any_cell.metric, any_cell.asks
-        lines = (_line(name, by_policy[name], full, metric) for name in order)
-        yield Block(task, tokens, protocol, metric, asks, tuple(lines))
+        lines = [_line(name, by_policy[name], full, metric) for name in order]
+        yield Block(task, tokens, protocol, metric, asks, tuple(_with_reads(lines)))
+
+
+def _with_reads(lines: Sequence[Line]) -> Iterator[Line]:
+    """What every policy reads per step, where one of them does not read all that it holds."""
+    chooses = any(line.reads for line in lines)
+    for line in lines:
+        everything = line.kept if chooses else None
+        yield replace(line, read=line.reads.read if line.reads else everything)
 
 
 def _line(policy: str, cells: list[Cell], full: dict[int, Cell], metric: Metric) -> Line:
@@ -107,6 +124,7 @@ def _line(policy: str, cells: list[Cell], full: dict[int, Cell], metric: Metric)
         if any(len(cell.scores) > 1 for cell in good)
         else None,
         estimate(decoded) if decoded else None,
+        reads_of(good),
     )
 
 
@@ -115,6 +133,11 @@ def held_of(whole: str, cells: Sequence[Cell]) -> float | None:
     held = sum(cell.bytes_held for cell in cells)
     total: int = sum(getattr(cell, whole) for cell in cells)
     return held / total if total and all(cell.policy != BLIND for cell in cells) else None
+
+
+def reads_of(cells: Sequence[Cell]) -> Share | None:
+    """What steps read, of what the full cache holds; None where they read everything."""
+    return share_of([cell.reads for cell in cells], sum(cell.bytes_full for cell in cells))
 
 
 def _is_generated(cell: Cell) -> bool:
@@ -160,6 +183,9 @@ def cells_of(line: Line) -> tuple[str, ...]:
         line.policy,
         _text(line.kept, ".1%"),
         _text(line.bf16, ".1%"),
+        _text(line.read, ".1%"),
+        f"{line.reads.tokens:,.0f}" if line.reads else "–",
+        line.reads.missed if line.reads else "–",
         str(line.score),
         "–" if line.worst is None else f"{100 * line.worst:.0f}",
         str(line.generated or "–"),

@@ -11,13 +11,13 @@ from kvpress.bench.common.journal import Row
 from kvpress.bench.common.prompt import prompts
 from kvpress.bench.common.report import Sheet
 from kvpress.bench.quality.system import LocalSystem, System
-from kvpress.bench.speed import decode, memory, prefill, throughput
+from kvpress.bench.speed import decode, layer, memory, prefill, throughput
 from kvpress.bench.speed.rounds import Measurement, run_rounds
 from kvpress.bench.speed.rows import Cell, sheets
 from kvpress.bench.speed.setting import Setting
 
 TIMED = {"decode": decode, "prefill": prefill, "throughput": throughput}
-BENCHES = {**TIMED, "memory": memory}
+BENCHES = {**TIMED, "memory": memory, layer.NAME: layer}
 Load = Callable[[], tuple[Any, Any]]  # a model and its tokenizer
 OnRound = Callable[[int], None]
 
@@ -51,7 +51,7 @@ class LocalCandidates:
 
 def rounds(bench: str, setting: Setting, count: int) -> int:
     """How often `on_round` is called for one cell of so many candidates."""
-    return setting.rounds + setting.warmup if bench in TIMED else count
+    return count if bench == "memory" else setting.rounds + setting.warmup
 
 
 def measure(
@@ -63,9 +63,11 @@ def measure(
     names: Sequence[str],
 ) -> dict[str, Row]:
     """A row per candidate. The model is loaded only where this process runs it."""
-    if cell.bench not in TIMED:
+    if cell.bench == "memory":
         return memory.measure(setting, cell, names, on_round)
     model, tokenizer = load()
+    if cell.bench == layer.NAME:
+        return layer.measure(setting, model, tokenizer, cell, names, on_round)
     new_tokens = max(setting.new_tokens, setting.rounds + setting.warmup)
     ids = prompts(model, tokenizer, cell.tokens, cell.batch, new_tokens)
     return timed(setting, candidates, model, ids, cell, names, on_round)

@@ -30,24 +30,49 @@ PREFILL_POLICIES = ["full", "keyformer:budget=0.5", "snapkv:budget=0.5,window=64
 STEP_POLICIES = ["streaming_llm:budget=1,sink=0", "h2o:budget=1", "keyformer:budget=1"]
 LONG, MIDDLE, SHORT = [8000], [4000], [1000]
 ALONE, TOGETHER = [1], [4]
+LAYER_POLICIES = ["full", "quest:read=2048", "leoam:read=2048", "quest:read=2048,page=128"]
+CASES = {"model": (POLICIES, LONG), "one-layer": (LAYER_POLICIES, [32_768])}
 
 
-@command("kvpress bench decode --tokens 2000 --policy full --policy snapkv:budget=0.2")
+@command("kvpress bench decode --tokens 2000 --policy full --policy quest:read=256")
 def decode(
     grid: options.GridOptions,
     loading: TieredOptions,
-    policy: options.Policies = POLICIES,
-    tokens: options.Lengths = LONG,
+    case: Annotated[str, typer.Option(help="model, or one-layer.")] = "model",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="name:key=value,… ; repeatable.",
+            show_default=f"{', '.join(POLICIES)}; of one layer {', '.join(LAYER_POLICIES)}",
+        ),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Of a prompt; repeatable.", show_default="8000, of one layer 32768", min=64
+        ),
+    ] = None,
     batch: options.Batches = ALONE,
     rounds: options.Rounds = 25,
     warmup: options.Warmup = 2,
 ) -> None:
     """Time decode steps after long prompts, beside transformers' DynamicCache with SDPA.
 
-    Each round decodes one token with every candidate.
+    Each round decodes one token with every candidate. With --case one-layer a layer of 8 KV heads,
+    each of 4 query heads and 128 channels in bfloat16, attends alone: steps that read some pages
+    only beside one that reads everything, and the share of them that the selection takes.
     """
+    if case not in CASES:
+        raise typer.BadParameter(f"--case {case} is unknown; allowed: {', '.join(CASES)}.")
+    if case == "one-layer" and (batch != ALONE or grid.with_eval or loading.caps):
+        raise typer.BadParameter(
+            "--case one-layer times one sequence on the device: leave out --batch, --with-eval and"
+            " caps. kvpress bench tiers --case one-layer has caps."
+        )
+    usual_policies, usual_tokens = CASES[case]
     setting = make_setting(loading, grid.cache_dtype, rounds, warmup)
-    _run("decode", setting, grid, policy, tokens, batch)
+    name = "decode" if case == "model" else "layer"
+    _run(name, setting, grid, policy or usual_policies, tokens or usual_tokens, batch)
 
 
 @command("kvpress bench prefill --tokens 2000 --policy full --policy snapkv:budget=0.2")
@@ -174,9 +199,10 @@ def _run(
     """Fills the grid and prints its tables."""
     from kvpress.bench.common import report
     from kvpress.bench.common.candidates import BASELINE
-    from kvpress.bench.speed import benches, grid, run, scores
+    from kvpress.bench.speed import benches, grid, layer, run, scores
 
-    names = [BASELINE, *dict.fromkeys(options.with_budgets(policies, given.budget or ()))]
+    baseline = [] if name == layer.NAME else [BASELINE]
+    names = [*baseline, *dict.fromkeys(options.with_budgets(policies, given.budget or ()))]
     quality = scores.QualityOptions() if given.with_eval else None
     made = run.run(setting, grid.cells(name, lengths, batches), names, quality, given.out)
     for sheet in benches.sheets_of(made):

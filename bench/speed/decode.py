@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from kvpress.bench.common.candidates import BASELINE, FULL, Candidate, candidate, weight_bytes
 from kvpress.bench.common.journal import Row
+from kvpress.bench.common.reads import reads_of
 from kvpress.bench.common.timing import Samples
 from kvpress.bench.speed.rounds import Measurement
 from kvpress.bench.speed.rows import Column, against, milliseconds, of_ideal, times
@@ -26,7 +27,8 @@ TITLE = "One decode step"
 LEGEND = (
     "vs tf, vs full: speed-up over transformers and over the engine without compression, from"
     " medians. attention: that of appending, attending, observing and evicting alone. In brackets:"
-    " what the bytes of weights and cache, or of the cache alone, would allow."
+    " what the bytes of weights and cache, or of the cache alone, would allow. Where a policy reads"
+    " less than it holds: tokens that a row reads per step, and bytes that all layers read."
 )
 
 
@@ -67,6 +69,7 @@ class _Decode:
             "attention": Samples(spent).to_dict() if any(spent) else None,
             "bytes_held": self._candidate.bytes_held(self._cache),
             "bytes_weights": weight_bytes(self._candidate.model),
+            "reads": reads_of(self._cache),
         }
 
 
@@ -74,6 +77,25 @@ def _ledger(cache: Any) -> float:
     """Seconds of all stages so far; none for a cache that keeps no ledger."""
     known = isinstance(cache, EngineCache)
     return sum(cache.context.ledger.meter.seconds().values()) if known else 0.0
+
+
+def read_columns(rows: dict[str, Row]) -> list[Column]:
+    """What steps read, where one of the candidates reads less than it holds."""
+    if not any(row.get("reads") for row in rows.values()):
+        return []
+    return [
+        Column(
+            "tokens read",
+            lambda row: f"{row['reads']['tokens_read']:,.0f}" if row.get("reads") else "all",
+        ),
+        Column("read MiB", lambda row: f"{bytes_read(row) / 2**20:.0f}"),
+    ]
+
+
+def bytes_read(row: Row) -> int:
+    """Bytes of the cache that a step reads."""
+    reads: Row = row.get("reads") or {"bytes_read": row["bytes_held"]}
+    return int(reads["bytes_read"])
 
 
 def columns(rows: dict[str, Row]) -> list[Column]:
@@ -84,6 +106,7 @@ def columns(rows: dict[str, Row]) -> list[Column]:
         Column("p95", lambda row: milliseconds(row["seconds"]["p95"])),
         Column("tok/s", lambda row: f"{row['tokens_per_second']:.1f}"),
         Column("MiB", lambda row: f"{row['bytes_held'] / 2**20:.0f}"),
+        *read_columns(rows),
         Column("vs tf", lambda row: times(against(rows.get(BASELINE), row))),
         Column("vs full", partial(_against_full, full)),
         Column("attention", partial(_attention, full)),
@@ -95,11 +118,11 @@ def _against_full(full: Row | None, row: Row) -> str:
 
 
 def _bytes_read(row: Row) -> int:
-    return int(row["bytes_held"] + row["bytes_weights"])
+    return bytes_read(row) + int(row["bytes_weights"])
 
 
 def _attention(full: Row | None, row: Row) -> str:
     if full is None or row["attention"] is None:
         return "–"
     gain = full["attention"]["median"] / row["attention"]["median"]
-    return of_ideal(gain, full["bytes_held"] / row["bytes_held"])
+    return of_ideal(gain, bytes_read(full) / bytes_read(row))

@@ -8,13 +8,13 @@ from typing import Any
 from kvpress.bench.common.figures import PlotError, add_legend, figure_of
 from kvpress.bench.common.journal import Row
 from kvpress.bench.common.report import Report, machine, settings_of
-from kvpress.bench.speed import benches
+from kvpress.bench.speed import benches, layer
 from kvpress.bench.speed.rows import Cell, by_cell
 
 _MARKS = "os^Dv<>P*X"
 _MEASURES = {
     "memory": ("bytes_peak_prefill", 2**20, "peak MiB"),
-    **dict.fromkeys(benches.TIMED, ("tokens_per_second", 1, "tokens / s")),
+    **dict.fromkeys((*benches.TIMED, layer.NAME), ("tokens_per_second", 1, "tokens / s")),
 }
 
 

@@ -65,10 +65,11 @@ def tiers(
 ) -> None:
     """Time decode steps whose pages are in tiers, beside all of them on the device, in turn.
 
-    Each step reads every page. Also: what recomputing the prompts takes, the memory of a process of
-    its own, and the disk's rate beside that of plain reads. Caps may be shares of the cache, as in
-    --device 0.2; without any a fifth is on the device, two fifths on the host, and the rest on disk
-    in a temporary folder; of one layer 64MiB and 128MiB.
+    Each step reads every page, unless a policy such as leoam:read=0.2 chooses them: then it stands
+    beside exact streaming under the same caps. Also: what recomputing the prompts takes, the memory
+    of a process of its own, and the disk's rate beside that of plain reads. Caps may be shares of
+    the cache, as in --device 0.2; without any a fifth is on the device, two fifths on the host, and
+    the rest on disk in a temporary folder; of one layer 64MiB and 128MiB.
     """
     from kvpress.bench.common.caps import check
     from kvpress.bench.common.output import check_writable, write_json
@@ -159,11 +160,12 @@ def _one_layer(
     asked: TierBenchOptions, setting: Setting, model: Any, tokenizer: Any
 ) -> dict[str, Row]:
     import torch
+    from kvpress.bench.sparse.tiled import Shape, tiles
     from kvpress.bench.tiers import one_layer
 
-    shape = one_layer.Shape(tokens=setting.tokens, read=asked.read)
+    shape = Shape(tokens=setting.tokens, read=asked.read)
     with errors.status("Reading the text …") as said, torch.inference_mode():
-        made = one_layer.tiles(model, tokenizer, shape)
+        made = tiles(model, tokenizer, shape)
 
         def on_chunk(tokens: int) -> None:
             said.update(f"{tokens:,} of {shape.tokens:,} tokens stored …")

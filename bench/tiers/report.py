@@ -10,16 +10,22 @@ from kvpress.bench.common.report import Report, Sheet, machine, settings_of
 from kvpress.bench.speed.rows import milliseconds, times
 from kvpress.bench.tiers.steps import CAPPED, UNTIERED
 
+from kvpress.store.tiers.tiers import TIERS
+
 KIND = "tiers"  # the value of "bench" in a record
 MIB = 2**20
 STEPS = ("candidate", "ms", "low–high", "against", "waited ms", "disk MiB", "prompt s", "same")
 LAYER = ("candidate", "ms", "low–high", "against", "disk MiB", "fill s", "error", "same")
+CHOICE = ("over exact", "loaded MiB", "hits", "tokens read")  # where a policy chooses pages
 LEGEND = (
     "ms: one decode step; against: the time of the step without tiers over this; waited ms: of"
     " attention, for pages; disk MiB: read from the disk, per step for a whole model, in all for"
     " one layer; prompt s: reading the prompts, which is what recomputing takes; same: tokens equal"
     " to those without tiers, and logits or outputs equal to the last bit to those of tiers with"
-    " all on the device; error: Σ|o − o'| / Σ|o| against no tiers."
+    " all on the device; error: Σ|o − o'| / Σ|o| against no tiers. Where a policy reads some pages"
+    " only: over exact: the time of a step that streams everything under the caps over this; loaded"
+    " MiB: to the device, per step; hits: pages of a step on the device, on the host, on disk;"
+    " tokens read: of a row per step."
 )
 
 
@@ -41,12 +47,17 @@ def sheets(record: Mapping[str, Any]) -> Iterator[Sheet]:
     """Steps, memory, disk."""
     rows: dict[str, Row] = record["candidates"]
     whole = record["case"] == "model"
-    cells = step_cells if whole else layer_cells
-    base = rows.get(UNTIERED)
-    lines = tuple((name, *cells(base, row)) for name, row in good(rows).items())
+    cells, head = (step_cells, STEPS) if whole else (layer_cells, LAYER)
+    shown: tuple[str, ...] = head
+    base, measured = rows.get(UNTIERED), good(rows)
+    lines = [(name, *cells(base, row)) for name, row in measured.items()]
+    if chooses(rows):
+        exact, shown = measured.get(CAPPED), (*head, *CHOICE)
+        more = (choice_cells(exact, row) for row in measured.values())
+        lines = [(*line, *own) for line, own in zip(lines, more, strict=True)]
     notes = tuple(f"{name}: {row['error']}" for name, row in rows.items() if row.get("error"))
     title = "Decode steps" if whole else "One layer"
-    yield Sheet(title, STEPS if whole else LAYER, lines, notes + tuple(_not_measured(record)))
+    yield Sheet(title, shown, tuple(lines), notes + tuple(_not_measured(record)))
     if record.get("memory"):
         yield memory_sheet(record["memory"])
     if record.get("disk"):
@@ -73,6 +84,25 @@ def step_cells(base: Row | None, row: Row) -> tuple[str, ...]:
         f"{per['disk to host'] / MIB:.0f}" if per else "–",
         f"{row['prompt_seconds']:.1f}",
         f"{tokens}, {bits}" if row.get("tiers") else tokens,
+    )
+
+
+def chooses(rows: Mapping[str, Row]) -> bool:
+    """Whether one of the candidates reads some pages only."""
+    return any(row.get("reads") for row in rows.values())
+
+
+def choice_cells(exact: Row | None, row: Row) -> tuple[str, ...]:
+    """The cells of a line, as in CHOICE. exact: the row of streaming everything."""
+    per, reads = row["per_step"], row.get("reads")
+    ratio = exact["seconds"]["median"] / row["seconds"]["median"] if exact else None
+    hits = [per[f"hits {name}"] for name in TIERS] if per else []
+    pages = max(1.0, sum(hits))
+    return (
+        times(ratio) if row.get("tiers") else "–",
+        f"{per['host to device'] / MIB:.1f}" if per else "–",
+        f"{' / '.join(f'{100 * n / pages:.0f}' for n in hits)} %" if hits else "–",
+        f"{reads['tokens_read']:,.0f}" if reads else "all",
     )
 
 

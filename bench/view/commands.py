@@ -74,10 +74,11 @@ def view(
 ) -> None:
     """Show which tokens each layer and KV head kept, in the text itself, as one HTML page.
 
-    The budget of each head is printed besides. The answer is decoded greedily. Without a prompt,
-    about 1,000 tokens of Python's language reference are used, with a question at the end. With
-    --map: which blocks of the prompt's attention a sparse policy computes in one layer, per query
-    head. With --trace: what each thread does in one decode step when not all pages are on the
+    The budget of each head is printed besides. The answer is decoded greedily. Of a policy that
+    reads some pages only (quest, leoam) the page also shows what the last step read. Without a
+    prompt, about 1,000 tokens of Python's language reference are used, with a question at the end.
+    With --map: which blocks of the prompt's attention a sparse policy computes in one layer, per
+    query head. With --trace: what each thread does in one decode step when not all pages are on the
     device; without --device, --host and --disk a quarter of the cache is there and a third on the
     host. These also take shares of the cache, as in --device 0.3.
     """

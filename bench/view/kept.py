@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from kvpress.bench.common.prompt import PromptError, check_positions
 from kvpress.bench.view.pieces import pieces, special
+from kvpress.bench.view.reads import read_positions
 
 import kvpress
 from kvpress.report import Report
@@ -20,7 +21,8 @@ class Kept:
 
     model: the name it was asked for by. tokens: the text of each, of the prompt and then of the
     answer; position i is that of token i. The last one was generated but never fed, so no row can
-    hold it. special: the positions of marks. positions: `[layer][KV head]`, sorted.
+    hold it. special: the positions of marks. positions: `[layer][KV head]`, sorted; read: those
+    that the last decode step read, None of layers that read everything, or where all do.
     """
 
     model: str
@@ -29,6 +31,7 @@ class Kept:
     prompt_tokens: int
     positions: list[list[list[int]]]
     report: Report
+    read: list[list[list[int]] | None] | None = None
 
     @property
     def tokens_seen(self) -> int:
@@ -50,6 +53,7 @@ class Kept:
             "tokens": self.tokens,
             "special": self.special,
             "positions": self.positions,
+            "read": self.read,
             "report": self.report.to_dict(),
         }
 
@@ -73,6 +77,7 @@ def look(
     with kvpress.attach(model, policy, **(caps or {})) as engine, torch.inference_mode():
         out = engine.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
         cache, report = engine.cache, engine.report()
+        read = [read_positions(state) for state in cache.states]
     ids = out[0].tolist()
     return Kept(
         model=name,
@@ -84,6 +89,7 @@ def look(
             for kind in cache.fingerprint.kinds
         ],
         report=report,
+        read=None if all(rows is None for rows in read) else read,
     )
 
 

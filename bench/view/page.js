@@ -12,9 +12,9 @@ const { seen, prompt: promptTokens, layers } = JSON.parse(byId("data").textConte
 const spans = [...document.querySelectorAll(".tokens > span")];
 const rows = layers.map((layer) => layer.rows.map(unpack)); // [layer][head]: bytes of bits
 const compressed = rows.filter((_, layer) => !layers[layer].sliding);
-const counted = (compressed.length ? compressed : rows).flat();
-const heads = rows.map(count); // [layer][position]: heads that keep it
-const everywhere = count(counted);
+const held = tally(rows); // of them heads: [layer][position], heads that keep it
+const reading = readRows() && tally(readRows()); // the same of what the last step read
+let shown = held;
 let scope = { layer: null, head: null };
 let palette = [];
 
@@ -36,10 +36,14 @@ function count(some) {
   return found;
 }
 
-function chosen() {
-  if (scope.layer === null) return counted;
-  const layer = rows[scope.layer];
+function chosen(of) {
+  if (scope.layer === null) return of.counted;
+  const layer = of.rows[scope.layer];
   return scope.head === null ? layer : [layer[scope.head]];
+}
+
+function countChosen(of) {
+  return scope.layer === null ? of.everywhere : count(chosen(of));
 }
 
 // Colours
@@ -65,8 +69,9 @@ function colour(share) {
 // The text
 
 function paintText() {
-  const some = chosen();
-  const kept = some === counted ? everywhere : count(some);
+  const some = chosen(shown);
+  const kept = countChosen(shown);
+  const holders = shown === held ? null : countChosen(held);
   for (let position = 0; position < seen; position++) {
     const { dataset, style } = spans[position];
     const { paper, ink } = kept[position] ? colour(kept[position] / some.length) : {};
@@ -74,15 +79,24 @@ function paintText() {
     style.background = paper ?? "";
     style.color = ink ?? "";
   }
-  const lost = kept.reduce((sum, n) => sum + (n === 0), 0);
+  markHeld(holders);
   const one = some.length === 1;
   byId("summary").textContent =
-    `${rowsInWords(some.length)}: ${number(seen - lost)} of ${number(seen)} tokens are kept` +
-    (one ? `, ${number(lost)} evicted.` : ` in at least one row, ${number(lost)} in none.`);
+    holders === null ? keptSummary(some.length, kept) : readSummary(some.length, kept, holders);
   byId("none").textContent = one ? "evicted" : "in no row";
+  byId("unread").hidden = holders === null;
   byId("ramp").classList.toggle("one", one);
   byId("least").textContent = one ? "" : `1 of ${some.length}`;
-  byId("most").textContent = one ? "kept" : `${some.length} of ${some.length} rows`;
+  const most = holders === null ? "kept" : "read";
+  byId("most").textContent = one ? most : `${some.length} of ${some.length} rows`;
+}
+
+function keptSummary(total, kept) {
+  const lost = kept.reduce((sum, n) => sum + (n === 0), 0);
+  return (
+    `${rowsInWords(total)}: ${number(seen - lost)} of ${number(seen)} tokens are kept` +
+    (total === 1 ? `, ${number(lost)} evicted.` : ` in at least one row, ${number(lost)} in none.`)
+  );
 }
 
 function rowsInWords(total) {
@@ -109,15 +123,21 @@ function describe(position) {
   }
   const lines = [tokenInWords(position)];
   if (scope.layer !== null) lines.push(headsInWords(scope.layer, position));
-  lines.push(`Kept in ${number(everywhere[position])} of ${number(counted.length)} rows`);
+  const rowsOf = (of) => `${number(of.everywhere[position])} of ${number(of.counted.length)} rows`;
+  lines.push(`Kept in ${rowsOf(held)}` + (reading ? `, read in ${rowsOf(reading)}` : ""));
   return lines.join("\n");
 }
 
 function headsInWords(layer, position) {
   const keepers = rows[layer].flatMap((row, head) => (keeps(row, position) ? [head] : []));
-  const all = keepers.length === rows[layer].length;
-  const who = all ? "every head" : keepers.length ? `head ${keepers.join(", ")}` : "no head";
-  return `${layerName(layer)}: kept by ${who} of ${rows[layer].length}`;
+  const who = headsOf(keepers, rows[layer].length);
+  const all = `${layerName(layer)}: kept by ${who} of ${rows[layer].length}`;
+  return all + readersInWords(layer, position);
+}
+
+function headsOf(some, total) {
+  if (some.length === total) return "every head";
+  return some.length ? `head ${some.join(", ")}` : "no head";
 }
 
 // The map
@@ -152,9 +172,10 @@ function paintMap() {
   rows.forEach((layer, index) => {
     for (let bin = 0; bin < bins; bin++) {
       const first = firstOf(bin, bins), last = firstOf(bin + 1, bins);
-      const kept = heads[index].subarray(first, last).reduce((sum, n) => sum + n, 0);
-      if (!kept) continue;
-      pen.fillStyle = colour(kept / layer.length / (last - first)).paper;
+      const sum = (of) => of.heads[index].subarray(first, last).reduce((all, n) => all + n, 0);
+      const kept = sum(shown);
+      if (!kept && !sum(held)) continue;
+      pen.fillStyle = kept ? colour(kept / layer.length / (last - first)).paper : css("--held");
       pen.fillRect(edge(bin), TOP + index * height, edge(bin + 1) - edge(bin), height - gap);
     }
   });
@@ -208,11 +229,12 @@ function cellAt(event) {
 function describeCell({ layer, first, last }) {
   if (last - first === 1) return `${tokenInWords(first)}\n${headsInWords(layer, first)}`;
   const text = spans.slice(first, last).map((span) => span.textContent).join("");
-  const kept = heads[layer].subarray(first, last).reduce((sum, n) => sum + n, 0);
+  const sum = (of) => of.heads[layer].subarray(first, last).reduce((all, n) => all + n, 0);
+  const kept = sum(held), read = reading ? `, ${sum(reading)} read` : "";
   const most = (last - first) * rows[layer].length;
   return (
     `Positions ${number(first)} to ${number(last - 1)}: ${JSON.stringify(text)}\n` +
-    `${layerName(layer)}: ${kept} of ${most} slots kept`
+    `${layerName(layer)}: ${kept} of ${most} slots kept${read}`
   );
 }
 
@@ -271,5 +293,6 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   makePalette();
   paint();
 });
+fillShow();
 makePalette();
 readAddress();

@@ -19,6 +19,7 @@ from kvpress.report.tables import size, span
 _MARKS = {"\n": "↵", "\t": "⇥"}  # of other control characters Unicode has pictures
 _PICTURES = 0x2400
 _HERE = Path(__file__).parent
+_SCRIPTS = ("page.js", "reads.js", "tip.js")
 
 
 def page(kept: Kept) -> str:
@@ -44,7 +45,7 @@ def _body(kept: Kept) -> Iterable[str]:
     yield from _bars(kept)
     yield '<div id="tip" hidden></div>'
     yield f'<script type="application/json" id="data">{_data(kept)}</script>'
-    scripts = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.js", "tip.js"))
+    scripts = ((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     yield f"<script>{''.join(scripts)}</script>"
 
 
@@ -79,7 +80,12 @@ def _controls() -> Iterable[str]:
     yield '<label>Layer <select id="layer"></select></label>'
     yield '<label>Head <select id="head"></select></label>'
     yield (
-        '<div class="legend text"><span id="none" data-n="0"></span><b id="least"></b>'
+        '<label id="shown" hidden>Show <select id="show"><option value="kept">what is kept</option>'
+        '<option value="read">what the last step read</option></select></label>'
+    )
+    yield (
+        '<div class="legend text"><span id="none" data-n="0"></span>'
+        '<span id="unread" data-n="0" data-held hidden>kept, not read</span><b id="least"></b>'
         '<i id="ramp"></i><b id="most"></b></div>'
     )
     yield '<p id="summary" aria-live="polite"></p></div>'
@@ -130,13 +136,16 @@ def _bars(kept: Kept) -> Iterable[str]:
 
 def _data(kept: Kept) -> str:
     """JSON for the script, safe inside a script element: rows are bits, least significant first."""
-    layers = [
+    layers: list[dict[str, Any]] = [
         {
             "sliding": layer.kind == "sliding",
             "rows": [_bits(positions, kept.tokens_seen) for positions in rows],
         }
         for layer, rows in zip(kept.report.layers, kept.positions, strict=True)
     ]
+    for made, read in zip(layers, kept.read or (), strict=False):
+        if read is not None:
+            made["reads"] = [_bits(positions, kept.tokens_seen) for positions in read]
     data: dict[str, Any] = {
         "seen": kept.tokens_seen,
         "prompt": kept.prompt_tokens,

@@ -69,7 +69,11 @@ def test_help_shows_them_at_every_width(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv("COLUMNS", width)
         text = CliRunner().invoke(app, ["bench", "decode", "--help"]).output
         flat = re.sub(r"[\s│]+", " ", text)
-        for said in ("[default: 8000]", "[default: (a GPU if there is one)]", "Example: kvpress"):
+        for said in (
+            "[default: (8000, of one layer 32768)]",
+            "[default: (a GPU if there is one)]",
+            "Example: kvpress",
+        ):
             assert said in flat, text
 
 

@@ -55,6 +55,8 @@ class Listener:
     def bytes(self, cache: Any) -> tuple[int, int]:
         return 50, 100
 
+    def step_reads(self, cache: Any) -> None: ...
+
     def hear(self, folder: Path, length: int | None, positions: int | None = 1024) -> Results:
         """Notes what is asked of each sample, with its prompt and then without."""
         lengths = [] if length is None else [length]

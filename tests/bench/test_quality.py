@@ -165,6 +165,8 @@ class Fake:
     def bytes(self, cache: Any) -> tuple[int, int]:
         return 50, 100
 
+    def step_reads(self, cache: Any) -> None: ...
+
 
 PLANS = [
     suites.Plan(TASKS["needle"], 300, 3, "hidden"),

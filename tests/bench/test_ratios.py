@@ -202,6 +202,8 @@ class Fake:
     def bytes(self, cache: Any) -> tuple[int, int, int]:
         return 25, 200, 100
 
+    def step_reads(self, cache: Any) -> None: ...
+
 
 def test_rules_are_shown_one_by_one_beside_what_was_told(writer: Writer) -> None:
     sample = run._sample(writer, suites.Plan(TASKS["system"], 700, 1, "hidden"), 0, 0)

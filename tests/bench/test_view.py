@@ -44,7 +44,7 @@ TEXT = "if a < b && c: '</script><b>&amp; naïve 🙂\r\n\ttab\x00' " * 4
 POLICY = "random:budget=0.3"  # rows differ from each other
 ELEMENTS = (
     "html|head|meta|title|style|body|h1|h2|p|b|code|dl|div|dt|dd|noscript|label|select|span|i|u"
-    "|canvas|ol|li|a|s|small|script|table|tr|th|td"
+    "|canvas|ol|li|a|s|small|script|table|tr|th|td|option"
 )
 
 

@@ -1,0 +1,1 @@
+"""Which pages are worth reading, and what reading some of them costs: `kvpress bench retrieval`."""
