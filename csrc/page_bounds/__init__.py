@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
+from kvpress.csrc.unpack import Operands as Operands  # whole pages, as `unpack` takes them
 from torch import Tensor
 
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.ops.operands import schema
-
-
-class Operands(NamedTuple):
-    """As of `unpack`: whole pages. like: a tensor of the dtype of the store, that of the box."""
-
-    page_PX: Tensor
-    channel_PC: Tensor
-    channel_PU: Tensor
-    layout: Sequence[int]
-    like: Tensor
-
 
 SCHEMA = schema("page_bounds", Operands, "(Tensor box_P2D, Tensor length_P2)")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from kvpress.csrc.page_bounds import Operands
-from kvpress.csrc.unpack import Operands as UnpackOperands
 from kvpress.csrc.unpack.reference import check, numbers
 from torch import Tensor
 
@@ -18,7 +17,7 @@ def page_bounds(operands: Operands) -> tuple[Tensor, Tensor]:
     have them; zero in dropped channels. The lengths are those of the corner of the box that is
     farthest from zero, and of the longest value, rounded up. Raises OperatorError.
     """
-    sizes = check(UnpackOperands(*operands), "page_bounds")
+    sizes = check(operands, "page_bounds")
     page_PX, channel_PC, channel_PU, _, like = operands
     key_PSD, value_PSE = numbers(page_PX, channel_PC, channel_PU, sizes, like.dtype)
     if not len(page_PX):

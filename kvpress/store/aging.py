@@ -265,3 +265,17 @@ def dense_widths(
 def stores_of(aging: PageAging) -> list[PackedRows | PagedRows]:
     """Everything that is in pages: old slots, then recent ones."""
     return [*aging.parts, aging.recent]
+
+
+def recent_slots(aging: PageAging, sequences: Sequence[int] | None) -> list[int]:
+    """Slots of some rows that are in no whole page."""
+    counts = aging.recent.counts
+    if sequences is not None:
+        counts = counts[aging.recent.paging.table.row_index(sequences)]
+    slots: list[int] = counts.tolist()
+    return slots
+
+
+def slot_bytes(aging: PageAging) -> int:
+    """Bytes of the key and the value of such a slot."""
+    return sum(aging.recent.columns[name].page_bytes(1) for name in (KEY, VALUE))

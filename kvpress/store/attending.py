@@ -101,15 +101,9 @@ class Resident:
             start += span(part.layout, part.paging.table.pages_RW.shape[1])
         return out_bNQE, torch.cat([*kept, weights[..., start:]], dim=-1)
 
-    def attend_some(
-        self,
-        query_bN1D: Tensor,
-        sequences: Sequence[int] | None,
-        logits: Logits,
-        need_weights: bool,
-        wanted: Wanted,
-    ) -> tuple[Tensor, Tensor | None, Found]:
+    def attend_some(self, wanted: Wanted) -> tuple[Tensor, Tensor | None, Found]:
         """Attention output over some of the pages, by a shorter page table of each row."""
+        query_bN1D, sequences, logits = wanted[:3]
         pages = self._aging.recent.paging.operands(sequences)
 
         def attend(some: Sequence[Chosen], weighs: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -123,8 +117,7 @@ class Resident:
                 weights = spread(weights, some, widths, spans)
             return out_bN1E, lse_bN1[..., 0], weights if weighs else None
 
-        given = (query_bN1D, sequences, logits, need_weights, wanted, attend, self.trees)
-        return attend_some(self._aging, *given)
+        return attend_some(self._aging, wanted, attend, self.trees)
 
     def attend_prompt(
         self,

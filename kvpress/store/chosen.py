@@ -18,26 +18,36 @@ _CODES = 2.0**-10  # an LSE over quantised slots is right to that: their factors
 
 
 class Wanted(NamedTuple):
-    """Which pages of some rows a step may read, and by which queries it chooses them.
+    """What a step asks of some sequences, None for all: who attends, and to which pages at most.
 
-    query_bND: of every head. slots: tokens that each row reads, at the most, pages that must be
-    read apart. A page is always read if a position of it is below `sink_r`, or not below `from_r`:
-    int64, on the device. mass, top, tree: as `Retrieval` says.
+    slots: tokens that each row reads, at the most, pages that must be read apart. A page is always
+    read if a position of it is below `sink_r`, or not below `from_r`: int64, on the device. mass,
+    top, tree: as `Retrieval` says. earlier_bND: the queries by which pages are chosen; None: those
+    that attend.
     """
 
-    query_bND: Tensor
+    query_bN1D: Tensor
+    sequences: Sequence[int] | None
+    logits: Logits
+    need_weights: bool
     slots: Sequence[int]
     sink_r: Tensor
     from_r: Tensor
-    logits: Logits
     mass: float | None = None
     top: int | None = None
     tree: bool = False
-    now_bND: Tensor | None = None  # the queries that attend, where pages are chosen by others
+    earlier_bND: Tensor | None = None
+
+    @property
+    def query_bND(self) -> Tensor:
+        """The queries by which pages are judged."""
+        if self.earlier_bND is not None:
+            return self.earlier_bND
+        return self.query_bN1D[:, :, 0].contiguous()
 
     def by_now(self) -> Wanted:
         """The same with the queries that attend: what is missed is missed by them."""
-        return self if self.now_bND is None else self._replace(query_bND=self.now_bND, now_bND=None)
+        return self._replace(earlier_bND=None)
 
     def keep(self, recent: Sequence[int], page_slots: int) -> Tensor:
         """Whole pages that rows may read besides so many other slots: int64, on the device."""
@@ -191,29 +201,20 @@ def share_missed(mass_bN: Tensor, lse_bN: Tensor, chosen: Sequence[Chosen]) -> T
 class Retrieving(Protocol):
     """Rows of which a decode step reads some pages only."""
 
-    def attend_some(
-        self,
-        query_bN1D: Tensor,
-        sequences: Sequence[int] | None,
-        logits: Logits,
-        need_weights: bool,
-        wanted: Wanted,
-    ) -> tuple[Tensor, Tensor | None, Found]:
+    def attend_some(self, wanted: Wanted) -> tuple[Tensor, Tensor | None, Found]:
         """Attention output of one new query, weights where asked for, 0 where nothing was read.
 
         Raises TierError where a page cannot be read.
         """
 
 
-def scored(
-    parts: Sequence[PackedRows], sequences: Sequence[int] | None, wanted: Wanted
-) -> list[Bounds]:
+def scored(parts: Sequence[PackedRows], wanted: Wanted) -> list[Bounds]:
     """The bounds of all pages of some rows."""
-    made = []
+    made, query_bND = [], wanted.query_bND
     for number, part in enumerate(parts):
-        table_rW, counts_r = part.paging.table.operands(sequences)
+        table_rW, counts_r = part.paging.table.operands(wanted.sequences)
         pages_r = counts_r // part.layout.slots
-        bound_bNW = _bounds(part.paging.pages(BOX), wanted.query_bND, table_rW, pages_r)
+        bound_bNW = _bounds(part.paging.pages(BOX), query_bND, table_rW, pages_r)
         boxes = table_rW.shape[1] * len(pages_r) * part.paging.pages(BOX).shape[1]
         made.append(Bounds(part, number, table_rW, pages_r, bound_bNW, boxes))
     return made

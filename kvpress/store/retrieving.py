@@ -13,9 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from kvpress.ops import Logits
-from kvpress.store.aging import PageAging
-from kvpress.store.base import KEY, VALUE
+from kvpress.store.aging import PageAging, recent_slots, slot_bytes
 from kvpress.store.chosen import Bounds, Chosen, Found, Wanted, scored, share_missed
 from kvpress.store.top import attend_top
 from kvpress.store.trees import Trees
@@ -25,48 +23,30 @@ Attend: TypeAlias = Callable[[Sequence[Chosen], bool], tuple[Tensor, Tensor, Ten
 
 
 def attend_some(
-    aging: PageAging,
-    query_bN1D: Tensor,
-    sequences: Sequence[int] | None,
-    logits: Logits,
-    need_weights: bool,
-    wanted: Wanted,
-    attend: Attend,
-    trees: Trees,
+    aging: PageAging, wanted: Wanted, attend: Attend, trees: Trees
 ) -> tuple[Tensor, Tensor | None, Found]:
     """Attention output, weights where asked for, and what was read. attend: to chosen pages."""
-    recent, short = _recent(aging, sequences), 0
-    parts = aging.filled
     if wanted.top is not None:
-        bounds = scored(parts, sequences, wanted)
-        return attend_top(aging, query_bN1D, sequences, logits, need_weights, wanted, bounds)
+        return attend_top(aging, wanted)
+    parts, recent, short = aging.filled, recent_slots(aging, wanted.sequences), 0
     keeps = [wanted.keep(recent, part.layout.slots) for part in parts]
     if wanted.tree and trees.worthwhile(parts):
         every = enumerate(zip(parts, keeps, strict=True))
-        both = [trees.search(i, part, sequences, wanted, keep_r) for i, (part, keep_r) in every]
+        both = [trees.search(i, part, wanted, keep_r) for i, (part, keep_r) in every]
         bounds, chosen = [own for own, _ in both], [some for _, some in both]
     else:
-        bounds = scored(parts, sequences, wanted)
+        bounds = scored(parts, wanted)
         if wanted.mass is not None and bounds:
             keeps, short = _certify(wanted, bounds, keeps, attend)
         chosen = [own.choose(wanted, keep_r) for own, keep_r in zip(bounds, keeps, strict=True)]
-    out, lse_bN, weights = attend(chosen, need_weights)
+    out, lse_bN, weights = attend(chosen, wanted.need_weights)
     boxes = sum(own.boxes for own in bounds), sum(own.box_bytes for own in bounds)
-    if wanted.now_bND is not None:
+    if wanted.earlier_bND is not None:
         wanted = wanted.by_now()
-        bounds = scored(parts, sequences, wanted)
+        bounds = scored(parts, wanted)
     missed = _missed(wanted, bounds, chosen, lse_bN)
-    slot_bytes = sum(aging.recent.columns[name].page_bytes(1) for name in (KEY, VALUE))
-    return out, weights, Found(out, lse_bN, *missed, recent, slot_bytes, chosen, *boxes, short)
-
-
-def _recent(aging: PageAging, sequences: Sequence[int] | None) -> list[int]:
-    """Slots of some rows that are in no whole page."""
-    counts = aging.recent.counts
-    if sequences is not None:
-        counts = counts[aging.recent.paging.table.row_index(sequences)]
-    slots: list[int] = counts.tolist()
-    return slots
+    each = slot_bytes(aging)
+    return out, weights, Found(out, lse_bN, *missed, recent, each, chosen, *boxes, short)
 
 
 def _missed(

@@ -128,18 +128,12 @@ class Streamed:
             self.tiers.watcher.note("attention", begun, layer=self._layer)
         return out_bNQE, parts
 
-    def attend_some(
-        self,
-        query_bN1D: Tensor,
-        sequences: Sequence[int] | None,
-        logits: Logits,
-        need_weights: bool,
-        wanted: Wanted,
-    ) -> tuple[Tensor, Tensor | None, Found]:
+    def attend_some(self, wanted: Wanted) -> tuple[Tensor, Tensor | None, Found]:
         """Attention output over some of the pages, of which some may have to be read.
 
         Raises TierError where a page cannot be read.
         """
+        query_bN1D, sequences, logits = wanted[:3]
 
         def attend(some: Sequence[Chosen], weighs: bool) -> tuple[Tensor, Tensor, Tensor | None]:
             some = [x.narrow() for x in some]
@@ -159,8 +153,7 @@ class Streamed:
             weights = spread(parts.weights(spans), some, widths, spans)
             return out_bN1E, parts.lse_bNQ[..., 0], weights
 
-        given = (query_bN1D, sequences, logits, need_weights, wanted, attend, self.trees)
-        return attend_some(self.aging, *given)
+        return attend_some(self.aging, wanted, attend, self.trees)
 
     def attend_prompt(
         self,

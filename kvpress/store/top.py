@@ -6,16 +6,15 @@ query head. Where keys of a page differ much that may be all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvpress.ops import Logits
-from kvpress.store.aging import PageAging, dense_widths
+from kvpress.store.aging import PageAging, dense_widths, recent_slots, slot_bytes
 from kvpress.store.base import KEY, LENGTH, POSITION, VALUE
-from kvpress.store.chosen import Bounds, Chosen, Found, Wanted, spread
+from kvpress.store.chosen import Bounds, Chosen, Found, Wanted, scored, spread
 from kvpress.store.packed import PackedRows
 from kvpress.types import EMPTY
 
@@ -30,23 +29,16 @@ class Dense(NamedTuple):
     always_bNX: Tensor  # which are attended to whatever their logit
 
 
-def attend_top(
-    aging: PageAging,
-    query_bN1D: Tensor,
-    sequences: Sequence[int] | None,
-    logits: Logits,
-    need_weights: bool,
-    wanted: Wanted,
-    bounds: Sequence[Bounds],
-) -> tuple[Tensor, Tensor | None, Found]:
+def attend_top(aging: PageAging, wanted: Wanted) -> tuple[Tensor, Tensor | None, Found]:
     """Attention output over recent slots and the `wanted.top` best old ones of each query head."""
     assert wanted.top is not None, "it was asked for"
-    recent, query_bND = aging.recent, query_bN1D[:, :, 0].float()
-    found = [_search(own, query_bND, sequences, wanted) for own in bounds]
+    recent, sequences, query_bND = aging.recent, wanted.sequences, wanted.query_bND.float()
+    bounds = scored(aging.filled, wanted)
+    found = [_search(own, query_bND, wanted) for own in bounds]
     old = [dense for _, dense in found]
     batch = len(query_bND)
     key, value, position = (recent.dense(name, sequences) for name in (KEY, VALUE, POSITION))
-    last_bNX = _logits(query_bND, key, position, logits)
+    last_bNX = _logits(query_bND, key, position, wanted.logits)
     logit_bNX = torch.cat([x.logit_bNX for x in old] + [last_bNX], dim=2)
     ends = logit_bNX.shape[2] - last_bNX.shape[2]
     kept_bNX = _top(logit_bNX[..., :ends], wanted.top)
@@ -59,31 +51,28 @@ def attend_top(
     out_bNE = (weights_bNX.view(group) @ value_bHXE).flatten(1, 2)
     chosen = [some for some, _ in found]
     weights = None
-    if need_weights:
+    if wanted.need_weights:
         widths = dense_widths(aging, sequences, [x.part for x in chosen])
         spans = [x.place_rW.shape[1] * x.part.layout.slots for x in chosen]
         weights = spread(weights_bNX[:, :, None], chosen, widths, spans)
     # What was left out was left out on purpose: there is no certificate of the rest.
     nothing_bN = out_bNE.new_full(out_bNE.shape[:2], torch.nan)
-    out_bN1E = out_bNE[:, :, None].to(query_bN1D.dtype)
-    slot_bytes = sum(recent.columns[name].page_bytes(1) for name in (KEY, VALUE))
-    counts = recent.counts[recent.paging.table.row_index(sequences)].tolist()
+    out_bN1E = out_bNE[:, :, None].to(wanted.query_bN1D.dtype)
     boxes, size = sum(own.boxes for own in bounds), sum(own.box_bytes for own in bounds)
     longest_r = out_bNE.new_full(wanted.from_r.shape, torch.nan)
     missed = (nothing_bN, nothing_bN, longest_r)
-    found_all = Found(out_bN1E, *missed, counts, slot_bytes, chosen, boxes, size, certified=False)
+    slots, each = recent_slots(aging, sequences), slot_bytes(aging)
+    found_all = Found(out_bN1E, *missed, slots, each, chosen, boxes, size, certified=False)
     return out_bN1E, weights, found_all
 
 
-def _search(
-    own: Bounds, query_bND: Tensor, sequences: Sequence[int] | None, wanted: Wanted
-) -> tuple[Chosen, Dense]:
+def _search(own: Bounds, query_bND: Tensor, wanted: Wanted) -> tuple[Chosen, Dense]:
     """Pages of one part that hold the best tokens of every query head, and perhaps others."""
     assert wanted.top is not None, "it was asked for"
     keep_r = torch.full_like(own.pages_r, -(-wanted.top // own.slots))
     while True:
         chosen = own.choose(wanted, keep_r).narrow()
-        dense = _dense(own.part, chosen, query_bND, sequences, wanted)
+        dense = _dense(own.part, chosen, query_bND, wanted)
         open_r = _open(own, chosen, dense, query_bND, wanted) & (chosen.pages_r < own.pages_r)
         if not bool(open_r.any()):
             return chosen, dense
@@ -113,12 +102,11 @@ def _dense(
     part: PackedRows,
     chosen: Chosen,
     query_bND: Tensor,
-    sequences: Sequence[int] | None,
     wanted: Wanted,
 ) -> Dense:
     """Chosen pages, unpacked. Raises TierError where one cannot be read."""
     table, size = part.paging.table, part.layout.slots
-    row_r, place_rW = table.row_index(sequences), chosen.place_rW.cpu().long()
+    row_r, place_rW = table.row_index(wanted.sequences), chosen.place_rW.cpu().long()
     some_A, entry_A = (place_rW >= 0).nonzero().unbind(1)
     row_A, place_A = row_r[some_A], place_rW[some_A, entry_A]
     key_ASD, value_ASE = part.unpack(row_A, place_A)

@@ -65,14 +65,10 @@ class Trees:
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def search(
-        self,
-        number: int,
-        part: PackedRows,
-        sequences: Sequence[int] | None,
-        wanted: Wanted,
-        keep_r: Tensor,
+        self, number: int, part: PackedRows, wanted: Wanted, keep_r: Tensor
     ) -> tuple[Bounds, Chosen]:
         """What `choose` finds among all pages of some rows, and the bounds that were looked at."""
+        sequences = wanted.sequences
         tree, row_r = self._tree(number, part), part.paging.table.row_index(sequences)
         state_rX = tree.state_RX if sequences is None else tree.state_RX[row_r]
         box_rX2D = tree.box_RX2D if sequences is None else tree.box_RX2D[row_r]

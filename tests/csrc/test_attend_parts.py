@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import packing
@@ -25,13 +24,6 @@ FORMATS = [
     for bits, dtype, queries in itertools.product(BITS, (FP32, BF16, FP16), (1, 5))
 ]
 Results = tuple[Tensor, Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    count = torch.get_num_threads()
-    yield
-    torch.set_num_threads(count)
 
 
 def attend(backend: str, *operands: Any) -> Results:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,13 +11,6 @@ from kvpress.errors import OperatorError
 
 NAN, INF = float("nan"), float("inf")
 BACKENDS = pytest.mark.parametrize("backend", ["operator", "reference"])
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    count = torch.get_num_threads()
-    yield
-    torch.set_num_threads(count)
 
 
 def join(backend: str, out_JBNQE: Tensor, lse_JBNQ: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import packing
 import pytest
 import torch
+from boxes import BACKENDS, BF16, DTYPES, FP16, FP32, INF, NAN, run_of
 from torch import Tensor
 
 from kvpress import ops
 from kvpress.formulas.page_layout import PageLayout
-
-NAN, INF = float("nan"), float("inf")
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-BACKENDS = pytest.mark.parametrize("backend", ["operator", "reference"])
-DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    torch.manual_seed(0)
-    count = torch.get_num_threads()
-    yield
-    torch.set_num_threads(count)
-
-
-def run_of(backend: str, name: str) -> Callable[..., Any]:
-    return getattr(ops, name) if backend == "operator" else ops.implementation(name, "reference")
 
 
 class Packed:

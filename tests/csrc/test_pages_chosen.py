@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from boxes import KINDS, all_of, bounds_of, boxes_and_keys, keys_of
+from boxes import (
+    BACKENDS,
+    BF16,
+    DTYPES,
+    FP16,
+    FP32,
+    INF,
+    KINDS,
+    NAN,
+    all_of,
+    bounds_of,
+    boxes_and_keys,
+    keys_of,
+    run_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvpress.csrc.missed_mass.reference import slack
@@ -17,24 +31,6 @@ from torch import Tensor
 from kvpress import ops
 from kvpress.errors import OperatorError
 from kvpress.ops import Logits
-
-NAN, INF = float("nan"), float("inf")
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-BACKENDS = pytest.mark.parametrize("backend", ["operator", "reference"])
-DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    torch.manual_seed(0)
-    count = torch.get_num_threads()
-    yield
-    torch.set_num_threads(count)
-
-
-def run_of(backend: str, name: str) -> Callable[..., Any]:
-    return getattr(ops, name) if backend == "operator" else ops.implementation(name, "reference")
-
 
 GROUPS = [(1, 1), (7, 3), (16, 8), (40, 4), (80, 5), (128, 4), (256, 1)]  # channels, query heads
 

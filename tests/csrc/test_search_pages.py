@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -31,13 +30,6 @@ class Found(NamedTuple):
 
 def search(backend: str, operands: Operands) -> Found:
     return Found(*(ops.search_pages if backend == "operator" else reference)(*operands))
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    count = torch.get_num_threads()
-    yield
-    torch.set_num_threads(count)
 
 
 def scanned(backend: str, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
+from kvpress import ops
+
+NAN, INF = float("nan"), float("inf")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+BACKENDS = pytest.mark.parametrize("backend", ["operator", "reference"])
+DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+
+
+def run_of(backend: str, name: str) -> Callable[..., Any]:
+    """An operator as it is called, or its reference."""
+    return getattr(ops, name) if backend == "operator" else ops.implementation(name, "reference")
 
 
 def keys_of(kind: str, dtype: torch.dtype, *shape: int) -> Tensor:

@@ -21,38 +21,43 @@ def attend(
 
     group: the sequences, None for all of them.
     """
-    rule, rows, query_bN1D = layer.stores.retrieval, layer.rows.retrieving, tokens.query_bNQD
+    rule, rows = layer.stores.retrieval, layer.rows.retrieving
     assert rule is not None and rows is not None, "only such rows are asked"
     counts = layer.rows.counts if group is None else layer.rows.counts_BH[list(group)].flatten()
     held: list[int] = counts.tolist()
-    wanted = _wanted(layer, rule, group, tokens, held)
-    out, weights, found = rows.attend_some(query_bN1D, group, tokens.logits, need_weights, wanted)
+    out, weights, found = rows.attend_some(_wanted(layer, rule, group, tokens, need_weights, held))
     layer.reads.add(found, sum(held), group)
     if rule.turn is not None:
-        _remember(layer, group, query_bN1D[:, :, 0])
+        _remember(layer, group, tokens.query_bNQD[:, :, 0])
     return out, weights
 
 
 def _wanted(
-    layer: Layer, rule: Retrieval, group: Sequence[int] | None, tokens: Tokens, held: Sequence[int]
+    layer: Layer,
+    rule: Retrieval,
+    group: Sequence[int] | None,
+    tokens: Tokens,
+    need_weights: bool,
+    held: Sequence[int],
 ) -> Wanted:
     """What the rule comes to for the rows of some sequences, which hold so many tokens."""
-    rows, seen_B = layer.rows, layer.sequences.seen_B
+    rows, seen_B, earlier_bND = layer.rows, layer.sequences.seen_B, None
     seen_b = (seen_B if group is None else seen_B[list(group)]).tolist()
     from_r = host.tensor([seen - rule.recent for seen in seen_b for _ in range(rows.heads)])
-    now_bND = query_bND = tokens.query_bNQD[:, :, 0].contiguous()
     if rule.turn is not None:
-        query_bND = _earlier(layer, group, now_bND, rule.turn)
+        earlier_bND = _earlier(layer, group, tokens.query_bNQD[:, :, 0], rule.turn)
     return Wanted(
-        query_bND,
+        tokens.query_bNQD,
+        group,
+        tokens.logits,
+        need_weights,
         [rule.slots(count) for count in held],
         host.full((len(held),), rule.sink).to(rows.device),
         from_r.to(rows.device),
-        tokens.logits,
         rule.mass,
         rule.top,
         rule.tree,
-        None if rule.turn is None else now_bND,
+        earlier_bND,
     )
 
 
