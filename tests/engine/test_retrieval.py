@@ -249,7 +249,7 @@ def sets(cache: Any, index: int) -> set[int]:
 def test_what_is_loaded_is_what_was_not_there(way: str, tmp_path: Path) -> None:
     model, recipe = tiered.model(), "quest:dense=0,read=160"
     caps = tiered.caps(way, model, recipe, 2, tmp_path)
-    caps["device"] *= 2
+    caps["device"] = caps["device"] * 6 // 5  # room for the last selections, and for little else
     with tiered.attached(model, recipe, caps) as engine:
         cache = engine.new_cache(max_new_tokens=64)
         logits = tiered.feed(model, cache, helpers.prompt(2, 1500), [1500])[-1]
@@ -318,7 +318,7 @@ def test_what_cannot_be_is_refused(recipe: str, message: str) -> None:
         kvpress.attach(tiered.model(), recipe)
 
 
-@pytest.mark.parametrize("recipe", ["quest:dense=0,read=96", "leoam:read=0.2"])
+@pytest.mark.parametrize("recipe", ["quest:read=240,dense=0", "leoam:read=0.5"])
 @pytest.mark.parametrize("width", [8, 31, 40])
 def test_a_row_chooses_alike_however_its_prompt_came(recipe: str, width: int) -> None:
     model = tiered.model()
@@ -326,7 +326,7 @@ def test_a_row_chooses_alike_however_its_prompt_came(recipe: str, width: int) ->
     own = ids[1:, 500 - 437 :]
     mask = torch.ones_like(ids)
     mask[1, : 500 - 437] = 0
-    with kvpress.attach(model, recipe) as engine:
+    with kvpress.attach(model, recipe + ",sink=0,recent=0") as engine:
         found = []
         for given in ({"input_ids": own}, {"input_ids": ids, "attention_mask": mask}):
             for chunk in (None, width):
@@ -346,14 +346,14 @@ def test_a_row_chooses_alike_however_its_prompt_came(recipe: str, width: int) ->
 
 
 @pytest.mark.parametrize("tokens", [5, 40, 100])
-def test_what_was_cropped_is_forgotten(tokens: int) -> None:
+@pytest.mark.parametrize("recipe", ["quest:dense=0,read=200", "freekv:dense=0,read=200,turn=-1"])
+def test_what_was_cropped_is_forgotten(recipe: str, tokens: int) -> None:
     model = tiered.model()
-    with kvpress.attach(model, "quest:dense=0,read=96,recent=0,sink=0") as engine:
+    with kvpress.attach(model, recipe + ",recent=0,sink=0") as engine:
         runs = []
         for more in (0, tokens):
             cache = engine.new_cache(max_new_tokens=200)
             logits = tiered.feed(model, cache, helpers.prompt(1, 500), [500])[-1]
-            logits = tiered.decode(model, cache, logits, 3)[-1]
             if more:
                 tiered.decode(model, cache, logits, more)
                 cache.crop(-more)
