@@ -19,6 +19,7 @@
 #include "page_bounds/bind.h"
 #include "read_records/bind.h"
 #include "scatter_slots/bind.h"
+#include "score_cells/bind.h"
 #include "score_pages/bind.h"
 #include "search_pages/bind.h"
 #include "unpack/bind.h"
@@ -41,6 +42,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvpress, CPU, library) {
   library.impl("scatter_slots", TORCH_BOX(&kvpress::scatter_slots));
   library.impl("page_bounds", TORCH_BOX(&kvpress::page_bounds));
   library.impl("score_pages", TORCH_BOX(&kvpress::score_pages));
+  library.impl("score_cells", TORCH_BOX(&kvpress::score_cells));
   library.impl("choose_pages", TORCH_BOX(&kvpress::choose_pages));
   library.impl("missed_mass", TORCH_BOX(&kvpress::missed_mass));
   library.impl("read_records", TORCH_BOX(&kvpress::read_records));

@@ -15,6 +15,7 @@
 #include "pack/cpu.h"
 #include "page_bounds/cpu.h"
 #include "read_records/cpu.h"
+#include "score_cells/cpu.h"
 #include "score_pages/cpu.h"
 #include "search_pages/cpu.h"
 
@@ -23,7 +24,8 @@ namespace kvpress::KERNEL_ISA {
 constexpr Kernels with(decltype(Kernels::estimate_blocks) estimate) {
   return {decode_rows,   attend_parts, decode_step, absorb_step,  attention_sums, estimate,
           attend_blocks, match_keys,   copy_slots,  pack_pages,   channel_scores, join_parts,
-          read_records,  page_bounds,  score_pages, choose_pages, missed_mass,    search_pages};
+          read_records,  page_bounds,  score_pages, choose_pages, missed_mass,    search_pages,
+          score_cells};
 }
 
 extern const Kernels kernels;

@@ -6,7 +6,7 @@
    its pages are chosen by the query of now.
 3. A step attends to `read` tokens per row, by whole pages; all are kept.
 
-Differs from the paper: pages are judged by bounds, as Quest does; the paper's mean over the query
+Differs from the paper: pages are judged by bounds, as `quest` does; the paper's mean over the query
 heads of softmax scores is our largest bound relative to the best one of each head.
 """
 
@@ -26,7 +26,12 @@ class FreeKV(Policy):
     page: int | None = option(
         None, "tokens of a page, 32·n; none: 32, of more than 64 channels 64", low=32, high=1024
     )
-    box: int | None = option(None, "tokens of a box, 8·n; none: of a page", low=8)
+    cells: int = option(
+        2, "bits of a key's channel by which its page is judged: 2, 4; 0: only by its box", low=0
+    )
+    candidates: int | None = option(
+        4, "pages judged by cells, times those that may be read; none: all", low=1
+    )
     sink: int = option(4, "first tokens that are always read", low=0)
     recent: int = option(64, "last tokens that are always read", low=0)
     dense: int = option(2, "first layers that read everything", low=0)
@@ -34,4 +39,5 @@ class FreeKV(Policy):
     def retrieve(self, layer: int) -> Retrieval | None:
         if layer < self.dense:
             return None
-        return Retrieval(self.read, self.page, self.box, self.sink, self.recent, turn=self.turn)
+        judged = (self.page, self.cells, self.candidates)
+        return Retrieval(self.read, *judged, self.sink, self.recent, turn=self.turn)

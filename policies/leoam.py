@@ -12,7 +12,8 @@
 Differs from the paper: its released program measures simulated transfers; this is the published
 idea, not a port. Abstracts are of KV heads, not of all heads of a layer in one; query heads that
 share a KV head share its chunks, ranked relative to the best one of each head. A tree finds the set
-that a flat scan finds: only its cost differs. Nothing is compressed on the way (combine with
+that a flat scan finds: only its cost differs. What it finds is judged again by the cells of keys
+(`cells`), which are ours. Nothing is compressed on the way (combine with
 `quant`).
 """
 
@@ -31,7 +32,12 @@ class LeoAM(Policy):
     page: int | None = option(
         None, "tokens of a page, 32·n; none: 32, of more than 64 channels 64", low=32, high=1024
     )
-    box: int | None = option(None, "tokens of a box, 8·n; none: of a page", low=8)
+    cells: int = option(
+        2, "bits of a key's channel by which its page is judged: 2, 4; 0: only by its box", low=0
+    )
+    candidates: int | None = option(
+        4, "pages judged by cells, times those that may be read; none: all", low=1
+    )
     sink: int = option(4, "first tokens that are always read", low=0)
     recent: int = option(64, "last tokens that are always read", low=0)
     mass: float | None = option(
@@ -43,6 +49,6 @@ class LeoAM(Policy):
 
     def retrieve(self, layer: int) -> Retrieval | None:
         read = self.early if layer < self.early_layers else self.read
-        tree = self.mass is None and self.top is None and self.box is None
-        rest = (self.sink, self.recent, self.mass, self.top, tree)
-        return Retrieval(read, self.page, self.box, *rest)
+        tree = self.mass is None and self.top is None
+        judged = (self.page, self.cells, self.candidates)
+        return Retrieval(read, *judged, self.sink, self.recent, self.mass, self.top, tree)

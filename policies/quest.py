@@ -1,12 +1,12 @@
 """Read only the pages whose keys can matter to the query (Quest, Tang et al., arXiv 2406.10774).
 
-1. Of every page of stored slots the least and the largest key of each channel are kept (Sec. 3.2),
-   or of parts of it (`box`).
+1. Of every page of stored slots the least and the largest key of each channel are kept (Sec. 3.2).
 2. A page's score is Σ_d max(q_d · min_d, q_d · max_d): no key of it has a larger product with q.
+   The best ones are judged again by which part of that box each of their keys is in (`cells`).
 3. A decode step attends to the pages with the largest scores, `read` tokens per row; all are kept.
 4. The first `dense` layers read everything. Prompts are attended to in full.
 
-Differs from the paper: pages hold 32 tokens, 64 where heads are wide (16); query heads that share a
+Differs from the paper: cells are ours, `cells=0` does without; pages hold 32 tokens, 64 where heads are wide (16); query heads that share a
 KV head share its pages, ranked by the largest score relative to the best one of each head; tokens
 that fill no page yet, the first and the last ones are always read. `mass` reads until no query head
 can miss more of its attention, `top` until the largest logits of every query head are known: those
@@ -26,7 +26,12 @@ class Quest(Policy):
     page: int | None = option(
         None, "tokens of a page, 32·n; none: 32, of more than 64 channels 64", low=32, high=1024
     )
-    box: int | None = option(None, "tokens of a box, 8·n; none: of a page", low=8)
+    cells: int = option(
+        2, "bits of a key's channel by which its page is judged: 2, 4; 0: only by its box", low=0
+    )
+    candidates: int | None = option(
+        4, "pages judged by cells, times those that may be read; none: all", low=1
+    )
     sink: int = option(4, "first tokens that are always read", low=0)
     recent: int = option(64, "last tokens that are always read", low=0)
     dense: int = option(2, "first layers that read everything (paper: 2)", low=0)
@@ -41,5 +46,12 @@ class Quest(Policy):
         if layer < self.dense:
             return None
         return Retrieval(
-            self.read, self.page, self.box, self.sink, self.recent, self.mass, self.top
+            self.read,
+            self.page,
+            self.cells,
+            self.candidates,
+            self.sink,
+            self.recent,
+            self.mass,
+            self.top,
         )

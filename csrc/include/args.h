@@ -295,6 +295,7 @@ struct Kernels {
   void (*choose_pages)(const struct ChoosePages&, const Threads&);
   void (*missed_mass)(const struct MissedMass&, const Threads&);
   void (*search_pages)(const struct SearchPages&, const Threads&);
+  void (*score_cells)(const struct ScoreCells&, const Threads&);
 };
 
 }  // namespace kvpress

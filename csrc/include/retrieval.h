@@ -16,6 +16,9 @@ struct PageBounds {
   PackPages packed;
   void* box;      // [P, 2, D] of the store's type
   float* length;  // [P, 2]
+  int64_t bits;   // of the number of a cell; 0: there are none
+  int64_t cell_bytes;
+  uint8_t* cell;  // [P, bytes]
 };
 
 struct ScorePages {
@@ -24,6 +27,16 @@ struct ScorePages {
   Type query_type, type;
   int64_t width;
   float* bound;  // [R, G, W]
+};
+
+struct ScoreCells {
+  ScorePages of;          // `bound` is written for all places: the given one, or a tighter one
+  const uint8_t* cell;    // [P, bytes]
+  const int32_t* place;   // [R, W]: the places that are meant
+  const int64_t* chosen;  // [R]
+  const float* loose;     // [R, G, W]
+  int64_t bits, slots, cell_bytes;
+  float* rank;  // [R, G, W]: −∞ at other places
 };
 
 struct ChoosePages {

@@ -1,7 +1,8 @@
-// The box of the keys of pages, and how long their keys and values can be. What is rounded where: README.md.
+// The box of the keys of pages, the cells that they are in, and how long keys and values can be. What is rounded where: README.md.
 #pragma once
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 
 #include "../include/codes.h"
@@ -46,6 +47,7 @@ class PageBoxes {
     l_.key_bits == 16 ? stored_keys(page, put) : coded_keys(page, put);
     l_.value_bits == 16 ? stored_values(page, length + 1) : coded_values(page, length + 1);
     for (int i = 0; i < 2; i++) a_.length[2 * p + i] = std::sqrt(length[i]) * (1 + 0x1p-14f);
+    if (a_.bits) put_cells(page, channel, box, a_.cell + p * a_.cell_bytes);
   }
 
  private:
@@ -57,6 +59,35 @@ class PageBoxes {
       if (sign > 0 ? !(near < x) : !(near > x)) return;
       const int32_t bits = to->bits, order = (bits & 0x8000 ? -(bits & 0x7FFF) : bits) + sign;
       to->bits = uint16_t(order < 0 ? -order | 0x8000 : order);
+    }
+  }
+
+  // The numbers of the cells of all keys, which lie like codes of keys.
+  void put_cells(const uint8_t* page, const int16_t* channel, const E* box, uint8_t* cell) const {
+    std::memset(cell, 0, size_t(a_.cell_bytes));
+    float* keys = scratch<float, struct KeysOfChannel>(l_.slots);
+    const float parts = float(1 << a_.bits);
+    for (int64_t c = 0; c < l_.key_kept; c++) {
+      const int64_t d = channel[c];
+      const float low = to_float(box[d]), per = parts / (to_float(box[l_.key_width + d]) - low);
+      if (!(per <= FLT_MAX)) continue;  // no extent, or no number: all are in the first cell
+      keys_of_channel(page, c, keys);
+      for (int64_t s = 0; s < l_.slots; s++) {
+        const float part = (keys[s] - low) * per;
+        if (part >= 1)
+          set_code(cell, d / 2 * (l_.slots / kLines) + s / kLines, s % kLines * 2 + d % 2, a_.bits,
+                   uint8_t(std::min(part, parts - 1)));
+      }
+    }
+  }
+
+  void keys_of_channel(const uint8_t* page, int64_t c, float* keys) const {
+    if (l_.key_bits == 16) return read_floats(page, a_.packed.type, c * l_.slots, l_.slots, 1.0f, keys);
+    const auto* scale = reinterpret_cast<const Float16*>(page + l_.key_scales) + c;
+    for (int64_t s = 0; s < l_.slots; s++) {
+      const Float16* step = scale + s / l_.key_group * 2 * l_.key_kept;
+      const float code = one_code(page, c / 2 * (l_.slots / kLines) + s / kLines, s % kLines * 2 + c % 2, l_.key_bits);
+      keys[s] = code * to_float(*step) + to_float(step[l_.key_kept]);
     }
   }
 

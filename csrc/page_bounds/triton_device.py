@@ -80,3 +80,39 @@ def values_kernel(
     none = tl.max((longest_S != longest_S).to(tl.int32), 0)
     longest = tl.max(tl.where(longest_S == longest_S, longest_S, 0.0), 0)
     tl.store(length + page * 2 + 1, tl.where(none > 0, float("nan"), longest))
+
+
+@triton.jit(do_not_specialize=["numbers_of_words"])
+def cells_kernel(
+    words, halves, stored, ranks, box, cell, numbers_of_words, CELL_BITS: tl.constexpr,
+    WIDTH: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr, KEPT: tl.constexpr,
+    BYTES: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCKS: tl.constexpr, ITEM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Words of the cells of a page: one field after the other. ranks: of channels; −1: dropped."""
+    page = tl.program_id(0).to(tl.int64)
+    n_N = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    FIELDS: tl.constexpr = 16 // CELL_BITS
+    word_N = tl.zeros([BLOCK], tl.int32)
+    for field in tl.static_range(FIELDS):
+        vector_N = n_N // 16 * FIELDS + field
+        slot_N = vector_N % BLOCKS * 8 + n_N % 16 // 2
+        channel_N = vector_N // BLOCKS * 2 + n_N % 2
+        real_N = (n_N < numbers_of_words) & (channel_N < WIDTH) & (slot_N < SLOTS)
+        rank_N = tl.load(ranks + page * WIDTH + channel_N, mask=real_N, other=-1).to(tl.int32)
+        real_N = real_N & (rank_N >= 0)
+        x_N = numbers(
+            words, halves, stored, page, slot_N, rank_N, real_N, BITS, SLOTS, KEPT, BYTES, CODES,
+            SCALES, GROUP, GROUPS, BLOCKS, ITEM, True,
+        )  # fmt: skip
+        from_N = box + page * 2 * WIDTH + channel_N
+        low_N = tl.load(from_N, mask=real_N, other=0).to(tl.float32)
+        high_N = tl.load(from_N + WIDTH, mask=real_N, other=1).to(tl.float32)
+        parts = tl.full([BLOCK], 1 << CELL_BITS, tl.float32)
+        per_N = tl.div_rn(parts, high_N - low_N)
+        at_N = (x_N - low_N) * per_N
+        at_N = tl.where((at_N >= 1) & (per_N < float("inf")), at_N, 0.0)  # none: the first cell
+        code_N = tl.minimum(at_N, (1 << CELL_BITS) - 1.0).to(tl.int32)
+        word_N += tl.where(real_N, code_N << (field * CELL_BITS), 0)
+    at_N = cell + page * numbers_of_words + n_N
+    tl.store(at_N, word_N.to(tl.int16), mask=n_N < numbers_of_words)

@@ -35,9 +35,8 @@ def score_pages(operands: Operands) -> Tensor:
     return bound_BHGW.masked_fill(~held_BH1W, -torch.inf).flatten(1, 2)
 
 
-def check(operands: Operands) -> None:
+def check(operands: tuple[Tensor, Tensor, Tensor, Tensor], op: str = "score_pages") -> None:
     """Raises OperatorError for tensors that do not fit together."""
-    op = "score_pages"
     query_BND, box_P2D, table_RW, pages_R = operands
     named = {"query_BND": query_BND, "table_RW": table_RW, "pages_R": pages_R}
     lengths = shapes.bind(op, {**named, "box_PXD": box_P2D})

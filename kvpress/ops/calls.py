@@ -138,16 +138,22 @@ def scatter_slots(*operands: Any, **named: Any) -> None:
     _call("scatter_slots", operands, named)
 
 
-def page_bounds(*operands: Any, **named: Any) -> tuple[Tensor, Tensor]:
-    """The box of the keys of each page, and how long its numbers are; see csrc/page_bounds."""
-    box, length = _call("page_bounds", operands, named)
-    return box, length
+def page_bounds(*operands: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The box of the keys of each page, its lengths, and their cells; see csrc/page_bounds."""
+    box, length, cell = _call("page_bounds", operands, named)
+    return box, length, cell
 
 
 def score_pages(*operands: Any, **named: Any) -> Tensor:
     """Upper bounds of the products of queries with the keys of pages; see csrc/score_pages."""
     bound: Tensor = _call("score_pages", operands, named)
     return bound
+
+
+def score_cells(*operands: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    """Tighter bounds of some pages, by the cells of their keys; see csrc/score_cells."""
+    rank, bound = _call("score_cells", operands, named)
+    return rank, bound
 
 
 def choose_pages(*operands: Any, **named: Any) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvpress.errors import PolicyError
+from kvpress.formulas.page_layout import CELL_BITS
 from kvpress.policy.budget import Budget, share
 
 _SLOTS, _NARROW = 32, 64  # of a page, where keys have no more channels than that
@@ -18,8 +19,9 @@ class Retrieval(NamedTuple):
     """How a policy wants pages to be read.
 
     read: tokens that a row reads, at the most: a fraction of those that it holds, or a number.
-    page: slots of a page; None: see `page_of`. box: slots of a box, of which a page has several;
-    None: of the page. sink, recent: first and last tokens that are always read. mass: read until no
+    page: slots of a page; None: see `page_of`. cells: bits of the part of a box that a key is in, by
+    which pages are judged that the boxes name; 0: boxes alone judge. candidates: how many those
+    are, times as many as may be read; None: all. sink, recent: first and last tokens that are always read. mass: read until no
     query head can miss more of its attention than this. top: read until the tokens with the largest
     logits of every query head are known, so many, and attend to those. tree: search boxes of boxes,
     not all of them. turn: choose by the query of the step before, whose pages are known earlier,
@@ -28,7 +30,8 @@ class Retrieval(NamedTuple):
 
     read: Budget
     page: int | None = None
-    box: int | None = None
+    cells: int = 0
+    candidates: int | None = None
     sink: int = 0
     recent: int = 0
     mass: float | None = None
@@ -45,10 +48,10 @@ class Retrieval(NamedTuple):
             )
         if self.page is not None and self.page % 32:
             raise PolicyError(f"page={self.page}: allowed are multiples of 32.")
-        if self.box and (self.box % 8 or any(self.page_of(width) % self.box for width in (0, 256))):
+        if self.cells and self.cells not in CELL_BITS:
             raise PolicyError(
-                f"box={self.box}: allowed are multiples of 8 tokens that divide a page, which has"
-                f" {self.page_of(0)}, or {self.page_of(256)} where heads are wide."
+                f"cells={self.cells}: allowed are 2 and 4 bits a channel of keys, and 0: pages are"
+                " judged by their boxes alone."
             )
         if self.mass is not None and self.top is not None:
             raise PolicyError(

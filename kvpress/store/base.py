@@ -14,6 +14,7 @@ KEY, VALUE, POSITION, MASS = "key", "value", "position", "mass"
 PAGE = "page"  # the keys and values of a page of old slots
 REF = "ref"  # the number by which tiers know such a page
 BOX = "box"  # the least and the largest key of every channel of such a page
+CELL = "cell"  # the part of the box that every key is in
 LENGTH = "length"  # of the farthest corner of the box, and of the longest value
 SPAN = "span"  # the first and the last position of such a page, when it was made
 

@@ -10,32 +10,36 @@ from torch import Tensor
 
 from kvpress import ops
 from kvpress.errors import CacheError
-from kvpress.formulas.page_layout import PageLayout
-from kvpress.store.base import BOX, LENGTH, POSITION, SPAN, Column
+from kvpress.formulas.page_layout import PageLayout, cell_bytes
+from kvpress.store.base import BOX, CELL, LENGTH, POSITION, SPAN, Column
 from kvpress.store.paging import Paging
 from kvpress.types import EMPTY
 
-BESIDE = (BOX, LENGTH, SPAN)  # columns of pages that choosing needs
+BESIDE = (BOX, CELL, LENGTH, SPAN)  # columns of pages that choosing needs
 
 
-def box_columns(layout: PageLayout, dtype: torch.dtype, box: int) -> dict[str, Column]:
-    """The columns: 1/box of the bytes of its keys and values for each page, and 16.
+def box_columns(layout: PageLayout, dtype: torch.dtype, cells: int) -> dict[str, Column]:
+    """The columns: 1/S of the bytes of keys and values, `cells` bits of each key, and 16.
 
-    box: slots of a box; a page has as many as fill it.
+    cells: bits of the number of the cell that a key is in; 0: there are none.
     """
-    return {
-        BOX: Column((layout.slots // box, 2, layout.key_width), dtype, whole=True),
+    columns = {
+        BOX: Column((2, layout.key_width), dtype, whole=True),
         LENGTH: Column((2,), torch.float32, whole=True),
         SPAN: Column((2,), torch.int32, whole=True),
     }
+    if cells:
+        size = cell_bytes(layout.key_width, layout.slots, cells)
+        columns[CELL] = Column((size,), torch.uint8, whole=True)
+    return columns
 
 
 class Boxed(Protocol):
-    """Rows of old slots. box: slots of a box; None: they have none."""
+    """Rows of old slots. cells: as in `box_columns`; None: they have no boxes."""
 
     layout: PageLayout
     like: Tensor
-    box: int | None
+    cells: int | None
 
     def channels(self, row_A: Tensor) -> tuple[Tensor, Tensor]:
         """The kept channels of some rows."""
@@ -45,29 +49,16 @@ def boxes_of(
     rows: Boxed, row_A: Tensor, page_AX: Tensor, columns: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """What these columns hold of new pages of rows. columns: positions, EMPTY without a token."""
-    if rows.box is None:
+    if rows.cells is None:
         return {}
-    channels, position_AS = rows.channels(row_A), columns[POSITION]
-    box_A2D, length_A2 = ops.page_bounds(page_AX, *channels, list(rows.layout), rows.like)
-    box_AX2D = box_A2D[:, None]
-    if rows.box < rows.layout.slots:
-        box_AX2D = _smaller(rows.layout, rows.like, page_AX, channels, rows.box)
+    packed = (page_AX, *rows.channels(row_A), list(rows.layout), rows.like)
+    box_A2D, length_A2, cell_AY = ops.page_bounds(*packed, rows.cells)
+    position_AS = columns[POSITION]
     last_A = position_AS.amax(1)
     first_A = position_AS.where(position_AS != EMPTY, torch.iinfo(torch.int32).max).amin(1)
-    return {BOX: box_AX2D, LENGTH: length_A2, SPAN: torch.stack([first_A, last_A], dim=1).int()}
-
-
-def _smaller(
-    layout: PageLayout, like: Tensor, page_AX: Tensor, channels: tuple[Tensor, Tensor], box: int
-) -> Tensor:
-    """The boxes `[A, S / box, 2, D]` of parts of pages."""
-    key_ASD, _ = ops.unpack(page_AX, *channels, list(layout), like)
-    key_AXSD = torch.unflatten(key_ASD, 1, (-1, box))
-    low_AXD, high_AXD = key_AXSD.amin(2), key_AXSD.amax(2)
-    if layout.key_bits < 16 and like.dtype != torch.float32:  # they were rounded: wider by a step
-        low_AXD = torch.nextafter(low_AXD, low_AXD.new_full((), -torch.inf))
-        high_AXD = torch.nextafter(high_AXD, high_AXD.new_full((), torch.inf))
-    return torch.stack([low_AXD, high_AXD], dim=2)
+    span_A2 = torch.stack([first_A, last_A], dim=1).int()
+    made = {BOX: box_A2D, LENGTH: length_A2, SPAN: span_A2}
+    return {**made, CELL: cell_AY} if rows.cells else made
 
 
 def check_boxes(paging: Paging) -> None:
@@ -75,7 +66,7 @@ def check_boxes(paging: Paging) -> None:
     if BOX not in paging.columns:
         return
     page_A = paging.owned_pages().to(paging.table.device)
-    box_AX2D, length_A2 = (paging.pages(name)[page_A] for name in (BOX, LENGTH))
-    low_AXD, high_AXD = box_AX2D.float().unbind(2)
-    if not bool((low_AXD <= high_AXD).all()) or not bool((length_A2 >= 0).all()):
+    box_A2D, length_A2 = (paging.pages(name)[page_A] for name in (BOX, LENGTH))
+    low_AD, high_AD = box_A2D.float().unbind(1)
+    if not bool((low_AD <= high_AD).all()) or not bool((length_A2 >= 0).all()):
         raise CacheError("Boxes of pages have no inside, or are no numbers.")

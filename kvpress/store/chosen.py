@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from kvpress import host, ops
 from kvpress.ops import Logits
-from kvpress.store.base import BOX, LENGTH, SPAN
+from kvpress.store.base import BOX, CELL, LENGTH, SPAN
 from kvpress.store.packed import PackedRows
 
 _CODES = 2.0**-10  # an LSE over quantised slots is right to that: their factors have 16 bits
@@ -22,7 +21,7 @@ class Wanted(NamedTuple):
 
     slots: tokens that each row reads, at the most, pages that must be read apart. A page is always
     read if a position of it is below `sink_r`, or not below `from_r`: int64, on the device. mass,
-    top, tree: as `Retrieval` says. earlier_bND: the queries by which pages are chosen; None: those
+    top, cells, candidates, tree: as `Retrieval` says. earlier_bND: the queries by which pages are chosen; None: those
     that attend.
     """
 
@@ -33,6 +32,8 @@ class Wanted(NamedTuple):
     slots: Sequence[int]
     sink_r: Tensor
     from_r: Tensor
+    cells: int = 0
+    candidates: int | None = None
     mass: float | None = None
     top: int | None = None
     tree: bool = False
@@ -56,15 +57,32 @@ class Wanted(NamedTuple):
         return host.tensor(pages).to(self.sink_r.device)
 
 
+    def candidate(self, keep_r: Tensor) -> Tensor:
+        """Pages of each row that are judged by cells where so many may be read.
+
+        All of them where bounds are to be as tight as can be.
+        """
+        if self.candidates is None or self.mass is not None or self.top is not None:
+            return torch.full_like(keep_r, torch.iinfo(keep_r.dtype).max)
+        return keep_r * self.candidates
+
+
 class Bounds(NamedTuple):
-    """The pages of some rows in one part, and how much each of them can matter."""
+    """The pages of some rows in one part, and how much each of them can matter.
+
+    bound_bNW: fp32, no key of a page gives a larger product. rank_bNW: the same of the pages that
+    may be chosen, −∞ elsewhere. boxes: that were looked at for this, of all rows. judged_r: pages
+    of each row whose cells were: int64; None: none.
+    """
 
     part: PackedRows
     number: int  # of the part, among those that have pages
     table_rW: Tensor  # int32
     pages_r: Tensor  # int64
-    bound_bNW: Tensor  # fp32: no key of a page gives a larger product
-    boxes: int  # that were looked at for this
+    bound_bNW: Tensor
+    rank_bNW: Tensor
+    boxes: int
+    judged_r: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -72,16 +90,37 @@ class Bounds(NamedTuple):
         return self.part.layout.slots
 
     @property
-    def box_bytes(self) -> int:
-        """Bytes of the boxes that were looked at, of a row."""
-        box = self.part.paging.pages(BOX)
-        each = math.prod(box.shape[2:]) * box.element_size()
-        return self.boxes * each // max(1, len(self.pages_r))
+    def bytes_r(self) -> Tensor:
+        """Bytes of the boxes and cells that were looked at, of each row: int64."""
+        box_P2D = self.part.paging.pages(BOX)
+        box = box_P2D.element_size() * 2 * box_P2D.shape[2]
+        boxes_r = torch.full_like(self.pages_r, self.boxes * box // max(1, len(self.pages_r)))
+        if self.judged_r is None:
+            return boxes_r
+        return boxes_r + self.judged_r * self.part.paging.pages(CELL).shape[1]
+
+    def judged(self, wanted: Wanted, candidates: Chosen) -> Bounds:
+        """The same, of some pages by the cells of their keys: only those may be chosen then."""
+        cell_PY = self.part.paging.pages(CELL)
+        rank_bNW, bound_bNW = ops.score_cells(
+            wanted.query_bND,
+            self.part.paging.pages(BOX),
+            cell_PY,
+            self.table_rW,
+            self.pages_r,
+            candidates.place_rW,
+            candidates.pages_r,
+            self.bound_bNW,
+            wanted.cells,
+            self.slots,
+        )
+        judged_r = candidates.pages_r
+        return self._replace(rank_bNW=rank_bNW, bound_bNW=bound_bNW, judged_r=judged_r)
 
     def choose(self, wanted: Wanted, keep_r: Tensor) -> Chosen:
         """So many of the pages, or those that must be read."""
         place_rW, pages_r = ops.choose_pages(
-            self.bound_bNW,
+            self.rank_bNW,
             self.table_rW,
             self.pages_r,
             self.part.paging.pages(SPAN),
@@ -132,8 +171,8 @@ class Found(NamedTuple):
 
     recent: slots of each row that were read because they are in no page yet, of `slot_bytes` each.
     mass_bN: ln of what the exponentials of all that was missed sum to, at the most; lse_bN: of what
-    all that was read sums to; fp32. length_r: of the longest value missed. boxes, box_bytes: that
-    were looked at, of all rows and of each. short: rows that read all they may and were not
+    all that was read sums to; fp32. length_r: of the longest value missed. boxes: that were
+    looked at, of all rows; beside_r: bytes of them and of cells, of each row. short: rows that read all they may and were not
     certified. certified: whether what was missed is bounded at all.
     """
 
@@ -145,7 +184,7 @@ class Found(NamedTuple):
     slot_bytes: int
     chosen: Sequence[Chosen]
     boxes: int
-    box_bytes: int
+    beside_r: Tensor
     short: int = 0
     certified: bool = True
 
@@ -181,7 +220,7 @@ class Found(NamedTuple):
     def bytes_r(self) -> Tensor:
         """Their bytes, with those of the boxes: int64, on the device."""
         recent_r = host.tensor(self.recent).to(self.lse_bN.device)
-        bytes_r: Tensor = recent_r * self.slot_bytes + self.box_bytes
+        bytes_r: Tensor = recent_r * self.slot_bytes + self.beside_r
         for own in self.chosen:
             bytes_r = bytes_r + own.pages_r * own.part.layout.page_bytes
         return bytes_r
@@ -209,27 +248,35 @@ class Retrieving(Protocol):
 
 
 def scored(parts: Sequence[PackedRows], wanted: Wanted) -> list[Bounds]:
-    """The bounds of all pages of some rows."""
-    made, query_bND = [], wanted.query_bND
+    """The bounds of all pages of some rows, by their boxes."""
+    made = []
     for number, part in enumerate(parts):
         table_rW, counts_r = part.paging.table.operands(wanted.sequences)
         pages_r = counts_r // part.layout.slots
-        bound_bNW = _bounds(part.paging.pages(BOX), query_bND, table_rW, pages_r)
-        boxes = table_rW.shape[1] * len(pages_r) * part.paging.pages(BOX).shape[1]
-        made.append(Bounds(part, number, table_rW, pages_r, bound_bNW, boxes))
+        boxes = part.paging.pages(BOX)
+        bound_bNW = ops.score_pages(wanted.query_bND, boxes, table_rW, pages_r)
+        every = table_rW.shape[1] * len(pages_r)
+        made.append(Bounds(part, number, table_rW, pages_r, bound_bNW, bound_bNW, every))
     return made
 
 
-def _bounds(box_PX2D: Tensor, query_bND: Tensor, table_rW: Tensor, pages_r: Tensor) -> Tensor:
-    """The bound of every page: the largest one of its boxes."""
-    each = box_PX2D.shape[1]
-    if each == 1:
-        return ops.score_pages(query_bND, box_PX2D[:, 0], table_rW, pages_r)
-    # Boxes as pages: those of page p are p·X, p·X + 1, …
-    place_X = torch.arange(each, dtype=torch.int32, device=table_rW.device)
-    table_rX = (table_rW[..., None] * each + place_X).flatten(1)
-    bound_bNX = ops.score_pages(query_bND, box_PX2D.flatten(0, 1), table_rX, pages_r * each)
-    return torch.unflatten(bound_bNX, 2, (-1, each)).amax(3)
+def judged(bounds: Sequence[Bounds], wanted: Wanted, keeps: Sequence[Tensor]) -> list[Bounds]:
+    """The same by the cells of keys, where they are kept, of pages that the boxes name.
+
+    keeps: pages that each row may read.
+    """
+    if not wanted.cells:
+        return list(bounds)
+    both = zip(bounds, keeps, strict=True)
+    return [own.judged(wanted, own.choose(wanted, wanted.candidate(keep_r))) for own, keep_r in both]
+
+
+def looked_at(wanted: Wanted, bounds: Sequence[Bounds]) -> tuple[int, Tensor]:
+    """Boxes that were looked at, of all rows; bytes of them and of cells, of each: int64."""
+    bytes_r = torch.zeros_like(wanted.from_r)
+    for own in bounds:
+        bytes_r = bytes_r + own.bytes_r
+    return sum(own.boxes for own in bounds), bytes_r
 
 
 def spread(

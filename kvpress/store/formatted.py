@@ -31,8 +31,8 @@ class FormattedRows(Rows):
     Args: recent: the store of recent slots. layouts: of old pages of all channels, one for each
     format. residual: last slots that stay as they came, at most. ordered: nothing is ever dropped.
     part: makes the rows of old slots of one format. together: slots that are packed at once, if
-    they are more than a page. attends: makes how they are attended to. box: slots of a box
-    by which steps choose pages; 0: a whole page; None: they read all.
+    they are more than a page. attends: makes how they are attended to. cells: bits of the
+    cells of keys, by which steps choose pages; None: they read all.
     """
 
     aging: PageAging
@@ -47,10 +47,10 @@ class FormattedRows(Rows):
         part: MakePart = resident,
         together: int = 1,
         attends: Attends = Resident,
-        box: int | None = None,
+        cells: int | None = None,
     ) -> None:
-        self.box = box
-        part = part if box is None else partial(part, box=box)
+        self.cells = cells
+        part = part if cells is None else partial(part, cells=cells)
         self.heads, self.page_slots, self.columns = recent.heads, recent.page_slots, recent.columns
         self.device, self.on_host = recent.device, recent.on_host
         self.sequences, self.paging = recent.sequences, recent.paging
@@ -228,4 +228,4 @@ def _begin(rows: FormattedRows) -> None:
     """Makes what follows from the slots."""
     rows.attending = rows.attends(rows.aging)
     rows.memory, rows.streams = rows.attending.memory(), rows.attending.streams
-    rows.retrieving = None if rows.box is None else rows.attending
+    rows.retrieving = None if rows.cells is None else rows.attending

@@ -27,8 +27,8 @@ class PackedRows:
 
     `key_channels_RC` and `value_channels_RU` say which channels each row keeps; whoever owns this
     store sets them. columns: what is kept of a slot besides. ordered: nothing is ever dropped, and
-    slot s of a row holds token s: then no positions are stored. box: slots of a box, by which steps
-    choose pages; 0: a whole page; None: they read all.
+    slot s of a row holds token s: then no positions are stored. cells: bits of the cells of keys, by
+    which steps choose pages; 0: they choose by boxes alone; None: they read all.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class PackedRows:
         columns: Mapping[str, Column],
         like: Tensor,
         ordered: bool,
-        box: int | None = None,
+        cells: int | None = None,
     ) -> None:
         self.layout, self.like = layout, like
-        self.box = layout.slots if box == 0 else box
+        self.cells = cells
         positions = {} if ordered else {POSITION: Column((), torch.int32)}
         table = PageTable(sequences, heads, layout.slots, like.device, (_DROPPED,))
-        positions |= box_columns(layout, like.dtype, self.box) if self.box else {}
+        positions |= {} if cells is None else box_columns(layout, like.dtype, cells)
         self.paging = Paging({**self._bytes(), **columns, **positions}, table)
         self.fields = Fields(self.paging)
         self.memory = PageMemory(self.fields)

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from kvpress.store.aging import PageAging, recent_slots, slot_bytes
-from kvpress.store.chosen import Bounds, Chosen, Found, Wanted, scored, share_missed
+from kvpress.store.chosen import (
+    Bounds,
+    Chosen,
+    Found,
+    Wanted,
+    judged,
+    looked_at,
+    scored,
+    share_missed,
+)
+from kvpress.store.packed import PackedRows
 from kvpress.store.top import attend_top
 from kvpress.store.trees import Trees
 
@@ -30,23 +40,32 @@ def attend_some(
         return attend_top(aging, wanted)
     parts, recent, short = aging.filled, recent_slots(aging, wanted.sequences), 0
     keeps = [wanted.keep(recent, part.layout.slots) for part in parts]
-    if wanted.tree and trees.worthwhile(parts):
-        every = enumerate(zip(parts, keeps, strict=True))
-        both = [trees.search(i, part, wanted, keep_r) for i, (part, keep_r) in every]
-        bounds, chosen = [own for own, _ in both], [some for _, some in both]
-    else:
-        bounds = scored(parts, wanted)
-        if wanted.mass is not None and bounds:
-            keeps, short = _certify(wanted, bounds, keeps, attend)
-        chosen = [own.choose(wanted, keep_r) for own, keep_r in zip(bounds, keeps, strict=True)]
+    bounds = _judged(wanted, parts, keeps, trees)
+    if wanted.mass is not None and bounds:
+        keeps, short = _certify(wanted, bounds, keeps, attend)
+    chosen = [own.choose(wanted, keep_r) for own, keep_r in zip(bounds, keeps, strict=True)]
     out, lse_bN, weights = attend(chosen, wanted.need_weights)
-    boxes = sum(own.boxes for own in bounds), sum(own.box_bytes for own in bounds)
+    beside = looked_at(wanted, bounds)
     if wanted.earlier_bND is not None:
         wanted = wanted.by_now()
         bounds = scored(parts, wanted)
     missed = _missed(wanted, bounds, chosen, lse_bN)
     each = slot_bytes(aging)
-    return out, weights, Found(out, lse_bN, *missed, recent, each, chosen, *boxes, short)
+    return out, weights, Found(out, lse_bN, *missed, recent, each, chosen, *beside, short)
+
+
+def _judged(
+    wanted: Wanted, parts: Sequence[PackedRows], keeps: Sequence[Tensor], trees: Trees
+) -> list[Bounds]:
+    """The bounds of all pages of some rows, and which of them may be chosen."""
+    if not (wanted.tree and trees.worthwhile(parts)):
+        return judged(scored(parts, wanted), wanted, keeps)
+    made = []
+    for number, (part, keep_r) in enumerate(zip(parts, keeps, strict=True)):
+        most_r = wanted.candidate(keep_r) if wanted.cells else keep_r
+        bounds, candidates = trees.search(number, part, wanted, most_r)
+        made.append(bounds.judged(wanted, candidates) if wanted.cells else bounds)
+    return made
 
 
 def _missed(

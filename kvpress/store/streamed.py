@@ -48,7 +48,7 @@ def tiered_rows(
     tiers: Tiers,
     layer: int,
     together: int = SPAN,
-    box: int | None = None,
+    cells: int | None = None,
 ) -> FormattedRows:
     """Rows whose slots are in whole pages, in any tier, once they are old.
 
@@ -57,7 +57,7 @@ def tiered_rows(
     """
     part = partial(_part, tiers, layer, unit_bytes(recent.heads, layouts))
     attends = partial(Streamed, tiers=tiers, layer=layer)
-    return FormattedRows(recent, layouts, residual, ordered, part, together, attends, box)
+    return FormattedRows(recent, layouts, residual, ordered, part, together, attends, cells)
 
 
 class Streamed:
@@ -254,7 +254,7 @@ def _is_tiered(part: PackedRows) -> TypeGuard[TieredPages]:
 
 
 def _part(
-    tiers: Tiers, layer: int, unit: int, number: int, *made_of: Any, box: int | None = None
+    tiers: Tiers, layer: int, unit: int, number: int, *made_of: Any, cells: int | None = None
 ) -> TieredPages:
     """Rows of old slots of a layout, by its number and what PackedRows is made of."""
-    return TieredPages(*made_of, tiers=tiers, name=(layer, number), unit=unit, box=box)
+    return TieredPages(*made_of, tiers=tiers, name=(layer, number), unit=unit, cells=cells)

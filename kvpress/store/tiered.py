@@ -53,10 +53,10 @@ class TieredPages(PackedRows):
         tiers: Tiers,
         name: tuple[int, int],
         unit: int,
-        box: int | None = None,
+        cells: int | None = None,
     ) -> None:
         self.name, self.span = name, span_pages(layout)
-        super().__init__(sequences, heads, layout, columns, like, ordered, box)
+        super().__init__(sequences, heads, layout, columns, like, ordered, cells)
         beside = 0 if ordered else layout.slots * 4  # positions, as they were sealed
         self.last, self.spare = 0, True  # the number of the last step; whether it left pages there
         self.shelf = tiers.shelf(like.device, layout.page_bytes, beside, unit)
@@ -146,7 +146,7 @@ class TieredPages(PackedRows):
 
         Raises TierError.
         """
-        if self.box:
+        if self.cells is not None:
             group = single(group)
             id_NP = id_NP.view(-1, 1)
         first = group.span * self.span * self.layout.slots

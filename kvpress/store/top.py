@@ -14,7 +14,7 @@ from torch import Tensor
 from kvpress.ops import Logits
 from kvpress.store.aging import PageAging, dense_widths, recent_slots, slot_bytes
 from kvpress.store.base import KEY, LENGTH, POSITION, VALUE
-from kvpress.store.chosen import Bounds, Chosen, Found, Wanted, scored, spread
+from kvpress.store.chosen import Bounds, Chosen, Found, Wanted, judged, looked_at, scored, spread
 from kvpress.store.packed import PackedRows
 from kvpress.types import EMPTY
 
@@ -33,7 +33,9 @@ def attend_top(aging: PageAging, wanted: Wanted) -> tuple[Tensor, Tensor | None,
     """Attention output over recent slots and the `wanted.top` best old ones of each query head."""
     assert wanted.top is not None, "it was asked for"
     recent, sequences, query_bND = aging.recent, wanted.sequences, wanted.query_bND.float()
-    bounds = scored(aging.filled, wanted)
+    parts = aging.filled
+    keeps = [wanted.keep(recent_slots(aging, sequences), part.layout.slots) for part in parts]
+    bounds = judged(scored(parts, wanted), wanted, keeps)
     found = [_search(own, query_bND, wanted) for own in bounds]
     old = [dense for _, dense in found]
     batch = len(query_bND)
@@ -58,11 +60,10 @@ def attend_top(aging: PageAging, wanted: Wanted) -> tuple[Tensor, Tensor | None,
     # What was left out was left out on purpose: there is no certificate of the rest.
     nothing_bN = out_bNE.new_full(out_bNE.shape[:2], torch.nan)
     out_bN1E = out_bNE[:, :, None].to(wanted.query_bN1D.dtype)
-    boxes, size = sum(own.boxes for own in bounds), sum(own.box_bytes for own in bounds)
     longest_r = out_bNE.new_full(wanted.from_r.shape, torch.nan)
     missed = (nothing_bN, nothing_bN, longest_r)
-    slots, each = recent_slots(aging, sequences), slot_bytes(aging)
-    found_all = Found(out_bN1E, *missed, slots, each, chosen, boxes, size, certified=False)
+    slots, each, beside = recent_slots(aging, sequences), slot_bytes(aging), looked_at(wanted, bounds)
+    found_all = Found(out_bN1E, *missed, slots, each, chosen, *beside, certified=False)
     return out_bN1E, weights, found_all
 
 

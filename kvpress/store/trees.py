@@ -76,7 +76,7 @@ class Trees:
         pages_r = counts_r // part.layout.slots
         place_rW, chosen_r, bound_bNW, boxes_r = ops.search_pages(
             wanted.query_bND,
-            part.paging.pages(BOX)[:, 0],
+            part.paging.pages(BOX),
             table_rW,
             pages_r,
             box_rX2D,
@@ -94,7 +94,7 @@ class Trees:
         if len(tree.steps) > _WARM and all(tree.steps[-_WARM:]):
             self._scans = _SCANS
             tree.steps.clear()
-        bounds = Bounds(part, number, table_rW, pages_r, bound_bNW, boxes)
+        bounds = Bounds(part, number, table_rW, pages_r, bound_bNW, bound_bNW, boxes)
         return bounds, Chosen(part, number, place_rW, chosen_r)
 
     def _tree(self, number: int, part: PackedRows) -> Tree:
@@ -110,7 +110,7 @@ def _made(part: PackedRows, before: Tree | None) -> Tree:
     """The tree of all rows, opened as far as the one before was."""
     table = part.paging.table
     table_RW, counts_R = table.operands(None)
-    box_RX2D = tree_of(part.paging.pages(BOX)[:, 0], table_RW, counts_R // part.layout.slots)
+    box_RX2D = tree_of(part.paging.pages(BOX), table_RW, counts_R // part.layout.slots)
     state_RX = torch.full(box_RX2D.shape[:2], -1, dtype=torch.int8, device=box_RX2D.device)
     if before is not None and len(before.state_RX) == len(state_RX):
         old, new = (level_sizes(x.shape[1]) for x in (before.table, table_RW))

@@ -12,7 +12,7 @@ from boxes import BACKENDS, BF16, DTYPES, FP16, FP32, INF, NAN, run_of
 from torch import Tensor
 
 from kvpress import ops
-from kvpress.formulas.page_layout import PageLayout
+from kvpress.formulas.page_layout import PageLayout, from_bytes
 
 
 class Packed:
@@ -52,8 +52,15 @@ class Packed:
         return numbers(page_PX, channel_PC, channel_PU, self.layout, self.like.dtype)
 
     def bounds(self, backend: str) -> tuple[Tensor, Tensor]:
-        box_P2D, length_P2 = run_of(backend, "page_bounds")(*self.operands, self.like)
+        box_P2D, length_P2, _ = run_of(backend, "page_bounds")(*self.operands, self.like, 0)
         return box_P2D, length_P2
+
+    def cells(self, backend: str, bits: int) -> tuple[Tensor, Tensor]:
+        """Boxes, and the numbers of the cells of all keys: fp32 `[P, S, D]`."""
+        operands = (*self.operands, self.like, bits)
+        box_P2D, _, cell_PY = run_of(backend, "page_bounds")(*operands)
+        sizes = (self.layout.key_width, self.layout.slots, bits)
+        return box_P2D, from_bytes(cell_PY, *sizes).mT.float()
 
 
 ALL_BITS = [(16, 16), (8, 8), (4, 2), (2, 4), (16, 4), (4, 16)]
@@ -117,6 +124,50 @@ def test_backends_agree_on_every_bit_of_boxes(
     torch.testing.assert_close(length_P2, wanted_P2, rtol=1e-6, atol=0)
 
 
+CELLS = pytest.mark.parametrize("cell_bits", [2, 4])
+
+
+@BACKENDS
+@DTYPES
+@CELLS
+@pytest.mark.parametrize("bits", ALL_BITS, ids=str)
+def test_every_key_is_in_its_cell(
+    bits: tuple[int, int], cell_bits: int, dtype: torch.dtype, backend: str
+) -> None:
+    packed = Packed(bits, dtype)
+    box_P2D, code_PSD = packed.cells(backend, cell_bits)
+    low_P1D, high_P1D = (end_PD[:, None].double() for end_PD in box_P2D.unbind(1))
+    part_P1D = (high_P1D - low_P1D) / 2**cell_bits
+    key_PSD, slack_P1D = packed.key_PSD.double(), part_P1D * 2.0**-20
+    assert bool((low_P1D + code_PSD * part_P1D <= key_PSD + slack_P1D).all())
+    assert bool((low_P1D + (code_PSD + 1) * part_P1D >= key_PSD - slack_P1D).all())
+    assert int(code_PSD.max()) == 2**cell_bits - 1
+
+
+@DTYPES
+@CELLS
+@pytest.mark.parametrize("slots", [32, 96])
+@pytest.mark.parametrize("bits", [(16, 16), (8, 4), (2, 2)], ids=str)
+def test_backends_agree_on_every_cell(
+    bits: tuple[int, int], slots: int, cell_bits: int, dtype: torch.dtype
+) -> None:
+    packed = Packed(bits, dtype, (3, slots, (127, 64), (125, 61)))
+    (_, given), (_, wanted) = (packed.cells(each, cell_bits) for each in ("operator", "reference"))
+    assert torch.equal(given, wanted) and wanted.any()
+
+
+@BACKENDS
+def test_keys_without_a_place_in_the_box_are_in_its_first_cell(backend: str) -> None:
+    """Boxes without extent, of a denormal one, of infinite ends and of no number."""
+    packed = Packed((16, 16), FP32, (1, 32, (6, 4), (6, 4)))
+    key = torch.zeros(1, 32, 6)
+    key[0, ::2, 0], key[0, 3, 1], key[0, 4, 2], key[0, :, 3] = 1, INF, NAN, 7
+    key[0, 5, 4], key[0, ::2, 5] = 2.0**-149, -INF
+    packed.fill(key, torch.zeros(1, 32, 4))
+    _, code_PSD = packed.cells(backend, 2)
+    assert not code_PSD[..., 1:].any() and set(code_PSD[0, :, 0].tolist()) == {0, 3}
+
+
 @BACKENDS
 @pytest.mark.parametrize("number", [0.0, -0.0, 1e-42, -1e-42, 3e38, -65504.0, 7.25])
 def test_equal_keys_have_a_box_without_extent(number: float, backend: str) -> None:
@@ -167,7 +218,8 @@ def test_the_bits_depend_neither_on_threads_nor_on_other_pages() -> None:
                 assert torch.equal(given, wanted)
         page_PX, *channels, layout = packed.operands
         alone = [x[7:8].contiguous() for x in (page_PX, *channels)]
-        for given, wanted in zip(ops.page_bounds(*alone, layout, packed.like), whole, strict=True):
+        made = ops.page_bounds(*alone, layout, packed.like, 0)[:2]
+        for given, wanted in zip(made, whole, strict=True):
             assert torch.equal(given, wanted[7:8])
 
 
@@ -176,5 +228,5 @@ def test_no_pages_have_no_boxes(backend: str) -> None:
     packed = Packed((4, 16), BF16)
     page_PX, *channels, layout = packed.operands
     none = [x[:0] for x in (page_PX, *channels)]
-    box_P2D, length_P2 = run_of(backend, "page_bounds")(*none, layout, packed.like)
-    assert box_P2D.shape == (0, 2, 24) and length_P2.shape == (0, 2)
+    given = run_of(backend, "page_bounds")(*none, layout, packed.like, 2)
+    assert [tuple(x.shape) for x in given] == [(0, 2, 24), (0, 2), (0, 24 * 64 // 4)]

@@ -107,7 +107,7 @@ def packed_boxes(bits: int) -> tuple[Tensor, Tensor, Tensor]:
     raw_PSD, value_PSE = torch.randn(9, 64, 16), torch.randn(9, 64, 8)
     channels = [torch.arange(n, dtype=torch.int16).repeat(9, 1) for n in (16, 8)]
     page_PX = ops.pack(raw_PSD, value_PSE, *channels, list(layout))
-    box_P2D, _ = ops.page_bounds(page_PX, *channels, list(layout), raw_PSD)
+    box_P2D, _, _ = ops.page_bounds(page_PX, *channels, list(layout), raw_PSD, 0)
     return box_P2D, numbers(page_PX, *channels, layout, FP32)[0], raw_PSD
 
 

@@ -112,8 +112,8 @@ def read_of(found: Any, state: Any) -> Tensor:
     [
         *SOME[:2],
         "quest:dense=0,read=96+quant",
-        "quest:dense=0,read=96,box=8",
-        "quest:dense=0,read=96,box=16+think+quant",
+        "quest:dense=0,read=96,cells=4,candidates=2",
+        "quest:dense=0,read=96,candidates=none+think+quant",
         "snapkv:budget=0.6+leoam",
     ],
 )
@@ -211,7 +211,7 @@ def test_a_query_that_has_not_turned_chooses_by_the_one_before() -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe", [*SOME, "keyformer:budget=0.6+leoam", "leoam+quant", "quest:box=8"]
+    "recipe", [*SOME, "keyformer:budget=0.6+leoam", "leoam+quant", "quest:cells=0"]
 )
 def test_saved_forked_and_selected_caches_go_on_alike(recipe: str, tmp_path: Path) -> None:
     model = tiered.model()
@@ -308,7 +308,7 @@ def test_a_long_answer_is_retrieved_like_the_prompt_within_constant_bytes(tmp_pa
         ("quest:read=0.5prompt", "allowed are a fraction"),
         ("leoam:page=48", "multiples of 32"),
         ("quest:mass=0.1,top=8", "exclude each other"),
-        ("quest:box=24", "multiples of 8 tokens that divide a page"),
+        ("quest:cells=3", "2 and 4 bits a channel of keys"),
         ("d2o+quest", "never written again"),
         ("quest+leoam", "both replace the stage 'retrieve'"),
     ],

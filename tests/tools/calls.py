@@ -11,7 +11,7 @@ import math
 import os
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import packing
@@ -20,6 +20,7 @@ import xxhash
 from torch import Tensor
 
 from kvpress.formulas.block_map import Blocks
+from kvpress.formulas.page_layout import cell_bytes
 from kvpress.formulas.page_tree import tree_of
 from kvpress.ops.operands import flattening, grouped, leaves
 from kvpress.ops.registry import operands_of
@@ -303,7 +304,8 @@ def unpack(make: Maker) -> Call:
 
 
 def page_bounds(make: Maker) -> Call:
-    return unpack(make)
+    call = unpack(make)
+    return {**call, "bits": make.random.choice((0, 2, 4) if call["layout"][0] % 32 == 0 else (0,))}
 
 
 def _row_pages(make: Maker) -> tuple[Call, int, int, int]:
@@ -316,12 +318,40 @@ def _row_pages(make: Maker) -> tuple[Call, int, int, int]:
     return call, pages, batch, query_heads
 
 
+def _places(chosen: Sequence[int], held: Sequence[int], places: int) -> Tensor:
+    """So many of the places that rows hold, as `choose_pages` returns them."""
+    place_RW = torch.full((len(held), places), -1, dtype=torch.int32)
+    for r, count in enumerate(chosen):
+        place_RW[r, :count] = torch.randperm(held[r])[:count].sort().values.int()
+    return place_RW
+
+
 def score_pages(make: Maker) -> Call:
     call, pages, batch, heads = _row_pages(make)
     width = make.size(1, 7, 16, 40)
     ends = make.floats(pages, 2, width, dtype=make.random.choice(FLOATS))
     box_P2D = ends.sort(1).values
     return {"query_BND": make.floats(batch, heads, width), "box_P2D": box_P2D, **call}
+
+
+def score_cells(make: Maker) -> Call:
+    call = score_pages(make)
+    (batch, heads, width), (rows, places) = call["query_BND"].shape, call["table_RW"].shape
+    named = [make.random.randint(0, held) for held in call["pages_R"].tolist()]
+    bits, slots = make.random.choice((2, 4)), make.random.choice((32, 64, 96))
+    cells = (len(call["box_P2D"]), cell_bytes(width, slots, bits))
+    return {
+        "query_BND": call["query_BND"],
+        "box_P2D": call["box_P2D"],
+        "cell_PY": torch.randint(0, 256, cells, dtype=torch.uint8),
+        "table_RW": call["table_RW"],
+        "pages_R": call["pages_R"],
+        "place_RW": _places(named, call["pages_R"].tolist(), places),
+        "chosen_R": torch.tensor(named).long(),
+        "bound_BNW": make.floats(batch, heads, places, dtype=torch.float32) * 99,
+        "bits": bits,
+        "slots": slots,
+    }
 
 
 def choose_pages(make: Maker) -> Call:
@@ -340,17 +370,14 @@ def choose_pages(make: Maker) -> Call:
 
 def missed_mass(make: Maker) -> Call:
     call, pages, batch, heads = _row_pages(make)
-    (rows, places), held = call["table_RW"].shape, call["pages_R"].tolist()
-    place_RW = torch.full((rows, places), -1, dtype=torch.int32)
+    places, held = call["table_RW"].shape[1], call["pages_R"].tolist()
     chosen = [make.random.randint(0, count) for count in held]
-    for r, count in enumerate(chosen):
-        place_RW[r, :count] = torch.randperm(held[r])[:count].sort().values.int()
     bound_BNW = make.floats(batch, heads, places, dtype=torch.float32)
     return {
         "query_BND": make.floats(batch, heads, make.size(1, 7, 16, 40)),
         "bound_BNW": bound_BNW * make.random.choice((1, 30)),
         **call,
-        "place_RW": place_RW,
+        "place_RW": _places(chosen, held, places),
         "chosen_R": torch.tensor(chosen).long(),
         "length_P2": torch.rand(pages, 2) * 5,
         **make.logits(),
@@ -456,7 +483,7 @@ MAKERS: dict[str, Callable[[Maker], Call]] = {
         ),
         *(estimate_blocks, match_keys, pack, unpack, channel_scores, gather_slots, scatter_slots),
         *(join_parts, read_records, page_bounds, score_pages, choose_pages, missed_mass),
-        search_pages,
+        *(search_pages, score_cells),
     )
 }
 

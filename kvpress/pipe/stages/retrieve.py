@@ -54,6 +54,8 @@ def _wanted(
         [rule.slots(count) for count in held],
         host.full((len(held),), rule.sink).to(rows.device),
         from_r.to(rows.device),
+        rule.cells,
+        rule.candidates,
         rule.mass,
         rule.top,
         rule.tree,

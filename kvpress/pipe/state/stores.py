@@ -75,20 +75,19 @@ class Stores:
         made_of = (rows, layouts, recipe.residual, ordered)
         # What is quantised changes with when it is, and what is chosen with what is in pages; other
         # slots as they came may wait for a whole span.
-        box = self.box
-        together = SPAN if box is None and not recipe.formats else 1
+        together = SPAN if self.cells is None and not recipe.formats else 1
         if self.tiers is not None:
-            return tiered_rows(*made_of, self.tiers, self.layer, together, box)
-        return FormattedRows(*made_of, box=box)
+            return tiered_rows(*made_of, self.tiers, self.layer, together, self.cells)
+        return FormattedRows(*made_of, cells=self.cells)
 
     def page(self, width: int) -> int | None:
         """Slots of a page of old slots; None: as many as its format wants."""
         return None if self.retrieval is None else self.retrieval.page_of(width)
 
     @property
-    def box(self) -> int | None:
-        """Slots of a box, by which steps choose pages; 0: a whole page. None: they read all."""
-        return None if self.retrieval is None else self.retrieval.box or 0
+    def cells(self) -> int | None:
+        """Bits of the cells of keys, by which steps choose pages; None: they read all."""
+        return None if self.retrieval is None else self.retrieval.cells
 
     @property
     def packs(self) -> bool:
