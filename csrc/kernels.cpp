@@ -22,10 +22,9 @@
 namespace kvpress::KERNEL_ISA {
 
 constexpr Kernels with(decltype(Kernels::estimate_blocks) estimate) {
-  return {decode_rows,   attend_parts, decode_step, absorb_step,  attention_sums, estimate,
-          attend_blocks, match_keys,   copy_slots,  pack_pages,   channel_scores, join_parts,
-          read_records,  page_bounds,  score_pages, choose_pages, missed_mass,    search_pages,
-          score_cells};
+  return {decode_rows, attend_parts, decode_step, absorb_step,    attention_sums, estimate,     attend_blocks,
+          match_keys,  copy_slots,   pack_pages,  channel_scores, join_parts,     read_records, page_bounds,
+          score_pages, choose_pages, missed_mass, search_pages,   score_cells};
 }
 
 extern const Kernels kernels;

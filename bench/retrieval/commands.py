@@ -52,9 +52,9 @@ def retrieval(
     """Compare rankings of pages: how much attention is on those that a decode step would read.
 
     Queries, keys and values are those that layers of the model hand over for a text. Pages are
-    ranked by the bounds that quest and leoam use, by the mean query, by the mean radius, by
-    recency, at random, and by their true attention. Beside what is omitted stands what the
-    certificate says of it.
+    ranked by the cells of keys that quest and leoam use, by boxes alone, by the mean query, by the
+    mean radius, by recency, at random, and by their true attention. Beside what is omitted stands
+    what the certificate says of it.
     """
     from kvpress.bench.common.environment import environment
     from kvpress.bench.common.output import check_writable, write_json

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from kvpress.bench.calibrate.watch import Given
-from kvpress.bench.retrieval.pages import OURS, RANKINGS, Seen, bounds, seen_of
+from kvpress.bench.retrieval.pages import OURS, RANKINGS, Seen, by_cells, seen_of
 from torch import Tensor
 
 from kvpress import ops
@@ -55,9 +55,10 @@ class Row(NamedTuple):
 def measure(layer: int, given: Given, how: How) -> Iterator[Row]:
     """A row for every ranking and number of tokens."""
     seen = seen_of(given, how.queries, how.page)
-    whole = _Whole(seen, seen.logits(), bounds(seen), seen.lengths())
+    ours_ANW, bound_ANW = by_cells(seen)
+    whole = _Whole(seen, seen.logits(), bound_ANW, seen.beside()[1])
     for name, rank in RANKINGS.items():
-        score_ANW = whole.bound_ANW if name == OURS else rank(seen)
+        score_ANW = ours_ANW if name == OURS else rank(seen)
         for read in how.reads:
             place_RW, chosen_R = choose(seen, score_ANW, read, how)
             read_AHT = tokens_read(seen, place_RW, chosen_R)

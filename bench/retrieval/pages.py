@@ -10,8 +10,9 @@ from kvpress.bench.calibrate.watch import Given
 from torch import Tensor
 
 from kvpress import ops
+from kvpress.formulas.page_layout import PageLayout
 
-_SLACK = 1 + 2.0**-14  # more than what rounding a length can take away
+BITS = 2  # of cells
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,19 @@ class Seen:
         query = self.query_AND if query_AND is None else query_AND
         return ops.score_pages(query, box_P2D, self.table_RW, self.pages_R)
 
-    def lengths(self) -> Tensor:
-        """Of the farthest corner of every page's box, and of its longest value: `[P, 2]`."""
-        corner_HW = box(self).abs().amax(1).norm(dim=-1)
+    def beside(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes, lengths and cells of all pages, as the engine makes them."""
         end = self.width * self.page
-        value_HT = self.value_HTE[:, :end].norm(dim=-1)
-        value_HW = value_HT.reshape(self.heads, self.width, self.page).amax(2)
-        return torch.stack([corner_HW, value_HW], dim=-1).flatten(0, 1) * _SLACK
+        sides = [x[:, :end].reshape(-1, self.page, x.shape[2]) for x in (self.key_HTD, self.value_HTE)]
+        widths = [x.shape[2] for x in sides]
+        whole = [
+            torch.arange(n, dtype=torch.int16, device=self.at_A.device).expand(len(sides[0]), -1)
+            for n in widths
+        ]
+        channels = [x.contiguous() for x in whole]
+        layout = PageLayout(self.page, *widths, *widths, *(16, 16), *(32, 32), item_bytes=4)
+        page_PX = ops.pack(*sides, *channels, list(layout))
+        return ops.page_bounds(page_PX, *channels, list(layout), self.key_HTD, BITS)
 
 
 def seen_of(given: Given, queries: int, page: int) -> Seen:
@@ -106,8 +113,19 @@ def box(seen: Seen) -> Tensor:
 
 
 def bounds(seen: Seen) -> Tensor:
-    """The largest product that a key of the page can have (Quest): what the engine ranks by."""
+    """The largest product that a key in the box can have (Quest)."""
     return seen.bounds(box(seen))
+
+
+def by_cells(seen: Seen) -> tuple[Tensor, Tensor]:
+    """By the part of the box that each key is in: what the engine ranks by, and the bounds."""
+    box_P2D, _, cell_PY = seen.beside()
+    rows = seen.table_RW, seen.pages_R
+    bound_ANW = ops.score_pages(seen.query_AND, box_P2D, *rows)
+    place_W = torch.arange(seen.width, dtype=torch.int32, device=seen.at_A.device)
+    every = place_W.expand(len(seen.pages_R), -1).contiguous(), seen.pages_R
+    operands = (seen.query_AND, box_P2D, cell_PY, *rows, *every, bound_ANW)
+    return ops.score_cells(*operands, BITS, seen.page)
 
 
 def mean_query(seen: Seen) -> Tensor:
@@ -154,9 +172,10 @@ def _held(seen: Seen, score_ANW: Tensor) -> Tensor:
     return score_ANW.masked_fill(beyond_AW[:, None], -torch.inf).contiguous()
 
 
-OURS = "bounds"
+OURS = "cells"
 RANKINGS: Mapping[str, Callable[[Seen], Tensor]] = {
-    OURS: bounds,
+    OURS: lambda seen: by_cells(seen)[0],
+    "bounds": bounds,
     "mean query": mean_query,
     "mean radius": mean_radius,
     "recency": recency,

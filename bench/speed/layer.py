@@ -33,7 +33,7 @@ LEGEND = (
     " between those that are timed, and its share of a step."
 )
 DTYPE = "bfloat16"  # of stored keys and values, where nothing else is asked for
-_SELECTION = ("score_pages", "search_pages", "choose_pages", "missed_mass")
+_SELECTION = ("score_pages", "search_pages", "score_cells", "choose_pages", "missed_mass")
 _INDEX = 2  # the first layer that quest and leoam read as they read the others
 
 

@@ -45,7 +45,7 @@ void bind_two(const char* op, Shapes& shapes, const Tensor& x, const char* lette
 int64_t cell_bytes_of(const char* op, int64_t width, int64_t slots, int64_t bits) {
   if (bits != 2 && bits != 4) refuse(op, "bits is ", bits, "; 2 and 4 are allowed, and 0 for no cells");
   if (slots < 1 || slots % 32) refuse(op, "pages of ", slots, " slots; cells need multiples of 32");
-  return Layout::bytes((width + 1) / 2, slots, bits);
+  return CellPlaces{width, slots, bits}.bytes();
 }
 
 }  // namespace

@@ -5,6 +5,21 @@
 
 namespace kvpress {
 
+// Where the cells of a page's keys lie: see kvpress/formulas/page_cells.py.
+struct CellPlaces {
+  static constexpr int64_t kSlots = 8, kChannels = 4, kUnit = kSlots * kChannels;  // of a field of a unit
+  int64_t width, slots, bits;
+
+  int64_t quads() const { return (width + kChannels - 1) / kChannels; }
+  int64_t fields() const { return 8 / bits; }
+  int64_t bytes() const { return quads() * kChannels * slots * bits / 8; }
+  // The byte of a slot and a channel, and where in it the number of the cell begins.
+  int64_t at(int64_t s, int64_t d) const {
+    return (s / (kSlots * fields()) * quads() + d / kChannels) * kUnit + s % kSlots * kChannels + d % kChannels;
+  }
+  int64_t shift(int64_t s) const { return s / kSlots % fields() * bits; }
+};
+
 // The pages of rows; query head g of row r is number r · group + g.
 struct RowPages {
   const int32_t* table;  // [R, W]

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kvpress.formulas.page_layout import PageLayout, cell_bytes
+from kvpress.formulas.page_cells import cell_bytes
+from kvpress.formulas.page_layout import PageLayout
 from kvpress.ops.operands import schema
 
 

@@ -62,10 +62,11 @@ class PageBoxes {
     }
   }
 
-  // The numbers of the cells of all keys, which lie like codes of keys.
+  // The numbers of the cells of all keys, where they lie: page_cells.py.
   void put_cells(const uint8_t* page, const int16_t* channel, const E* box, uint8_t* cell) const {
     std::memset(cell, 0, size_t(a_.cell_bytes));
     float* keys = scratch<float, struct KeysOfChannel>(l_.slots);
+    const CellPlaces places{l_.key_width, l_.slots, a_.bits};
     const float parts = float(1 << a_.bits);
     for (int64_t c = 0; c < l_.key_kept; c++) {
       const int64_t d = channel[c];
@@ -74,9 +75,7 @@ class PageBoxes {
       keys_of_channel(page, c, keys);
       for (int64_t s = 0; s < l_.slots; s++) {
         const float part = (keys[s] - low) * per;
-        if (part >= 1)
-          set_code(cell, d / 2 * (l_.slots / kLines) + s / kLines, s % kLines * 2 + d % 2, a_.bits,
-                   uint8_t(std::min(part, parts - 1)));
+        if (part >= 1) cell[places.at(s, d)] |= uint8_t(int(std::min(part, parts - 1)) << places.shift(s));
       }
     }
   }

@@ -9,7 +9,9 @@ from kvpress.csrc.unpack.reference import check as check_packed
 from kvpress.csrc.unpack.reference import numbers
 from torch import Tensor
 
-from kvpress.formulas.page_layout import CELL_BITS, PageLayout, cell_bytes, to_bytes
+from kvpress.formulas import page_cells
+from kvpress.formulas.page_cells import cell_bytes, to_cells
+from kvpress.formulas.page_layout import PageLayout
 from kvpress.ops import shapes
 
 SLACK = 1 + 2.0**-14  # more than the rounding of a sum of 256 squares, and of its root
@@ -36,7 +38,7 @@ def page_bounds(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     length_P2 = torch.stack([corner_PD.norm(dim=-1), value_PSE.norm(dim=-1).amax(1)], dim=1)
     cell_PY = page_PX.new_empty(len(page_PX), 0)
     if bits:
-        cell_PY = to_bytes(cells(key_PSD, box_P2D, bits).mT, bits)
+        cell_PY = to_cells(cells(key_PSD, box_P2D, bits), bits)
     return box_P2D, length_P2 * SLACK, cell_PY
 
 
@@ -62,8 +64,8 @@ def check(operands: Operands) -> PageLayout:
     """The layout. Raises OperatorError for tensors that do not fit it."""
     op = "page_bounds"
     sizes = check_packed(Packed(*operands[:5]), op)
-    if operands.bits and operands.bits not in CELL_BITS:
-        shapes.refuse(op, f"bits is {operands.bits}; 0 and {CELL_BITS} are allowed")
-    if operands.bits and sizes.slots % 32:
-        shapes.refuse(op, f"pages of {sizes.slots} slots; cells need multiples of 32")
+    if operands.bits and operands.bits not in page_cells.BITS:
+        shapes.refuse(op, f"bits is {operands.bits}; 0 and {page_cells.BITS} are allowed")
+    if operands.bits and sizes.slots % page_cells.PAGE:
+        shapes.refuse(op, f"pages of {sizes.slots} slots; cells need multiples of {page_cells.PAGE}")
     return sizes

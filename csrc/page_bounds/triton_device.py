@@ -82,23 +82,24 @@ def values_kernel(
     tl.store(length + page * 2 + 1, tl.where(none > 0, float("nan"), longest))
 
 
-@triton.jit(do_not_specialize=["numbers_of_words"])
+@triton.jit(do_not_specialize=["size"])
 def cells_kernel(
-    words, halves, stored, ranks, box, cell, numbers_of_words, CELL_BITS: tl.constexpr,
-    WIDTH: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr, KEPT: tl.constexpr,
-    BYTES: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCKS: tl.constexpr, ITEM: tl.constexpr, BLOCK: tl.constexpr,
+    words, halves, stored, ranks, box, cell, size, CELL_BITS: tl.constexpr, WIDTH: tl.constexpr,
+    BITS: tl.constexpr, SLOTS: tl.constexpr, KEPT: tl.constexpr, BYTES: tl.constexpr,
+    CODES: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCKS: tl.constexpr, ITEM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Words of the cells of a page: one field after the other. ranks: of channels; −1: dropped."""
+    """Bytes of the cells of a page: one field after the other. ranks: of channels; −1: dropped."""
     page = tl.program_id(0).to(tl.int64)
     n_N = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    FIELDS: tl.constexpr = 16 // CELL_BITS
-    word_N = tl.zeros([BLOCK], tl.int32)
+    FIELDS: tl.constexpr = 8 // CELL_BITS
+    QUADS: tl.constexpr = (WIDTH + 3) // 4
+    unit_N = n_N // 32
+    channel_N = unit_N % QUADS * 4 + n_N % 4
+    byte_N = tl.zeros([BLOCK], tl.int32)
     for field in tl.static_range(FIELDS):
-        vector_N = n_N // 16 * FIELDS + field
-        slot_N = vector_N % BLOCKS * 8 + n_N % 16 // 2
-        channel_N = vector_N // BLOCKS * 2 + n_N % 2
-        real_N = (n_N < numbers_of_words) & (channel_N < WIDTH) & (slot_N < SLOTS)
+        slot_N = (unit_N // QUADS * FIELDS + field) * 8 + n_N % 32 // 4
+        real_N = (n_N < size) & (channel_N < WIDTH)
         rank_N = tl.load(ranks + page * WIDTH + channel_N, mask=real_N, other=-1).to(tl.int32)
         real_N = real_N & (rank_N >= 0)
         x_N = numbers(
@@ -113,6 +114,5 @@ def cells_kernel(
         at_N = (x_N - low_N) * per_N
         at_N = tl.where((at_N >= 1) & (per_N < float("inf")), at_N, 0.0)  # none: the first cell
         code_N = tl.minimum(at_N, (1 << CELL_BITS) - 1.0).to(tl.int32)
-        word_N += tl.where(real_N, code_N << (field * CELL_BITS), 0)
-    at_N = cell + page * numbers_of_words + n_N
-    tl.store(at_N, word_N.to(tl.int16), mask=n_N < numbers_of_words)
+        byte_N += tl.where(real_N, code_N << (field * CELL_BITS), 0)
+    tl.store(cell + page * size + n_N, byte_N.to(tl.uint8), mask=n_N < size)

@@ -12,10 +12,11 @@ from kvpress.csrc.page_bounds.triton_device import cells_kernel, keys_kernel, va
 from kvpress.csrc.triton_common import FUSED, device_of
 from torch import Tensor
 
-from kvpress.formulas.page_layout import LINES, PageLayout, cell_bytes
+from kvpress.formulas.page_cells import cell_bytes
+from kvpress.formulas.page_layout import LINES, PageLayout
 
 BLOCK = 4096  # numbers that a program holds at once
-WORDS = 256  # of cells that a program writes
+BYTES = 256  # of cells that a program writes
 
 
 def page_bounds(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,17 +52,16 @@ def _cells(
     cell_PY: Tensor,
     options: dict[str, Any],
 ) -> None:
-    """The cells of all keys, a program for some words of a page."""
+    """The cells of all keys, a program for some bytes of a page."""
     pages, kept = channel_PC.shape
     rank_PC = torch.arange(kept, dtype=torch.int16, device=box_P2D.device).expand(pages, -1)
     rank_PD = rank_PC.new_full((pages, box_P2D.shape[2]), -1)
     rank_PD = rank_PD.scatter_(1, channel_PC.long(), rank_PC)
     for own in ("HALF", "BLOCK_C", "BLOCK_S"):
         del options[own]
-    words = cell_PY.shape[1] // 2
-    grid = (pages, triton.cdiv(words, WORDS))
-    operands = (*views, rank_PD, box_P2D, cell_PY.view(torch.int16), words)
-    cells_kernel[grid](*operands, **options, BLOCK=WORDS)
+    size = cell_PY.shape[1]
+    operands = (*views, rank_PD, box_P2D, cell_PY, size)
+    cells_kernel[(pages, triton.cdiv(size, BYTES))](*operands, **options, BLOCK=BYTES)
 
 
 def _common(sizes: PageLayout, own: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor> score_cells(const Tensor& query, const Tensor& box, c
   const char* op = "score_cells";
   Shapes shapes(op);
   ScoreCells a{scored_pages(op, shapes, query, box, table, pages), nullptr, nullptr, nullptr, nullptr, bits, slots,
-               cell_bytes_of(op, shapes['D'], slots, bits), nullptr};
+               cell_bytes_of(op, shapes['D'], slots, bits),        nullptr};
   shapes.bind(cell, "cell_PY");
   shapes.bind(place, "place_RW");
   shapes.bind(chosen, "chosen_R");
@@ -23,8 +23,7 @@ std::tuple<Tensor, Tensor> score_cells(const Tensor& query, const Tensor& box, c
   expect(op, place, "place_RW", ScalarType::Int, "int32");
   expect(op, chosen, "chosen_R", ScalarType::Long, "int64");
   expect(op, loose, "bound_BNW", ScalarType::Float, "float32");
-  if (shapes['Y'] != a.cell_bytes)
-    refuse(op, "cell_PY has ", shapes['Y'], " bytes for each page, not ", a.cell_bytes);
+  if (shapes['Y'] != a.cell_bytes) refuse(op, "cell_PY has ", shapes['Y'], " bytes for each page, not ", a.cell_bytes);
   a.cell = static_cast<const uint8_t*>(cell.data_ptr());
   a.place = static_cast<const int32_t*>(place.data_ptr());
   a.chosen = static_cast<const int64_t*>(chosen.data_ptr());

@@ -5,10 +5,10 @@
 #include <cfloat>
 #include <cmath>
 
-#include "../include/codes.h"
 #include "../include/retrieval.h"
 #include "../include/storage.h"
 #include "../include/tasks.h"
+#include "products.h"
 
 namespace kvpress::KERNEL_ISA {
 
@@ -18,13 +18,17 @@ class CellScores {
  public:
   static constexpr int64_t kPages = 8;  // of a task
 
-  explicit CellScores(const ScoreCells& a) : a_(a), stride_(Layout::up(a.of.width, kWidth)) {
+  explicit CellScores(const ScoreCells& a)
+      : a_(a), places_{a.of.width, a.slots, a.bits}, stride_(Layout::up(a.of.width, kWidth)) {
     const int64_t heads = a.of.row.rows * a.of.row.group;
     queries_ = scratch<float, struct CellQueries>(heads * stride_);
+    sizes_ = scratch<float, struct CellSizes>(heads);
     for (int64_t n = 0; n < heads; n++) {
       float* to = queries_ + n * stride_;
       read_floats(a.of.query, a.of.query_type, n * a.of.width, a.of.width, 1.0f, to);
       std::fill(to + a.of.width, to + stride_, 0.0f);
+      sizes_[n] = 0;
+      for (int64_t d = 0; d < a.of.width; d++) sizes_[n] = std::max(sizes_[n], std::abs(to[d]));
     }
   }
 
@@ -41,62 +45,56 @@ class CellScores {
     const int32_t *place = a_.place + r * row.table_width, *table = row.table + r * row.table_width;
     const int64_t end = std::min(begin + kPages, a_.chosen[r]);
     for (int64_t i = begin; i < end; i++) {
-      if (i + 1 < end) fetch(table[place[i + 1]]);
+      const int64_t page = table[place[i]], next = i + 1 < end ? table[place[i + 1]] : page;
+      fetch_box(next);
       for (int64_t g = 0; g < row.group; g += kHeads)
         with_constant<kHeads>(std::min<int64_t>(kHeads, row.group - g), [&](auto M) {
-          with_bits(a_.bits, [&](auto bits) {
-            if constexpr (bits() < 8) score<M(), bits()>(r * row.group + g, table[place[i]], place[i]);
-          });
+          const int64_t head = r * row.group + g;
+          a_.bits == 2 ? score<M(), 2>(head, page, place[i], next) : score<M(), 4>(head, page, place[i], next);
         });
     }
   }
 
  private:
   static constexpr int kHeads = 4;
-  static constexpr int64_t kSlots = 64;  // at a time
 
-  // The next page, which lies anywhere.
-  void fetch(int64_t page) const {
-    const uint8_t* from = a_.cell + page * a_.cell_bytes;
-    for (int64_t i = 0; i < a_.cell_bytes; i += kLine) __builtin_prefetch(from + i);
+  const uint8_t* cell(int64_t page) const { return a_.cell + page * a_.cell_bytes; }
+  const E* box(int64_t page) const { return static_cast<const E*>(a_.of.box) + page * 2 * a_.of.width; }
+
+  void fetch_box(int64_t page) const {
+    const char* from = reinterpret_cast<const char*>(box(page));
+    for (int64_t i = 0; i < 2 * a_.of.width * int64_t(sizeof(E)); i += kLine) __builtin_prefetch(from + i);
   }
 
-  // Of M query heads from `head` on: Σ_d q_d · key_d ≤ least + unit · Σ_d whole_d · cell_d.
+  // Of M query heads from `head` on: Σ_d q_d · key_d ≤ least + unit · Σ_d whole_d · cell_d + rounded.
   template <int M, int Bits>
-  __attribute__((noinline)) void score(int64_t head, int64_t page, int64_t w) const {
-    alignas(64) int16_t whole[M][kMostFactors];
-    float least[M], unit[M], most[M];
-    fold<M, Bits>(queries_ + head * stride_, static_cast<const E*>(a_.of.box) + page * 2 * a_.of.width, whole, least,
-                  unit);
-    std::fill_n(most, M, -INFINITY);
-    Ahead ahead;
-    for (int64_t s = 0; s < a_.slots; s += kSlots) {
-      alignas(64) float x[M][kSlots] = {};
-      const int64_t take = std::min(kSlots, a_.slots - s);
-      add_all_products<M, Bits>(a_.cell + page * a_.cell_bytes, s / kLines, take / kLines, a_.slots / kLines,
-                                (a_.of.width + 1) / 2, whole[0], kMostFactors, unit, x[0], kSlots, ahead);
-      for (int m = 0; m < M; m++) most[m] = std::max(most[m], *std::max_element(x[m], x[m] + take));
-    }
+  __attribute__((noinline)) void score(int64_t head, int64_t page, int64_t w, int64_t next) const {
+    alignas(64) int8_t whole[M][kMostCellFactors];
+    float least[M], unit[M];
+    int32_t most[M];
+    fold<M, Bits>(queries_ + head * stride_, sizes_ + head, box(page), whole, least, unit);
+    largest_products<M, Bits>(places_, cell(page), whole, most, cell(next));
     for (int m = 0; m < M; m++) {
       const int64_t at = (head + m) * a_.of.row.table_width + w;
-      const float fine = least[m] + most[m];
-      if (fine < a_.of.bound[at]) a_.of.bound[at] = fine;  // not what is no number
-      a_.rank[at] = a_.of.bound[at];
+      const float loose = a_.of.bound[at], fine = least[m] + unit[m] * float(most[m]);
+      const float rounded = 0.51f * unit[m] * float(a_.of.width * ((1 << Bits) - 1));
+      a_.rank[at] = fine < loose ? fine : loose;  // not what is no number
+      a_.of.bound[at] = fine + rounded < loose ? fine + rounded : loose;
     }
   }
 
   template <int M, int Bits>
-  void fold(const float* q, const E* box, int16_t (*whole)[kMostFactors], float* least, float* unit) const {
-    alignas(64) float factor[M][kMostFactors];
-    Vec sums[M] = {}, sizes[M] = {}, largest[M] = {};
+  void fold(const float* q, const float* size, const E* box, int8_t (*whole)[kMostCellFactors], float* least,
+            float* unit) const {
+    alignas(64) float factor[M][kMostCellFactors];
+    Vec sums[M] = {}, largest[M] = {}, sizes{};
     const auto add = [&](int64_t d, Vec low, Vec high) __attribute__((always_inline)) {
       const Vec extent = high - low, cell = extent * (1.0f / (1 << Bits));
-      const Vec size = max(magnitude(low), magnitude(high)) + extent + 0x1p-100f;
+      sizes += max(magnitude(low), magnitude(high)) + extent + 0x1p-100f;  // infinite or none where an end is
       KVPRESS_UNROLLED (int m = 0; m < M; m++) {
         const Vec x = load(q + m * stride_ + d), part = x * cell;
         store(factor[m] + d, part);
         sums[m] += x * low + max(part, Vec{});
-        sizes[m] += magnitude(x) * size;  // infinite or none where a box or a query is
         largest[m] = max(magnitude(part), largest[m]);
       }
     };
@@ -107,19 +105,21 @@ class CellScores {
       for (int i = 0; i < 2; i++) std::copy(box + i * a_.of.width + d, box + (i + 1) * a_.of.width, rest[i]);
       add(d, load(rest[0]), load(rest[1]));
     }
-    const float width = float(a_.of.width), levels = float((1 << Bits) - 1);
+    const float slack = 4 * float(a_.of.width) * 0x1p-24f * sum(sizes);
     for (int m = 0; m < M; m++) {
-      const float top = max(largest[m]), scale = top > 0 ? 32767.0f / top : 0.0f;
-      unit[m] = top * (1 / 32767.0f);
-      // Rounding in fp32, and of factors to 16 bits.
-      least[m] = sum(sums[m]) + 4 * width * 0x1p-24f * sum(sizes[m]) + 0.51f * unit[m] * width * levels;
-      for (d = 0; d < stride_; d += kWidth) to_whole(load(factor[m] + d) * scale, whole[m] + d);
+      const float top = max(largest[m]), scale = top > 0 ? kFactor / top : 0.0f;
+      unit[m] = top * (1.0f / kFactor);
+      least[m] = sum(sums[m]) + slack * size[m];
+      alignas(64) int16_t wide[kMostCellFactors];
+      for (d = 0; d < stride_; d += kWidth) to_whole(load(factor[m] + d) * scale, wide + d);
+      for (d = 0; d < stride_; d++) whole[m][d] = int8_t(wide[d]);
     }
   }
 
   const ScoreCells& a_;
-  const int64_t stride_;  // numbers from one query to the next
-  float* queries_;
+  const CellPlaces places_;
+  const int64_t stride_;     // numbers from one query to the next
+  float *queries_, *sizes_;  // and the largest number of each
 };
 
 inline void score_cells(const ScoreCells& a, const Threads& threads) {

@@ -9,7 +9,7 @@ from kvpress.csrc.score_pages.reference import check as check_pages
 from kvpress.csrc.score_pages.reference import check_table
 from torch import Tensor
 
-from kvpress.formulas.page_layout import CELL_BITS, cell_bytes, from_bytes
+from kvpress.formulas.page_cells import BITS, PAGE, cell_bytes, from_cells
 from kvpress.ops import shapes
 
 LEAST = 2.0**-100  # of a channel, so that the slack also covers cells too small to be told apart
@@ -34,13 +34,13 @@ def score_cells(operands: Operands) -> tuple[Tensor, Tensor]:
     if not len(row_A):
         return rank_BNW, bound_BNW.clone()
     page_A = table_RW[row_A, place_A].long()
-    code_ADS = from_bytes(cell_PY[page_A], width, slots, bits).float()
+    code_ADS = from_cells(cell_PY[page_A], width, slots, bits).float().mT
     low_AD, high_AD = box_P2D[page_A].float().unbind(1)
     query_AGD = query_BND.float().view(rows, -1, width)[row_A]
     part_AGD = query_AGD * ((high_AD - low_AD) * 2.0**-bits)[:, None]
     least_AG = (query_AGD * low_AD[:, None] + part_AGD.clamp_min(0)).sum(2)
     size_AD = torch.maximum(low_AD.abs(), high_AD.abs()) + (high_AD - low_AD) + LEAST
-    least_AG = least_AG + slack(width) * (query_AGD.abs() * size_AD[:, None]).sum(2)
+    least_AG = least_AG + slack(width) * query_AGD.abs().amax(2) * size_AD.sum(1, keepdim=True)
     fine_AG = least_AG + (part_AGD @ code_ADS).amax(2)
     fine_AG = fine_AG.masked_fill(fine_AG.isnan(), torch.inf)
     bound_RGW = bound_BNW.reshape(rows, -1, places).clone()
@@ -51,7 +51,7 @@ def score_cells(operands: Operands) -> tuple[Tensor, Tensor]:
 
 
 def slack(width: int) -> float:
-    """What rounding may take of a bound, relative to the sum of the sizes of its products."""
+    """What rounding may take of a bound, relative to the largest factor and the sum of sizes."""
     return 4 * width * _UNIT
 
 
@@ -67,10 +67,10 @@ def check(operands: Operands) -> None:
     shapes.of_dtype(op, torch.uint8, {"cell_PY": cell_PY})
     shapes.of_dtype(op, torch.int32, {"place_RW": place_RW})
     shapes.of_dtype(op, torch.int64, {"chosen_R": chosen_R})
-    if operands.bits not in CELL_BITS:
-        shapes.refuse(op, f"bits is {operands.bits}; {CELL_BITS} are allowed")
-    if not 1 <= operands.slots <= shapes.MOST_SLOTS or operands.slots % 32:
-        shapes.refuse(op, f"slots is {operands.slots}; multiples of 32 are allowed")
+    if operands.bits not in BITS:
+        shapes.refuse(op, f"bits is {operands.bits}; {BITS} are allowed")
+    if not 1 <= operands.slots <= shapes.MOST_SLOTS or operands.slots % PAGE:
+        shapes.refuse(op, f"slots is {operands.slots}; multiples of {PAGE} are allowed")
     wanted = cell_bytes(lengths["D"], operands.slots, operands.bits)
     if lengths["Y"] != wanted:
         shapes.refuse(op, f"cell_PY has {lengths['Y']} bytes for each page, not {wanted}")

@@ -10,7 +10,7 @@ from kvpress.csrc.score_pages.triton_device import widened
 @triton.jit(do_not_specialize=["table_width"])
 def cells_kernel(
     query, box, cell, table, place, chosen, rank, bound, table_width, GROUP: tl.constexpr,
-    D: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr, WORDS: tl.constexpr,
+    D: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr, BYTES: tl.constexpr,
     LEAST: tl.constexpr, SLACK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """A named page of a row: its cells are read once for all of the row's query heads."""
@@ -23,22 +23,23 @@ def cells_kernel(
         high_D = widened(tl.load(box + page * 2 * D + D + d_D, mask=d_D < D, other=0))
         extent_D = high_D - low_D
         size_D = tl.maximum(tl.abs(low_D), tl.abs(high_D)) + extent_D + LEAST
-        FIELDS: tl.constexpr = 16 // BITS
+        size = tl.sum(tl.where(d_D < D, size_D, 0.0), 0)
+        FIELDS: tl.constexpr = 8 // BITS
         for g in range(GROUP):
             head = row * GROUP + g
             query_D = tl.load(query + head * D + d_D, mask=d_D < D, other=0).to(tl.float32)
             part_D = query_D * (extent_D * (1.0 / (1 << BITS)))
             least = tl.sum(query_D * low_D + tl.maximum(part_D, 0.0), 0)
-            # Infinite or no number where a box or a query is: what is kept is the other bound.
-            least += SLACK * tl.sum(tl.abs(query_D) * size_D, 0)
+            # Infinite or no number where a box is: what is kept is the other bound.
+            least += SLACK * tl.max(tl.abs(query_D), 0) * size
             most = tl.full([], float("-inf"), tl.float32)
             for start in range(0, SLOTS, BLOCK_S):
                 real_SD = (start + s_S < SLOTS)[:, None] & (d_D < D)[None, :]
-                vector_SD = d_D[None, :] // 2 * (SLOTS // 8) + (start + s_S)[:, None] // 8
-                at_SD = vector_SD // FIELDS * 16 + s_S[:, None] % 8 * 2 + d_D[None, :] % 2
-                word_SD = tl.load(cell + page * WORDS + at_SD, mask=real_SD, other=0)
-                word_SD = word_SD.to(tl.int32) & 0xFFFF
-                code_SD = (word_SD >> (vector_SD % FIELDS * BITS)) & ((1 << BITS) - 1)
+                slot_S1 = (start + s_S)[:, None]
+                unit_SD = slot_S1 // (8 * FIELDS) * ((D + 3) // 4) + d_D[None, :] // 4
+                at_SD = page * BYTES + unit_SD * 32 + slot_S1 % 8 * 4 + d_D[None, :] % 4
+                byte_SD = tl.load(cell + at_SD, mask=real_SD, other=0).to(tl.int32)
+                code_SD = (byte_SD >> (slot_S1 // 8 % FIELDS * BITS)) & ((1 << BITS) - 1)
                 x_S = tl.sum(part_D[None, :] * code_SD.to(tl.float32), 1)
                 most = tl.maximum(most, tl.max(tl.where(start + s_S < SLOTS, x_S, most), 0))
             at = head * table_width + w

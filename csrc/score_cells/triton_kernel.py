@@ -25,13 +25,13 @@ def score_cells(operands: Operands) -> tuple[Tensor, Tensor]:
     block_s = max(16, min(triton.next_power_of_2(operands.slots), BLOCK // block_d))
     with device_of(query_BND):
         cells_kernel[(rows, places)](
-            *(query_BND, box_P2D, cell_PY.view(torch.int16), table_RW, place_RW, chosen_R),
+            *(query_BND, box_P2D, cell_PY, table_RW, place_RW, chosen_R),
             *(rank_BNW, made_BNW, places),
             GROUP=query_BND.shape[0] * query_BND.shape[1] // rows,
             D=width,
             BITS=operands.bits,
             SLOTS=operands.slots,
-            WORDS=cell_PY.shape[1] // 2,
+            BYTES=cell_PY.shape[1],
             LEAST=LEAST,
             SLACK=slack(width),
             BLOCK_D=block_d,

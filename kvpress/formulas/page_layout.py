@@ -26,7 +26,6 @@ from kvpress.errors import OperatorError
 from kvpress.types import MOST_WIDTH
 
 BITS = (16, 8, 4, 2)
-CELL_BITS = (2, 4)  # of the number of the cell that a key is in
 LINES = 8  # of a vector
 MOST_SIZE = 1 << 20  # beyond which the bytes of pages could not be counted
 _ALIGNED = 16  # bytes
@@ -105,11 +104,6 @@ def _up(number: int, multiple: int) -> int:
 def _code_bytes(pairs: int, lines: int, bits: int) -> int:
     vectors = pairs * -(-lines // LINES)
     return _up(vectors, 16 // bits) * _WORDS * bits // 8
-
-
-def cell_bytes(width: int, slots: int, bits: int) -> int:
-    """Bytes of a page of the numbers of cells, which lie like codes of keys. 0 bits: none."""
-    return _code_bytes(-(-width // 2), slots, bits) if bits else 0
 
 
 def to_bytes(code_PXg: Tensor, bits: int) -> Tensor:

@@ -96,10 +96,20 @@ def _compiler() -> str:
 
 
 def _targets(compiler: str) -> dict[str, tuple[str, ...]]:
-    """Instruction set -> flags: all that the compiler offers. The fastest is chosen at run time."""
+    """Instruction set -> flags: what this processor has and the compiler offers.
+
+    The fastest is chosen at run time; beside it the portable one is for comparison only.
+    """
     targets = dict(_X86) if platform.machine().lower() in ("x86_64", "amd64") else {}
-    offered = {name: flags for name, flags in targets.items() if _accepts(compiler, flags)}
-    return {**offered, "portable": ()}
+    usable = {name: flags for name, flags in targets.items() if _has(flags)}
+    offered = {name: flags for name, flags in usable.items() if _accepts(compiler, flags)}
+    return {**offered, "portable": ("-O1",) if offered else ()}
+
+
+def _has(flags: tuple[str, ...]) -> bool:
+    """Whether this processor has what these flags ask for; where that is not known it may."""
+    known = _cpu_line("flags").split()
+    return not known or all(flag.removeprefix("-m") in known for flag in flags)
 
 
 def _accepts(compiler: str, flags: tuple[str, ...]) -> bool:

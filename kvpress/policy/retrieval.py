@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvpress.errors import PolicyError
-from kvpress.formulas.page_layout import CELL_BITS
+from kvpress.formulas import page_cells
 from kvpress.policy.budget import Budget, share
 
 _SLOTS, _NARROW = 32, 64  # of a page, where keys have no more channels than that
@@ -48,7 +48,7 @@ class Retrieval(NamedTuple):
             )
         if self.page is not None and self.page % 32:
             raise PolicyError(f"page={self.page}: allowed are multiples of 32.")
-        if self.cells and self.cells not in CELL_BITS:
+        if self.cells and self.cells not in page_cells.BITS:
             raise PolicyError(
                 f"cells={self.cells}: allowed are 2 and 4 bits a channel of keys, and 0: pages are"
                 " judged by their boxes alone."

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kvpress import ops
 from kvpress.errors import CacheError
-from kvpress.formulas.page_layout import PageLayout, cell_bytes
+from kvpress.formulas.page_cells import cell_bytes
+from kvpress.formulas.page_layout import PageLayout
 from kvpress.store.base import BOX, CELL, LENGTH, POSITION, SPAN, Column
 from kvpress.store.paging import Paging
 from kvpress.types import EMPTY

@@ -192,7 +192,7 @@ def test_a_ranking_reads_what_the_engine_would_read() -> None:
     given, how = given_of(400), measure.How(reads=[128], queries=1, sink=4, recent=16)
     (row,) = [row for row in measure.measure(0, given, how) if row.ranking == OURS]
     shape = tiled.Shape(heads=2, group=3, width=16, dtype="float32")
-    own = tiled.layer_of(shape, None, "quest:read=128,recent=16,dense=0")
+    own = tiled.layer_of(shape, None, "quest:read=128,recent=16,dense=0,candidates=none")
     query, key, value, scaling = given
     made = tiled.Tiles(query, key, value)
     tiled.fill(own, made, 399, lambda _: None)

@@ -12,7 +12,8 @@ from boxes import BACKENDS, BF16, DTYPES, FP16, FP32, INF, NAN, run_of
 from torch import Tensor
 
 from kvpress import ops
-from kvpress.formulas.page_layout import PageLayout, from_bytes
+from kvpress.formulas.page_cells import from_cells
+from kvpress.formulas.page_layout import PageLayout
 
 
 class Packed:
@@ -60,7 +61,7 @@ class Packed:
         operands = (*self.operands, self.like, bits)
         box_P2D, _, cell_PY = run_of(backend, "page_bounds")(*operands)
         sizes = (self.layout.key_width, self.layout.slots, bits)
-        return box_P2D, from_bytes(cell_PY, *sizes).mT.float()
+        return box_P2D, from_cells(cell_PY, *sizes).float()
 
 
 ALL_BITS = [(16, 16), (8, 8), (4, 2), (2, 4), (16, 4), (4, 16)]

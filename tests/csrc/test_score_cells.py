@@ -12,7 +12,7 @@ from kvpress.csrc.page_bounds.reference import cells
 from torch import Tensor
 
 from kvpress import ops
-from kvpress.formulas.page_layout import to_bytes
+from kvpress.formulas.page_cells import to_cells
 
 GROUPS = [(1, 1), (7, 3), (16, 8), (80, 5), (128, 4), (256, 1)]  # channels, query heads
 BITS = pytest.mark.parametrize("bits", [2, 4])
@@ -30,7 +30,7 @@ class Scored(NamedTuple):
     bits: int
 
     def by_cells(self, backend: str, place_RW: Tensor, chosen_R: Tensor) -> tuple[Tensor, Tensor]:
-        cell_PY = to_bytes(cells(self.key_PSD.float(), self.box_P2D, self.bits).mT, self.bits)
+        cell_PY = to_cells(cells(self.key_PSD.float(), self.box_P2D, self.bits), self.bits)
         pages = (self.query_BND, self.box_P2D, cell_PY, *all_of(self.box_P2D))
         named = (place_RW, chosen_R, self.bound_BNW, self.bits, self.key_PSD.shape[1])
         rank_BNW, bound_BNW = run_of(backend, "score_cells")(*pages, *named)
@@ -63,7 +63,7 @@ def test_no_key_gives_a_larger_product(
     slack_NP = x.query_BND[0].double().norm(dim=1)[:, None] * error * x.length_P2[:, 0].double()
     slack_NP += width * 2.0**-149
     assert bool((bound_BNW[0].double() + slack_NP >= x.exact_NPS.amax(2)).all())
-    assert bool((bound_BNW <= x.bound_BNW).all()) and torch.equal(rank_BNW, bound_BNW)
+    assert bool((bound_BNW <= x.bound_BNW).all()) and bool((rank_BNW <= bound_BNW).all())
 
 
 @BACKENDS
@@ -75,7 +75,7 @@ def test_a_bound_is_wrong_by_less_than_a_cell(bits: int, backend: str) -> None:
     extent_PD = (x.box_P2D[:, 1] - x.box_P2D[:, 0]).double() / 2**bits
     cell_NP = torch.einsum("nd,pd->np", x.query_BND[0].double().abs(), extent_PD)
     over_NP = bound_BNW[0].double() - x.exact_NPS.amax(2)
-    assert bool((over_NP <= cell_NP * 1.02).all())
+    assert bool((over_NP <= cell_NP * 1.1).all())
     assert float((x.bound_BNW[0].double() - x.exact_NPS.amax(2)).mean()) > 2 * float(over_NP.mean())
 
 
@@ -106,7 +106,7 @@ def test_places_that_are_not_named_keep_their_bounds_and_do_not_rank(
     other_W[[1, 4, 10]] = False
     assert bool((rank_BNW[..., other_W] == -INF).all())
     assert torch.equal(bound_BNW[..., other_W], x.bound_BNW[..., other_W])
-    assert torch.equal(rank_BNW[..., ~other_W], bound_BNW[..., ~other_W])
+    torch.testing.assert_close(rank_BNW[..., ~other_W], bound_BNW[..., ~other_W], rtol=0.02, atol=2)
     assert bool((bound_BNW[..., ~other_W] < x.bound_BNW[..., ~other_W]).all())
 
 
@@ -126,16 +126,16 @@ def test_backends_agree(
     for r, count in enumerate(chosen_R.tolist()):
         some = torch.randperm(int(pages_R[r]))[:count].sort().values
         place_RW[r, :count] = some.int()
-    cell_PY = to_bytes(cells(key_PSD.float(), box_P2D, bits).mT, bits)
+    cell_PY = to_cells(cells(key_PSD.float(), box_P2D, bits), bits)
     bound_BNW = ops.score_pages(query_BND, box_P2D, table_RW, pages_R)
     rest = (table_RW, pages_R, place_RW, chosen_R, bound_BNW, bits, slots)
     given, wanted = (
         run_of(backend, "score_cells")(query_BND, box_P2D, cell_PY, *rest)
         for backend in ("operator", "reference")
     )
-    for one, other in zip(given, wanted, strict=True):  # factors of 16 bits: wrong by a little more
+    for one, other in zip(given, wanted, strict=True):  # factors of 8 bits are wrong by more
         size = float(query_BND.abs().max() * (box_P2D[:, 1] - box_P2D[:, 0]).abs().max())
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4 + size * width * 2.0**-15)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4 + size * width * 2.0**-7)
 
 
 @BACKENDS
@@ -153,7 +153,7 @@ def test_the_bits_depend_neither_on_threads_nor_on_other_rows() -> None:
     key_PSD = keys_of("normal", BF16, 300, 64, 128)
     query_BND, (box_P2D, _) = torch.randn(2, 8, 128).bfloat16(), bounds_of(key_PSD)
     rows = all_of(box_P2D, rows=4)
-    cell_PY = to_bytes(cells(key_PSD.float(), box_P2D, 2).mT, 2)
+    cell_PY = to_cells(cells(key_PSD.float(), box_P2D, 2), 2)
     loose = ops.score_pages(query_BND, box_P2D, *rows)
     results = []
     for threads in (1, 2, 3):
@@ -165,3 +165,16 @@ def test_the_bits_depend_neither_on_threads_nor_on_other_rows() -> None:
         query_BND[:1].contiguous(), box_P2D, cell_PY, *alone, *alone, loose[:1].contiguous(), 2, 64
     )
     assert torch.equal(given[1], results[0][:1])
+
+
+@BACKENDS
+def test_cells_find_the_page_of_the_best_key_where_boxes_do_not(backend: str) -> None:
+    """Keys of wide pages: the corner of a box has little to do with any of them."""
+    key_PSD, query_BND = torch.randn(200, 32, 64), torch.randn(1, 50, 64)
+    box_P2D, length_P2 = bounds_of(key_PSD)
+    loose = ops.score_pages(query_BND, box_P2D, *all_of(box_P2D))
+    x = Scored(key_PSD, query_BND, box_P2D, length_P2, loose, 2)
+    rank_BNW, _ = x.by_cells(backend, *all_of(box_P2D))
+    best_N = x.exact_NPS.amax(2).argmax(1)
+    found = [int((score[0].argmax(1) == best_N).sum()) for score in (rank_BNW, loose)]
+    assert found[0] > 40 and found[1] < 15

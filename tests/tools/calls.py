@@ -20,7 +20,7 @@ import xxhash
 from torch import Tensor
 
 from kvpress.formulas.block_map import Blocks
-from kvpress.formulas.page_layout import cell_bytes
+from kvpress.formulas.page_cells import cell_bytes
 from kvpress.formulas.page_tree import tree_of
 from kvpress.ops.operands import flattening, grouped, leaves
 from kvpress.ops.registry import operands_of
