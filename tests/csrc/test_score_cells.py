@@ -175,6 +175,7 @@ def test_cells_find_the_page_of_the_best_key_where_boxes_do_not(backend: str) ->
     loose = ops.score_pages(query_BND, box_P2D, *all_of(box_P2D))
     x = Scored(key_PSD, query_BND, box_P2D, length_P2, loose, 2)
     rank_BNW, _ = x.by_cells(backend, *all_of(box_P2D))
-    best_N = x.exact_NPS.amax(2).argmax(1)
-    found = [int((score[0].argmax(1) == best_N).sum()) for score in (rank_BNW, loose)]
-    assert found[0] > 40 and found[1] < 15
+    best_N1 = x.exact_NPS.amax(2).argmax(1, keepdim=True)
+    tenths = [score[0].topk(20).indices for score in (rank_BNW, loose)]
+    found = [int((tenth_NK == best_N1).any(1).sum()) for tenth_NK in tenths]
+    assert found[0] >= 47 and found[1] <= 22

@@ -10,6 +10,7 @@ import torch
 from boxes import BF16, FP16, FP32, KINDS, all_of, bounds_of, boxes_and_keys, keys_of
 from interpreted import DEVICE, Run, run
 
+from kvpress.formulas.page_cells import cell_bytes
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.ops import Logits
 from kvpress.ops.registry import implementation
@@ -39,11 +40,11 @@ def test_boxes_equal_the_reference(
     channels = [packing.subsets(pages, *pair) for pair in zip(kept, widths, strict=True)]
     page = implementation("pack", "reference")(key, value, *channels, list(layout))
     page, *channels, like = (x.to(DEVICE) for x in (page, *channels, key))
-    (box, length), (wanted, wanted_length) = both(
-        run, "page_bounds", page, *channels, list(layout), like
-    )
-    assert torch.equal(box, wanted)
-    torch.testing.assert_close(length, wanted_length, rtol=1e-5, atol=0)
+    for cell_bits in (0, 2, 4):
+        operands = (page, *channels, list(layout), like, cell_bits)
+        (box, length, cell), wanted = both(run, "page_bounds", *operands)
+        assert torch.equal(box, wanted[0]) and torch.equal(cell, wanted[2])
+        torch.testing.assert_close(length, wanted[1], rtol=1e-5, atol=0)
 
 
 @DTYPES
@@ -58,6 +59,25 @@ def test_no_key_of_a_page_gives_a_larger_product(run: Run, kind: str, dtype: tor
         bound = run("score_pages", *operands)
         page_NP1, alone_NPS = bound[0, :, :11, None], bound[0, :, 11:].view(heads, 11, 6)
         assert bool((page_NP1 >= alone_NPS).all())
+
+
+@DTYPES
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(("width", "heads", "slots"), [(7, 3, 32), (40, 1, 96), (128, 4, 64)])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, where Triton is interpreted
+def test_cells_of_named_pages_equal_the_reference(
+    run: Run, width: int, heads: int, slots: int, bits: int, dtype: torch.dtype
+) -> None:
+    box_P2D, _ = bounds_of(torch.randn(9, slots, width).to(dtype))
+    box_P2D[2, 1, 0], box_P2D[3, 0, 1] = float("inf"), float("nan")
+    cell_PY = torch.randint(0, 256, (9, cell_bytes(width, slots, bits)), dtype=torch.uint8)
+    place_RW, chosen_R = torch.tensor([[0, 2, 3, 7, -1, -1, -1, -1, -1]] * 2), torch.tensor([4, 0])
+    rows = (*all_of(box_P2D, rows=2), place_RW.int(), chosen_R)
+    query, loose = torch.randn(1, 2 * heads, width), torch.randn(1, 2 * heads, 9) * 50
+    operands = [x.to(DEVICE) for x in (query, box_P2D, cell_PY, *rows, loose)]
+    given, wanted = both(run, "score_cells", *operands, bits, slots)
+    for one, other in zip(given, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 
 def a_step(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
