@@ -6,11 +6,11 @@
 3. A decode step attends to the pages with the largest scores, `read` tokens per row; all are kept.
 4. The first `dense` layers read everything. Prompts are attended to in full.
 
-Differs from the paper: cells are ours, `cells=0` does without; pages hold 32 tokens, 64 where heads are wide (16); query heads that share a
-KV head share its pages, ranked by the largest score relative to the best one of each head; tokens
-that fill no page yet, the first and the last ones are always read. `mass` reads until no query head
-can miss more of its attention, `top` until the largest logits of every query head are known: those
-modes are ours.
+Differs from the paper: cells are ours, `cells=0` does without; pages hold 32 tokens, 64 where heads
+are wide (16); query heads that share a KV head share its pages, ranked by the largest score
+relative to the best one of each head; tokens that fill no page yet, the first and the last ones are
+always read. `mass` reads until no query head can miss more of its attention, `top` until the
+largest logits of every query head are known: those modes are ours.
 """
 
 from __future__ import annotations

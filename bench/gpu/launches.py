@@ -18,6 +18,7 @@ from kvpress.csrc import triton_common
 from triton.runtime.jit import JITFunction
 
 from kvpress import ops
+from kvpress.formulas import page_cells
 from kvpress.formulas.block_map import GROUPS, Blocks
 from kvpress.formulas.merging import Merging
 from kvpress.formulas.page_layout import PageLayout
@@ -127,7 +128,13 @@ def chosen_operands(query: torch.Tensor) -> Iterator[tuple[str, str, tuple[Any, 
     table, pages = torch.zeros(4, places, dtype=torch.int32), torch.full((4,), places)
     ends, lengths = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.float32)
     bound = torch.zeros(*query.shape[:2], places, dtype=torch.float32)
-    yield "score_pages", "", (query, query[:1, :2].contiguous(), table, pages)
+    box = query[:1, :2].contiguous()
+    yield "score_pages", "", (query, box, table, pages)
+    for bits in page_cells.BITS:
+        size = page_cells.cell_bytes(query.shape[2], 64, bits)
+        cell = torch.zeros(1, size, dtype=torch.uint8)
+        named = (query, box, cell, table, pages, table, pages, bound)
+        yield "score_cells", f"{bits} bits", (*named, bits, 64)
     yield "choose_pages", "", (bound, table, pages, ends, pages, pages, pages)
     rows = (query, bound, table, pages, table, pages, lengths)
     for case, logits in (("", Logits(0.1)), ("softcap", Logits(0.1, 50.0))):
@@ -184,7 +191,7 @@ def packed_operands(
         yield "pack", case, (dense, dense, *channels, list(layout))
         packed = torch.zeros(1, layout.page_bytes, dtype=torch.uint8)
         yield "unpack", case, (packed, *channels, list(layout), key)
-        yield "page_bounds", case, (packed, *channels, list(layout), key)
+        yield "page_bounds", case, (packed, *channels, list(layout), key, 2)
         own = [x.expand(4, -1).contiguous() for x in channels]
         holes = torch.zeros(1, 64, dtype=torch.int32)
         tensors = [packed, *own, table[:, :1].contiguous(), counts * 4, holes, none, none.long()]

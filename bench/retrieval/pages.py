@@ -81,14 +81,17 @@ class Seen:
     def beside(self) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes, lengths and cells of all pages, as the engine makes them."""
         end = self.width * self.page
-        sides = [x[:, :end].reshape(-1, self.page, x.shape[2]) for x in (self.key_HTD, self.value_HTE)]
+        sides = [
+            x[:, :end].reshape(-1, self.page, x.shape[2]) for x in (self.key_HTD, self.value_HTE)
+        ]
         widths = [x.shape[2] for x in sides]
         whole = [
             torch.arange(n, dtype=torch.int16, device=self.at_A.device).expand(len(sides[0]), -1)
             for n in widths
         ]
         channels = [x.contiguous() for x in whole]
-        layout = PageLayout(self.page, *widths, *widths, *(16, 16), *(32, 32), item_bytes=4)
+        key, value = widths
+        layout = PageLayout(self.page, key, value, key, value, 16, 16, 32, 32, 4)
         page_PX = ops.pack(*sides, *channels, list(layout))
         return ops.page_bounds(page_PX, *channels, list(layout), self.key_HTD, BITS)
 

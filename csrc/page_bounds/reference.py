@@ -67,5 +67,5 @@ def check(operands: Operands) -> PageLayout:
     if operands.bits and operands.bits not in page_cells.BITS:
         shapes.refuse(op, f"bits is {operands.bits}; 0 and {page_cells.BITS} are allowed")
     if operands.bits and sizes.slots % page_cells.PAGE:
-        shapes.refuse(op, f"pages of {sizes.slots} slots; cells need multiples of {page_cells.PAGE}")
+        shapes.refuse(op, f"pages have {sizes.slots} slots, with cells 32·n")
     return sizes

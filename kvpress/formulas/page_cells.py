@@ -23,7 +23,7 @@ def cell_bytes(width: int, slots: int, bits: int) -> int:
 
 def to_cells(code_PSD: Tensor, bits: int) -> Tensor:
     """The bytes of the numbers of cells (uint8): `[P, bytes]`."""
-    pages, slots, width = code_PSD.shape
+    pages, _, width = code_PSD.shape
     code_PSD = torch.nn.functional.pad(code_PSD, (0, -width % CHANNELS))
     fields = 8 // bits
     code = code_PSD.reshape(pages, -1, fields, SLOTS, code_PSD.shape[2] // CHANNELS, CHANNELS)

@@ -19,13 +19,13 @@ class Retrieval(NamedTuple):
     """How a policy wants pages to be read.
 
     read: tokens that a row reads, at the most: a fraction of those that it holds, or a number.
-    page: slots of a page; None: see `page_of`. cells: bits of the part of a box that a key is in, by
-    which pages are judged that the boxes name; 0: boxes alone judge. candidates: how many those
-    are, times as many as may be read; None: all. sink, recent: first and last tokens that are always read. mass: read until no
-    query head can miss more of its attention than this. top: read until the tokens with the largest
-    logits of every query head are known, so many, and attend to those. tree: search boxes of boxes,
-    not all of them. turn: choose by the query of the step before, whose pages are known earlier,
-    unless the cosine of a row's queries with it is below this.
+    page: slots of a page; None: see `page_of`. cells: bits of the part of a box that a key is in:
+    by them pages are judged that boxes name; 0: boxes alone judge. candidates: how many those are,
+    times as many as may be read; None: all. sink, recent: first and last tokens that are always
+    read. mass: read until no query head can miss more of its attention than this. top: read until
+    the tokens with the largest logits of every query head are known, so many, and attend to those.
+    tree: search boxes of boxes, not all of them. turn: choose by the query of the step before,
+    whose pages are known earlier, unless the cosine of a row's queries with it is below this.
     """
 
     read: Budget

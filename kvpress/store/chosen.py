@@ -20,9 +20,9 @@ class Wanted(NamedTuple):
     """What a step asks of some sequences, None for all: who attends, and to which pages at most.
 
     slots: tokens that each row reads, at the most, pages that must be read apart. A page is always
-    read if a position of it is below `sink_r`, or not below `from_r`: int64, on the device. mass,
-    top, cells, candidates, tree: as `Retrieval` says. earlier_bND: the queries by which pages are chosen; None: those
-    that attend.
+    read if a position of it is below `sink_r`, or not below `from_r`: int64, on the device. cells,
+    candidates, mass, top, tree: as `Retrieval` says. earlier_bND: the queries by which pages are
+    chosen; None: those that attend.
     """
 
     query_bN1D: Tensor
@@ -55,7 +55,6 @@ class Wanted(NamedTuple):
         both = zip(self.slots, recent, strict=True)
         pages = [max(0, slots - own) // page_slots for slots, own in both]
         return host.tensor(pages).to(self.sink_r.device)
-
 
     def candidate(self, keep_r: Tensor) -> Tensor:
         """Pages of each row that are judged by cells where so many may be read.
@@ -172,8 +171,8 @@ class Found(NamedTuple):
     recent: slots of each row that were read because they are in no page yet, of `slot_bytes` each.
     mass_bN: ln of what the exponentials of all that was missed sum to, at the most; lse_bN: of what
     all that was read sums to; fp32. length_r: of the longest value missed. boxes: that were
-    looked at, of all rows; beside_r: bytes of them and of cells, of each row. short: rows that read all they may and were not
-    certified. certified: whether what was missed is bounded at all.
+    looked at, of all rows; beside_r: bytes of them and of cells, of each row. short: rows that read
+    all they may and were not certified. certified: whether what was missed is bounded at all.
     """
 
     out_bN1E: Tensor
@@ -267,8 +266,9 @@ def judged(bounds: Sequence[Bounds], wanted: Wanted, keeps: Sequence[Tensor]) ->
     """
     if not wanted.cells:
         return list(bounds)
-    both = zip(bounds, keeps, strict=True)
-    return [own.judged(wanted, own.choose(wanted, wanted.candidate(keep_r))) for own, keep_r in both]
+    most = [wanted.candidate(keep_r) for keep_r in keeps]
+    both = zip(bounds, most, strict=True)
+    return [own.judged(wanted, own.choose(wanted, most_r)) for own, most_r in both]
 
 
 def looked_at(wanted: Wanted, bounds: Sequence[Bounds]) -> tuple[int, Tensor]:

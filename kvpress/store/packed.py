@@ -27,8 +27,8 @@ class PackedRows:
 
     `key_channels_RC` and `value_channels_RU` say which channels each row keeps; whoever owns this
     store sets them. columns: what is kept of a slot besides. ordered: nothing is ever dropped, and
-    slot s of a row holds token s: then no positions are stored. cells: bits of the cells of keys, by
-    which steps choose pages; 0: they choose by boxes alone; None: they read all.
+    slot s of a row holds token s: then no positions are stored. cells: bits of the cells of keys,
+    by which steps choose pages; 0: they choose by boxes alone; None: they read all.
     """
 
     def __init__(

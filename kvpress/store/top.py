@@ -62,7 +62,8 @@ def attend_top(aging: PageAging, wanted: Wanted) -> tuple[Tensor, Tensor | None,
     out_bN1E = out_bNE[:, :, None].to(wanted.query_bN1D.dtype)
     longest_r = out_bNE.new_full(wanted.from_r.shape, torch.nan)
     missed = (nothing_bN, nothing_bN, longest_r)
-    slots, each, beside = recent_slots(aging, sequences), slot_bytes(aging), looked_at(wanted, bounds)
+    slots, each = recent_slots(aging, sequences), slot_bytes(aging)
+    beside = looked_at(wanted, bounds)
     found_all = Found(out_bN1E, *missed, slots, each, chosen, *beside, certified=False)
     return out_bN1E, weights, found_all
 

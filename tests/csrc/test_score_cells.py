@@ -114,9 +114,7 @@ def test_places_that_are_not_named_keep_their_bounds_and_do_not_rank(
 @BITS
 @SIZES
 @pytest.mark.parametrize("slots", [32, 64, 96, 128])
-def test_backends_agree(
-    slots: int, width: int, heads: int, bits: int, dtype: torch.dtype
-) -> None:
+def test_backends_agree(slots: int, width: int, heads: int, bits: int, dtype: torch.dtype) -> None:
     key_PSD = keys_of("normal", dtype, 30, slots, width)
     query_BND = torch.randn(2, 2 * heads, width)
     box_P2D, _ = bounds_of(key_PSD)

@@ -336,7 +336,7 @@ def score_pages(make: Maker) -> Call:
 
 def score_cells(make: Maker) -> Call:
     call = score_pages(make)
-    (batch, heads, width), (rows, places) = call["query_BND"].shape, call["table_RW"].shape
+    (batch, heads, width), places = call["query_BND"].shape, call["table_RW"].shape[1]
     named = [make.random.randint(0, held) for held in call["pages_R"].tolist()]
     bits, slots = make.random.choice((2, 4)), make.random.choice((32, 64, 96))
     cells = (len(call["box_P2D"]), cell_bytes(width, slots, bits))
