@@ -120,6 +120,6 @@ def fill(layer: Layer, made: Tiles, tokens: int, on_chunk: Callable[[int], None]
         on_chunk(end)
 
 
-def step(layer: Layer, made: Tiles, number: int) -> Tensor:
+def step(layer: Layer, token: Tokens) -> Tensor:
     """The attention output `[1, N, 1, D]` of one more token. Raises TierError."""
-    return run_layer(layer, made.tokens(number, number + 1), None)
+    return run_layer(layer, token, None)

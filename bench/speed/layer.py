@@ -24,6 +24,7 @@ from kvpress.bench.speed.setting import Setting
 from torch import Tensor
 
 from kvpress import ops
+from kvpress.pipe.state.tokens import Tokens
 
 NAME = "layer"
 TITLE = "One decode step of one layer"
@@ -65,16 +66,23 @@ class _Step:
         self._layer, self._given, self._wait = layer_of(shape, None, policy), given, wait
         fill(self._layer, given, shape.tokens, lambda _: None)
         self._next, self._selection = shape.tokens, list[float]()
+        self._token = self._made()
 
     def round(self, number: int) -> Tensor:
-        self._next += 1
-        return step(self._layer, self._given, self._next - 1)
+        return step(self._layer, self._token)
 
     def settle(self, timed: bool) -> None:
+        self._token = self._made()
         with _selecting(self._wait) as spent:
             self.round(0)
+        self._token = self._made()
         if timed:
             self._selection.append(sum(spent))
+
+    def _made(self) -> Tokens:
+        """The next token: what linear layers would hand over."""
+        self._next += 1
+        return self._given.tokens(self._next - 1, self._next)
 
     def row(self, taken: Samples) -> Row:
         layer, reads = self._layer, self._layer.reads.figures

@@ -50,7 +50,8 @@ def measure(
     out: dict[str, list[Tensor]] = {name: [] for name in every}
 
     def decode(name: str, number: int) -> None:
-        out[name].append(step(layers[name], made, shape.tokens + number))
+        at = shape.tokens + number
+        out[name].append(step(layers[name], made.tokens(at, at + 1)))
 
     samples = interleave({name: partial(decode, name) for name in every}, steps, warmup)
     for name, layer in layers.items():

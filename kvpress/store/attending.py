@@ -103,7 +103,7 @@ class Resident:
 
     def attend_some(self, wanted: Wanted) -> tuple[Tensor, Tensor | None, Found]:
         """Attention output over some of the pages, by a shorter page table of each row."""
-        query_bN1D, sequences, logits = wanted[:3]
+        query_bN1D, sequences, logits = wanted.query_bN1D, wanted.sequences, wanted.logits
         pages = self._aging.recent.paging.operands(sequences)
 
         def attend(some: Sequence[Chosen], weighs: bool) -> tuple[Tensor, Tensor, Tensor | None]:

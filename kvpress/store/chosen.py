@@ -21,11 +21,12 @@ class Wanted(NamedTuple):
 
     slots: tokens that each row reads, at the most, pages that must be read apart. A page is always
     read if a position of it is below `sink_r`, or not below `from_r`: int64, on the device. cells,
-    candidates, mass, top, tree: as `Retrieval` says. earlier_bND: the queries by which pages are
-    chosen; None: those that attend.
+    candidates, mass, top, tree: as `Retrieval` says. query_bND: by which pages are judged;
+    earlier: those of another step, not those that attend.
     """
 
     query_bN1D: Tensor
+    query_bND: Tensor
     sequences: Sequence[int] | None
     logits: Logits
     need_weights: bool
@@ -37,18 +38,11 @@ class Wanted(NamedTuple):
     mass: float | None = None
     top: int | None = None
     tree: bool = False
-    earlier_bND: Tensor | None = None
-
-    @property
-    def query_bND(self) -> Tensor:
-        """The queries by which pages are judged."""
-        if self.earlier_bND is not None:
-            return self.earlier_bND
-        return self.query_bN1D[:, :, 0].contiguous()
+    earlier: bool = False
 
     def by_now(self) -> Wanted:
         """The same with the queries that attend: what is missed is missed by them."""
-        return self._replace(earlier_bND=None)
+        return self._replace(query_bND=self.query_bN1D[:, :, 0].contiguous(), earlier=False)
 
     def keep(self, recent: Sequence[int], page_slots: int) -> Tensor:
         """Whole pages that rows may read besides so many other slots: int64, on the device."""
@@ -64,6 +58,15 @@ class Wanted(NamedTuple):
         if self.candidates is None or self.mass is not None or self.top is not None:
             return torch.full_like(keep_r, torch.iinfo(keep_r.dtype).max)
         return keep_r * self.candidates
+
+
+class Looked(NamedTuple):
+    """Boxes of all rows, their bytes in each, and pages of each whose cells were looked at."""
+
+    boxes: int
+    box_bytes: int
+    judged_r: Tensor | None = None  # int64
+    cell_bytes: int = 0  # of a page
 
 
 class Bounds(NamedTuple):
@@ -89,14 +92,13 @@ class Bounds(NamedTuple):
         return self.part.layout.slots
 
     @property
-    def bytes_r(self) -> Tensor:
-        """Bytes of the boxes and cells that were looked at, of each row: int64."""
-        box_P2D = self.part.paging.pages(BOX)
-        box = box_P2D.element_size() * 2 * box_P2D.shape[2]
-        boxes_r = torch.full_like(self.pages_r, self.boxes * box // max(1, len(self.pages_r)))
+    def looked(self) -> Looked:
+        """What was looked at for this."""
+        box_P2D, rows = self.part.paging.pages(BOX), max(1, len(self.pages_r))
+        box = self.boxes * box_P2D.element_size() * 2 * box_P2D.shape[2] // rows
         if self.judged_r is None:
-            return boxes_r
-        return boxes_r + self.judged_r * self.part.paging.pages(CELL).shape[1]
+            return Looked(self.boxes, box)
+        return Looked(self.boxes, box, self.judged_r, self.part.paging.pages(CELL).shape[1])
 
     def judged(self, wanted: Wanted, candidates: Chosen) -> Bounds:
         """The same, of some pages by the cells of their keys: only those may be chosen then."""
@@ -170,9 +172,9 @@ class Found(NamedTuple):
 
     recent: slots of each row that were read because they are in no page yet, of `slot_bytes` each.
     mass_bN: ln of what the exponentials of all that was missed sum to, at the most; lse_bN: of what
-    all that was read sums to; fp32. length_r: of the longest value missed. boxes: that were
-    looked at, of all rows; beside_r: bytes of them and of cells, of each row. short: rows that read
-    all they may and were not certified. certified: whether what was missed is bounded at all.
+    all that was read sums to; fp32. length_r: of the longest value missed. looked: at what, of
+    every part. short: rows that read all they may and were not certified. certified: whether what
+    was missed is bounded at all.
     """
 
     out_bN1E: Tensor
@@ -182,8 +184,7 @@ class Found(NamedTuple):
     recent: Sequence[int]
     slot_bytes: int
     chosen: Sequence[Chosen]
-    boxes: int
-    beside_r: Tensor
+    looked: Sequence[Looked]
     short: int = 0
     certified: bool = True
 
@@ -217,9 +218,12 @@ class Found(NamedTuple):
 
     @property
     def bytes_r(self) -> Tensor:
-        """Their bytes, with those of the boxes: int64, on the device."""
+        """Their bytes, with those of boxes and cells: int64, on the device."""
         recent_r = host.tensor(self.recent).to(self.lse_bN.device)
-        bytes_r: Tensor = recent_r * self.slot_bytes + self.beside_r
+        bytes_r: Tensor = recent_r * self.slot_bytes + sum(x.box_bytes for x in self.looked)
+        for x in self.looked:
+            if x.judged_r is not None:
+                bytes_r = bytes_r + x.judged_r * x.cell_bytes
         for own in self.chosen:
             bytes_r = bytes_r + own.pages_r * own.part.layout.page_bytes
         return bytes_r
@@ -269,14 +273,6 @@ def judged(bounds: Sequence[Bounds], wanted: Wanted, keeps: Sequence[Tensor]) ->
     most = [wanted.candidate(keep_r) for keep_r in keeps]
     both = zip(bounds, most, strict=True)
     return [own.judged(wanted, own.choose(wanted, most_r)) for own, most_r in both]
-
-
-def looked_at(wanted: Wanted, bounds: Sequence[Bounds]) -> tuple[int, Tensor]:
-    """Boxes that were looked at, of all rows; bytes of them and of cells, of each: int64."""
-    bytes_r = torch.zeros_like(wanted.from_r)
-    for own in bounds:
-        bytes_r = bytes_r + own.bytes_r
-    return sum(own.boxes for own in bounds), bytes_r
 
 
 def spread(

@@ -20,7 +20,6 @@ from kvpress.store.chosen import (
     Found,
     Wanted,
     judged,
-    looked_at,
     scored,
     share_missed,
 )
@@ -45,13 +44,13 @@ def attend_some(
         keeps, short = _certify(wanted, bounds, keeps, attend)
     chosen = [own.choose(wanted, keep_r) for own, keep_r in zip(bounds, keeps, strict=True)]
     out, lse_bN, weights = attend(chosen, wanted.need_weights)
-    beside = looked_at(wanted, bounds)
-    if wanted.earlier_bND is not None:
+    looked = [own.looked for own in bounds]
+    if wanted.earlier:
         wanted = wanted.by_now()
         bounds = scored(parts, wanted)
     missed = _missed(wanted, bounds, chosen, lse_bN)
     each = slot_bytes(aging)
-    return out, weights, Found(out, lse_bN, *missed, recent, each, chosen, *beside, short)
+    return out, weights, Found(out, lse_bN, *missed, recent, each, chosen, looked, short)
 
 
 def _judged(

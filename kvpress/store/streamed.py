@@ -133,7 +133,7 @@ class Streamed:
 
         Raises TierError where a page cannot be read.
         """
-        query_bN1D, sequences, logits = wanted[:3]
+        query_bN1D, sequences, logits = wanted.query_bN1D, wanted.sequences, wanted.logits
 
         def attend(some: Sequence[Chosen], weighs: bool) -> tuple[Tensor, Tensor, Tensor | None]:
             some = [x.narrow() for x in some]

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvpress.ops import Logits
 from kvpress.store.aging import PageAging, dense_widths, recent_slots, slot_bytes
 from kvpress.store.base import KEY, LENGTH, POSITION, VALUE
-from kvpress.store.chosen import Bounds, Chosen, Found, Wanted, judged, looked_at, scored, spread
+from kvpress.store.chosen import Bounds, Chosen, Found, Wanted, judged, scored, spread
 from kvpress.store.packed import PackedRows
 from kvpress.types import EMPTY
 
@@ -63,8 +63,8 @@ def attend_top(aging: PageAging, wanted: Wanted) -> tuple[Tensor, Tensor | None,
     longest_r = out_bNE.new_full(wanted.from_r.shape, torch.nan)
     missed = (nothing_bN, nothing_bN, longest_r)
     slots, each = recent_slots(aging, sequences), slot_bytes(aging)
-    beside = looked_at(wanted, bounds)
-    found_all = Found(out_bN1E, *missed, slots, each, chosen, *beside, certified=False)
+    looked = [own.looked for own in bounds]
+    found_all = Found(out_bN1E, *missed, slots, each, chosen, looked, certified=False)
     return out_bN1E, weights, found_all
 
 

@@ -196,7 +196,7 @@ def test_a_ranking_reads_what_the_engine_would_read() -> None:
     query, key, value, scaling = given
     made = tiled.Tiles(query, key, value)
     tiled.fill(own, made, 399, lambda _: None)
-    out = tiled.step(own, made, 399)
+    out = tiled.step(own, made.tokens(399, 400))
     figures = own.reads.figures
     assert figures is not None
     assert row.tokens_read == figures.tokens_read

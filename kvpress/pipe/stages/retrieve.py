@@ -41,13 +41,15 @@ def _wanted(
     held: Sequence[int],
 ) -> Wanted:
     """What the rule comes to for the rows of some sequences, which hold so many tokens."""
-    rows, seen_B, earlier_bND = layer.rows, layer.sequences.seen_B, None
+    rows, seen_B = layer.rows, layer.sequences.seen_B
+    query_bND = tokens.query_bNQD[:, :, 0].contiguous()
     seen_b = (seen_B if group is None else seen_B[list(group)]).tolist()
     from_r = host.tensor([seen - rule.recent for seen in seen_b for _ in range(rows.heads)])
     if rule.turn is not None:
-        earlier_bND = _earlier(layer, group, tokens.query_bNQD[:, :, 0], rule.turn)
+        query_bND = _earlier(layer, group, query_bND, rule.turn)
     return Wanted(
         tokens.query_bNQD,
+        query_bND,
         group,
         tokens.logits,
         need_weights,
@@ -59,7 +61,7 @@ def _wanted(
         rule.mass,
         rule.top,
         rule.tree,
-        earlier_bND,
+        rule.turn is not None,
     )
 
 

@@ -33,7 +33,7 @@ class Reads:
         """Counts a step of rows that hold so many tokens together."""
         self.rows += len(found.recent)
         self.held += held
-        self.boxes += found.boxes
+        self.boxes += sum(looked.boxes for looked in found.looked)
         self.short += found.short
         self._heads += found.lse_bN.numel() if found.certified else 0
         self._steps.append(found.counted())
@@ -87,5 +87,6 @@ class Reads:
 
 def _tensors(found: Found) -> Iterator[Tensor]:
     yield from (found.out_bN1E, found.lse_bN, found.mass_bN, found.length_r)
+    yield from (looked.judged_r for looked in found.looked if looked.judged_r is not None)
     for own in found.chosen:
         yield from (own.place_rW, own.pages_r)
