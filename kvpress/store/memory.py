@@ -16,6 +16,7 @@ class PageMemory:
 
     def __init__(self, fields: Fields) -> None:
         self._fields, self._paging = fields, fields.paging
+        self._counted: tuple[tuple[object, ...], int] | None = None  # of which state, and how much
 
     @property
     def lock(self) -> threading.RLock:
@@ -40,6 +41,17 @@ class PageMemory:
 
         A pool of one store counts with its free pages, one that forks share as far as it is used.
         """
+        if not self._alone or self._fields.overlay is not None:
+            return self._count()
+        # Every step of every layer asks this of all of them: it is counted again where it changed.
+        pool, table = self._paging.pool, self._paging.table
+        tensors = (table.pages_RW, table.counts, table.owned)
+        state = (pool.pages, table.has_copy, *((x.data_ptr(), x.shape) for x in tensors))
+        if self._counted is None or self._counted[0] != state:
+            self._counted = (state, self._count())
+        return self._counted[1]
+
+    def _count(self) -> int:
         tensors = list(self.tensors() if self._alone else self._beside())
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         used = 0 if self._alone else self._used_pages

@@ -34,8 +34,10 @@ def spill(rows: TieredPages, least: int, every: bool) -> bool:
     if least <= 0:
         return True
     may_A &= own.record_P[id_A] == NOWHERE
+    if not bool(may_A.any()):
+        return False
     groups = list(rows.whole(row_A, place_A, may_A))
-    mixed = list(rows.whole(row_A, place_A, torch.ones_like(may_A)))
+    mixed = list(rows.whole(row_A, place_A, _beside(rows, row_A, place_A, may_A)))
     for group in (*reversed(groups), *reversed(mixed)):
         if least <= 0:
             return True
@@ -51,6 +53,13 @@ def spill(rows: TieredPages, least: int, every: bool) -> bool:
             rows.shelf.leave(id_A[entry_A])
             least -= len(entry_A) * page_bytes
     return False
+
+
+def _beside(rows: TieredPages, row_A: Tensor, place_A: Tensor, may_A: Tensor) -> Tensor:
+    """Which pages are in a span of a sequence with one that may go: bool."""
+    table = rows.paging.table
+    group_A = place_A // rows.span * table.sequences + row_A // table.heads
+    return torch.isin(group_A, torch.unique(group_A[may_A]))
 
 
 def single(group: Whole, chosen_A: Tensor | None = None) -> Whole:

@@ -55,6 +55,11 @@ class PageTable:
         return host.arange(len(self.counts)) % self.heads
 
     @property
+    def has_copy(self) -> bool:
+        """Whether the device has a copy of the counts."""
+        return self._device_counts is not None
+
+    @property
     def device_counts(self) -> Tensor:
         """The counts of all rows where the operators are: `counts` itself on the CPU."""
         if self.on_host:

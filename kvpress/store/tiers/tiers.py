@@ -157,8 +157,11 @@ class Tiers:
         return self._free(arena) >= room
 
     def _free(self, arena: Arena) -> int:
-        beside = sum(x.bytes_beside() for x in self.readers if x.device == arena.device)
-        return arena.free - beside
+        return arena.free - self._beside(arena)
+
+    def _beside(self, arena: Arena) -> int:
+        """Bytes of a device besides pages."""
+        return sum(x.bytes_beside() for x in self.readers if x.device == arena.device)
 
     def make_room(self, room: int, arena: Arena, first: Tenant | None) -> None:
         """Frees so many bytes of a device where it can; of these rows before those of others."""
@@ -179,12 +182,14 @@ class Tiers:
 
         Rows that are read one after the other would otherwise take each other's pages in turn.
         """
-        for tenant in self._others(first, arena):
-            missing = room - self._free(arena)
-            if missing <= 0:
-                break
-            tenant.thin(missing)
-        return max(0, min(room, self._free(arena)))
+        beside = self._beside(arena)  # what leaves are pages
+        if arena.free - beside < room:
+            for tenant in self._others(first, arena):
+                missing = room - (arena.free - beside)
+                if missing <= 0:
+                    break
+                tenant.thin(missing)
+        return max(0, min(room, arena.free - beside))
 
     def _others(self, first: Tenant | None, arena: Arena) -> list[Tenant]:
         """Who has pages there: `first` before the others."""
