@@ -132,6 +132,24 @@ class LateCopies:
     def copy(self, target: Tensor, source: Tensor) -> Late:
         return Late(target, source)
 
+    def gather(
+        self, target_PX: Tensor, to: list[int], source_X: Tensor, begins: list[int]
+    ) -> Together:
+        width = target_PX.shape[1]
+        both = zip(to, begins, strict=True)
+        return Together([self.copy(target_PX[a], source_X[b : b + width]) for a, b in both])
+
+
+class Together:
+    """Several copies."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        self.parts = parts
+
+    def wait(self) -> None:
+        for part in self.parts:
+            part.wait()
+
 
 @contextmanager
 def memory_folder(other: Path) -> Iterator[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from kvpress.errors import TierError
 from kvpress.store.tiers.arena import Arena
+from kvpress.store.tiers.at_hand import AtHand
 from kvpress.store.tiers.counters import Uses
 from kvpress.store.tiers.data_file import Source
-from kvpress.store.tiers.directory import Directory
+from kvpress.store.tiers.directory import NOWHERE, Directory
 from kvpress.store.tiers.host import CopyEngine
 from kvpress.store.tiers.record import Record
 from kvpress.store.tiers.ticket import Ticket
@@ -73,13 +74,22 @@ class Around(Protocol):
         """The data file of the session that is being loaded. Raises CacheError for another one."""
 
 
-class Wanted(NamedTuple):
-    """What of one record is read, and where it goes."""
+class Wanted:
+    """Pages that are read of one record. keep: whether a step chose one of them."""
 
-    record: Record
-    slices: list[int]
-    place_A: Tensor  # pages among those of the slices read: int64
-    to_A: Tensor  # where they go: int64
+    def __init__(self, record: Record) -> None:
+        self.record, self.keep = record, False
+        self.pages: list[tuple[int, int]] = []  # their slices, and where they begin in these
+        self.to: list[int] = []  # where they go
+
+    def add(self, which: int, offset: int, to: int, keep: bool) -> None:
+        self.pages.append((which, offset))
+        self.to.append(to)
+        self.keep |= keep
+
+    def slices(self) -> list[int]:
+        """The slices that are read: each once."""
+        return sorted({which for which, _ in self.pages})
 
 
 class Arrivals:
@@ -89,70 +99,88 @@ class Arrivals:
         self._tiers, self._directory = tiers, directory
         self._page_bytes, self._beside = page_bytes, beside
 
-    def fetch(self, wanted: list[Wanted]) -> list[Ticket]:
-        """Begins to read from the lower tiers."""
-        uses, vault = self._tiers.uses, self._tiers.vault
-        assert vault is not None, "only a vault has records"
+    @property
+    def _vault(self) -> Vault:
+        assert self._tiers.vault is not None, "only a vault has records"
+        return self._tiers.vault
+
+    def read(self, id_A: Tensor, to_A: Tensor, target_PX: Tensor, together: int) -> None:
+        """Reads pages, by record, to where they go; so many records are asked for at once.
+
+        Raises TierError.
+        """
+        near, far = self._find(id_A, to_A)
+        for start in range(0, max(1, len(far)), together):
+            part = far[start : start + together]
+            self._land(near, part, self._fetch(near, part), target_PX)
+
+    def begin(self, id_A: Tensor, to_A: Tensor, target_PX: Tensor) -> Future[None]:
+        """The same in the background. Raises TierError."""
+        near, far = self._find(id_A, to_A)
+        tickets = self._fetch(near, far)
+        # An operator may still read what is there.
+        fence = self._tiers.engine.fence(target_PX.device)
+        return self._tiers.copies.submit(self._land, near, far, tickets, target_PX, fence)
+
+    def _find(self, id_A: Tensor, to_A: Tensor) -> tuple[AtHand, list[Wanted]]:
+        """The pages that need not be read, and the others by record."""
+        own, near, far = self._directory, self._vault.at_hand(), dict[int, Wanted]()
+        chosen_A = own.step_P[id_A] != NOWHERE
+        columns = (own.record_P[id_A], own.place_P[id_A], to_A, chosen_A)
+        with near.lock:
+            for number, place, to, chosen in zip(*(x.tolist() for x in columns), strict=True):
+                record = own.records[number]
+                in_slice = record.slice_bytes // (self._page_bytes + self._beside)
+                which, offset = place // in_slice, place % in_slice * self._page_bytes
+                if not near.add(record, which, offset, to):
+                    if number not in far:
+                        far[number] = Wanted(record)
+                    far[number].add(which, offset, to, chosen)
+        return near, list(far.values())
+
+    def _fetch(self, near: AtHand, wanted: list[Wanted]) -> list[Ticket]:
+        """Begins to read from the lower tiers; whatever fails, nothing stays pinned."""
         tickets: list[Ticket] = []
         try:
             for want in wanted:
-                tickets.append(vault.fetch(want.record, want.slices))
-                if tickets[-1].job is None:
-                    uses.host += len(want.to_A)
-                else:
-                    uses.disk += len(want.to_A)
+                tickets.append(self._vault.fetch(want.record, want.slices(), keep=want.keep))
         except BaseException:
+            near.release()
             for ticket in tickets:
                 ticket.release()
             raise
+        self._tiers.uses.disk += sum(len(want.to) for want in wanted)
         return tickets
 
-    def land(
-        self, wanted: list[Wanted], tickets: list[Ticket], target_PX: Tensor, fence: Any = None
+    def _land(
+        self,
+        near: AtHand,
+        wanted: list[Wanted],
+        tickets: list[Ticket],
+        target_PX: Tensor,
+        fence: Any = None,
     ) -> None:
-        """Copies what was read to where it goes; whatever fails, nothing stays pinned."""
+        """Copies pages to where they go; whatever fails, nothing stays pinned."""
         try:
             self._tiers.engine.after(fence)
+            self._copy(near.to, near.begins, target_PX)
+            self._tiers.uses.host += len(near.to)
+            near.release()
             for want, ticket in zip(wanted, tickets, strict=True):
                 with ticket:  # the next ones may wait for its space
-                    slices_NX, begun = ticket.wait(), perf_counter()
-                    self._copy(want, slices_NX, target_PX)
-                self._tiers.uses.copied(len(want.to_A) * self._page_bytes, begun)
+                    at = dict(zip(want.slices(), ticket.begins(), strict=True))
+                    begins = [at[which] + offset for which, offset in want.pages]
+                    self._copy(want.to, begins, target_PX)
         finally:
+            near.release()
             for ticket in tickets:
                 ticket.release()
 
-    def _copy(self, want: Wanted, slices_NX: Tensor, target_PX: Tensor) -> None:
-        """Copies the pages of slices to where they go."""
-        in_slice = slices_NX.shape[1] // (self._page_bytes + self._beside)
-        whole_NX = slices_NX[:, : in_slice * self._page_bytes]
-        whole_NX = whole_NX.as_strided(
-            (len(whole_NX), in_slice, self._page_bytes), (whole_NX.stride(0), self._page_bytes, 1)
-        )
-        first, count = int(want.to_A[0]), len(want.to_A)
-        everything = count == len(slices_NX) * in_slice and bool((want.place_A.diff() == 1).all())
-        if everything and bool((want.to_A.diff() == 1).all()):  # one copy, as it mostly is
-            place_NX = target_PX[first : first + count].view(whole_NX.shape)
-            self._tiers.engine.copy(place_NX, whole_NX).wait()
-            return
-        page_AX = whole_NX[want.place_A // in_slice, want.place_A % in_slice]
-        target_PX[want.to_A.to(target_PX.device)] = page_AX.to(target_PX.device)
-
-    def wanted(self, id_A: Tensor, to_A: Tensor) -> list[Wanted]:
-        """The slices of records that hold these pages, by record, and where their pages go."""
-        own = self._directory
-        record_A, place_A = own.record_P[id_A], own.place_P[id_A]
-        numbers, counts = torch.unique_consecutive(record_A, return_counts=True)
-        wanted, start = [], 0
-        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-            record = own.records[number]
-            mine = slice(start, start + count)
-            start += count
-            in_slice = record.slice_bytes // (self._page_bytes + self._beside)
-            slices, which_A = torch.unique(place_A[mine] // in_slice, return_inverse=True)
-            among_A = which_A * in_slice + place_A[mine] % in_slice
-            wanted.append(Wanted(record, slices.tolist(), among_A, to_A[mine]))
-        return wanted
+    def _copy(self, to: list[int], begins: list[int], target_PX: Tensor) -> None:
+        if to:
+            begun = perf_counter()
+            self._tiers.engine.gather(target_PX, to, self._vault.arena_X, begins).wait()
+            self._tiers.uses.copied(len(to) * self._page_bytes, begun)
 
 
 class Arriving:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import mmap
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,6 +46,11 @@ class CopyEngine(Protocol):
     def copy(self, target: Tensor, source: Tensor) -> Copying:
         """Begins to copy. Both stay as they are until `wait` has returned."""
 
+    def gather(
+        self, target_PX: Tensor, to: Sequence[int], source_X: Tensor, begins: Sequence[int]
+    ) -> Copying:
+        """Begins to copy the bytes at `begins` to some rows of as many bytes."""
+
 
 class Copied:
     """A copy that has ended."""
@@ -74,6 +79,14 @@ class PlainCopies:
             target.copy_(source)
         else:  # by one thread, without the interpreter lock: those of torch are at work elsewhere
             np.copyto(target.numpy(), source.numpy())
+        return Copied()
+
+    def gather(
+        self, target_PX: Tensor, to: Sequence[int], source_X: Tensor, begins: Sequence[int]
+    ) -> Copied:
+        width, target, source = target_PX.shape[1], target_PX.numpy(), source_X.numpy()
+        for row, begin in zip(to, begins, strict=True):
+            target[row] = source[begin : begin + width]
         return Copied()
 
 
@@ -114,16 +127,34 @@ class StreamCopies:
         devices = [x.device for x in (target, source) if x.is_cuda]
         if not devices:
             return PlainCopies().copy(target, source)
-        self._start(devices[0])
-        self._stream.wait_stream(torch.cuda.current_stream(devices[0]))
-        with torch.cuda.stream(self._stream):
+        with self._streaming(devices[0]) as event:
             target.copy_(source.contiguous(), non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._stream)
         for tensor in (target, source):
             if tensor.is_cuda:
                 tensor.record_stream(self._stream)
         return _Recorded(event)
+
+    def gather(
+        self, target_PX: Tensor, to: Sequence[int], source_X: Tensor, begins: Sequence[int]
+    ) -> Copying:
+        if not target_PX.is_cuda:
+            return PlainCopies().gather(target_PX, to, source_X, begins)
+        width = target_PX.shape[1]
+        with self._streaming(target_PX.device) as event:
+            for row, begin in zip(to, begins, strict=True):
+                target_PX[row].copy_(source_X[begin : begin + width], non_blocking=True)
+        target_PX.record_stream(self._stream)
+        return _Recorded(event)
+
+    @contextmanager
+    def _streaming(self, device: torch.device) -> Iterator[Any]:
+        """Work of the stream, and the event of its end."""
+        self._start(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            yield event
+            event.record(self._stream)
 
 
 def _runtime() -> Any:

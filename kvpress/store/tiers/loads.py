@@ -55,6 +55,12 @@ class Plan:
             at += end - begin
         return begins
 
+    def found(self) -> dict[int, int]:
+        """Where in the arena slices are that were read, by their numbers: all of a whole record."""
+        if self._spans:
+            return dict(zip(self._slices, self.begins(), strict=True))
+        return dict(enumerate(self.record.begins(self.place, range(self.record.slices))))
+
     def rows(self) -> list[Row]:
         """The reads of `ops.read_records`."""
         record, at, place = self.record, self.copy.place, self.place

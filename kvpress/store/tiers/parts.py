@@ -9,10 +9,11 @@ from kvpress.store.tiers.disk import DiskFile
 from kvpress.store.tiers.extents import Extents
 from kvpress.store.tiers.host import Arena
 from kvpress.store.tiers.jobs import Jobs
-from kvpress.store.tiers.loads import Loader
+from kvpress.store.tiers.kept import Kept
+from kvpress.store.tiers.loads import Loader, Plan
 from kvpress.store.tiers.placement import Placement
 from kvpress.store.tiers.reading import ReadFile
-from kvpress.store.tiers.record import Copy, Record
+from kvpress.store.tiers.record import Copy, Record, Region
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Parts:
     deadline_s: float
     loader: Loader
     bounced: dict[int, int] = field(default_factory=dict)  # bytes by place, as their users know
+    kept: Kept = field(default_factory=Kept)
 
     def below(self, record: Record) -> tuple[Copy, ReadFile]:
         """The copy of a record that is read where the host has none, and its file."""
@@ -38,12 +40,41 @@ class Parts:
         return record.saved, record.file
 
     def take_bounce(self, size: int) -> int:
-        """A place of the bounce space; -1 if there is no room now."""
-        place = self.bounce.take(size)
-        if place is None:
-            return -1
+        """A place of the bounce space, for which what is kept goes; -1 if there is no room now."""
+        while (place := self.bounce.take(size)) is None:
+            spare = self.kept.spare()
+            if spare is None:
+                return -1
+            self._give_kept(spare)
         self.bounced[place] = self.bounce.taken[place]
         return place
+
+    def wait_bounce(self, size: int) -> int:
+        """The same, once others have ended; -1 if they have not until the deadline."""
+        place = -1
+
+        def taken() -> bool:
+            nonlocal place
+            place = self.take_bounce(size)
+            return place >= 0
+
+        self.jobs.wait(taken, self.deadline_s)
+        return place
+
+    def keep(self, plan: Plan) -> None:
+        """Leaves what was read in its place, as long as nobody else needs that."""
+        size = self.bounced[plan.place]
+        self.kept.add(plan.record, Region(plan.record, plan.place, size, plan.found()))
+
+    def forget(self, record: Record) -> None:
+        """Nobody wants a record any more."""
+        for region in self.kept.of(record):
+            self._give_kept(region)
+
+    def _give_kept(self, region: Region) -> None:
+        self.kept.drop(region)
+        del self.bounced[region.place]
+        self.bounce.give(region.place)
 
     def give_bounce(self, place: int) -> None:
         """Frees a place of the bounce space."""

@@ -75,8 +75,7 @@ class Puts:
         parts = self._parts
         with parts.jobs.lock:
             self._moves.disk()
-            parts.jobs.wait(lambda: parts.bounce.largest >= record.bytes, parts.deadline_s)
-            place = parts.take_bounce(record.bytes)
+            place = parts.wait_bounce(record.bytes)
             if place < 0:
                 raise TierTimeoutError(
                     f"{record} was not written within {parts.deadline_s} s: reads and tickets that"

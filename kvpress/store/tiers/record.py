@@ -87,7 +87,17 @@ class Copy:
 
     @property
     def sealed(self) -> bool:
+        """Whether it is one to read."""
         return self.state is State.SEALED
+
+
+class Region:
+    """Slices of a record in the space that reads pass through, and where each begins there."""
+
+    __slots__ = ("begins", "pins", "place", "record", "size")
+
+    def __init__(self, record: Record, place: int, size: int, begins: dict[int, int]) -> None:
+        self.record, self.place, self.size, self.begins, self.pins = record, place, size, begins, 0
 
 
 class Record:
@@ -97,6 +107,7 @@ class Record:
         self.number, self.generation, self.owner = number, generation, owner
         self.slices, self.slice_bytes = len(owner.heads), slice_bytes
         self.host, self.disk, self.saved = Copy(), Copy(), Copy()
+        self.kept: dict[int, Region] = {}  # by slice: what was read lately
         self.file: ReadFile | None = None  # in which the saved copy lies: that of a session
         self.digests: tuple[bytes, ...] = ()  # xxh3-128 of each slice
         self.digest = b""  # xxh3-128 of the whole, header and zeros included

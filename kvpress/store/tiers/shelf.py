@@ -121,10 +121,7 @@ class Shelf:
         away_A = away_A[: len(at_A)]
         away_A = away_A[self.directory.by_record(away_A)]
         try:
-            wanted = self._arrivals.wanted(away_A, at_A)
-            for start in range(0, len(wanted), _TOGETHER):
-                part = wanted[start : start + _TOGETHER]
-                self._arrivals.land(part, self._arrivals.fetch(part), self.pages)
+            self._arrivals.read(away_A, at_A, self.pages, _TOGETHER)
         except BaseException:
             self.arena.give(at_A, self.page_bytes)
             raise
@@ -143,11 +140,7 @@ class Shelf:
         away_A = (~here_A).nonzero().flatten()
         if len(away_A):
             away_A = away_A[self.directory.by_record(id_A[away_A])]
-            wanted = self._arrivals.wanted(id_A[away_A], away_A)
-            for start in range(0, len(wanted), _AT_ONCE):
-                part = wanted[start : start + _AT_ONCE]
-                tickets = self._arrivals.fetch(part)
-                self._arrivals.land(part, tickets, out_AX)
+            self._arrivals.read(id_A[away_A], away_A, out_AX, _AT_ONCE)
         return out_AX
 
     def stream(self, batches: Sequence[Tensor], first: Arriving | None = None) -> Iterator[Tensor]:
@@ -182,10 +175,7 @@ class Shelf:
         away_A = away_A[self.directory.by_record(id_A[away_A])]  # records are copied as a whole
         half = self.arena.turn()
         at_A[away_A] = self.staging[half][: len(away_A)]
-        wanted = self._arrivals.wanted(id_A[away_A], at_A[away_A])
-        tickets = self._arrivals.fetch(wanted)
-        fence = self.tiers.engine.fence(self.arena.device)  # an operator may still read that half
-        copied = self.tiers.copies.submit(self._arrivals.land, wanted, tickets, self.pages, fence)
+        copied = self._arrivals.begin(id_A[away_A], at_A[away_A], self.pages)
         arriving = Arriving(at_A, copied, self.tiers)
         self.arena.hold(half, arriving)
         return arriving

@@ -19,15 +19,21 @@ class Ticket:
     """A read of some slices of a record, from the host or from the disk.
 
     It ends with `release`, also as a context, or when `wait` raises. What it reads is pinned until
-    then. A read that was given up keeps its pin and its space until it has really ended: nobody
+    then, and where it is to be kept, stays at hand. A read that was given up keeps its pin and its space until it has really ended: nobody
     else may use what the operating system still writes to.
     """
 
     def __init__(
-        self, parts: Parts, record: Record, slices: Sequence[int], deadline_s: float
+        self,
+        parts: Parts,
+        record: Record,
+        slices: Sequence[int],
+        deadline_s: float,
+        keep: bool = False,
     ) -> None:
         self._parts, self._record, self._deadline_s = parts, record, deadline_s
         self._over = self._given = False
+        self._keep = keep
         self.job: Job | None = None
         self._copy = record.host
         if record.host.sealed:
@@ -46,6 +52,14 @@ class Ticket:
     def wait(self, timeout_s: float | None = None) -> Tensor:
         """The slices, uint8 `[A, slice_bytes]` on the host, until `release`; not to be written to.
 
+        Raises what `begins` does.
+        """
+        begins = self.begins(timeout_s)
+        return self._parts.arena.rows(begins, self._record.slice_bytes)
+
+    def begins(self, timeout_s: float | None = None) -> Sequence[int]:
+        """Where in the arena the slices begin, until `release`.
+
         Waits for them until the deadline of the read has passed since this call, or `timeout_s`.
         Raises TierTimeoutError then, TierIntegrityError where the disk does not hold what was
         written, TierError where it cannot be read, or where the ticket has ended.
@@ -55,7 +69,7 @@ class Ticket:
                 self._wait(self.job, self._deadline_s if timeout_s is None else timeout_s)
             if self._over:
                 raise TierError(f"The ticket of {self._record} has ended. Fetch it again.")
-            return self._parts.arena.rows(self._begins, self._record.slice_bytes)
+            return self._begins
 
     def _wait(self, job: Job, timeout_s: float) -> None:
         counters, begun = self._parts.counters, time.perf_counter()
@@ -103,7 +117,11 @@ class Ticket:
             return
         self._given = True
         if self.job is not None and self._plan.place >= 0:
-            self._parts.give_bounce(self._plan.place)
+            job, wanted = self.job, self._keep and not self._record.freed
+            if wanted and job.done and not job.cancelled and job.error is None:
+                self._parts.keep(self._plan)
+            else:
+                self._parts.give_bounce(self._plan.place)
         self._copy.pins -= 1
         self._parts.placement.settle(self._record)
         self._parts.jobs.told()

@@ -93,8 +93,7 @@ def copy_out(parts: Parts, record: Record, target: Target, at: int) -> None:
 def _through_memory(parts: Parts, plan: Plan, write: Callable[[memoryview], None]) -> None:
     size = plan.record.bytes
     with parts.jobs.lock:
-        parts.jobs.wait(lambda: parts.bounce.largest >= size, parts.deadline_s)
-        place = parts.take_bounce(size)
+        place = parts.wait_bounce(size)
     if place < 0:
         raise TierTimeoutError(
             f"{plan.record} was not copied within {parts.deadline_s} s: reads and tickets hold"

@@ -24,6 +24,7 @@ from torch import Tensor
 from kvpress import ops
 from kvpress.errors import TierError
 from kvpress.host import lasting
+from kvpress.store.tiers.at_hand import AtHand
 from kvpress.store.tiers.counters import Counters
 from kvpress.store.tiers.disk import DiskFile
 from kvpress.store.tiers.extents import UNIT, Extents
@@ -92,6 +93,11 @@ class Vault:
         self._end = weakref.finalize(self, _end, self._parts, engine, os.getpid())
 
     @property
+    def arena_X(self) -> Tensor:
+        """The host's memory: uint8."""
+        return self._parts.arena.tensor_X
+
+    @property
     def bytes_host(self) -> int:
         """Bytes that records hold on the host."""
         return self._placement.host.held
@@ -119,7 +125,7 @@ class Vault:
     @property
     def bytes_in_flight(self) -> int:
         """Bytes of bounce space that reads, writes and tickets hold now."""
-        return self._parts.bounce.held
+        return self._parts.bounce.held - self._parts.kept.held
 
     def watch(self, watcher: Watcher | None) -> None:
         """Tells somebody of every read and write; None: nobody."""
@@ -150,10 +156,11 @@ class Vault:
         slices: Sequence[int] | None = None,
         priority: int = 0,
         deadline_s: float | None = None,
+        keep: bool = False,
     ) -> Ticket:
         """Begins to read slices of a record, all by default; lower priorities first.
 
-        Tickets hold their bounce space until they are released, and a read waits until there is
+        keep: whether what is read stays at hand afterwards. Tickets hold their bounce space until they are released, and a read waits until there is
         some for it. So whoever waits for one should hold others of at most half of that space.
         Raises TierError for a record or a slice that is not there.
         """
@@ -164,7 +171,7 @@ class Vault:
             if not wanted or min(wanted) < 0 or max(wanted) >= record.slices:
                 raise TierError(f"Slices {list(wanted)} of {record}: allowed are 0 to n - 1.")
             limit = self._parts.deadline_s if deadline_s is None else deadline_s
-            ticket = Ticket(self._parts, record, wanted, limit)
+            ticket = Ticket(self._parts, record, wanted, limit, keep)
             if ticket.job is None:
                 self._placement.touch(record)
                 self.counters.hits += 1
@@ -173,10 +180,16 @@ class Vault:
                 self._jobs.load(ticket.job, priority)
             return ticket
 
+    def at_hand(self) -> AtHand:
+        """What takes in slices that need not be read."""
+        self._check_open()
+        return AtHand(self._parts)
+
     def free(self, record: Record) -> None:
         """Frees the places of a record, at once or when the last of its tickets is released."""
         with self._jobs.lock:
             self._placement.known(record)
+            self._parts.forget(record)
             self._placement.free(record)
             self._jobs.told()
 
