@@ -30,17 +30,24 @@ class Call(NamedTuple):
 class Plan:
     """The units of some rows and the chunks that they are made of.
 
-    Chunks of the first layout come first, then those of the next ones, then those of recent slots.
+    at: where all pages of a layout are, if some are on the device for this step alone. Chunks of
+    the first layout come first, then those of the next ones, then those of recent slots.
     """
 
     def __init__(
-        self, every: Sequence[Units], batch: int, heads: int, device: torch.device
+        self,
+        every: Sequence[Units],
+        batch: int,
+        heads: int,
+        device: torch.device,
+        at: Sequence[Tensor | None] | None = None,
     ) -> None:
         self.every, self.batch, self.heads, self._device = every, batch, heads, device
         spans = [int(x.unit_u.max()) + 1 if len(x.unit_u) else 0 for x in every]
         self.chunks = [n * x.chunks for n, x in zip(spans, every, strict=True)]  # of each layout
         self.first = [sum(self.chunks[:i]) for i in range(len(every))]
-        self.at = [units.at() for units in every]
+        at = [None] * len(every) if at is None else at
+        self.at = [units.at(at_P) for units, at_P in zip(every, at, strict=True)]
         here = [~(x.held_uHW & (at == NOWHERE)).flatten(1).any(1) for x, at in self._both()]
         self._here, self.away = ([f(x) for x in here] for f in (_places, lambda x: _places(~x)))
         self.pages_here = sum(

@@ -14,9 +14,9 @@ from itertools import chain, zip_longest
 from time import perf_counter
 from typing import Any, TypeGuard
 
-import torch
 from torch import Tensor
 
+from kvpress import ops
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.host import lasting
 from kvpress.ops import Logits, Old
@@ -29,6 +29,7 @@ from kvpress.store.joint import JointMemory
 from kvpress.store.packed import PackedRows
 from kvpress.store.paged import PagedRows
 from kvpress.store.parts import Parts, Plan
+from kvpress.store.picked import old_of, pick
 from kvpress.store.prompt_parts import prompt_parts
 from kvpress.store.retrieving import attend_some
 from kvpress.store.session import save_pages
@@ -128,6 +129,18 @@ class Streamed:
             self.tiers.watcher.note("attention", begun, layer=self._layer)
         return out_bNQE, parts
 
+    def _at_once(
+        self, query_bNQD: Tensor, sequences: Sequence[int] | None, logits: Logits, old: Old
+    ) -> tuple[Tensor, Tensor]:
+        """Attention output, and LSE, where one operator call takes all old slots."""
+        begun = perf_counter()
+        pages = self.aging.recent.paging.operands(sequences)
+        found = ops.attend_parts(query_bNQD, pages, logits, False, old)
+        out_bNQE, lse_bNQ = ops.join_parts(*found[:2])
+        if self.tiers.watcher is not None:
+            self.tiers.watcher.note("attention", begun, layer=self._layer)
+        return out_bNQE.to(query_bNQD.dtype), lse_bNQ
+
     def attend_some(self, wanted: Wanted) -> tuple[Tensor, Tensor | None, Found]:
         """Attention output over some of the pages, of which some may have to be read.
 
@@ -137,14 +150,15 @@ class Streamed:
 
         def attend(some: Sequence[Chosen], weighs: bool) -> tuple[Tensor, Tensor, Tensor | None]:
             some = [x.narrow() for x in some]
-            every = [
-                units_of(x.part, sequences, (x.place_rW, x.pages_r))
-                for x in some
-                if _is_tiered(x.part)
-            ]
-            for units in every:
-                units.rows.bring(torch.unique(units.id_uHW[units.held_uHW]))
-            plan = Plan(every, len(query_bN1D), self.aging.recent.heads, self.device)
+            picked = pick(some, sequences)
+            old = None if weighs else old_of(picked)
+            if old is not None:
+                self.tiers.uses.device += sum(x.pages_here for x in picked)
+                out_bN1E, lse_bN1 = self._at_once(query_bN1D, sequences, logits, old)
+                return out_bN1E, lse_bN1[..., 0], None
+            every, at = [x.units() for x in picked], [x.at_P for x in picked]
+            plan = Plan(every, len(query_bN1D), self.aging.recent.heads, self.device, at)
+            self.tiers.uses.device -= sum(x.copied for x in picked)
             out_bN1E, parts = self._attend(query_bN1D, sequences, logits, weighs, plan)
             if not weighs:
                 return out_bN1E, parts.lse_bNQ[..., 0], None
@@ -210,9 +224,11 @@ class Streamed:
 
     def bytes_beside(self) -> int:
         """Bytes on the device besides pages of old slots: recent slots, positions, boxes, trees."""
-        parts = (part.memory for part in self._tiered)
-        beside = sum(x.beside for x in parts if isinstance(x, TieredMemory))
-        return self.aging.recent.memory.nbytes + beside + self.trees.nbytes
+        beside = self.aging.recent.memory.nbytes + self.trees.nbytes
+        for part in self.aging.parts:
+            if isinstance(part.memory, TieredMemory):
+                beside += part.memory.beside
+        return beside
 
     @property
     def _tiered(self) -> list[TieredPages]:

@@ -174,11 +174,12 @@ class TieredPages(PackedRows):
         if self.spare:
             self.spare = spill(self, least, every=False)
 
-    def bring(self, id_A: Tensor) -> None:
+    def bring(self, id_A: Tensor, staged: bool) -> tuple[Tensor, int]:
         """Brings the pages that a step chose to the device, as far as others may go for them.
 
-        Those of the last step are there: what is copied is what they have not in common. Raises
-        TierError.
+        Those of the last step are there: what is copied is what they have not in common. staged:
+        whether what finds no room may be where pages are on their way, for this step alone. Returns
+        where all pages of the shelf are then, and how many were copied. Raises TierError.
         """
         shelf = self.shelf
         with shelf.tiers.lock:
@@ -186,9 +187,11 @@ class TieredPages(PackedRows):
             shelf.directory.step_P[id_A] = self.last
             self.spare = True
             away_A = id_A[shelf.directory.at_P[id_A] == NOWHERE]
-            if len(away_A):
-                room = shelf.tiers.make_space(len(away_A) * shelf.page_bytes, shelf.arena, self)
-                shelf.bring(away_A[: room // shelf.page_bytes])
+            if not len(away_A):
+                return shelf.directory.at_P, 0
+            away_A = torch.unique(away_A)
+            room = shelf.tiers.make_space(len(away_A) * shelf.page_bytes, shelf.arena, self)
+            return shelf.bring(away_A, room // shelf.page_bytes, staged)
 
     def positions(self, page_A: Tensor) -> Tensor | None:
         """The positions of pages, where they are kept."""

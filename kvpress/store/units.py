@@ -67,11 +67,12 @@ class Units(NamedTuple):
         """Which pages there are: bool."""
         return self.id_uHW >= 0
 
-    def at(self) -> Tensor:
-        """Where on the device pages are, NOWHERE where they are not."""
+    def at(self, at_P: Tensor | None = None) -> Tensor:
+        """Where on the device pages are, NOWHERE where they are not. at_P: of all pages."""
+        at_P = self.rows.shelf.directory.at_P if at_P is None else at_P
         at_uHW = torch.full_like(self.id_uHW, EMPTY)
         held = self.held_uHW
-        at_uHW[held] = self.rows.shelf.directory.at_P[self.id_uHW[held]]
+        at_uHW[held] = at_P[self.id_uHW[held]]
         return at_uHW
 
     def mixed(self, at_uHW: Tensor) -> bool:

@@ -11,14 +11,23 @@ from torch import Tensor
 from kvpress import host
 
 
+HALVES = 2  # of the staging
+
+
 class Holder(Protocol):
     """Who has pages in the staging."""
 
     lost: bool
 
+    def end(self) -> None:
+        """Returns when nothing is on its way there."""
+
 
 class _Nobody:
     lost = True
+
+    def end(self) -> None:
+        return
 
 
 class Arena:
@@ -52,6 +61,13 @@ class Arena:
         """The half of the staging that is free next: they are used in turn."""
         self._turn = 1 - self._turn
         return self._turn
+
+    def claim(self) -> int:
+        """The same for whoever copies to it at once, when nothing is on its way there."""
+        half = self.turn()
+        self._holders[half].end()
+        self.hold(half, _Nobody())
+        return half
 
     def keep(self, holder: Holder) -> None:
         """Says that what a holder has there is used now: the other half is free next."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from time import perf_counter
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -192,6 +192,11 @@ class Arriving:
     def __init__(self, at_A: Tensor, copied: Future[None] | None, tiers: Around) -> None:
         self._at_A, self._copied, self._tiers = at_A, copied, tiers
         self.lost = False
+
+    def end(self) -> None:
+        """Returns when nothing is on its way any more, whether it has failed or not."""
+        if self._copied is not None:
+            wait([self._copied])
 
     def wait(self) -> Tensor:
         """The numbers, once the pages are there. Raises TierError."""

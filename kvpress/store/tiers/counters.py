@@ -29,7 +29,7 @@ class Uses:
     device: int = 0
     host: int = 0
     disk: int = 0
-    brought: int = 0  # pages that stay on the device, of those that were copied
+    brought: int = 0  # pages that were copied because a step chose them
     to_device: Flow = field(default_factory=Flow)
     watcher: Watcher | None = None
 

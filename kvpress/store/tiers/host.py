@@ -84,9 +84,11 @@ class PlainCopies:
     def gather(
         self, target_PX: Tensor, to: Sequence[int], source_X: Tensor, begins: Sequence[int]
     ) -> Copied:
-        width, target, source = target_PX.shape[1], target_PX.numpy(), source_X.numpy()
+        # With the interpreter lock: whoever gives it up for a page waits long to get it again.
+        width = target_PX.shape[1]
+        target, source = (memoryview(x.numpy().reshape(-1)) for x in (target_PX, source_X))
         for row, begin in zip(to, begins, strict=True):
-            target[row] = source[begin : begin + width]
+            target[row * width : (row + 1) * width] = source[begin : begin + width]
         return Copied()
 
 
