@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kvpress import host
 
-
 HALVES = 2  # of the staging
 
 

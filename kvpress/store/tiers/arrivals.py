@@ -8,7 +8,6 @@ from time import perf_counter
 from typing import Any, Protocol
 from weakref import WeakSet
 
-import torch
 from torch import Tensor
 
 from kvpress.errors import TierError

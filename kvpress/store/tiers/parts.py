@@ -63,8 +63,11 @@ class Parts:
 
     def keep(self, plan: Plan) -> None:
         """Leaves what was read in its place, as long as nobody else needs that."""
-        size = self.bounced[plan.place]
-        self.kept.add(plan.record, Region(plan.record, plan.place, size, plan.found()))
+        record, size, before = plan.record, self.bounced[plan.place], self.kept.of(plan.record)
+        self.kept.add(record, Region(record, plan.place, size, plan.found()))
+        for region in before:
+            if region not in record.kept.values():  # all that it has was read once more
+                self._give_kept(region)
 
     def forget(self, record: Record) -> None:
         """Nobody wants a record any more."""

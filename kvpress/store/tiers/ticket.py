@@ -19,8 +19,8 @@ class Ticket:
     """A read of some slices of a record, from the host or from the disk.
 
     It ends with `release`, also as a context, or when `wait` raises. What it reads is pinned until
-    then, and where it is to be kept, stays at hand. A read that was given up keeps its pin and its space until it has really ended: nobody
-    else may use what the operating system still writes to.
+    then. A read that was given up keeps its pin and its space until it has really ended: nobody
+    else may use what the operating system still writes to. keep: what was read stays at hand.
     """
 
     def __init__(

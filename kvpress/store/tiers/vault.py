@@ -160,9 +160,10 @@ class Vault:
     ) -> Ticket:
         """Begins to read slices of a record, all by default; lower priorities first.
 
-        keep: whether what is read stays at hand afterwards. Tickets hold their bounce space until they are released, and a read waits until there is
+        Tickets hold their bounce space until they are released, and a read waits until there is
         some for it. So whoever waits for one should hold others of at most half of that space.
-        Raises TierError for a record or a slice that is not there.
+        keep: what is read stays at hand afterwards, until others need its place. Raises TierError
+        for a record or a slice that is not there.
         """
         wanted = _in_a_row(range(record.slices) if slices is None else slices)
         with self._jobs.lock:
