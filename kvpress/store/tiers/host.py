@@ -86,7 +86,7 @@ class PlainCopies:
     ) -> Copied:
         # With the interpreter lock: whoever gives it up for a page waits long to get it again.
         width = target_PX.shape[1]
-        target, source = (memoryview(x.numpy().reshape(-1)) for x in (target_PX, source_X))
+        target, source = (x.numpy().reshape(-1).data for x in (target_PX, source_X))
         for row, begin in zip(to, begins, strict=True):
             target[row * width : (row + 1) * width] = source[begin : begin + width]
         return Copied()
