@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from kvpress import host
-from kvpress.store.base import REF
 from kvpress.store.session import TieredPages, Whole
 from kvpress.store.tiered_memory import used_pages
 from kvpress.store.tiers.directory import NOWHERE
@@ -21,21 +20,17 @@ def spill(rows: TieredPages, least: int, every: bool) -> bool:
     chose. Returns whether something is left that could have gone. Raises TierError.
     """
     own, page_bytes = rows.shelf.directory, rows.shelf.page_bytes
-    row_A, place_A = used_pages(rows.paging.table).nonzero().unbind(1)
-    page_A = rows.paging.table.pages_RW[row_A, place_A].long()
-    id_A = rows.paging.pages(REF)[page_A]
+    id_A = rows.ids_in_use()
     may_A = (own.at_P[id_A] != NOWHERE) & (every | (own.step_P[id_A] < rows.last))
-    copied_A = torch.unique(id_A[may_A & (own.record_P[id_A] != NOWHERE)])
-    if len(copied_A):
-        order_A = own.step_P[copied_A].argsort(stable=True)
-        going_A = copied_A[order_A[: -(-least // page_bytes)]]
-        rows.shelf.leave(going_A)
-        least -= len(going_A) * page_bytes
+    copied_A = own.record_P[id_A] != NOWHERE
+    least -= _leave(rows, torch.unique(id_A[may_A & copied_A]), -(-least // page_bytes))
     if least <= 0:
         return True
-    may_A &= own.record_P[id_A] == NOWHERE
+    row_A, place_A = used_pages(rows.paging.table).nonzero().unbind(1)
+    may_A &= ~copied_A & _complete(rows, row_A, place_A)
     if not bool(may_A.any()):
         return False
+    page_A = rows.paging.table.pages_RW[row_A, place_A].long()
     groups = list(rows.whole(row_A, place_A, may_A))
     mixed = list(rows.whole(row_A, place_A, _beside(rows, row_A, place_A, may_A)))
     for group in (*reversed(groups), *reversed(mixed)):
@@ -53,6 +48,21 @@ def spill(rows: TieredPages, least: int, every: bool) -> bool:
             rows.shelf.leave(id_A[entry_A])
             least -= len(entry_A) * page_bytes
     return False
+
+
+def _leave(rows: TieredPages, id_A: Tensor, most: int) -> int:
+    """Frees the places of so many pages, those chosen longest ago; how many bytes that is."""
+    if not len(id_A):
+        return 0
+    going_A = id_A[rows.shelf.directory.step_P[id_A].argsort(stable=True)[:most]]
+    rows.shelf.leave(going_A)
+    return len(going_A) * rows.shelf.page_bytes
+
+
+def _complete(rows: TieredPages, row_A: Tensor, place_A: Tensor) -> Tensor:
+    """Which pages are in spans of which none is missing: bool."""
+    spans_R = rows.counts // rows.layout.slots // rows.span
+    return place_A // rows.span < spans_R[row_A]
 
 
 def _beside(rows: TieredPages, row_A: Tensor, place_A: Tensor, may_A: Tensor) -> Tensor:

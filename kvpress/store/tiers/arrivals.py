@@ -104,7 +104,7 @@ class Arrivals:
         return self._tiers.vault
 
     def read(self, id_A: Tensor, to_A: Tensor, target_PX: Tensor, together: int) -> None:
-        """Reads pages, by record, to where they go; so many records are asked for at once.
+        """Reads pages to where they go; so many records are asked for at once.
 
         Raises TierError.
         """

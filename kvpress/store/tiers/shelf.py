@@ -125,10 +125,9 @@ class Shelf:
             to_A = torch.cat([at_A, half[: len(id_A) - stay]])
         else:
             id_A, to_A = id_A[:stay], at_A
-        order_A = own.by_record(id_A)
         try:
             with self.tiers.stalls:
-                self._arrivals.read(id_A[order_A], to_A[order_A], self.pages, _TOGETHER)
+                self._arrivals.read(id_A, to_A, self.pages, _TOGETHER)
         except BaseException:
             self.arena.give(at_A, self.page_bytes)
             raise
