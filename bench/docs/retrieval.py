@@ -20,7 +20,6 @@ from kvpress.bench.tiers.steps import CAPPED, UNTIERED
 LONG, OFFLINE = "quality-reads-7400.jsonl", "quality-reads-{}.jsonl"
 RANKED, LAYER, TIERS = "retrieval-7400.json", "decode-layer.jsonl", "tiers-leoam.json"
 _MISSING = "Not recorded yet."
-_NEEDLES = ("needle", "needles-2", "needles-4")
 _MIB = 2**20
 _Block = tuple[str, int, str]  # task, tokens, protocol
 
@@ -32,8 +31,8 @@ def _made(file: str, make: Callable[[], str]) -> str:
 
 
 def _needles() -> str:
-    """Needles after long contexts, the question hidden and visible."""
-    blocks = [(task, 7400, p) for p in ("hidden", "visible") for task in _NEEDLES]
+    """Needles after long contexts."""
+    blocks = [block for block in lines(LONG) if block[1] == 7400]
     return _scores(LONG, blocks, [f"{task}, {protocol}" for task, _, protocol in blocks])
 
 
@@ -121,7 +120,6 @@ def _record(file: str) -> dict[str, Any]:
 
 PARTS: Mapping[str, Callable[[], str]] = {
     "retrieval-needles": lambda: _made(LONG, _needles),
-    "retrieval-1024": lambda: _made(OFFLINE.format(1024), lambda: _offline(1024)),
     "retrieval-2048": lambda: _made(OFFLINE.format(2048), lambda: _offline(2048)),
     "retrieval-rankings": lambda: _made(RANKED, _rankings),
     "retrieval-layer": lambda: _made(LAYER, _layer),

@@ -30,7 +30,12 @@ PREFILL_POLICIES = ["full", "keyformer:budget=0.5", "snapkv:budget=0.5,window=64
 STEP_POLICIES = ["streaming_llm:budget=1,sink=0", "h2o:budget=1", "keyformer:budget=1"]
 LONG, MIDDLE, SHORT = [8000], [4000], [1000]
 ALONE, TOGETHER = [1], [4]
-LAYER_POLICIES = ["full", "quest:read=2048", "leoam:read=2048", "quest:read=2048,page=128"]
+LAYER_POLICIES = [
+    "full",
+    *("quest:read=2048", "quest:read=2048,cells=0", "leoam:read=2048", "leoam:read=2048,cells=0"),
+    *("quest:read=2048,page=128", "quest:read=2048,cells=0,page=128"),
+    "leoam:read=2048,cells=0,page=128",
+]
 CASES = {"model": (POLICIES, LONG), "one-layer": (LAYER_POLICIES, [32_768])}
 
 
