@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpress import host
+from kvpress.store.tiers.untouched import untouch
 
 HALVES = 2  # of the staging
 
@@ -34,7 +35,7 @@ class Arena:
 
     So an operator gets the arena as a pool of pages of the size that it reads, whatever sizes other
     layers have. The memory is made once; that of a CPU is touched, and so really there, only where
-    pages lie. half: bytes at its end, twice, for pages on their way.
+    pages lie, or single ones lay. half: bytes at its end, twice, for pages on their way.
     """
 
     def __init__(self, size: int, half: int, device: torch.device) -> None:
@@ -116,6 +117,7 @@ class Arena:
         first = page_A[torch.cat([host.zeros(1), edge_A])].tolist()
         last = page_A[torch.cat([edge_A - 1, host.tensor([len(page_A) - 1])])].tolist()
         for begin, end in zip(first, last, strict=True):
+            untouch(self.memory_X, begin * page_bytes, (end + 1) * page_bytes)
             self._free(begin * page_bytes, (end + 1) * page_bytes)
         self.used -= len(page_A) * page_bytes
 
