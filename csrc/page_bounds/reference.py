@@ -45,7 +45,9 @@ def page_bounds(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
 def cells(key_PSD: Tensor, box_P2D: Tensor, bits: int) -> Tensor:
     """The numbers of the cells of keys, from below: uint8. 0 where a box has no extent, or none."""
     low_P1D, high_P1D = (end_PD[:, None] for end_PD in box_P2D.float().unbind(1))
-    per_P1D = 2.0**bits / (high_P1D - low_P1D)
+    extent_P1D = high_P1D - low_P1D
+    # Not a number over a tensor, which is a product with the reciprocal: that may be subnormal.
+    per_P1D = torch.full_like(extent_P1D, 2.0**bits) / extent_P1D
     per_P1D = per_P1D.masked_fill(~per_P1D.isfinite(), 0)
     code_PSD = ((key_PSD - low_P1D) * per_P1D).nan_to_num(0.0)
     return code_PSD.clamp(0, 2**bits - 1).to(torch.uint8)

@@ -107,9 +107,11 @@ class CellScores {
     }
     const float slack = 4 * float(a_.of.width) * 0x1p-24f * sum(sizes);
     for (int m = 0; m < M; m++) {
-      const float top = max(largest[m]), scale = top > 0 ? kFactor / top : 0.0f;
-      unit[m] = top * (1.0f / kFactor);
-      least[m] = sum(sums[m]) + slack * size[m];
+      // Factors too small to be told apart are none, and may be as large as the largest one instead.
+      const float top = max(largest[m]), scale = top > 0x1p-100f ? kFactor / top : 0.0f;
+      const float width = float(a_.of.width), none = top > 0x1p-100f ? 0.0f : width * float(1 << Bits) * top;
+      unit[m] = scale > 0 ? top * (1.0f / kFactor) : 0.0f;
+      least[m] = sum(sums[m]) + slack * size[m] + none + width * 0x1p-140f;
       alignas(64) int16_t wide[kMostCellFactors];
       for (d = 0; d < stride_; d += kWidth) to_whole(load(factor[m] + d) * scale, wide + d);
       for (d = 0; d < stride_; d++) whole[m][d] = int8_t(wide[d]);

@@ -13,6 +13,7 @@ from kvpress.formulas.page_cells import BITS, PAGE, cell_bytes, from_cells
 from kvpress.ops import shapes
 
 LEAST = 2.0**-100  # of a channel, so that the slack also covers cells too small to be told apart
+SMALL = 2.0**-140  # of a channel: products may be smaller than any normal number
 _UNIT = 2.0**-24  # by which a product and a sum in fp32 are wrong, relatively, at most
 
 
@@ -41,6 +42,7 @@ def score_cells(operands: Operands) -> tuple[Tensor, Tensor]:
     least_AG = (query_AGD * low_AD[:, None] + part_AGD.clamp_min(0)).sum(2)
     size_AD = torch.maximum(low_AD.abs(), high_AD.abs()) + (high_AD - low_AD) + LEAST
     least_AG = least_AG + slack(width) * query_AGD.abs().amax(2) * size_AD.sum(1, keepdim=True)
+    least_AG = least_AG + width * SMALL
     fine_AG = least_AG + (part_AGD @ code_ADS).amax(2)
     fine_AG = fine_AG.masked_fill(fine_AG.isnan(), torch.inf)
     bound_RGW = bound_BNW.reshape(rows, -1, places).clone()

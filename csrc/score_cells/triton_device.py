@@ -11,7 +11,7 @@ from kvpress.csrc.score_pages.triton_device import widened
 def cells_kernel(
     query, box, cell, table, place, chosen, rank, bound, table_width, GROUP: tl.constexpr,
     D: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr, BYTES: tl.constexpr,
-    LEAST: tl.constexpr, SLACK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    LEAST: tl.constexpr, SLACK: tl.constexpr, SMALL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """A named page of a row: its cells are read once for all of the row's query heads."""
     row, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -31,7 +31,7 @@ def cells_kernel(
             part_D = query_D * (extent_D * (1.0 / (1 << BITS)))
             least = tl.sum(query_D * low_D + tl.maximum(part_D, 0.0), 0)
             # Infinite or no number where a box is: what is kept is the other bound.
-            least += SLACK * tl.max(tl.abs(query_D), 0) * size
+            least += SLACK * tl.max(tl.abs(query_D), 0) * size + SMALL
             most = tl.full([], float("-inf"), tl.float32)
             for start in range(0, SLOTS, BLOCK_S):
                 real_SD = (start + s_S < SLOTS)[:, None] & (d_D < D)[None, :]

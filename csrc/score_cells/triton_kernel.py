@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 from kvpress.csrc.score_cells import Operands
-from kvpress.csrc.score_cells.reference import LEAST, check, slack
+from kvpress.csrc.score_cells.reference import LEAST, SMALL, check, slack
 from kvpress.csrc.score_cells.triton_device import cells_kernel
 from kvpress.csrc.triton_common import FUSED, device_of
 from torch import Tensor
@@ -34,6 +34,7 @@ def score_cells(operands: Operands) -> tuple[Tensor, Tensor]:
             BYTES=cell_PY.shape[1],
             LEAST=LEAST,
             SLACK=slack(width),
+            SMALL=width * SMALL,
             BLOCK_D=block_d,
             BLOCK_S=block_s,
             num_warps=4,

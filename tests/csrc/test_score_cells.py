@@ -67,6 +67,24 @@ def test_no_key_gives_a_larger_product(
 
 
 @BACKENDS
+@DTYPES
+@BITS
+@pytest.mark.parametrize("scale", [2.0**-140, 2.0**-100, 2.0**60], ids=str)
+def test_bounds_hold_for_queries_of_any_size(
+    scale: float, bits: int, dtype: torch.dtype, backend: str
+) -> None:
+    x = scored("normal", dtype, bits, 64, 3)
+    x.key_PSD[..., 0] *= 300
+    query_BND = x.query_BND.float() * scale
+    box_P2D, _ = bounds_of(x.key_PSD)
+    loose = ops.score_pages(query_BND, box_P2D, *all_of(box_P2D))
+    x = x._replace(query_BND=query_BND, box_P2D=box_P2D, bound_BNW=loose)
+    _, bound_BNW = x.by_cells(backend, *all_of(box_P2D))
+    slack_NP = x.query_BND[0].double().norm(dim=1)[:, None] * 1e-5 * x.key_PSD.double().norm()
+    assert bool((bound_BNW[0].double() + slack_NP * (scale > 1) >= x.exact_NPS.amax(2)).all())
+
+
+@BACKENDS
 @BITS
 def test_a_bound_is_wrong_by_less_than_a_cell(bits: int, backend: str) -> None:
     """By as much as the ends of a cell differ in every channel; boxes are wrong by far more."""
