@@ -45,7 +45,9 @@ class CellScores {
     const int32_t *place = a_.place + r * row.table_width, *table = row.table + r * row.table_width;
     const int64_t end = std::min(begin + kPages, a_.chosen[r]);
     for (int64_t i = begin; i < end; i++) {
-      const int64_t page = table[place[i]], next = i + 1 < end ? table[place[i + 1]] : page;
+      if (place[i] >= row.pages[r]) continue;  // of a row's pages alone the table has been checked
+      const bool last = i + 1 >= end || place[i + 1] >= row.pages[r];
+      const int64_t page = table[place[i]], next = last ? page : table[place[i + 1]];
       fetch_box(next);
       for (int64_t g = 0; g < row.group; g += kHeads)
         with_constant<kHeads>(std::min<int64_t>(kHeads, row.group - g), [&](auto M) {

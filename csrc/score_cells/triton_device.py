@@ -9,14 +9,14 @@ from kvpress.csrc.score_pages.triton_device import widened
 
 @triton.jit(do_not_specialize=["table_width"])
 def cells_kernel(
-    query, box, cell, table, place, chosen, rank, bound, table_width, GROUP: tl.constexpr,
+    query, box, cell, table, pages, place, chosen, rank, bound, table_width, GROUP: tl.constexpr,
     D: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr, BYTES: tl.constexpr,
     LEAST: tl.constexpr, SLACK: tl.constexpr, SMALL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """A named page of a row: its cells are read once for all of the row's query heads."""
     row, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if i < tl.load(chosen + row):
-        w = tl.load(place + row * table_width + i)
+    w = tl.load(place + row * table_width + i, mask=i < tl.load(chosen + row), other=table_width)
+    if w < tl.load(pages + row):
         page = tl.load(table + row * table_width + w).to(tl.int64)
         d_D, s_S = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
         low_D = widened(tl.load(box + page * 2 * D + d_D, mask=d_D < D, other=0))

@@ -416,8 +416,8 @@ def test_tables_are_made_of_what_was_recorded(
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     assert {docs.PARTS[name]() for name in docs.PARTS} == {"Not recorded yet."}
     systems = [LocalSystem(model, name) for name in ("full", QUEST)]
-    for file, tokens in ((docs.OFFLINE.format(1024), 1024), (docs.LONG, 7400)):
-        tasks = [TASKS[name] for name in docs._NEEDLES]
+    for file, tokens in ((docs.OFFLINE.format(2048), 2048), (docs.LONG, 7400)):
+        tasks = [TASKS[name] for name in ("needle", "needles-2", "needles-4")]
         both = [(task, p) for task in tasks for p in ("hidden", "visible")]
         plans = [suites.Plan(task, 400, 1, protocol) for task, protocol in both]
         results = Results({}, {}, None)
@@ -430,7 +430,7 @@ def test_tables_are_made_of_what_was_recorded(
     needles = docs.PARTS["retrieval-needles"]().splitlines()
     assert needles[0].count("visible") == 3 and f"`{QUEST}`" in needles[3]
     assert "| – |" in needles[2] and needles[-1].startswith("| no context")
-    assert "| needles-4 |" in docs.PARTS["retrieval-1024"]()
+    assert "| needles-4 |" in docs.PARTS["retrieval-2048"]()
     docs_quality.lines.cache_clear()
     given = (Setting(model="tiny", rounds=1, warmup=0), *models.load(str(tiny_model), device="cpu"))
     place, names = Place("layer", 300, 1), ["full", "quest:read=128"]
