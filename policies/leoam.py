@@ -33,7 +33,7 @@ class LeoAM(Policy):
         None, "tokens of a page, 32·n; none: 32, of more than 64 channels 64", low=32, high=1024
     )
     cells: int = option(
-        2, "bits of a key's channel by which its page is judged: 2, 4; 0: only by its box", low=0
+        2, "bits of a key's channel by which its page is judged: 2, 4; 0: only by its box"
     )
     candidates: int | None = option(
         4, "pages judged by cells, times those that may be read; none: all", low=1

@@ -11,7 +11,8 @@ from kvpress.csrc.score_pages.triton_device import widened
 def cells_kernel(
     query, box, cell, table, pages, place, chosen, rank, bound, table_width, GROUP: tl.constexpr,
     D: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr, BYTES: tl.constexpr,
-    LEAST: tl.constexpr, SLACK: tl.constexpr, SMALL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    LEAST: tl.constexpr, SLACK: tl.constexpr, SMALL: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """A named page of a row: its cells are read once for all of the row's query heads."""
     row, i = tl.program_id(0).to(tl.int64), tl.program_id(1)

@@ -61,6 +61,7 @@ def coerce(cls: type[Any], field: dataclasses.Field[Any], hint: Any, value: Any)
     number = _number(value, kinds)
     if number is None:
         wanted = [k.__name__ for k in (bool, int, float) if k in kinds] + [repr(c) for c in choices]
+        wanted += ["none"] if type(None) in kinds else []
         near = did_you_mean(str(value), choices) if choices and isinstance(value, str) else ""
         raise PolicyError(f"{where} must be {' or '.join(wanted) or 'text'}.{near}")
     low, high = meta.get("low"), meta.get("high")

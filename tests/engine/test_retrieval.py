@@ -309,6 +309,8 @@ def test_a_long_answer_is_retrieved_like_the_prompt_within_constant_bytes(tmp_pa
         ("leoam:page=48", "multiples of 32"),
         ("quest:mass=0.1,top=8", "exclude each other"),
         ("quest:cells=3", "2 and 4 bits a channel of keys"),
+        ("quest:cells=-2", "2 and 4 bits a channel of keys"),
+        ("quest:candidates=all", "must be int or none"),
         ("d2o+quest", "never written again"),
         ("quest+leoam", "both replace the stage 'retrieve'"),
     ],
