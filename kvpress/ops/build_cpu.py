@@ -42,7 +42,7 @@ def build() -> Path:
     targets = _targets(compiler)
 
     def make(library: Path, log: Path) -> None:
-        _LOG.warning("Compiling the CPU operators with %s, once: about a minute.", compiler)
+        _LOG.warning("Compiling the CPU operators with %s, once: a minute or two.", compiler)
         _compile(compiler, targets, library, log)
 
     return folders.made(f"native/{_key(compiler, targets)}", "operators.so", make)

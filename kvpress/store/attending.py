@@ -12,7 +12,8 @@ from kvpress import ops
 from kvpress.formulas.page_layout import span
 from kvpress.ops import Logits, Old
 from kvpress.store.aging import PageAging, dense_widths
-from kvpress.store.chosen import Chosen, Found, Retrieving, Wanted, spread
+from kvpress.store.chosen import Chosen, Wanted, spread
+from kvpress.store.found import Found, Retrieving
 from kvpress.store.joint import JointMemory
 from kvpress.store.packed import PackedRows
 from kvpress.store.paged import PagedRows

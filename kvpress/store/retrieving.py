@@ -14,15 +14,8 @@ import torch
 from torch import Tensor
 
 from kvpress.store.aging import PageAging, recent_slots, slot_bytes
-from kvpress.store.chosen import (
-    Bounds,
-    Chosen,
-    Found,
-    Wanted,
-    judged,
-    scored,
-    share_missed,
-)
+from kvpress.store.chosen import Bounds, Chosen, Wanted, judged, scored
+from kvpress.store.found import Found, share_missed
 from kvpress.store.packed import PackedRows
 from kvpress.store.top import attend_top
 from kvpress.store.trees import Trees
@@ -39,10 +32,13 @@ def attend_some(
         return attend_top(aging, wanted)
     parts, recent, short = aging.filled, recent_slots(aging, wanted.sequences), 0
     keeps = [wanted.keep(recent, part.layout.slots) for part in parts]
-    bounds = _judged(wanted, parts, keeps, trees)
-    if wanted.mass is not None and bounds:
-        keeps, short = _certify(wanted, bounds, keeps, attend)
-    chosen = [own.choose(wanted, keep_r) for own, keep_r in zip(bounds, keeps, strict=True)]
+    if wanted.tree and trees.worthwhile(parts):
+        bounds, chosen = _searched(wanted, parts, keeps, trees)
+    else:
+        bounds = judged(scored(parts, wanted), wanted, keeps)
+        if wanted.mass is not None and bounds:
+            keeps, short = _certify(wanted, bounds, keeps, attend)
+        chosen = [own.choose(wanted, keep_r) for own, keep_r in zip(bounds, keeps, strict=True)]
     out, lse_bN, weights = attend(chosen, wanted.need_weights)
     looked = [own.looked for own in bounds]
     if wanted.earlier:
@@ -53,18 +49,23 @@ def attend_some(
     return out, weights, Found(out, lse_bN, *missed, recent, each, chosen, looked, short)
 
 
-def _judged(
+def _searched(
     wanted: Wanted, parts: Sequence[PackedRows], keeps: Sequence[Tensor], trees: Trees
-) -> list[Bounds]:
-    """The bounds of all pages of some rows, and which of them may be chosen."""
-    if not (wanted.tree and trees.worthwhile(parts)):
-        return judged(scored(parts, wanted), wanted, keeps)
-    made = []
+) -> tuple[list[Bounds], list[Chosen]]:
+    """Bounds of all pages, and what a scan would choose.
+
+    Only what a search names may be judged or read: other bounds may be those of larger boxes.
+    """
+    bounds, chosen = [], []
     for number, (part, keep_r) in enumerate(zip(parts, keeps, strict=True)):
         most_r = wanted.candidate(keep_r) if wanted.cells else keep_r
-        bounds, candidates = trees.search(number, part, wanted, most_r)
-        made.append(bounds.judged(wanted, candidates) if wanted.cells else bounds)
-    return made
+        own, some = trees.search(number, part, wanted, most_r)
+        if wanted.cells:
+            own = own.judged(wanted, some)
+            some = own.choose(wanted, keep_r)
+        bounds.append(own)
+        chosen.append(some)
+    return bounds, chosen
 
 
 def _missed(

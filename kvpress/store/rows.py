@@ -14,7 +14,7 @@ from kvpress.formulas.page_layout import PageLayout
 from kvpress.formulas.ranking import gather
 from kvpress.ops import Logits, Old
 from kvpress.store.base import Column, Survivors, by_position
-from kvpress.store.chosen import Retrieving
+from kvpress.store.found import Retrieving
 from kvpress.store.paging import Paging
 from kvpress.store.tiers.data_file import DataFile
 

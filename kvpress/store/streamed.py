@@ -23,8 +23,9 @@ from kvpress.ops import Logits, Old
 from kvpress.store.aging import PageAging, dense_widths
 from kvpress.store.attending import Named
 from kvpress.store.base import KEY, POSITION, VALUE
-from kvpress.store.chosen import Chosen, Found, Wanted, spread
+from kvpress.store.chosen import Chosen, Wanted, spread
 from kvpress.store.formatted import FormattedRows
+from kvpress.store.found import Found
 from kvpress.store.joint import JointMemory
 from kvpress.store.packed import PackedRows
 from kvpress.store.paged import PagedRows

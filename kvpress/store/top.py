@@ -14,7 +14,8 @@ from torch import Tensor
 from kvpress.ops import Logits
 from kvpress.store.aging import PageAging, dense_widths, recent_slots, slot_bytes
 from kvpress.store.base import KEY, LENGTH, POSITION, VALUE
-from kvpress.store.chosen import Bounds, Chosen, Found, Wanted, judged, scored, spread
+from kvpress.store.chosen import Bounds, Chosen, Wanted, judged, scored, spread
+from kvpress.store.found import Found
 from kvpress.store.packed import PackedRows
 from kvpress.types import EMPTY
 

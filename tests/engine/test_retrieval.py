@@ -190,14 +190,6 @@ def test_pages_of_sinks_and_of_the_last_tokens_are_always_read() -> None:
         assert not bool(read.all())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_tree_finds_what_a_scan_finds(kind: str) -> None:
-    model = tiered.model()
-    given, _ = run(model, "leoam:read=160,early=160" + kind, 70)
-    wanted, _ = run(model, "quest:dense=0,read=160" + kind, 70)
-    assert far(given, wanted) == 0
-
-
 def test_a_query_that_has_not_turned_chooses_by_the_one_before() -> None:
     model = tiered.model()
     always, cache = run(model, "freekv:dense=0,read=160,turn=1.0")

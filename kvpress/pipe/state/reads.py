@@ -10,7 +10,7 @@ from torch import Tensor
 from kvpress import host
 from kvpress.host import lasting
 from kvpress.report.reads import ReadFigures
-from kvpress.store.chosen import Found
+from kvpress.store.found import Found
 
 _TOGETHER = 32  # steps that are added up at once: each by itself would cost as much as choosing
 
