@@ -120,7 +120,7 @@ Tensor empty(const char* op, const int64_t (&sizes)[N], ScalarType type) {
   for (size_t i = N; i-- > 0; step = times(step, std::max<int64_t>(1, sizes[i]))) strides[i] = step;
   if (times(step, 8) == INT64_MAX) refuse(op, "the result would have more numbers than memory has bytes");
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(N, sizes, strides, to<int32_t>(from(type)), aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }

@@ -7,6 +7,8 @@ import torch
 from kvpress.bench.sparse import tiled
 from torch import Tensor
 
+from kvpress import ops
+
 TOKENS, TOPIC, STEPS = 300 * 32 + 5, 32 * 32, 3  # in pages enough for a tree; pages that are alike
 
 
@@ -27,6 +29,7 @@ def decoded(recipe: str) -> tuple[list[Tensor], float]:
     return out, own.reads.figures.boxes
 
 
+@pytest.mark.skipif(ops.backends()["cpu"] != "cpu", reason="trees are searched in C++ alone")
 @pytest.mark.parametrize(
     "judged", ["cells=0", "cells=2", "cells=4,candidates=2", "cells=0+quant", "cells=2+think+quant"]
 )

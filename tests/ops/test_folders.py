@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +184,13 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("KVPRESS_CPU", "avx521")
     with pytest.raises(KVPressError, match="Did you mean 'avx512'"):
         env.check_instruction_set()
+
+
+@pytest.mark.skipif(
+    shutil.which("c++") is None or env.backend() not in (None, "cpu"), reason="no compiler here"
+)
+def test_the_operators_compile_where_there_is_a_compiler() -> None:
+    assert ops.backends()["cpu"] == "cpu"
 
 
 @pytest.mark.skipif(ops.backends()["cpu"] != "cpu", reason="no C++ compiler here")
