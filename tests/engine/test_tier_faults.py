@@ -182,7 +182,7 @@ def test_a_disk_that_hangs(disk: Disk, expected: list[Tensor], tmp_path: Path) -
         found += tiered.decode(MODEL, cache, found[-1], 4)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         tiered.check(engine, cache)
-    assert tiered.threads() == before
+    assert not tiered.threads() - before
 
 
 @pytest.mark.parametrize("what", ["bits", "zeros", "swapped", "cut"])
@@ -209,10 +209,10 @@ def test_a_file_that_others_wrote_to(what: str, disk: Disk, tmp_path: Path) -> N
 
 
 def test_a_dropped_engine_ends_its_threads(tmp_path: Path) -> None:
-    before = tiered.threads(), threading.active_count()
+    before = tiered.threads()  # those of a call that hung may still be there
     for _ in range(3):
         with tiered.attached(MODEL, "full", caps(tmp_path)) as engine:
             read(engine)
-            assert len(tiered.threads()) > len(before[0])
-    assert tiered.threads() == before[0]
+            assert tiered.threads() - before
+    assert not tiered.threads() - before
     assert tiers.left(tmp_path) == []

@@ -142,9 +142,9 @@ def nothing_stays_in_flight(tiers: Tiers) -> bool:
     return tiers.vault is None or tiers.vault.bytes_in_flight == 0
 
 
-def threads() -> set[str]:
-    """Names of the threads of tiers that run now."""
-    return {t.name for t in threading.enumerate() if t.name.startswith("kvpress-tier")}
+def threads() -> set[threading.Thread]:
+    """The threads of tiers that run now."""
+    return {t for t in threading.enumerate() if t.name.startswith("kvpress-tier")}
 
 
 class ShuffledCopies(LateCopies):
