@@ -8,6 +8,7 @@
 #include "attention_sums/bind.h"
 #include "channel_scores/bind.h"
 #include "choose_pages/bind.h"
+#include "decode_chosen/bind.h"
 #include "decode_rows/bind.h"
 #include "decode_step/bind.h"
 #include "estimate_blocks/bind.h"
@@ -26,6 +27,7 @@
 
 STABLE_TORCH_LIBRARY_IMPL(kvpress, CPU, library) {
   library.impl("decode_rows", TORCH_BOX(&kvpress::decode_rows));
+  library.impl("decode_chosen", TORCH_BOX(&kvpress::decode_chosen));
   library.impl("decode_step", TORCH_BOX(&kvpress::decode_step));
   library.impl("absorb_step", TORCH_BOX(&kvpress::absorb_step));
   library.impl("attention_sums", TORCH_BOX(&kvpress::attention_sums));

@@ -187,7 +187,7 @@ def make_setting(loading: HubOptions, cache_dtype: str | None, rounds: int, warm
 def _bytes(text: str) -> int:
     from kvpress.policy.budget import Budget
 
-    cap = Budget.parse(text)
+    cap = Budget.parse(text, "--cap")
     if cap.unit != "bytes":
         raise typer.BadParameter(f"--cap {text}: give bytes with a unit, such as 8GiB.")
     return int(cap.amount)

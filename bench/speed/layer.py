@@ -21,6 +21,8 @@ from kvpress.bench.speed.decode import bytes_read, read_columns
 from kvpress.bench.speed.rounds import run_rounds
 from kvpress.bench.speed.rows import Cell, Column, against, of_ideal
 from kvpress.bench.speed.setting import Setting
+from kvpress.csrc.decode_chosen import Operands
+from kvpress.csrc.decode_chosen.compose import Backend, composed
 from torch import Tensor
 
 from kvpress import ops
@@ -35,6 +37,7 @@ LEGEND = (
 )
 DTYPE = "bfloat16"  # of stored keys and values, where nothing else is asked for
 _SELECTION = ("score_pages", "search_pages", "score_cells", "choose_pages", "missed_mass")
+_WHOLE = "decode_chosen"
 _INDEX = 2  # the first layer that quest and leoam read as they read the others
 
 
@@ -106,9 +109,12 @@ class _Step:
 
 @contextmanager
 def _selecting(wait: Callable[[], None] | None) -> Iterator[list[float]]:
-    """Seconds of every call of the operators that choose pages, or say what was missed."""
+    """Seconds of every call of the operators that choose pages, or say what was missed.
+
+    A step that is one operator is made of its parts meanwhile.
+    """
     spent = list[float]()
-    usual = {name: getattr(ops, name) for name in _SELECTION if hasattr(ops, name)}
+    usual = {name: getattr(ops, name) for name in (*_SELECTION, _WHOLE)}
 
     def timed(call: Callable[..., Any], *operands: Any, **named: Any) -> Any:
         if wait is not None:
@@ -121,12 +127,20 @@ def _selecting(wait: Callable[[], None] | None) -> Iterator[list[float]]:
         return made
 
     try:
-        for name, call in usual.items():
-            setattr(ops, name, partial(timed, call))
+        for name in _SELECTION:
+            setattr(ops, name, partial(timed, usual[name]))
+        setattr(ops, _WHOLE, _by_parts)
         yield spent
     finally:
         for name, call in usual.items():
             setattr(ops, name, call)
+
+
+def _by_parts(*operands: Any) -> tuple[Tensor, ...]:
+    def run(name: str) -> Callable[[Any], Any]:
+        return lambda given: getattr(ops, name)(*given)
+
+    return composed(Operands(*operands), Backend(*map(run, Backend._fields)))
 
 
 def columns(rows: dict[str, Row]) -> list[Column]:

@@ -29,12 +29,15 @@ def _call(name: str, operands: tuple[Any, ...], named: dict[str, Any]) -> Any:
     try:
         return run(*flat(*operands, **named))
     except RuntimeError as error:
-        _refused(name, error)
+        _refused(error)
 
 
-def _refused(name: str, error: RuntimeError) -> NoReturn:
-    """Raises OperatorError for what an operator said of its operands; other errors as they are."""
-    message, own = str(error), f"kvpress::{name}"
+def _refused(error: RuntimeError) -> NoReturn:
+    """Raises OperatorError for what an operator said of its operands; other errors as they are.
+
+    One that others are part of passes on what they say.
+    """
+    message, own = str(error), "kvpress::"
     if isinstance(error, KVPressError) or own not in message:
         raise error
     raise OperatorError(message[message.index(own) :].splitlines()[0]) from None
@@ -52,8 +55,14 @@ def decode_step(*operands: Any, **named: Any) -> Tensor:
     try:  # as `_call`, without another copy of the operands: this is the decode loop
         out: Tensor = run(*flat(*operands, **named))
     except RuntimeError as error:
-        _refused("decode_step", error)
+        _refused(error)
     return out
+
+
+def decode_chosen(*operands: Any, **named: Any) -> tuple[Tensor, ...]:
+    """A decode step that reads in part: see csrc/decode_chosen."""
+    found: tuple[Tensor, ...] = _call("decode_chosen", operands, named)
+    return found
 
 
 def absorb_step(*operands: Any, **named: Any) -> None:

@@ -72,22 +72,22 @@ class Budget:
     amount: Fraction
 
     @classmethod
-    def parse(cls, given: Budget | str | int | float) -> Budget:
+    def parse(cls, given: Budget | str | int | float, name: str = "budget") -> Budget:
         """Reads `0.5` (fraction kept), `0.5prompt`, `2048` (tokens) or `256MiB` (bytes).
 
-        Raises BudgetError.
+        name: of what is given. Raises BudgetError.
         """
         if isinstance(given, Budget):
             return given
         text = str(given).strip()
         match = re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d+)?\s*([A-Za-z]*)", text)
         if not match or isinstance(given, bool):
-            raise BudgetError(f"budget={text!r} cannot be read. {_ALLOWED}")
+            raise BudgetError(f"{name}={text!r} cannot be read. {_ALLOWED}")
         number, exponent, unit = match.group(1), match.group(2) or "", match.group(3).upper()
         amount = Fraction(number + exponent)
         if unit and unit not in (*UNITS, "PROMPT"):
             raise BudgetError(
-                f"budget={text!r} has the unknown unit {match.group(3)!r}. {_ALLOWED}"
+                f"{name}={text!r} has the unknown unit {match.group(3)!r}. {_ALLOWED}"
             )
         kind: Unit = "fraction" if "." in number or exponent else "tokens"
         if unit == "PROMPT":
@@ -96,7 +96,7 @@ class Budget:
             kind, amount = "bytes", Fraction(int(amount * UNITS[unit]))
         budget = cls(kind, amount)
         if amount <= 0 or (budget.relative and amount > 1):
-            raise BudgetError(f"budget={text} is out of range. {_ALLOWED}")
+            raise BudgetError(f"{name}={text} is out of range. {_ALLOWED}")
         return budget
 
     @property

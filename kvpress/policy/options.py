@@ -45,7 +45,7 @@ def coerce(cls: type[Any], field: dataclasses.Field[Any], hint: Any, value: Any)
     Raises PolicyError.
     """
     if hint is Budget:
-        return Budget.parse(value)
+        return Budget.parse(value, field.name)
     meta, where = (
         field.metadata,
         f"Option {field.name}={value!s} of policy {cls.__module__.rpartition('.')[2]!r}",

@@ -11,8 +11,8 @@ from torch import Tensor
 from kvpress import ops
 from kvpress.formulas.page_layout import span
 from kvpress.ops import Logits, Old
-from kvpress.store.aging import PageAging, dense_widths
-from kvpress.store.chosen import Chosen, Wanted, spread
+from kvpress.store.aging import PageAging, dense_widths, recent_slots, slot_bytes
+from kvpress.store.chosen import Chosen, Looked, Wanted, spread
 from kvpress.store.found import Found, Retrieving
 from kvpress.store.joint import JointMemory
 from kvpress.store.packed import PackedRows
@@ -104,6 +104,9 @@ class Resident:
 
     def attend_some(self, wanted: Wanted) -> tuple[Tensor, Tensor | None, Found]:
         """Attention output over some of the pages, by a shorter page table of each row."""
+        wanted = self.trees.allowed(wanted, self._aging.filled)
+        if wanted.at_once:
+            return self._attend_at_once(wanted)
         query_bN1D, sequences, logits = wanted.query_bN1D, wanted.sequences, wanted.logits
         pages = self._aging.recent.paging.operands(sequences)
 
@@ -119,6 +122,29 @@ class Resident:
             return out_bN1E, lse_bN1[..., 0], weights if weighs else None
 
         return attend_some(self._aging, wanted, attend, self.trees)
+
+    def _attend_at_once(self, wanted: Wanted) -> tuple[Tensor, None, Found]:
+        """The same in one call, where nothing is to be decided between its parts."""
+        aging, sequences, parts = self._aging, wanted.sequences, self._aging.filled
+        *found, place_rW, chosen_Xr, judged_Xr = ops.decode_chosen(
+            wanted.query_bN1D,
+            aging.recent.paging.operands(sequences),
+            wanted.logits,
+            self.old(sequences),
+            [tensor for part in parts for tensor in part.beside()],
+            wanted.seen_b,
+            *(wanted.slots, wanted.sink, wanted.recent, wanted.cells, wanted.candidates or 0),
+        )
+        rows, chosen, looked = len(wanted.slots), [], []
+        widths = [part.paging.table.pages_RW.shape[1] for part in parts]
+        for number, own_rW in enumerate(torch.split(place_rW, widths, 1)):
+            chosen.append(Chosen(parts[number], number, own_rW, chosen_Xr[number]))
+            judged_r = judged_Xr[number] if wanted.cells else None
+            looked.append(Looked.at(parts[number], rows, own_rW.numel(), judged_r))
+        out_bN1E, lse_bN, mass_bN, length_r = found
+        recent, each = recent_slots(aging, sequences), slot_bytes(aging)
+        read = Found(out_bN1E, lse_bN, mass_bN, length_r, recent, each, chosen, looked)
+        return out_bN1E, None, read
 
     def attend_prompt(
         self,

@@ -17,36 +17,55 @@ from kvpress.store.packed import PackedRows
 class Wanted(NamedTuple):
     """What a step asks of some sequences, None for all: who attends, and to which pages at most.
 
-    slots: tokens that each row reads, at the most, pages that must be read apart. A page is always
-    read if a position of it is below `sink_r`, or not below `from_r`: int64, on the device. cells,
-    candidates, mass, top, tree: as `Retrieval` says. query_bND: by which pages are judged;
-    earlier: those of another step, not those that attend.
+    slots: tokens that each row reads, at the most, pages that must be read apart. Always read are
+    those with one of the first `sink` tokens of their sequence, or of the last `recent` ones of the
+    `seen_b` (int64, on the device). cells, candidates, mass, top, tree: as `Retrieval` says.
+    earlier_bND: queries of another step, by which pages are judged instead of those that attend.
     """
 
     query_bN1D: Tensor
-    query_bND: Tensor
     sequences: Sequence[int] | None
     logits: Logits
     need_weights: bool
     slots: Sequence[int]
-    sink_r: Tensor
-    from_r: Tensor
+    seen_b: Tensor
+    sink: int = 0
+    recent: int = 0
     cells: int = 0
     candidates: int | None = None
     mass: float | None = None
     top: int | None = None
     tree: bool = False
-    earlier: bool = False
+    earlier_bND: Tensor | None = None
 
-    def by_now(self) -> Wanted:
-        """The same with the queries that attend: what is missed is missed by them."""
-        return self._replace(query_bND=self.query_bN1D[:, :, 0].contiguous(), earlier=False)
+    @property
+    def query_bND(self) -> Tensor:
+        """By which pages are judged."""
+        if self.earlier_bND is not None:
+            return self.earlier_bND
+        return self.query_bN1D[:, :, 0].contiguous()
+
+    @property
+    def sink_r(self) -> Tensor:
+        """The first position of each row that need not be read: int64, on the device."""
+        return self.seen_b.new_full((len(self.slots),), self.sink)
+
+    @property
+    def from_r(self) -> Tensor:
+        """The first of the last positions that must be: int64, on the device."""
+        return (self.seen_b - self.recent).repeat_interleave(len(self.slots) // len(self.seen_b))
+
+    @property
+    def at_once(self) -> bool:
+        """Whether one operator does all of it: nothing but the output is asked for."""
+        searches = self.tree or self.mass is not None or self.top is not None
+        return not searches and not self.need_weights and self.earlier_bND is None
 
     def keep(self, recent: Sequence[int], page_slots: int) -> Tensor:
         """Whole pages that rows may read besides so many other slots: int64, on the device."""
         both = zip(self.slots, recent, strict=True)
         pages = [max(0, slots - own) // page_slots for slots, own in both]
-        return host.tensor(pages).to(self.sink_r.device)
+        return host.tensor(pages).to(self.seen_b.device)
 
     def candidate(self, keep_r: Tensor) -> Tensor:
         """Pages of each row that are judged by cells where so many may be read.
@@ -65,6 +84,15 @@ class Looked(NamedTuple):
     box_bytes: int
     judged_r: Tensor | None = None  # int64
     cell_bytes: int = 0  # of a page
+
+    @classmethod
+    def at(cls, part: PackedRows, rows: int, boxes: int, judged_r: Tensor | None) -> Looked:
+        """At boxes of a part, so many of all rows, and at cells, None: at none."""
+        box_P2D = part.paging.pages(BOX)
+        box = boxes * box_P2D.element_size() * 2 * box_P2D.shape[2] // max(1, rows)
+        if judged_r is None:
+            return cls(boxes, box)
+        return cls(boxes, box, judged_r, part.paging.pages(CELL).shape[1])
 
 
 class Bounds(NamedTuple):
@@ -92,11 +120,7 @@ class Bounds(NamedTuple):
     @property
     def looked(self) -> Looked:
         """What was looked at for this."""
-        box_P2D, rows = self.part.paging.pages(BOX), max(1, len(self.pages_r))
-        box = self.boxes * box_P2D.element_size() * 2 * box_P2D.shape[2] // rows
-        if self.judged_r is None:
-            return Looked(self.boxes, box)
-        return Looked(self.boxes, box, self.judged_r, self.part.paging.pages(CELL).shape[1])
+        return Looked.at(self.part, len(self.pages_r), self.boxes, self.judged_r)
 
     def judged(self, wanted: Wanted, candidates: Chosen) -> Bounds:
         """The same, of some pages by the cells of their keys: only those may be chosen then."""

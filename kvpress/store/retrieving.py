@@ -27,12 +27,15 @@ Attend: TypeAlias = Callable[[Sequence[Chosen], bool], tuple[Tensor, Tensor, Ten
 def attend_some(
     aging: PageAging, wanted: Wanted, attend: Attend, trees: Trees
 ) -> tuple[Tensor, Tensor | None, Found]:
-    """Attention output, weights where asked for, and what was read. attend: to chosen pages."""
+    """Attention output, weights where asked for, and what was read.
+
+    wanted: a tree where one is allowed. attend: to chosen pages.
+    """
     if wanted.top is not None:
         return attend_top(aging, wanted)
     parts, recent, short = aging.filled, recent_slots(aging, wanted.sequences), 0
     keeps = [wanted.keep(recent, part.layout.slots) for part in parts]
-    if wanted.tree and trees.worthwhile(parts):
+    if wanted.tree:
         bounds, chosen = _searched(wanted, parts, keeps, trees)
     else:
         bounds = judged(scored(parts, wanted), wanted, keeps)
@@ -41,8 +44,9 @@ def attend_some(
         chosen = [own.choose(wanted, keep_r) for own, keep_r in zip(bounds, keeps, strict=True)]
     out, lse_bN, weights = attend(chosen, wanted.need_weights)
     looked = [own.looked for own in bounds]
-    if wanted.earlier:
-        wanted = wanted.by_now()
+    if wanted.earlier_bND is not None:
+        # What is missed is missed by the queries that attend.
+        wanted = wanted._replace(earlier_bND=None)
         bounds = scored(parts, wanted)
     missed = _missed(wanted, bounds, chosen, lse_bN)
     each = slot_bytes(aging)
@@ -74,7 +78,7 @@ def _missed(
     """What all parts missed: see `Found`."""
     found = [own.missed(wanted, some) for own, some in zip(bounds, chosen, strict=True)]
     if not found:
-        return torch.full_like(lse_bN, -torch.inf), lse_bN.new_zeros(wanted.from_r.shape)
+        return torch.full_like(lse_bN, -torch.inf), lse_bN.new_zeros(len(wanted.slots))
     mass_bN, length_r = found[0]
     for more_bN, longer_r in found[1:]:
         mass_bN = torch.logaddexp(mass_bN, more_bN)

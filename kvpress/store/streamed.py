@@ -168,6 +168,7 @@ class Streamed:
             weights = spread(parts.weights(spans), some, widths, spans)
             return out_bN1E, parts.lse_bNQ[..., 0], weights
 
+        wanted = self.trees.allowed(wanted, self.aging.filled)
         return attend_some(self.aging, wanted, attend, self.trees)
 
     def attend_prompt(

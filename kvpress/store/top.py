@@ -61,7 +61,7 @@ def attend_top(aging: PageAging, wanted: Wanted) -> tuple[Tensor, Tensor | None,
     # What was left out was left out on purpose: there is no certificate of the rest.
     nothing_bN = out_bNE.new_full(out_bNE.shape[:2], torch.nan)
     out_bN1E = out_bNE[:, :, None].to(wanted.query_bN1D.dtype)
-    longest_r = out_bNE.new_full(wanted.from_r.shape, torch.nan)
+    longest_r = out_bNE.new_full((len(wanted.slots),), torch.nan)
     missed = (nothing_bN, nothing_bN, longest_r)
     slots, each = recent_slots(aging, sequences), slot_bytes(aging)
     looked = [own.looked for own in bounds]

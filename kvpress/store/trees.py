@@ -42,8 +42,12 @@ class Trees:
         self._by_number: dict[int, Tree] = {}
         self._scans = 0  # steps before a tree is searched again
 
-    def worthwhile(self, parts: Sequence[PackedRows]) -> bool:
-        """Whether trees are searched in this step: a scan finds the same.
+    def allowed(self, wanted: Wanted, parts: Sequence[PackedRows]) -> Wanted:
+        """The same, without a tree where a scan of all boxes is faster, which finds the same."""
+        return wanted._replace(tree=self._worthwhile(parts)) if wanted.tree else wanted
+
+    def _worthwhile(self, parts: Sequence[PackedRows]) -> bool:
+        """Whether trees are searched in this step.
 
         Not where a scan of all boxes is one small kernel, of few pages, and for some steps after
         keys were so unlike each other that most of a tree was opened.

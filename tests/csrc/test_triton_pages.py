@@ -8,6 +8,7 @@ import packing
 import pytest
 import torch
 from boxes import BF16, FP16, FP32, KINDS, all_of, bounds_of, boxes_and_keys, keys_of
+from chosen import step_of
 from interpreted import DEVICE, Run, run
 
 from kvpress.formulas.page_cells import cell_bytes
@@ -31,6 +32,7 @@ def both(run: Run, name: str, *operands: Any) -> tuple[Any, Any]:
 @DTYPES
 @pytest.mark.parametrize("bits", [(16, 16), (8, 4), (4, 2), (2, 8)], ids=str)
 @pytest.mark.parametrize("sizes", [(3, 64, (24, 40), (17, 21)), (2, 32, (128, 5), (128, 5))])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, where Triton is interpreted
 def test_boxes_equal_the_reference(
     run: Run, sizes: Any, bits: tuple[int, int], dtype: torch.dtype
 ) -> None:
@@ -117,6 +119,14 @@ def test_a_step_equals_the_references(run: Run, shape: tuple[int, ...], dtype: t
         given, expected = both(run, "missed_mass", x["query"], wanted, *rows, *read)
         for one, other in zip(given, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("parts", "bits"), [(0, 2), (1, 0), (2, 2)])
+def test_a_step_in_one_call_equals_the_reference(run: Run, parts: int, bits: int) -> None:
+    operands = step_of(parts, bits).operands(bits, 2, [150, 90, 0, 400], DEVICE)
+    given, wanted = both(run, "decode_chosen", *operands)
+    for one, other in zip(given, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_infinite_bounds_and_no_numbers_are_read_first(run: Run) -> None:

@@ -385,6 +385,33 @@ def missed_mass(make: Maker) -> Call:
     }
 
 
+def decode_chosen(make: Maker) -> Call:
+    batch, heads, query_heads = make.heads()
+    rows, pools = batch * heads, make.pages(batch * heads, 0)
+    width, old = pools["key_PDS"].shape[1], make.old(rows, pools, False)
+    judged = list[Tensor]()
+    if old["tensors"]:
+        pages = len(old["tensors"][0])
+        ends = make.floats(pages, 2, width, dtype=make.random.choice(FLOATS))
+        judged = [ends.sort(1).values, torch.rand(pages, 2) * 5]
+        judged.append(torch.zeros(pages, 1, dtype=torch.uint8))  # no cells: bytes decide too much
+        judged.append(torch.randint(0, 200, (pages, 2)).sort(1).values.int())
+    seen = [make.random.randint(200, 300) for _ in range(batch)]
+    return {
+        "query_BN1D": make.floats(batch, query_heads, 1, width),
+        **pools,
+        **make.logits(),
+        **old,
+        "judged": judged,
+        "seen_B": torch.tensor(seen).long(),
+        "slots": [make.random.choice((0, 40, 200)) for _ in range(rows)],
+        "sink": make.random.choice((0, 4, 90)),
+        "recent": make.random.choice((0, 50, 150)),
+        "bits": 0,
+        "candidates": make.random.choice((0, 2)),
+    }
+
+
 def channel_scores(make: Maker) -> Call:
     (batch, heads, query_heads), slots = make.heads(), make.size(1, 9, 33)
     return {
@@ -483,7 +510,7 @@ MAKERS: dict[str, Callable[[Maker], Call]] = {
         ),
         *(estimate_blocks, match_keys, pack, unpack, channel_scores, gather_slots, scatter_slots),
         *(join_parts, read_records, page_bounds, score_pages, choose_pages, missed_mass),
-        *(search_pages, score_cells),
+        *(search_pages, score_cells, decode_chosen),
     )
 }
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpress import host
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.retrieval import Retrieval
@@ -41,27 +40,25 @@ def _wanted(
     held: Sequence[int],
 ) -> Wanted:
     """What the rule comes to for the rows of some sequences, which hold so many tokens."""
-    rows, seen_B = layer.rows, layer.sequences.seen_B
-    query_bND = tokens.query_bNQD[:, :, 0].contiguous()
-    seen_b = (seen_B if group is None else seen_B[list(group)]).tolist()
-    from_r = host.tensor([seen - rule.recent for seen in seen_b for _ in range(rows.heads)])
+    rows, own, earlier_bND = layer.rows, layer.sequences, None
+    seen_b = (own.seen_B if group is None else own.seen_B[list(group)]).to(rows.device)
     if rule.turn is not None:
-        query_bND = _earlier(layer, group, query_bND, rule.turn)
+        earlier_bND = _earlier(layer, group, tokens.query_bNQD[:, :, 0], rule.turn)
     return Wanted(
         tokens.query_bNQD,
-        query_bND,
         group,
         tokens.logits,
         need_weights,
         [rule.slots(count) for count in held],
-        host.full((len(held),), rule.sink).to(rows.device),
-        from_r.to(rows.device),
+        seen_b,
+        rule.sink,
+        rule.recent,
         rule.cells,
         rule.candidates,
         rule.mass,
         rule.top,
         rule.tree,
-        rule.turn is not None,
+        earlier_bND,
     )
 
 
