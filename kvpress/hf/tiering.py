@@ -11,7 +11,7 @@ from kvpress.errors import PolicyError, TierError
 from kvpress.hf.support import Fingerprint
 from kvpress.policy import formats
 from kvpress.policy.recipe import Recipe
-from kvpress.store.tiered import span_pages
+from kvpress.store.spans import span_pages
 from kvpress.store.tiers.caps import Caps
 from kvpress.store.tiers.tiers import Tiers
 from kvpress.store.units import unit_bytes

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvpress.ops import Old
 from kvpress.store.base import POSITION, REF
 from kvpress.store.chosen import Chosen
-from kvpress.store.tiered import TieredPages
+from kvpress.store.tiered import Brought, TieredPages
 from kvpress.store.tiers.arena import HALVES
 from kvpress.store.tiers.directory import NOWHERE
 from kvpress.store.units import Units, unit_pages, units_of
@@ -24,13 +24,15 @@ class Picked(NamedTuple):
     sequences: Sequence[int] | None
     chosen: Chosen
     id_rW: Tensor  # their numbers on the shelf, on the host; NOWHERE behind the last one
-    at_P: Tensor  # where all pages of the shelf are
-    copied: int  # pages that were not on the device
+    at_rW: Tensor  # where they are on the device; NOWHERE where they are not
+    brought: Brought
 
     @property
-    def pages_here(self) -> int:
-        """Pages that were on the device before."""
-        return int((self.id_rW != NOWHERE).sum()) - self.copied
+    def at_P(self) -> Tensor:
+        """Where all pages of the shelf are."""
+        at_P, held_rW = self.rows.shelf.directory.at_P.clone(), self.id_rW != NOWHERE
+        at_P[self.id_rW[held_rW]] = self.at_rW[held_rW]
+        return at_P
 
     def units(self) -> Units:
         """The same in units, which can be read part by part."""
@@ -42,13 +44,12 @@ class Picked(NamedTuple):
         With as many columns as units have: what chunks there are does not depend on where pages
         are.
         """
-        rows, held_rW = self.rows, self.id_rW != NOWHERE
-        at_rW = self.at_P[self.id_rW].where(held_rW, 0)
-        if POSITION in rows.paging.columns or bool((at_rW == NOWHERE).any()):
+        rows = self.rows
+        if POSITION in rows.paging.columns or not self.brought.whole:
             return None
-        width = at_rW.shape[1]
-        more = -width % unit_pages(rows.layout)
-        table_rW = torch.nn.functional.pad(at_rW.int(), (0, more)).to(rows.like.device)
+        more = -self.at_rW.shape[1] % unit_pages(rows.layout)
+        table_rW = torch.nn.functional.pad(self.at_rW.clamp_min(0).int(), (0, more))
+        table_rW = table_rW.to(rows.like.device)
         counts_r = self.chosen.pages_r * rows.layout.slots
         channels = (rows.key_channels_RC, rows.value_channels_RU)
         if self.sequences is not None:
@@ -69,9 +70,11 @@ def pick(some: Sequence[Chosen], sequences: Sequence[int] | None) -> list[Picked
             page_RW = page_RW[table.row_index(sequences)]
         place_rW = own.place_rW.cpu()
         page_rW = page_RW.gather(1, place_rW.long().clamp_min(0)).long()
-        id_rW = rows.paging.pages(REF)[page_rW].where(place_rW >= 0, NOWHERE)
-        brought = rows.bring(id_rW[place_rW >= 0], number < HALVES)
-        picked.append(Picked(rows, sequences, own, id_rW, *brought))
+        held_rW = place_rW >= 0
+        id_rW = rows.paging.pages(REF)[page_rW].where(held_rW, NOWHERE)
+        brought = rows.bring(id_rW[held_rW], number < HALVES)
+        at_rW = torch.full_like(id_rW, NOWHERE).masked_scatter_(held_rW, brought.at_A)
+        picked.append(Picked(rows, sequences, own, id_rW, at_rW, brought))
     return picked
 
 

@@ -22,6 +22,8 @@ from kvpress.store.fields import Fields
 from kvpress.store.paging import Paging
 from kvpress.store.saved import ANY, expect
 from kvpress.store.session_table import DIGEST, FIXED, entries_of, table
+from kvpress.store.spans import Whole, whole_spans
+from kvpress.store.tiered_memory import Used
 from kvpress.store.tiers.data_file import DataFile, Source
 from kvpress.store.tiers.directory import NOWHERE
 from kvpress.store.tiers.extents import UNIT
@@ -33,15 +35,6 @@ _TOGETHER = 64  # pages of open spans in a record
 _SEVERAL = -1  # instead of a sequence: pages of open spans of any
 _PAGES = ("page.record", "page.place")  # of every page
 _SESSION = "session"
-
-
-class Whole(NamedTuple):
-    """A span of some heads of one sequence that is complete: entries of a list of pages."""
-
-    sequence: int
-    heads: tuple[int, ...]
-    span: int
-    entry_NP: Tensor
 
 
 class TieredPages(Protocol):
@@ -69,8 +62,8 @@ class TieredPages(Protocol):
     def thin(self, least: int) -> None:
         """See `Tenant`."""
 
-    def whole(self, row_A: Tensor, place_A: Tensor, usable_A: Tensor) -> Iterator[Whole]:
-        """The spans of which all pages are in a list."""
+    def used(self) -> Used:
+        """The pages with slots."""
 
     def seal(
         self, group: Whole, id_NP: Tensor, page_AX: Tensor, position_AS: Tensor | None
@@ -177,7 +170,7 @@ def _groups(
     """Pages that are on the device only, as records: whose, and which entries are their slices."""
     layer, part = rows.name
     open_A, slots = wanted_A.clone(), rows.layout.slots
-    for group in rows.whole(row_A, place_A, wanted_A):
+    for group in whole_spans(rows.paging.table, rows.span, row_A, place_A, wanted_A):
         open_A[group.entry_NP] = False
         owner = Owner(layer, part, group.sequence, group.heads, EMPTY, rows.span * slots)
         yield owner, group.entry_NP

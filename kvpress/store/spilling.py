@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpress import host
-from kvpress.store.session import TieredPages, Whole
-from kvpress.store.tiered_memory import used_pages
+from kvpress.store.session import TieredPages
+from kvpress.store.spans import single, whole_spans
 from kvpress.store.tiers.directory import NOWHERE
 
 
@@ -20,19 +19,25 @@ def spill(rows: TieredPages, least: int, every: bool) -> bool:
     chose. Returns whether something is left that could have gone. Raises TierError.
     """
     own, page_bytes = rows.shelf.directory, rows.shelf.page_bytes
-    id_A = rows.ids_in_use()
-    may_A = (own.at_P[id_A] != NOWHERE) & (every | (own.step_P[id_A] < rows.last))
-    copied_A = own.record_P[id_A] != NOWHERE
-    least -= _leave(rows, torch.unique(id_A[may_A & copied_A]), -(-least // page_bytes))
+    _, _, row_A, place_A, page_A, id_A = rows.used()
+    may_A = own.at_P[id_A] != NOWHERE
+    if not every:
+        may_A &= own.step_P[id_A] < rows.last
+    # Every step asks this of its rows, and mostly few are left: what follows looks at them alone.
+    left_A = may_A.nonzero().flatten()
+    copied_A = own.record_P[id_A[left_A]] != NOWHERE
+    least -= _leave(rows, id_A[left_A[copied_A]], -(-least // page_bytes))
     if least <= 0:
         return True
-    row_A, place_A = used_pages(rows.paging.table).nonzero().unbind(1)
-    may_A &= ~copied_A & _complete(rows, row_A, place_A)
-    if not bool(may_A.any()):
+    left_A = left_A[~copied_A]
+    left_A = left_A[_complete(rows, row_A[left_A], place_A[left_A])]
+    if not len(left_A):
         return False
-    page_A = rows.paging.table.pages_RW[row_A, place_A].long()
-    groups = list(rows.whole(row_A, place_A, may_A))
-    mixed = list(rows.whole(row_A, place_A, _beside(rows, row_A, place_A, may_A)))
+    may_A = torch.zeros_like(may_A).index_fill_(0, left_A, True)
+    table = rows.paging.table
+    groups = list(whole_spans(table, rows.span, row_A, place_A, may_A))
+    beside_A = _beside(rows, row_A, place_A, may_A)
+    mixed = list(whole_spans(table, rows.span, row_A, place_A, beside_A))
     for group in (*reversed(groups), *reversed(mixed)):
         if least <= 0:
             return True
@@ -54,6 +59,7 @@ def _leave(rows: TieredPages, id_A: Tensor, most: int) -> int:
     """Frees the places of so many pages, those chosen longest ago; how many bytes that is."""
     if not len(id_A):
         return 0
+    id_A = torch.unique(id_A)
     going_A = id_A[rows.shelf.directory.step_P[id_A].argsort(stable=True)[:most]]
     rows.shelf.leave(going_A)
     return len(going_A) * rows.shelf.page_bytes
@@ -70,12 +76,3 @@ def _beside(rows: TieredPages, row_A: Tensor, place_A: Tensor, may_A: Tensor) ->
     table = rows.paging.table
     group_A = place_A // rows.span * table.sequences + row_A // table.heads
     return torch.isin(group_A, torch.unique(group_A[may_A]))
-
-
-def single(group: Whole, chosen_A: Tensor | None = None) -> Whole:
-    """The pages of a span, or some of them, each as a slice of its own."""
-    head_A = host.tensor(group.heads).repeat_interleave(group.entry_NP.shape[1])
-    entry_NP = group.entry_NP.flatten()[:, None]
-    if chosen_A is not None:
-        head_A, entry_NP = head_A[chosen_A], entry_NP[chosen_A]
-    return Whole(group.sequence, tuple(head_A.tolist()), group.span, entry_NP)

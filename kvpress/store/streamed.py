@@ -34,7 +34,8 @@ from kvpress.store.picked import old_of, pick
 from kvpress.store.prompt_parts import prompt_parts
 from kvpress.store.retrieving import attend_some
 from kvpress.store.session import save_pages
-from kvpress.store.tiered import SPAN, TieredPages
+from kvpress.store.spans import SPAN
+from kvpress.store.tiered import TieredPages
 from kvpress.store.tiered_memory import TieredMemory
 from kvpress.store.tiers.data_file import DataFile
 from kvpress.store.tiers.tiers import TIERS, Tiers
@@ -75,6 +76,7 @@ class Streamed:
         self.device = aging.recent.device
         self.trees = Trees()
         self._known: tuple[list[object], Plan] | None = None
+        self._beside: int | None = None  # bytes, as they were counted last
         tiers.readers.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -100,6 +102,7 @@ class Streamed:
 
         Raises TierError where a page cannot be read.
         """
+        self._beside = None
         out_bNQE, parts = self._attend(
             query_bNQD, sequences, logits, need_weights, self._plan(sequences)
         )
@@ -148,18 +151,19 @@ class Streamed:
         Raises TierError where a page cannot be read.
         """
         query_bN1D, sequences, logits = wanted.query_bN1D, wanted.sequences, wanted.logits
+        self._beside = None  # a token has come to these rows
 
         def attend(some: Sequence[Chosen], weighs: bool) -> tuple[Tensor, Tensor, Tensor | None]:
             some = [x.narrow() for x in some]
             picked = pick(some, sequences)
             old = None if weighs else old_of(picked)
             if old is not None:
-                self.tiers.uses.device += sum(x.pages_here for x in picked)
+                self.tiers.uses.device += sum(x.brought.here for x in picked)
                 out_bN1E, lse_bN1 = self._at_once(query_bN1D, sequences, logits, old)
                 return out_bN1E, lse_bN1[..., 0], None
             every, at = [x.units() for x in picked], [x.at_P for x in picked]
             plan = Plan(every, len(query_bN1D), self.aging.recent.heads, self.device, at)
-            self.tiers.uses.device -= sum(x.copied for x in picked)
+            self.tiers.uses.device -= sum(x.brought.copied for x in picked)
             out_bN1E, parts = self._attend(query_bN1D, sequences, logits, weighs, plan)
             if not weighs:
                 return out_bN1E, parts.lse_bNQ[..., 0], None
@@ -169,7 +173,9 @@ class Streamed:
             return out_bN1E, parts.lse_bNQ[..., 0], weights
 
         wanted = self.trees.allowed(wanted, self.aging.filled)
-        return attend_some(self.aging, wanted, attend, self.trees)
+        found = attend_some(self.aging, wanted, attend, self.trees)
+        self._beside = None  # and some of theirs may be packed before others choose
+        return found
 
     def attend_prompt(
         self,
@@ -182,7 +188,7 @@ class Streamed:
 
         Old slots pass by group by group. Raises TierError where a page cannot be read.
         """
-        recent = self.aging.recent
+        recent, self._beside = self.aging.recent, None
         key, value, position = (recent.dense(x, sequences) for x in (KEY, VALUE, POSITION))
         every = [units_of(part, sequences) for part in self._tiered]
         return prompt_parts(every, (key, value, position), query_bNQD, own, *logits)
@@ -224,12 +230,18 @@ class Streamed:
         self._known = (known, plan) if sequences is None else self._known
         return plan
 
-    def bytes_beside(self) -> int:
-        """Bytes on the device besides pages of old slots: recent slots, positions, boxes, trees."""
+    def bytes_beside(self, anew: bool) -> int:
+        """Bytes on the device besides pages of old slots: recent slots, positions, boxes, trees.
+
+        anew: also where no step of these rows was since they were counted.
+        """
+        if not anew and self._beside is not None:
+            return self._beside
         beside = self.aging.recent.memory.nbytes + self.trees.nbytes
         for part in self.aging.parts:
             if isinstance(part.memory, TieredMemory):
                 beside += part.memory.beside
+        self._beside = None if anew else beside  # room is made anew while rows change
         return beside
 
     @property

@@ -7,8 +7,8 @@ together, with those of the other heads of their sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,19 +19,25 @@ from kvpress.formulas.page_layout import PageLayout
 from kvpress.store.base import POSITION, REF, Column
 from kvpress.store.boxes import boxes_of
 from kvpress.store.packed import PackedRows
-from kvpress.store.session import Whole, load_pages, slices_of
-from kvpress.store.spilling import single, spill
-from kvpress.store.tiered_memory import TieredMemory, ids_of, used_pages
+from kvpress.store.session import load_pages, slices_of
+from kvpress.store.spans import Whole, single, span_pages, whole_spans
+from kvpress.store.spilling import spill
+from kvpress.store.tiered_memory import TieredMemory, Used
 from kvpress.store.tiers.directory import NOWHERE
 from kvpress.store.tiers.record import Owner
 from kvpress.store.tiers.tiers import Tiers
 
-SPAN = 128  # slots that go down together: at least so many
 
+class Brought(NamedTuple):
+    """Pages that a step chose: where they are, NOWHERE where they found no room.
 
-def span_pages(layout: PageLayout) -> int:
-    """Pages of a span."""
-    return max(1, SPAN // layout.slots)
+    here: that were on the device; copied: to it; whole: whether all are there now.
+    """
+
+    at_A: Tensor
+    here: int
+    copied: int
+    whole: bool
 
 
 class TieredPages(PackedRows):
@@ -60,6 +66,7 @@ class TieredPages(PackedRows):
         beside = 0 if ordered else layout.slots * 4  # positions, as they were sealed
         self.last, self.spare = 0, True  # the number of the last step; whether it left pages there
         self.shelf = tiers.shelf(like.device, layout.page_bytes, beside, unit)
+        self._used: Used | None = None
         _join(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -102,7 +109,9 @@ class TieredPages(PackedRows):
         position_AS: Tensor | None,
     ) -> None:
         """Puts new pages into tiers: those of open spans on the device, whatever goes for it."""
-        whole = list(self.whole(row_A, place_A, host.full((len(row_A),), 1, torch.bool)))
+        self._used = None  # a table whose pages are written anew stays the same
+        every_A = host.full((len(row_A),), 1, torch.bool)
+        whole = list(whole_spans(self.paging.table, self.span, row_A, place_A, every_A))
         open_A = host.full((len(row_A),), 1, torch.bool)
         for group in whole:
             open_A[group.entry_NP] = False
@@ -119,25 +128,6 @@ class TieredPages(PackedRows):
                 self.seal(group, id_A[group.entry_NP], pages_AX, position)
             else:
                 self.shelf.put(id_A[flat_A], pages_AX, self)
-
-    def whole(self, row_A: Tensor, place_A: Tensor, usable_A: Tensor) -> Iterator[Whole]:
-        """The spans of which all pages are in a list, by span and sequence; of as many heads."""
-        span_A = place_A // self.span
-        key_A = (span_A * len(self.counts) + row_A).where(usable_A, -1)
-        order_A = (key_A * self.span + place_A % self.span).argsort(stable=True)
-        keys, counts = torch.unique_consecutive(key_A[order_A], return_counts=True)
-        first = counts.cumsum(0) - counts
-        complete = (counts == self.span) & (keys >= 0)
-        entry_NP = order_A[first[complete][:, None] + host.arange(self.span)]
-        row_N, span_N = keys[complete] % len(self.counts), keys[complete] // len(self.counts)
-        heads = self.paging.table.heads
-        group_N = span_N * self.paging.table.sequences + row_N // heads
-        start = 0
-        for size in torch.unique_consecutive(group_N, return_counts=True)[1].tolist():
-            mine = slice(start, start + size)
-            own = tuple((row_N[mine] % heads).tolist())
-            yield Whole(int(row_N[start]) // heads, own, int(span_N[start]), entry_NP[mine])
-            start += size
 
     def seal(
         self, group: Whole, id_NP: Tensor, page_AX: Tensor, position_AS: Tensor | None
@@ -160,7 +150,13 @@ class TieredPages(PackedRows):
 
     def ids_in_use(self) -> Tensor:
         """The numbers of the pages on the shelf: int64, on the host; some may stand twice."""
-        return ids_of(self.paging)
+        return self.used().id_A
+
+    def used(self) -> Used:
+        """The pages with slots: looked for where the table is another one than the last time."""
+        if self._used is None or not self._used.holds(self.paging.table):
+            self._used = Used.of(self.paging)
+        return self._used
 
     def spill(self, least: int) -> None:
         """Sends pages to a lower tier: those that no step chose, then whole spans, the last first.
@@ -174,24 +170,29 @@ class TieredPages(PackedRows):
         if self.spare:
             self.spare = spill(self, least, every=False)
 
-    def bring(self, id_A: Tensor, staged: bool) -> tuple[Tensor, int]:
+    def bring(self, id_A: Tensor, staged: bool) -> Brought:
         """Brings the pages that a step chose to the device, as far as others may go for them.
 
         Those of the last step are there: what is copied is what they have not in common. staged:
-        whether what finds no room may be where pages are on their way, for this step alone. Returns
-        where all pages of the shelf are then, and how many were copied. Raises TierError.
+        whether what finds no room may be where pages are on their way, for this step alone. Raises
+        TierError.
         """
-        shelf = self.shelf
+        shelf, own = self.shelf, self.shelf.directory
         with shelf.tiers.lock:
-            self.last = shelf.tiers.tick()
-            shelf.directory.step_P[id_A] = self.last
-            self.spare = True
-            away_A = id_A[shelf.directory.at_P[id_A] == NOWHERE]
+            self.last, self.spare = shelf.tiers.tick(), True
+            own.step_P[id_A] = self.last
+            at_A = own.at_P[id_A]
+            away_A = (at_A == NOWHERE).nonzero().flatten()
             if not len(away_A):
-                return shelf.directory.at_P, 0
-            away_A = torch.unique(away_A)
-            room = shelf.tiers.make_space(len(away_A) * shelf.page_bytes, shelf.arena, self)
-            return shelf.bring(away_A, room // shelf.page_bytes, staged)
+                return Brought(at_A, len(at_A), 0, True)
+            missing_A, which_A = torch.unique(id_A[away_A], return_inverse=True)
+            room = shelf.tiers.make_space(len(missing_A) * shelf.page_bytes, shelf.arena, self)
+            to_A = shelf.bring(missing_A, room // shelf.page_bytes, staged)
+            copied, whole = len(to_A), len(to_A) == len(missing_A)
+            if not whole:
+                to_A = torch.cat([to_A, host.full((len(missing_A) - copied,), NOWHERE)])
+            at_A[away_A] = to_A[which_A]
+            return Brought(at_A, len(at_A) - copied, copied, whole)
 
     def positions(self, page_A: Tensor) -> Tensor | None:
         """The positions of pages, where they are kept."""
@@ -213,8 +214,7 @@ class TieredPages(PackedRows):
         super().unshare()
         table, ref_P = self.paging.table, self.paging.pages(REF)
         with self.shelf.tiers.lock:
-            row_A, place_A = used_pages(table).nonzero().unbind(1)
-            page_A = table.pages_RW[row_A, place_A].long()
+            _, _, row_A, place_A, page_A, _ = self.used()
             again_A = torch.ones(len(page_A), dtype=torch.bool, device="cpu")
             again_A[_first_of_each(ref_P[page_A])] = False
             span_A = (place_A // self.span).where(again_A, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +23,31 @@ def used_pages(table: PageTable) -> Tensor:
     return host.arange(width) < (table.counts // table.page_slots)[:, None]
 
 
-def ids_of(paging: Paging) -> Tensor:
-    """The numbers on the shelf of all pages with slots, once for each row: int64, on the host."""
-    table = paging.table
-    return paging.pages(REF)[table.pages_RW[used_pages(table)].long()]
+class Used(NamedTuple):
+    """The pages with slots of some rows, as their table names them: once for each row.
+
+    All int64, on the host. It holds as long as the table has these pages and counts.
+    """
+
+    pages_RW: Tensor
+    counts: Tensor
+    row_A: Tensor
+    place_A: Tensor
+    page_A: Tensor
+    id_A: Tensor  # their numbers on the shelf
+
+    @classmethod
+    def of(cls, paging: Paging) -> Used:
+        """The pages that rows have now."""
+        table = paging.table
+        row_A, place_A = used_pages(table).nonzero().unbind(1)
+        page_A = table.pages_RW[row_A, place_A].long()
+        id_A = paging.pages(REF)[page_A]
+        return cls(table.pages_RW, table.counts, row_A, place_A, page_A, id_A)
+
+    def holds(self, table: PageTable) -> bool:
+        """Whether the table still has the same pages."""
+        return self.pages_RW is table.pages_RW and self.counts is table.counts
 
 
 class TieredMemory(PageMemory):
@@ -58,4 +80,4 @@ class TieredMemory(PageMemory):
 
     def tier_bytes(self) -> dict[str, int]:
         """Bytes of pages in each tier."""
-        return self._shelf.tier_bytes(torch.unique(ids_of(self._paging)))
+        return self._shelf.tier_bytes(torch.unique(Used.of(self._paging).id_A))

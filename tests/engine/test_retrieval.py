@@ -17,6 +17,7 @@ from kvpress.errors import BudgetError, PolicyError
 from kvpress.policy import Budget
 from kvpress.store.base import KEY, POSITION, VALUE
 from kvpress.store.tiers.directory import NOWHERE
+from kvpress.store.tiers.tiers import Tiers
 
 TOKENS = 700
 EVERYTHING = [  # in pages as large as those of quantised slots
@@ -261,6 +262,32 @@ def test_what_is_loaded_is_what_was_not_there(way: str, tmp_path: Path) -> None:
             last = now
         assert loaded
         tiered.check(engine, cache)
+
+
+def test_bytes_beside_are_right_whenever_room_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, recipe, made = tiered.model(), "leoam:read=0.3", [0]
+    make = Tiers.make_space
+
+    def make_space(self: Tiers, room: int, arena: Any, first: Any) -> int:
+        made[0] += 1
+        for reader in self.readers:
+            known = reader.bytes_beside(anew=False)
+            assert known == reader.bytes_beside(anew=True)
+            reader._beside = known
+        return make(self, room, arena, first)
+
+    monkeypatch.setattr(Tiers, "make_space", make_space)
+    caps = tiered.caps("both", model, recipe, 2, tmp_path)
+    with tiered.attached(model, recipe, caps) as engine:
+        cache = engine.new_cache(max_new_tokens=150)
+        for chunk in (900, 200):  # steps, then a part of a prompt, then steps
+            logits = tiered.feed(model, cache, helpers.prompt(2, chunk), [chunk])[-1]
+            tiered.decode(model, cache, logits, 70)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        tiered.decode(model, cache, logits, 2)
+    assert made[0] > 100
 
 
 def part_at(state: Any) -> set[int]:

@@ -24,7 +24,7 @@ from kvpress.errors import TierError
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.ops import Logits
 from kvpress.store import Column, FormattedRows, PagedRows, Survivors, tiered_rows
-from kvpress.store.tiered import SPAN, span_pages
+from kvpress.store.spans import SPAN, span_pages
 from kvpress.store.tiers.caps import Caps
 from kvpress.store.tiers.data_file import DataFile, Source
 from kvpress.store.tiers.directory import NOWHERE

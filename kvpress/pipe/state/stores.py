@@ -15,7 +15,7 @@ from kvpress.policy.recipe import Recipe
 from kvpress.policy.retrieval import Retrieval
 from kvpress.store import Column, FormattedRows, PagedRows, Rows, tiered_rows
 from kvpress.store.base import KEY, MASS, VALUE
-from kvpress.store.tiered import SPAN
+from kvpress.store.spans import SPAN
 from kvpress.store.tiers.tiers import Tiers
 from kvpress.types import LayerKind
 

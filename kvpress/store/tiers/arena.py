@@ -89,36 +89,34 @@ class Arena:
 
     def take(self, count: int, page_bytes: int) -> Tensor:
         """The numbers of so many free pages, or of fewer where there are no more: int64, host."""
-        runs, missing, i = [], count, 0
-        while missing and i < len(self._begin):
+        taken: list[int] = []
+        i = 0
+        while len(taken) < count and i < len(self._begin):
             begin, end = self._begin[i], self._end[i]
             first = -(-begin // page_bytes)  # a page begins at a multiple of its size
-            pages = min(missing, max(0, end // page_bytes - first))
-            if not pages:
+            last = min(first + count - len(taken), end // page_bytes)
+            if first >= last:
                 i += 1
                 continue
-            runs.append(host.arange(first, first + pages))
-            missing -= pages
-            rest = [(begin, first * page_bytes), ((first + pages) * page_bytes, end)]
+            taken.extend(range(first, last))
+            rest = [(begin, first * page_bytes), (last * page_bytes, end)]
             left = [run for run in rest if run[0] < run[1]]
-            self._begin[i : i + 1], self._end[i : i + 1] = (
-                [r[0] for r in left],
-                [r[1] for r in left],
-            )
-        self.used += (count - missing) * page_bytes
-        return torch.cat(runs) if runs else host.zeros(0)
+            self._begin[i : i + 1] = [run[0] for run in left]
+            self._end[i : i + 1] = [run[1] for run in left]
+        self.used += len(taken) * page_bytes
+        return host.tensor(taken)
 
     def give(self, page_A: Tensor, page_bytes: int) -> None:
         """Gives pages back, each of them once."""
-        if not len(page_A):
-            return
-        page_A = page_A.sort().values
-        edge_A = (page_A.diff() != 1).nonzero().flatten() + 1  # where neighbours end
-        first = page_A[torch.cat([host.zeros(1), edge_A])].tolist()
-        last = page_A[torch.cat([edge_A - 1, host.tensor([len(page_A) - 1])])].tolist()
-        for begin, end in zip(first, last, strict=True):
-            untouch(self.memory_X, begin * page_bytes, (end + 1) * page_bytes)
-            self._free(begin * page_bytes, (end + 1) * page_bytes)
+        begin = end = -1
+        for page in [*sorted(page_A.tolist()), -1]:  # neighbours as one run
+            if page == end:
+                end += 1
+                continue
+            if begin >= 0:
+                untouch(self.memory_X, begin * page_bytes, end * page_bytes)
+                self._free(begin * page_bytes, end * page_bytes)
+            begin, end = page, page + 1
         self.used -= len(page_A) * page_bytes
 
     def _free(self, begin: int, end: int) -> None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import chain, islice
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
 from torch import Tensor
 
 from kvpress.errors import TierError
 from kvpress.store.tiers.arena import Arena
-from kvpress.store.tiers.at_hand import AtHand
+from kvpress.store.tiers.at_hand import AtHand, Page
 from kvpress.store.tiers.counters import Uses
 from kvpress.store.tiers.data_file import Source
 from kvpress.store.tiers.directory import NOWHERE, Directory
 from kvpress.store.tiers.host import CopyEngine
 from kvpress.store.tiers.record import Record
-from kvpress.store.tiers.ticket import Ticket
+from kvpress.store.tiers.ticket import Ticket, Wanted
 from kvpress.store.tiers.vault import Vault
 from kvpress.store.tiers.watch import Stopwatch
 
@@ -73,22 +75,23 @@ class Around(Protocol):
         """The data file of the session that is being loaded. Raises CacheError for another one."""
 
 
-class Wanted:
-    """Pages that are read of one record. keep: whether a step chose one of them."""
+class Reading(NamedTuple):
+    """A read of some records.
 
-    def __init__(self, record: Record) -> None:
-        self.record, self.keep = record, False
-        self.pages: list[tuple[int, int]] = []  # their slices, and where they begin in these
-        self.to: list[int] = []  # where they go
+    pages: of each the place of its slice among those that are read, where it begins in that, and
+    where it goes.
+    """
 
-    def add(self, which: int, offset: int, to: int, keep: bool) -> None:
-        self.pages.append((which, offset))
-        self.to.append(to)
-        self.keep |= keep
+    ticket: Ticket
+    pages: list[tuple[int, int, int]]
 
-    def slices(self) -> list[int]:
-        """The slices that are read: each once."""
-        return sorted({which for which, _ in self.pages})
+    @classmethod
+    def of(cls, ticket: Ticket, far: Mapping[Record, list[Page]]) -> Reading:
+        """The read of a ticket. far: the pages that are read of all records."""
+        every = ((own.record, which) for own in ticket.wanted for which in own.slices)
+        at = {slice_: i for i, slice_ in enumerate(every)}
+        pages = chain.from_iterable(far[own.record] for own in ticket.wanted)
+        return cls(ticket, [(at[x.record, x.which], x.offset, x.to) for x in pages])
 
 
 class Arrivals:
@@ -110,76 +113,77 @@ class Arrivals:
         """
         near, far = self._find(id_A, to_A)
         for start in range(0, max(1, len(far)), together):
-            part = far[start : start + together]
-            self._land(near, part, self._fetch(near, part), target_PX)
+            some = dict(islice(far.items(), start, start + together))
+            self._land(near, self._fetch(near, some), target_PX)
 
     def begin(self, id_A: Tensor, to_A: Tensor, target_PX: Tensor) -> Future[None]:
         """The same in the background. Raises TierError."""
         near, far = self._find(id_A, to_A)
-        tickets = self._fetch(near, far)
+        reads = self._fetch(near, far)
         # An operator may still read what is there.
         fence = self._tiers.engine.fence(target_PX.device)
-        return self._tiers.copies.submit(self._land, near, far, tickets, target_PX, fence)
+        return self._tiers.copies.submit(self._land, near, reads, target_PX, fence)
 
-    def _find(self, id_A: Tensor, to_A: Tensor) -> tuple[AtHand, list[Wanted]]:
+    def _find(self, id_A: Tensor, to_A: Tensor) -> tuple[AtHand, dict[Record, list[Page]]]:
         """The pages that need not be read, and the others by record."""
-        own, near, far = self._directory, self._vault.at_hand(), dict[int, Wanted]()
-        chosen_A = own.step_P[id_A] != NOWHERE
-        columns = (own.record_P[id_A], own.place_P[id_A], to_A, chosen_A)
-        with near.lock:
-            for number, place, to, chosen in zip(*(x.tolist() for x in columns), strict=True):
-                record = own.records[number]
-                in_slice = record.slice_bytes // (self._page_bytes + self._beside)
-                which, offset = place // in_slice, place % in_slice * self._page_bytes
-                if not near.add(record, which, offset, to):
-                    if number not in far:
-                        far[number] = Wanted(record)
-                    far[number].add(which, offset, to, chosen)
-        return near, list(far.values())
+        near, far = self._vault.at_hand(), dict[Record, list[Page]]()
+        for page in near.find(self._pages(id_A, to_A)):
+            far.setdefault(page.record, []).append(page)
+        return near, far
 
-    def _fetch(self, near: AtHand, wanted: list[Wanted]) -> list[Ticket]:
+    def _pages(self, id_A: Tensor, to_A: Tensor) -> Iterator[Page]:
+        own, each = self._directory, self._page_bytes + self._beside
+        columns = (own.record_P[id_A], own.place_P[id_A], to_A, own.step_P[id_A] != NOWHERE)
+        for number, place, to, chosen in zip(*(x.tolist() for x in columns), strict=True):
+            record = own.records[number]
+            which, page = divmod(place, record.slice_bytes // each)
+            yield Page(record, which, page * self._page_bytes, to, chosen)
+
+    def _fetch(self, near: AtHand, far: Mapping[Record, list[Page]]) -> list[Reading]:
         """Begins to read from the lower tiers; whatever fails, nothing stays pinned."""
-        tickets: list[Ticket] = []
         try:
-            for want in wanted:
-                tickets.append(self._vault.fetch(want.record, want.slices(), keep=want.keep))
+            tickets = self._vault.fetch_all(
+                [
+                    Wanted(record, sorted({x.which for x in pages}), any(x.chosen for x in pages))
+                    for record, pages in far.items()
+                ]
+            )
         except BaseException:
             near.release()
-            for ticket in tickets:
-                ticket.release()
             raise
-        self._tiers.uses.disk += sum(len(want.to) for want in wanted)
-        return tickets
+        self._tiers.uses.disk += sum(map(len, far.values()))
+        return [Reading.of(ticket, far) for ticket in tickets]
 
     def _land(
-        self,
-        near: AtHand,
-        wanted: list[Wanted],
-        tickets: list[Ticket],
-        target_PX: Tensor,
-        fence: Any = None,
+        self, near: AtHand, reads: Sequence[Reading], target_PX: Tensor, fence: Any = None
     ) -> None:
         """Copies pages to where they go; whatever fails, nothing stays pinned."""
         try:
             self._tiers.engine.after(fence)
-            self._copy(near.to, near.begins, target_PX)
             self._tiers.uses.host += len(near.to)
-            near.release()
-            for want, ticket in zip(wanted, tickets, strict=True):
-                with ticket:  # the next ones may wait for its space
-                    at = dict(zip(want.slices(), ticket.begins(), strict=True))
-                    begins = [at[which] + offset for which, offset in want.pages]
-                    self._copy(want.to, begins, target_PX)
-        finally:
-            near.release()
-            for ticket in tickets:
-                ticket.release()
+            for read in reads:
+                if not read.ticket.ready:  # it may wait for the space of what is there
+                    self._copy(near, target_PX)
+                near.add(read.ticket, read.pages)
+            self._copy(near, target_PX)
+        except BaseException:
+            self._give_up(near, reads)
+            raise
 
-    def _copy(self, to: list[int], begins: list[int], target_PX: Tensor) -> None:
-        if to:
+    def _copy(self, near: AtHand, target_PX: Tensor) -> None:
+        """Copies what is at hand, and ends it."""
+        if near.to:
             begun = perf_counter()
-            self._tiers.engine.gather(target_PX, to, self._vault.arena_X, begins).wait()
-            self._tiers.uses.copied(len(to) * self._page_bytes, begun)
+            arena_X = self._vault.arena_X
+            self._tiers.engine.gather(target_PX, near.to, arena_X, near.begins).wait()
+            self._tiers.uses.copied(len(near.to) * self._page_bytes, begun)
+            near.release()
+
+    @staticmethod
+    def _give_up(near: AtHand, reads: Sequence[Reading]) -> None:
+        near.release()
+        for read in reads:
+            read.ticket.release()
 
 
 class Arriving:

@@ -16,10 +16,10 @@ class Flow:
     seconds: float = 0.0
     count: int = 0
 
-    def add(self, size: int, seconds: float = 0.0) -> None:
+    def add(self, size: int, seconds: float = 0.0, count: int = 1) -> None:
         self.bytes += size
         self.seconds += seconds
-        self.count += 1
+        self.count += count
 
 
 @dataclass

@@ -17,7 +17,7 @@ from typing import Any
 
 from kvpress.errors import TierError
 
-_TOGETHER = 1 << 20  # bytes of reads that one call makes
+TOGETHER = 1 << 20  # bytes of reads that one call makes
 Run = Callable[[list[Any]], Sequence[BaseException | None]]
 
 
@@ -36,7 +36,7 @@ class Job:
         may_begin: Callable[[], bool] = lambda: True,
         ended: Callable[[BaseException | None], None] = lambda error: None,
         item: Any = None,
-        size: int = _TOGETHER,
+        size: int = TOGETHER,
     ) -> None:
         self.run, self.may_begin, self.ended = run, may_begin, ended
         self.item, self.size = item, size
@@ -162,7 +162,7 @@ class Jobs:
         It is not overtaken where it may not begin yet: what is less urgent would take its space.
         """
         loads: list[Job] = []
-        room, most = _TOGETHER, -(-len(self._loads) // max(1, len(self._threads)))
+        room, most = TOGETHER, -(-len(self._loads) // max(1, len(self._threads)))
         urgency = self._loads[0][0] if self._loads else 0
         while self._loads and len(loads) < most:
             priority, _, job = self._loads[0]

@@ -82,14 +82,18 @@ class Loader:
     ) -> None:
         self._arena, self._store, self._counters, self._lock = arena, store, counters, lock
 
-    def load(self, plans: Sequence[Plan]) -> list[TierError | None]:
-        """Reads all, those of one file in one call. Gives the errors, of which a TierIntegrityError
-        says that bytes are not those that were written, also read again past the page cache.
+    def load(self, reads: Sequence[Sequence[Plan]]) -> list[TierError | None]:
+        """Does some reads of one or more plans, those of one file in one call.
+
+        Gives the first error of each, of which a TierIntegrityError says that bytes are not those
+        that were written, also read again past the page cache.
         """
         found: list[TierError | None] = []
+        plans = itertools.chain.from_iterable(reads)
         for file, some in itertools.groupby(plans, lambda plan: plan.file):
             found += self._load(file, list(some))
-        return found
+        each = iter(found)
+        return [next(filter(None, list(itertools.islice(each, len(x)))), None) for x in reads]
 
     def _load(self, file: ReadFile, plans: Sequence[Plan]) -> list[TierError | None]:
         begun, rows = time.perf_counter(), [plan.rows() for plan in plans]

@@ -159,7 +159,7 @@ class Moves:
             self._unpin(plan)
 
         plan.place = host.place
-        job = Job(self._parts.loader.load, ended=end, item=plan, size=plan.bytes)
+        job = Job(self._parts.loader.load, ended=end, item=[plan], size=plan.bytes)
         jobs.load(job, 0)
         self.finish(job, f"{record} was not read")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvpress.store.tiers.counters import Counters
@@ -48,6 +49,19 @@ class Parts:
             self._give_kept(spare)
         self.bounced[place] = self.bounce.taken[place]
         return place
+
+    def take_places(self, sizes: Sequence[int]) -> list[int]:
+        """Places of the bounce space for all of these; none if there is no room for all now."""
+        places: list[int] = []
+        for size in sizes:
+            place = self.take_bounce(size)
+            if place < 0:
+                for taken in places:  # nobody is told: it is not more than there was
+                    del self.bounced[taken]
+                    self.bounce.give(taken)
+                return []
+            places.append(place)
+        return places
 
     def wait_bounce(self, size: int) -> int:
         """The same, once others have ended; -1 if they have not until the deadline."""

@@ -111,33 +111,27 @@ class Shelf:
 
     # Pages are read
 
-    def bring(self, id_A: Tensor, most: int, staged: bool) -> tuple[Tensor, int]:
+    def bring(self, id_A: Tensor, most: int, staged: bool) -> Tensor:
         """Copies pages to the device, where so many of them stay if they find room: the first ones.
 
         They keep their records, so that they can leave again at once. staged: the others too, into
-        a half of the staging, if all of them find room there. Returns where all pages are then, and
-        how many were copied. Raises TierError.
+        a half of the staging, if all of them find room there. Returns where those are that were
+        copied. Raises TierError.
         """
-        own, at_A = self.directory, self.arena.take(min(most, len(id_A)), self.page_bytes)
-        stay = len(at_A)
+        at_A = self.arena.take(min(most, len(id_A)), self.page_bytes)
+        stay, to_A = len(at_A), at_A
         if staged and stay < len(id_A) <= stay + self.at_once:
             half = self.staging[self.arena.claim()]
             to_A = torch.cat([at_A, half[: len(id_A) - stay]])
-        else:
-            id_A, to_A = id_A[:stay], at_A
         try:
             with self.tiers.stalls:
-                self._arrivals.read(id_A, to_A, self.pages, _TOGETHER)
+                self._arrivals.read(id_A[: len(to_A)], to_A, self.pages, _TOGETHER)
         except BaseException:
             self.arena.give(at_A, self.page_bytes)
             raise
-        own.arrive(id_A[:stay], at_A)
-        self.tiers.uses.brought += len(id_A)
-        if stay == len(id_A):
-            return own.at_P, stay
-        at_P = own.at_P.clone()
-        at_P[id_A[stay:]] = to_A[stay:]
-        return at_P, len(id_A)
+        self.directory.arrive(id_A[:stay], at_A)
+        self.tiers.uses.brought += len(to_A)
+        return to_A
 
     def read(self, id_A: Tensor) -> Tensor:
         """A copy of pages on the device, `[A, page_bytes]`. Raises TierError."""

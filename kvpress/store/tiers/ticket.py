@@ -3,46 +3,65 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from types import TracebackType
+from typing import NamedTuple
 
 from torch import Tensor
 
 from kvpress.errors import TierError, TierTimeoutError
-from kvpress.store.tiers.jobs import Job
+from kvpress.formulas.sizes import round_up
+from kvpress.store.tiers.extents import UNIT
+from kvpress.store.tiers.jobs import TOGETHER, Job
 from kvpress.store.tiers.loads import Plan
 from kvpress.store.tiers.parts import Parts
-from kvpress.store.tiers.record import Record
+from kvpress.store.tiers.record import Copy, Record
+
+
+class Wanted(NamedTuple):
+    """Slices of a record to be read. keep: what was read stays at hand."""
+
+    record: Record
+    slices: Sequence[int]
+    keep: bool = False
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of the arena that this needs, at the most."""
+        each = round_up(self.record.slice_bytes, UNIT) + UNIT
+        return min(self.record.bytes, len(self.slices) * each)
 
 
 class Ticket:
-    """A read of some slices of a record, from the host or from the disk.
+    """A read of some slices of records, from the host or from the disk.
 
     It ends with `release`, also as a context, or when `wait` raises. What it reads is pinned until
-    then. A read that was given up keeps its pin and its space until it has really ended: nobody
-    else may use what the operating system still writes to. keep: what was read stays at hand.
+    then. A read that was given up keeps its pins and its space until it has really ended: nobody
+    else may use what the operating system still writes to.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        record: Record,
-        slices: Sequence[int],
-        deadline_s: float,
-        keep: bool = False,
-    ) -> None:
-        self._parts, self._record, self._deadline_s = parts, record, deadline_s
+    def __init__(self, parts: Parts, wanted: Sequence[Wanted], deadline_s: float) -> None:
+        self.wanted, self._parts, self._deadline_s = wanted, parts, deadline_s
         self._over = self._given = False
-        self._keep = keep
         self.job: Job | None = None
-        self._copy = record.host
-        if record.host.sealed:
-            self._begins = record.begins(record.host.place, slices)
-        else:
-            self._copy, file = parts.below(record)
-            self._plan = plan = Plan(record, slices, self._copy, file)
-            self.job = Job(parts.loader.load, self._may_begin, self._ended, plan, plan.bytes)
-        self._copy.pins += 1
+        self._plans: list[Plan] = []
+        self._sources: list[tuple[Wanted, Copy, Plan | None]] = []
+        for own in wanted:
+            copy, plan = own.record.host, None
+            if copy.sealed:
+                parts.placement.touch(own.record)
+                parts.counters.hits += 1
+                parts.counters.from_host.add(len(own.slices) * own.record.slice_bytes)
+            else:
+                copy, file = parts.below(own.record)
+                plan = Plan(own.record, own.slices, copy, file)
+                self._plans.append(plan)
+            copy.pins += 1
+            self._sources.append((own, copy, plan))
+        if self._plans:
+            size = sum(plan.bytes for plan in self._plans)
+            self.job = Job(parts.loader.load, self._may_begin, self._ended, self._plans, size)
 
     @property
     def ready(self) -> bool:
@@ -52,10 +71,10 @@ class Ticket:
     def wait(self, timeout_s: float | None = None) -> Tensor:
         """The slices, uint8 `[A, slice_bytes]` on the host, until `release`; not to be written to.
 
-        Raises what `begins` does.
+        They are of equal size. Raises what `begins` does.
         """
         begins = self.begins(timeout_s)
-        return self._parts.arena.rows(begins, self._record.slice_bytes)
+        return self._parts.arena.rows(begins, self.wanted[0].record.slice_bytes)
 
     def begins(self, timeout_s: float | None = None) -> Sequence[int]:
         """Where in the arena the slices begin, until `release`.
@@ -68,8 +87,17 @@ class Ticket:
             if not self._over and self.job is not None:
                 self._wait(self.job, self._deadline_s if timeout_s is None else timeout_s)
             if self._over:
-                raise TierError(f"The ticket of {self._record} has ended. Fetch it again.")
-            return self._begins
+                raise TierError(f"The ticket of {self._name} has ended. Fetch it again.")
+            found = [
+                plan.begins() if plan else own.record.begins(copy.place, own.slices)
+                for own, copy, plan in self._sources
+            ]
+            return found[0] if len(found) == 1 else list(chain.from_iterable(found))
+
+    @property
+    def _name(self) -> str:
+        more = len(self.wanted) - 1
+        return f"{self.wanted[0].record}" + (f" and {more} more" if more else "")
 
     def _wait(self, job: Job, timeout_s: float) -> None:
         counters, begun = self._parts.counters, time.perf_counter()
@@ -81,7 +109,7 @@ class Ticket:
             counters.timeouts += 1
             counters.failures += 1
             raise TierTimeoutError(
-                f"{self._record} was not read within {timeout_s} s. The disk is slow or hangs, or"
+                f"{self._name} was not read within {timeout_s} s. The disk is slow or hangs, or"
                 f" tickets that were not released hold the space that reads need"
                 f" ({self._parts.bounce.held} of {self._parts.bounce.size} bytes)."
             )
@@ -102,10 +130,10 @@ class Ticket:
             self._give()
 
     def _may_begin(self) -> bool:
-        self._plan.place = self._parts.take_bounce(self._plan.bytes)
-        if self._plan.place >= 0:
-            self._begins = self._plan.begins()
-        return self._plan.place >= 0
+        places = self._parts.take_places([plan.bytes for plan in self._plans])
+        for plan, place in zip(self._plans, places, strict=False):
+            plan.place = place
+        return bool(places)
 
     def _ended(self, error: BaseException | None) -> None:
         self._parts.counters.failures += error is not None and not self._over
@@ -116,15 +144,17 @@ class Ticket:
         if self._given:
             return
         self._given = True
-        if self.job is not None and self._plan.place >= 0:
-            job, wanted = self.job, self._keep and not self._record.freed
-            if wanted and job.done and not job.cancelled and job.error is None:
-                self._parts.keep(self._plan)
-            else:
-                self._parts.give_bounce(self._plan.place)
-        self._copy.pins -= 1
-        self._parts.placement.settle(self._record)
-        self._parts.jobs.told()
+        job, parts = self.job, self._parts
+        whole = job is not None and job.done and not job.cancelled and job.error is None
+        for own, copy, plan in self._sources:
+            if plan is not None and plan.place >= 0:
+                if whole and own.keep and not own.record.freed:
+                    parts.keep(plan)
+                else:
+                    parts.give_bounce(plan.place)
+            copy.pins -= 1
+            parts.placement.settle(own.record)
+        parts.jobs.told()
 
     def __enter__(self) -> Ticket:
         return self
@@ -136,3 +166,47 @@ class Ticket:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def ask(parts: Parts, wanted: Sequence[Wanted], deadline_s: float, priority: int = 0) -> Ticket:
+    """Begins to read; the caller holds the lock.
+
+    Raises TierError for a record or a slice that is not there.
+    """
+    for record, slices, _ in wanted:
+        parts.placement.known(record)
+        if not slices or min(slices) < 0 or max(slices) >= record.slices:
+            raise TierError(f"Slices {list(slices)} of {record}: allowed are 0 to n - 1.")
+    ticket = Ticket(parts, wanted, deadline_s)
+    if ticket.job is not None:
+        parts.jobs.load(ticket.job, priority)
+    return ticket
+
+
+def ask_all(parts: Parts, wanted: Sequence[Wanted], calls: int) -> list[Ticket]:
+    """The same of many, by as many reads as threads do at a time, or more that are not too large.
+
+    None begins before all are asked for. Whatever fails, nothing stays pinned.
+    """
+    tickets: list[Ticket] = []
+    try:
+        for some in groups(wanted, calls, min(TOGETHER, parts.bounce.size // 4)):
+            tickets.append(ask(parts, some, parts.deadline_s))
+    except BaseException:
+        for ticket in tickets:
+            ticket.release()
+        raise
+    return tickets
+
+
+def groups(wanted: Sequence[Wanted], calls: int, most_bytes: int) -> Iterator[list[Wanted]]:
+    """What is read together: in so many groups, or in more where they are of too many bytes."""
+    most, some, size = -(-len(wanted) // max(1, calls)), list[Wanted](), 0
+    for own in wanted:
+        if some and (len(some) == most or size + own.most_bytes > most_bytes):
+            yield some
+            some, size = [], 0
+        some.append(own)
+        size += own.most_bytes
+    if some:
+        yield some

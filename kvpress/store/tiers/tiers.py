@@ -41,8 +41,8 @@ class Reader(Protocol):
 
     device: torch.device
 
-    def bytes_beside(self) -> int:
-        """Bytes on the device besides pages."""
+    def bytes_beside(self, anew: bool) -> int:
+        """Bytes on the device besides pages: as they are now, or as they were counted last."""
 
     def read_ahead(self) -> None:
         """Starts to read what will be needed first."""
@@ -157,11 +157,11 @@ class Tiers:
         return self._free(arena) >= room
 
     def _free(self, arena: Arena) -> int:
-        return arena.free - self._beside(arena)
+        return arena.free - self._beside(arena, anew=True)
 
-    def _beside(self, arena: Arena) -> int:
+    def _beside(self, arena: Arena, anew: bool) -> int:
         """Bytes of a device besides pages."""
-        return sum(x.bytes_beside() for x in self.readers if x.device == arena.device)
+        return sum(x.bytes_beside(anew) for x in self.readers if x.device == arena.device)
 
     def make_room(self, room: int, arena: Arena, first: Tenant | None) -> None:
         """Frees so many bytes of a device where it can; of these rows before those of others."""
@@ -182,7 +182,8 @@ class Tiers:
 
         Rows that are read one after the other would otherwise take each other's pages in turn.
         """
-        beside = self._beside(arena)  # what leaves are pages
+        # What leaves are pages, and what rows have beside changes in their own steps.
+        beside = self._beside(arena, anew=False)
         if arena.free - beside < room:
             for tenant in self._others(first, arena):
                 missing = room - (arena.free - beside)
@@ -193,8 +194,9 @@ class Tiers:
 
     def _others(self, first: Tenant | None, arena: Arena) -> list[Tenant]:
         """Who has pages there: `first` before the others."""
-        mine = [tenant for tenant in self.tenants if tenant.shelf.arena is arena]
-        return sorted(mine, key=lambda tenant: tenant is not first)
+        others = (tenant for tenant in self.tenants if tenant is not first)
+        mine = [tenant for tenant in others if tenant.shelf.arena is arena]
+        return mine if first is None else [first, *mine]
 
     def tick(self) -> int:
         """The number of a step of some rows: later ones have larger numbers."""

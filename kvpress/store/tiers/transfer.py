@@ -101,7 +101,7 @@ def _through_memory(parts: Parts, plan: Plan, write: Callable[[memoryview], None
         )
     try:
         plan.place = place
-        error = parts.loader.load([plan])[0]
+        error = parts.loader.load([[plan]])[0]
         if error is not None:
             raise error
         write(parts.arena.bytes[place : place + size])

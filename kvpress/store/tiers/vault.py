@@ -39,7 +39,7 @@ from kvpress.store.tiers.puts import Puts
 from kvpress.store.tiers.reading import ReadFile
 from kvpress.store.tiers.record import Entry, Facts, Owner, Record
 from kvpress.store.tiers.syscalls import Syscalls
-from kvpress.store.tiers.ticket import Ticket
+from kvpress.store.tiers.ticket import Ticket, Wanted, ask, ask_all
 from kvpress.store.tiers.transfer import Target, copy_out, reserve_bounce
 from kvpress.store.tiers.watch import Watcher
 
@@ -165,21 +165,17 @@ class Vault:
         keep: what is read stays at hand afterwards, until others need its place. Raises TierError
         for a record or a slice that is not there.
         """
-        wanted = _in_a_row(range(record.slices) if slices is None else slices)
+        slices = _in_a_row(range(record.slices) if slices is None else slices)
+        limit = self._parts.deadline_s if deadline_s is None else deadline_s
         with self._jobs.lock:
             self._check_open()
-            self._placement.known(record)
-            if not wanted or min(wanted) < 0 or max(wanted) >= record.slices:
-                raise TierError(f"Slices {list(wanted)} of {record}: allowed are 0 to n - 1.")
-            limit = self._parts.deadline_s if deadline_s is None else deadline_s
-            ticket = Ticket(self._parts, record, wanted, limit, keep)
-            if ticket.job is None:
-                self._placement.touch(record)
-                self.counters.hits += 1
-                self.counters.from_host.add(len(wanted) * record.slice_bytes)
-            else:
-                self._jobs.load(ticket.job, priority)
-            return ticket
+            return ask(self._parts, [Wanted(record, slices, keep)], limit, priority)
+
+    def fetch_all(self, wanted: Sequence[Wanted]) -> list[Ticket]:
+        """The same of slices of several records, by few reads: tickets in order."""
+        with self._jobs.lock:
+            self._check_open()
+            return ask_all(self._parts, wanted, self.workers)
 
     def at_hand(self) -> AtHand:
         """What takes in slices that need not be read."""
