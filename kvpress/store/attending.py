@@ -12,7 +12,7 @@ from kvpress import ops
 from kvpress.formulas.page_layout import span
 from kvpress.ops import Logits, Old
 from kvpress.store.aging import PageAging, dense_widths, recent_slots, slot_bytes
-from kvpress.store.chosen import Chosen, Looked, Wanted, spread
+from kvpress.store.chosen import Chosen, Looked, Wanted, beside, spread
 from kvpress.store.found import Found, Retrieving
 from kvpress.store.joint import JointMemory
 from kvpress.store.packed import PackedRows
@@ -131,7 +131,7 @@ class Resident:
             aging.recent.paging.operands(sequences),
             wanted.logits,
             self.old(sequences),
-            [tensor for part in parts for tensor in part.beside()],
+            [tensor for part in parts for tensor in beside(part)],
             wanted.seen_b,
             *(wanted.slots, wanted.sink, wanted.recent, wanted.cells, wanted.candidates or 0),
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpress import host, ops
 from kvpress.ops import Logits
-from kvpress.store.base import BOX, CELL, LENGTH, SPAN
+from kvpress.store.base import BOX, CELL, LENGTH, PAGE, SPAN
 from kvpress.store.packed import PackedRows
 
 
@@ -54,6 +54,14 @@ class Wanted(NamedTuple):
     def from_r(self) -> Tensor:
         """The first of the last positions that must be: int64, on the device."""
         return (self.seen_b - self.recent).repeat_interleave(len(self.slots) // len(self.seen_b))
+
+    def by_now(self) -> Wanted:
+        """The same with the queries that attend: what is missed is missed by them."""
+        return self._replace(earlier_bND=None)
+
+    def scanned(self) -> Wanted:
+        """The same without a tree: all boxes are looked at."""
+        return self._replace(tree=False)
 
     @property
     def at_once(self) -> bool:
@@ -167,6 +175,12 @@ class Bounds(NamedTuple):
             self.slots,
         )
         return mass_bN, length_r
+
+
+def beside(part: PackedRows) -> list[Tensor]:
+    """By what the operator `decode_chosen` judges pages; cells are any where there are none."""
+    box_P2D, length_P2, span_P2 = (part.paging.pages(name) for name in (BOX, LENGTH, SPAN))
+    return [box_P2D, length_P2, part.paging.pages(CELL if part.cells else PAGE), span_P2]
 
 
 class Chosen(NamedTuple):

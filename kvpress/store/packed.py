@@ -11,19 +11,7 @@ from torch import Tensor
 from kvpress import host, ops
 from kvpress.errors import CacheError
 from kvpress.formulas.page_layout import PageLayout
-from kvpress.store.base import (
-    BOX,
-    CELL,
-    KEY,
-    LENGTH,
-    MASS,
-    PAGE,
-    POSITION,
-    SPAN,
-    VALUE,
-    Column,
-    Survivors,
-)
+from kvpress.store.base import KEY, MASS, PAGE, POSITION, VALUE, Column, Survivors
 from kvpress.store.boxes import box_columns, boxes_of, check_boxes
 from kvpress.store.fields import Fields, check_positions
 from kvpress.store.memory import PageMemory
@@ -97,11 +85,6 @@ class PackedRows:
             dropped = dropped[row_R] if table.on_host else no_counts
         position, mass = pages.get(POSITION, no_position), pages.get(MASS, no_mass)
         return [pages[PAGE], *channels, *table.operands(sequences), position, mass, dropped]
-
-    def beside(self) -> list[Tensor]:
-        """By what the operator `decode_chosen` judges pages; cells are any where there are none."""
-        pages = self.paging.pool.by_name
-        return [pages[BOX], pages[LENGTH], pages[CELL if self.cells else PAGE], pages[SPAN]]
 
     # Whole pages
 

@@ -45,8 +45,7 @@ def attend_some(
     out, lse_bN, weights = attend(chosen, wanted.need_weights)
     looked = [own.looked for own in bounds]
     if wanted.earlier_bND is not None:
-        # What is missed is missed by the queries that attend.
-        wanted = wanted._replace(earlier_bND=None)
+        wanted = wanted.by_now()
         bounds = scored(parts, wanted)
     missed = _missed(wanted, bounds, chosen, lse_bN)
     each = slot_bytes(aging)

@@ -44,7 +44,7 @@ class Trees:
 
     def allowed(self, wanted: Wanted, parts: Sequence[PackedRows]) -> Wanted:
         """The same, without a tree where a scan of all boxes is faster, which finds the same."""
-        return wanted._replace(tree=self._worthwhile(parts)) if wanted.tree else wanted
+        return wanted if not wanted.tree or self._worthwhile(parts) else wanted.scanned()
 
     def _worthwhile(self, parts: Sequence[PackedRows]) -> bool:
         """Whether trees are searched in this step.
