@@ -8,6 +8,7 @@ import torch
 
 from kvpress.env import __version__
 from kvpress.errors import PolicyError, TierError
+from kvpress.formulas.page_layout import PageLayout
 from kvpress.hf.support import Fingerprint
 from kvpress.policy import formats
 from kvpress.policy.recipe import Recipe
@@ -35,10 +36,10 @@ def make_tiers(
     _check(recipe, shape)
     dtype: torch.dtype = cache_dtype or getattr(model, "dtype", None) or torch.float32
     tiered = [kind for kind in shape.kinds if kind.window is None]
-    _check_device(caps, recipe, tiered, dtype)
+    unit = _check_device(caps, recipe, tiered, dtype)
     text = getattr(model.config, "text_config", model.config)
     turning = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
-    return Tiers(caps, f"{__version__} | {shape} | {recipe} | {dtype} | {turning}")
+    return Tiers(caps, f"{__version__} | {shape} | {recipe} | {dtype} | {turning}", unit)
 
 
 def _check(recipe: Recipe, shape: Fingerprint) -> None:
@@ -65,16 +66,15 @@ def _check(recipe: Recipe, shape: Fingerprint) -> None:
         )
 
 
-def _check_device(caps: Caps, recipe: Recipe, kinds: list[LayerKind], dtype: torch.dtype) -> None:
+def _check_device(caps: Caps, recipe: Recipe, kinds: list[LayerKind], dtype: torch.dtype) -> int:
     """Raises TierError where open spans of every layer do not fit beside what is on its way.
 
     Those of a prompt may be two: one that is complete goes down only once the next one has begun.
+    Returns the most bytes that any layer reads at once.
     """
     units, spans = [], []
     for kind in kinds:
-        widths = (kind.width or 1, kind.width or 1)
-        short = recipe.limits is not None
-        layouts = formats.layouts(recipe.packing, widths, widths, dtype.itemsize, short)
+        layouts = _layouts(recipe, kind, dtype)
         units.append(unit_bytes(kind.heads, layouts))
         spans.append(kind.heads * max(span_pages(x) * x.page_bytes for x in layouts))
     on_way, opened = 2 * max(units), 2 * sum(spans) + max(spans)
@@ -85,3 +85,13 @@ def _check_device(caps: Caps, recipe: Recipe, kinds: list[LayerKind], dtype: tor
             f" {len(spans)} layers. Give at least device={on_way + opened}, and {2 * sum(spans)}"
             " more for every further sequence."
         )
+    return max(units)
+
+
+def _layouts(recipe: Recipe, kind: LayerKind, dtype: torch.dtype) -> list[PageLayout]:
+    """How a layer may store old slots, if its values are as wide as its keys."""
+    widths = (kind.width or 1, kind.width or 1)
+    rule = recipe.stage("retrieve").retrieve(kind.index)
+    short = recipe.limits is not None and rule is None
+    page = None if rule is None else rule.page_of(widths[0])
+    return formats.layouts(recipe.packing, widths, widths, dtype.itemsize, short, page)

@@ -108,7 +108,10 @@ class Tiered(RuleBasedStateMachine):
         # An open span of every sequence, one that comes, and one for what alignment costs.
         least = least_device(layouts, MOST_ROWS * MOST_SEQUENCES + 2)
         engine = LateCopies() if late else None
-        self.tiers = [Tiers(Caps(4 * MIB), "wide"), Tiers(Caps(least, host, disk), "t", engine)]
+        self.tiers = [
+            Tiers(Caps(4 * MIB), "wide"),
+            Tiers(Caps(least, host, disk), "t", engine=engine),
+        ]
         self.trios = [Trio(self.new(sequences))]
         self.feed(self.trios[0], 450, True)
 

@@ -51,11 +51,14 @@ class Reader(Protocol):
 class Tiers:
     """The pages of all caches of an engine, within `caps`; the device's are those of each device.
 
-    facts: what else decides which bytes a page may hold; it stands in every record. engine: of
-    copies between host and device.
+    facts: what else decides which bytes a page may hold; it stands in every record. unit_bytes: the
+    most that rows read at once, where that is known. engine: of copies between host and device.
     """
 
-    def __init__(self, caps: Caps, facts: str, engine: CopyEngine | None = None) -> None:
+    def __init__(
+        self, caps: Caps, facts: str, unit_bytes: int = 0, engine: CopyEngine | None = None
+    ) -> None:
+        self._unit_bytes = unit_bytes
         self.caps, self.lock, self.engine = caps, threading.RLock(), engine or copies()
         self.tenants: WeakSet[Tenant] = WeakSet()
         self.readers: WeakSet[Reader] = WeakSet()
@@ -108,8 +111,9 @@ class Tiers:
         key = (device, page_bytes, beside)
         with self.lock:
             if device not in self._arenas:
-                half = max(unit_bytes, min(_MOST_STAGING, self.caps.device // _STAGING))
-                self._check(2 * half, unit_bytes)
+                unit = max(unit_bytes, self._unit_bytes)
+                half = max(unit, min(_MOST_STAGING, self.caps.device // _STAGING))
+                self._check(2 * half, unit)
                 self._arenas[device] = Arena(self.caps.device, half, device)
             arena = self._arenas[device]
             if unit_bytes > arena.half:
