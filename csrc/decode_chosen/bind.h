@@ -67,7 +67,6 @@ class ChosenStep {
 
   size_t parts() const { return parts_; }
   int64_t rows() const { return rows_; }
-  const Tensor& query() const { return query_; }
 
   ChosenPart choose(size_t i) const {
     const Tensor *part = &old_[i * kPartTensors], *beside = &judged_[i * kBeside];

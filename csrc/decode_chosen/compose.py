@@ -50,15 +50,17 @@ def composed(operands: Operands, run: Backend) -> tuple[Tensor, ...]:
     """What the operator returns; see its reference. Raises OperatorError."""
     parts = check(operands)
     query_BN1D, pages, logits, _, beside = operands[:5]
-    query_BND = query_BN1D[:, :, 0].contiguous()
+    query_BND, rows = query_BN1D[:, :, 0].contiguous(), len(pages.counts_R)
+    slots_R = torch.tensor(operands.slots, dtype=torch.int64, device=pages.counts_R.device)
+    left_R = (slots_R - pages.counts_R).clamp_min(0)
     found = [
-        _choose(operands, run, query_BND, *part, beside[BESIDE * i : BESIDE * (i + 1)])
+        _choose(operands, run, query_BND, left_R, *part, beside[BESIDE * i : BESIDE * (i + 1)])
         for i, part in enumerate(parts)
     ]
     tensors = [tensor for part in found for tensor in _chosen(part)]
     old = Old(tensors, [size for part in found for size in part.layout])
     out_BN1E, lse_BN1, _ = run.decode_rows(DecodeRows(query_BN1D, pages, logits, False, old))
-    lse_BN, rows = lse_BN1[..., 0].contiguous(), len(pages.counts_R)
+    lse_BN = lse_BN1[..., 0].contiguous()
     mass_BN, length_R = torch.full_like(lse_BN, -torch.inf), lse_BN.new_zeros(rows)
     for part in found:
         table_RW, length_P2 = part.tensors[3], part.beside[1]
@@ -78,15 +80,14 @@ def _choose(
     operands: Operands,
     run: Backend,
     query_BND: Tensor,
+    left_R: Tensor,
     layout: PageLayout,
     tensors: Sequence[Tensor],
     beside: Sequence[Tensor],
 ) -> _Part:
-    """Which pages of a part are read."""
+    """Which pages of a part are read. left_R: slots that rows may read besides the recent ones."""
     table_RW, counts_R, (box_P2D, _, cell_PY, span_P2) = tensors[3], tensors[4], beside
-    pages_R, recent_R = counts_R // layout.slots, operands.pages.counts_R
-    slots_R = torch.tensor(operands.slots, dtype=torch.int64, device=recent_R.device)
-    keep_R = (slots_R - recent_R).clamp_min(0) // layout.slots
+    pages_R, keep_R = counts_R // layout.slots, left_R // layout.slots
     heads = len(pages_R) // len(operands.seen_B)
     from_R = (operands.seen_B - operands.recent).repeat_interleave(heads)
     always = (span_P2, torch.full_like(pages_R, operands.sink), from_R)

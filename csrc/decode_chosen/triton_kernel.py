@@ -1,4 +1,4 @@
-"""Triton's `decode_chosen`: the kernels of its parts. The host waits for nothing."""
+"""Triton's `decode_chosen`: the kernels of its parts."""
 
 from __future__ import annotations
 

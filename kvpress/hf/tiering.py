@@ -8,9 +8,8 @@ import torch
 
 from kvpress.env import __version__
 from kvpress.errors import PolicyError, TierError
-from kvpress.formulas.page_layout import PageLayout
 from kvpress.hf.support import Fingerprint
-from kvpress.policy import formats
+from kvpress.pipe.state.stores import Stores
 from kvpress.policy.recipe import Recipe
 from kvpress.store.spans import span_pages
 from kvpress.store.tiers.caps import Caps
@@ -74,7 +73,10 @@ def _check_device(caps: Caps, recipe: Recipe, kinds: list[LayerKind], dtype: tor
     """
     units, spans = [], []
     for kind in kinds:
-        layouts = _layouts(recipe, kind, dtype)
+        rule = recipe.stage("retrieve").retrieve(kind.index)
+        stores = Stores(recipe, recipe.limits, 0, dtype, kind.index, retrieval=rule)
+        widths = (kind.width or 1, kind.width or 1)  # values as wide as keys
+        layouts = stores.layouts(widths, widths, dtype.itemsize)
         units.append(unit_bytes(kind.heads, layouts))
         spans.append(kind.heads * max(span_pages(x) * x.page_bytes for x in layouts))
     on_way, opened = 2 * max(units), 2 * sum(spans) + max(spans)
@@ -86,12 +88,3 @@ def _check_device(caps: Caps, recipe: Recipe, kinds: list[LayerKind], dtype: tor
             " more for every further sequence."
         )
     return max(units)
-
-
-def _layouts(recipe: Recipe, kind: LayerKind, dtype: torch.dtype) -> list[PageLayout]:
-    """How a layer may store old slots, if its values are as wide as its keys."""
-    widths = (kind.width or 1, kind.width or 1)
-    rule = recipe.stage("retrieve").retrieve(kind.index)
-    short = recipe.limits is not None and rule is None
-    page = None if rule is None else rule.page_of(widths[0])
-    return formats.layouts(recipe.packing, widths, widths, dtype.itemsize, short, page)

@@ -17,12 +17,6 @@ from kvpress.store.table import PageTable
 from kvpress.store.tiers.shelf import Shelf
 
 
-def used_pages(table: PageTable) -> Tensor:
-    """Which entries of a table name a page with slots: bool `[R, W]`; the others are room."""
-    width = table.pages_RW.shape[1]
-    return host.arange(width) < (table.counts // table.page_slots)[:, None]
-
-
 class Used(NamedTuple):
     """The pages with slots of some rows, as their table names them: once for each row.
 
@@ -40,7 +34,9 @@ class Used(NamedTuple):
     def of(cls, paging: Paging) -> Used:
         """The pages that rows have now."""
         table = paging.table
-        row_A, place_A = used_pages(table).nonzero().unbind(1)
+        place_W = host.arange(table.pages_RW.shape[1])  # what is behind pages with slots is room
+        used_RW = place_W < (table.counts // table.page_slots)[:, None]
+        row_A, place_A = used_RW.nonzero().unbind(1)
         page_A = table.pages_RW[row_A, place_A].long()
         id_A = paging.pages(REF)[page_A]
         return cls(table.pages_RW, table.counts, row_A, place_A, page_A, id_A)

@@ -50,20 +50,18 @@ def test_lower_tiers_need_a_device() -> None:
     refused(kvpress.TierError, "without device=", disk="1GiB:/tmp")
 
 
-@pytest.mark.parametrize(
-    ("width", "recipe"),
-    [(32, "full"), (128, "quest:read=64"), (32, "quest:read=64,page=64"), (128, "leoam:read=64")],
-)
-def test_the_least_device_that_is_named_is_enough(width: int, recipe: str, tmp_path: Path) -> None:
+def test_the_least_device_that_is_named_is_enough(tmp_path: Path) -> None:
     """Also where layers have pages of several sizes."""
-    model = tiered.model(width=width)
-    least, _ = tiered.least(model, recipe, 1)
-    caps = {"device": least, "host": "16MiB", "disk": f"32MiB:{tmp_path}"}
-    with tiered.attached(model, recipe, caps) as engine:
-        cache = engine.new_cache()
-        logits = tiered.feed(model, cache, helpers.prompt(1, 700), [700])
-        tiered.decode(model, cache, logits[-1], 3)
-        tiered.check(engine, cache)
+    cases = (32, "full"), (128, "quest:read=64"), (32, "quest:read=64,page=64"), (128, "leoam")
+    for width, recipe in cases:
+        model = tiered.model(width=width)
+        least, _ = tiered.least(model, recipe)
+        caps = {"device": least, "host": "16MiB", "disk": f"32MiB:{tmp_path}"}
+        with tiered.attached(model, recipe, caps) as engine:
+            cache = engine.new_cache()
+            logits = tiered.feed(model, cache, helpers.prompt(1, 700), [700])
+            tiered.decode(model, cache, logits[-1], 3)
+            tiered.check(engine, cache)
 
 
 @pytest.mark.parametrize("recipe", ["full", "quant", "snapkv:budget=0.5", "think+quant"])

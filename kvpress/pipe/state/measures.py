@@ -10,7 +10,6 @@ from kvpress.formulas.page_layout import PageLayout
 from kvpress.ops import Bounds
 from kvpress.ops.operands import new
 from kvpress.pipe.state.layer import Layer
-from kvpress.policy import formats
 from kvpress.policy.budget import Geometry
 from kvpress.policy.slots import Step
 from kvpress.store.base import KEY
@@ -53,6 +52,4 @@ def layouts(layer: Layer, kept: tuple[int, int]) -> list[PageLayout]:
     """The layouts of old pages that keep so many channels of keys and values."""
     widths = (layer.key_width, layer.value_width)
     item_bytes = layer.rows.columns[KEY].dtype.itemsize
-    short = layer.stores.has_short_rows
-    page = layer.stores.page(widths[0])
-    return formats.layouts(layer.recipe.packing, widths, kept, item_bytes, short, page)
+    return layer.stores.layouts(widths, kept, item_bytes)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvpress.formulas.page_layout import PageLayout
 from kvpress.pipe.state import channels
 from kvpress.pipe.state.context import Context
 from kvpress.policy import formats
@@ -63,14 +64,7 @@ class Stores:
         )
         rows, key = PagedRows(batch, heads, columns, few, device), columns[KEY]
         widths = (key.shape[0], columns[VALUE].shape[0])
-        layouts = formats.layouts(
-            recipe.packing,
-            widths,
-            widths,
-            key.dtype.itemsize,
-            self.has_short_rows,
-            self.page(widths[0]),
-        )
+        layouts = self.layouts(widths, widths, key.dtype.itemsize)
         ordered = self.limits is None and not recipe.accumulates
         made_of = (rows, layouts, recipe.residual, ordered)
         # What is quantised changes with when it is, and what is chosen with what is in pages; other
@@ -79,6 +73,13 @@ class Stores:
         if self.tiers is not None:
             return tiered_rows(*made_of, self.tiers, self.layer, together, self.cells)
         return FormattedRows(*made_of, cells=self.cells)
+
+    def layouts(
+        self, widths: tuple[int, int], kept: tuple[int, int], item_bytes: int
+    ) -> list[PageLayout]:
+        """How pages of old slots may lie that keep so many channels of keys and values."""
+        packing, page = self.recipe.packing, self.page(widths[0])
+        return formats.layouts(packing, widths, kept, item_bytes, self.has_short_rows, page)
 
     def page(self, width: int) -> int | None:
         """Slots of a page of old slots; None: as many as its format wants."""
