@@ -8,6 +8,7 @@
 #include "attention_sums/bind.h"
 #include "channel_scores/bind.h"
 #include "choose_pages/bind.h"
+#include "copy_ranges/bind.h"
 #include "decode_chosen/bind.h"
 #include "decode_rows/bind.h"
 #include "decode_step/bind.h"
@@ -40,6 +41,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvpress, CPU, library) {
   library.impl("pack", TORCH_BOX(&kvpress::pack));
   library.impl("unpack", TORCH_BOX(&kvpress::unpack));
   library.impl("channel_scores", TORCH_BOX(&kvpress::channel_scores));
+  library.impl("copy_ranges", TORCH_BOX(&kvpress::copy_ranges));
   library.impl("gather_slots", TORCH_BOX(&kvpress::gather_slots));
   library.impl("scatter_slots", TORCH_BOX(&kvpress::scatter_slots));
   library.impl("page_bounds", TORCH_BOX(&kvpress::page_bounds));

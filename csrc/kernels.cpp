@@ -5,6 +5,7 @@
 #include "attention_sums/cpu.h"
 #include "channel_scores/cpu.h"
 #include "choose_pages/cpu.h"
+#include "copy_ranges/cpu.h"
 #include "decode_rows/cpu.h"
 #include "decode_step/cpu.h"
 #include "estimate_blocks/cpu.h"
@@ -24,7 +25,7 @@ namespace kvpress::KERNEL_ISA {
 constexpr Kernels with(decltype(Kernels::estimate_blocks) estimate) {
   return {decode_rows, attend_parts, decode_step, absorb_step,    attention_sums, estimate,     attend_blocks,
           match_keys,  copy_slots,   pack_pages,  channel_scores, join_parts,     read_records, page_bounds,
-          score_pages, choose_pages, missed_mass, search_pages,   score_cells};
+          score_pages, choose_pages, missed_mass, search_pages,   score_cells,    copy_ranges};
 }
 
 extern const Kernels kernels;

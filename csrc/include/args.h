@@ -250,6 +250,15 @@ struct ReadRecords {
   int64_t* status;  // [count]
 };
 
+// Ranges of a list of bytes, `width` each, and the rows of a target [P, width] that they go to.
+struct CopyRanges {
+  uint8_t* target;
+  const int64_t* to;  // [count]
+  const uint8_t* source;
+  const int64_t* begin;  // [count]
+  int64_t count, width;
+};
+
 struct Kernels {
   void (*decode_rows)(const DecodeRows&, const Threads&);
   void (*attend_parts)(const DecodeRows&, const Threads&);
@@ -270,6 +279,7 @@ struct Kernels {
   void (*missed_mass)(const struct MissedMass&, const Threads&);
   void (*search_pages)(const struct SearchPages&, const Threads&);
   void (*score_cells)(const struct ScoreCells&, const Threads&);
+  void (*copy_ranges)(const CopyRanges&, const Threads&);
 };
 
 }  // namespace kvpress

@@ -5,6 +5,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <system_error>
+#include <thread>
 
 #include "args.h"
 #include "bind.h"
@@ -89,6 +91,20 @@ Threads threads() {
             torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
               for (int64_t i = begin; i < end; i++) work(i);
             });
+          }};
+}
+
+// Threads for one call, which wait for a disk or for memory: PyTorch's are for computing. Where the system gives fewer,
+// those that there are take their work.
+Threads own_threads(int64_t count) {
+  return {count, [](int64_t workers, const std::function<void(int64_t)>& work) {
+            std::vector<std::thread> others;
+            others.reserve(size_t(workers));
+            try {
+              while (int64_t(others.size()) < workers - 1) others.emplace_back(work, int64_t(others.size()) + 1);
+            } catch (const std::system_error&) {}
+            work(0);
+            for (std::thread& other : others) other.join();
           }};
 }
 

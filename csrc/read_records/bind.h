@@ -2,27 +2,12 @@
 #pragma once
 
 #include <climits>
-#include <system_error>
-#include <thread>
 
 #include "../include/bind.h"
 #include "../include/dispatch.h"
 
 namespace kvpress {
 namespace {
-
-// Threads for one call, which wait for a disk. Where the system gives fewer, those that there are take their work.
-Threads own_threads(int64_t count) {
-  return {count, [](int64_t workers, const std::function<void(int64_t)>& work) {
-            std::vector<std::thread> others;
-            others.reserve(size_t(workers));
-            try {
-              while (int64_t(others.size()) < workers - 1) others.emplace_back(work, int64_t(others.size()) + 1);
-            } catch (const std::system_error&) {}
-            work(0);
-            for (std::thread& other : others) other.join();
-          }};
-}
 
 void check_read(const char* op, const Read& read, int64_t index, int64_t size) {
   if (std::min({read.offset, read.length, read.place, read.begin, read.checked}) < 0)

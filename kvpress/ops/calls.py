@@ -136,6 +136,11 @@ def read_records(*operands: Any, **named: Any) -> Tensor:
     return status
 
 
+def copy_ranges(*operands: Any, **named: Any) -> None:
+    """Ranges of bytes to rows, without the interpreter's lock; see csrc/copy_ranges."""
+    _call("copy_ranges", operands, named)
+
+
 def gather_slots(*operands: Any, **named: Any) -> Tensor:
     """Dense copies of slots; see csrc/gather_slots."""
     slots: Tensor = _call("gather_slots", operands, named)

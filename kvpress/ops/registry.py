@@ -97,7 +97,7 @@ def _native() -> str:
 
 
 def has_triton(name: str) -> bool:
-    """Whether an operator has a Triton kernel: those that read files or search a tree do not."""
+    """Whether an operator has a Triton kernel: those of files, trees and host memory do not."""
     return importlib.util.find_spec(f"kvpress.csrc.{name}.triton_kernel") is not None
 
 

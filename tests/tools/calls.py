@@ -485,6 +485,18 @@ def read_records(make: Maker) -> Call:
     return {"fd": _file(), "reads_AX": reads_AX, "arena": arena, "threads": threads}
 
 
+def copy_ranges(make: Maker) -> Call:
+    rows, width, size = make.size(1, 3, 30), make.size(1, 5, 64, 100), make.random.randint(100, 300)
+    to_A = torch.randperm(rows)[: make.size(1, 3, 20)]
+    return {
+        "target_PX": torch.randint(0, 256, (rows, width)).to(torch.uint8),
+        "to_A": to_A,
+        "source": torch.randint(0, 256, (size,)).to(torch.uint8),
+        "begin_A": torch.randint(0, size - width + 1, to_A.shape),
+        "threads": make.random.choice((1, 1, 2)),
+    }
+
+
 _FILE = random.Random(0).randbytes(4096)
 
 
@@ -510,7 +522,7 @@ MAKERS: dict[str, Callable[[Maker], Call]] = {
         ),
         *(estimate_blocks, match_keys, pack, unpack, channel_scores, gather_slots, scatter_slots),
         *(join_parts, read_records, page_bounds, score_pages, choose_pages, missed_mass),
-        *(search_pages, score_cells, decode_chosen),
+        *(search_pages, score_cells, decode_chosen, copy_ranges),
     )
 }
 
