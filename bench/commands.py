@@ -6,6 +6,7 @@ import typer
 from kvpress.bench.operators.commands import ops
 from kvpress.bench.peers.commands import peers
 from kvpress.bench.peers.positions_command import positions
+from kvpress.bench.plan.commands import peaks as plan
 from kvpress.bench.retrieval.commands import retrieval
 from kvpress.bench.sparse.commands import sparse
 from kvpress.bench.speed.commands import decode, memory, overhead, prefill, throughput
@@ -15,3 +16,4 @@ bench = typer.Typer(help="Measure the operators and the engine.", no_args_is_hel
 TIMED = (decode, prefill, throughput, memory, tiers, sparse, retrieval, ops, overhead)
 for command in (*TIMED, peers, positions):
     command.add_to(bench)
+plan.add_to(bench, "plan")

@@ -1,4 +1,4 @@
-"""The command line: `kvpress run`, `eval`, `report`, `plot`, `bench`, `policies`, and others."""
+"""The command line: `kvpress run`, `plan`, `eval`, `report`, `bench`, `policies`, and others."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from kvpress.bench.calibrate.commands import calibrate
 from kvpress.bench.commands import bench
 from kvpress.bench.common.options import AsJson
 from kvpress.bench.pages.commands import plot, report
+from kvpress.bench.plan.commands import plan
 from kvpress.bench.quality.commands import evaluate
 from kvpress.bench.run.commands import run
 from kvpress.bench.view.commands import view
@@ -34,6 +35,7 @@ console, errors = Console(), Console(stderr=True)
 app.add_typer(bench, name="bench")
 app.add_typer(calibrate, name="calibrate")
 run.add_to(app)
+plan.add_to(app)
 evaluate.add_to(app, "eval")
 report.add_to(app)
 plot.add_to(app)

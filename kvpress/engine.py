@@ -12,7 +12,7 @@ import torch
 
 from kvpress import ops
 from kvpress.errors import AttachError, CacheError, PolicyError
-from kvpress.hf import cache_file, calibration, learned, roles
+from kvpress.hf import cache_file, calibration, learned, planning, roles
 from kvpress.hf.attach import Attachment
 from kvpress.hf.cache import EngineCache
 from kvpress.hf.calls import Newest
@@ -26,6 +26,7 @@ from kvpress.hf.unwrap import unwrap
 from kvpress.hf.wording import wording
 from kvpress.ops.shapes import FLOATS
 from kvpress.pipe.layer_budgets import check_division
+from kvpress.pipe.plan.plan import Plan
 from kvpress.policy.base import Policy
 from kvpress.policy.loading import parse, refuse_options
 from kvpress.policy.recipe import Recipe
@@ -39,8 +40,12 @@ _ENGINES: WeakKeyDictionary[Any, ref[Engine]] = WeakKeyDictionary()
 
 def attach(
     model: Any,
-    policy: str | Policy | Recipe | Sequence[str | Policy],
+    policy: str | Policy | Recipe | Sequence[str | Policy] | None = None,
     *,
+    memory: str | int | None = None,
+    length: int | None = None,
+    batch: int = 1,
+    new_tokens: int | None = None,
     page_size: int = PAGE_SLOTS,
     cache_dtype: torch.dtype | None = None,
     tokenizer: Any = None,
@@ -57,16 +62,26 @@ def attach(
     behind a prompt; None: the one that was saved with the model. device, host, disk: the most that
     the keys and values of all caches of this engine may take there, `"512MiB"`, `"2GiB"`,
     `"20GiB:folder"`; what does not fit in one goes to the next, and is read back: nothing is
-    forgotten. None: all of them stay on the device. Every `generate()` or forward call
-    of the model then uses a compressed cache until `engine.detach()` or the end of the `with`
-    block. Raises PolicyError, BudgetError, AttachError, UnsupportedModelError, or BackendError
-    where an environment variable forces what cannot run; the model is then untouched. options:
-    none; those of a policy belong into its specification, which the error writes out.
+    forgotten. None: all of them stay on the device. memory: instead of a policy, or beside one: all
+    that the process (on a GPU: the device) may hold, `"8GiB"`, weights included. Policy, budget,
+    chunks of prompts and tiers are chosen for `batch` sequences of `length` tokens (None: the
+    longest that the model takes), of which `new_tokens` are decoded (None: 256), as `engine.plan`
+    says; what would exceed it is refused. Every `generate()` or forward call of the model then uses
+    a compressed cache until `engine.detach()` or the end of the `with` block. Raises PolicyError,
+    BudgetError, PlanError, AttachError, UnsupportedModelError, or BackendError where an environment
+    variable forces what cannot run; the model is then untouched. options: none; those of a policy
+    belong into its specification, which the error writes out.
     """
     refuse_options(policy, options, (*_OPTIONS, "device", "host", "disk"))
     ops.refuse_settings()
-    caps = Caps.parse(device, host, disk)
-    return Engine(unwrap(model), parse(policy), page_size, cache_dtype, tokenizer, caps)
+    model, stored = unwrap(model), (page_size, cache_dtype)
+    wanted = planning.Wanted(memory, length, batch, new_tokens, device, host, disk)
+    if not wanted.plans(policy):
+        caps = Caps.parse(device, host, disk)
+        return Engine(model, parse(policy or ()), *stored, tokenizer, caps)
+    plan = planning.plan_for(model, policy, wanted, stored)
+    caps = wanted.caps(plan)
+    return Engine(model, parse(plan.policy), *stored, tokenizer, caps, plan)
 
 
 def engine_of(model: Any) -> Engine | None:
@@ -87,6 +102,7 @@ class Engine:
     """A policy attached to a model. Made by `attach`.
 
     model: the transformers model, out of what wraps it. It keeps its engine alive while attached.
+    plan: what was chosen for `memory=`, and why; None without.
     """
 
     def __init__(
@@ -97,6 +113,7 @@ class Engine:
         cache_dtype: torch.dtype | None = None,
         tokenizer: Any = None,
         caps: Caps | None = None,
+        plan: Plan | None = None,
     ) -> None:
         if not isinstance(page_size, int) or not 1 <= page_size <= 4096:
             raise PolicyError(
@@ -107,7 +124,7 @@ class Engine:
                 f"cache_dtype={cache_dtype} is not supported. Allowed: torch.float32,"
                 " torch.bfloat16, torch.float16, or None for the model's own."
             )
-        self.model, self.recipe, self.newest = model, recipe, Newest()
+        self.model, self.recipe, self.newest, self.plan = model, recipe, Newest(), plan
         lease, shape = Lease(weights=Identity(model)), check_model(model)
         check_division(recipe, sum(kind.window is None for kind in shape.kinds))
         slopes = any(kind.slopes for kind in shape.kinds)
@@ -129,7 +146,7 @@ class Engine:
         said = wording(recipe, model, tokenizer)
         tiers = make_tiers(model, recipe, shape, caps, cache_dtype)
         self.spec = CacheSpec(
-            shape, recipe, page_size, lease, cache_dtype, turns, sparse, said, known, tiers
+            shape, recipe, page_size, lease, cache_dtype, turns, sparse, said, known, tiers, plan
         )
         compresses = recipe.limits is not None or recipe.formats or recipe.sparsity is not None
         self._attachment: Attachment | None = Attachment(model, self.spec, self, compresses)

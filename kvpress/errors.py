@@ -18,6 +18,10 @@ class BudgetError(KVPressError, ValueError):
     """A budget that cannot be read or cannot be met."""
 
 
+class PlanError(KVPressError, ValueError):
+    """A plan that cannot fit its memory, or texts that an engine was not planned for."""
+
+
 class AttachError(KVPressError, RuntimeError):
     """The engine cannot be attached, or is used while it is not attached."""
 

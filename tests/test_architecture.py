@@ -265,7 +265,7 @@ BENCH = [
     {"calibrate"},
     {"sparse"},
     {"speed", "retrieval"},
-    {"peers", "gpu", "tiers"},
+    {"peers", "gpu", "plan", "tiers"},
     {"view", "pages"},
     {"commands", "docs"},
 ]

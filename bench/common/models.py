@@ -47,14 +47,18 @@ class Source:
     @property
     def dtype_name(self) -> str:
         """The dtype of the weights, from the checkpoint's config where that decides."""
-        from transformers import AutoConfig
-
         known = self._dtype()
         if known != AUTO:
             return known
+        text = self.config().get_text_config(decoder=True)
+        return str(text.dtype or "float32").removeprefix("torch.")
+
+    def config(self) -> Any:
+        """The config of the model, of which nothing else is loaded. Raises ModelError."""
+        from transformers import AutoConfig
+
         with self._loading():
-            config = AutoConfig.from_pretrained(self._place, **self.hub)
-        return str(config.get_text_config(decoder=True).dtype or "float32").removeprefix("torch.")
+            return AutoConfig.from_pretrained(self._place, **self.hub)
 
     def load(self) -> tuple[Any, Any]:
         """The model, in eval mode and on its device, and the tokenizer. Raises ModelError."""

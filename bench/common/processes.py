@@ -14,17 +14,19 @@ from kvpress.bench.common.journal import Row
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 
 
-def in_a_process(module: str, job: dict[str, Any]) -> Row:
+def in_a_process(module: str, job: dict[str, Any], frees: bool = True) -> Row:
     """What a module makes of a job, which it reads as JSON from standard input.
 
-    Its row is the last line of standard output; one with an error where the process fails.
+    frees: whether freed blocks go back to the system at once; otherwise the allocator keeps what it
+    keeps of a user's own. The row is the last line of standard output; one with an error where the
+    process fails.
     """
     done = subprocess.run(
         [sys.executable, "-m", module],
         input=json.dumps(job),
         capture_output=True,
         text=True,
-        env={**os.environ, **_MALLOC},
+        env={**os.environ, **(_MALLOC if frees else {})},
         check=False,
     )
     if done.returncode < 0:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from kvpress.bench.docs import (
     fewer,
     pictures,
+    plan,
     positions,
     quality,
     reference,
@@ -27,6 +28,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     **speed.PARTS,
     **positions.PARTS,
     **tiers.PARTS,
+    **plan.PARTS,
     **retrieval.PARTS,
 }
 PICTURES = ROOT / "docs" / "pictures"

@@ -18,3 +18,11 @@ def parse_size(text: str) -> int | None:
 def round_up(size: int, unit: int) -> int:
     """The smallest multiple of `unit` that is not below `size`."""
     return -(-size // unit) * unit
+
+
+def readable(count: int) -> str:
+    """Bytes for people, rounded up, so that what is said is enough: `1537MiB`, `2.50GiB`."""
+    if count < 2**30:
+        return f"{-(-count // 2**20)}MiB"
+    hundredths = -(-count * 100 // 2**30)
+    return f"{hundredths // 100}.{hundredths % 100:02}GiB"

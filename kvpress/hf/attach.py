@@ -22,6 +22,7 @@ from kvpress.hf.cache import EngineCache
 from kvpress.hf.calls import Calls, Newest
 from kvpress.hf.compat import uncompiled
 from kvpress.hf.generation import CACHE_NAMES, Way, cache_name, wrapped
+from kvpress.hf.guard import Guard
 from kvpress.hf.masks import (
     check_mask,
     check_places,
@@ -61,6 +62,7 @@ class Attachment:
         self._before = model.config._attn_implementation
         self._passing: EngineCache | None = None  # of a pass without a cache
         self._calls = Calls()
+        self._guard = None if spec.plan is None else Guard(spec.plan)
         self._set_implementation(model, self._name)
         if model.config._attn_implementation != self._name:
             raise UnsupportedModelError(
@@ -74,7 +76,7 @@ class Attachment:
         self._hooks = [self._hook(module) for module in self._modules]
         self._generate = vars(model).get("generate")  # somebody else's
         if hasattr(model, "generate"):
-            way = Way(self._cache_for, self._calls, maker.newest, compresses)
+            way = Way(self._cache_for, self._calls, maker.newest, compresses, self._guard)
             vars(model)["generate"] = wrapped(model, way)
 
     def _hook(self, module: torch.nn.Module) -> list[RemovableHandle]:
@@ -125,6 +127,8 @@ class Attachment:
             refuse_packing(given)
             cache = self._passing = self._made()  # without one nothing could attend
         given[self._cache_names[id(module)]] = cache = self._cache_for(cache)
+        if self._guard is not None:
+            self._guard.check(cache, given)
         if module is self._model:
             begin(cache)
             call = self._calls.of(cache)

@@ -14,6 +14,7 @@ from transformers import StoppingCriteriaList, StopStringCriteria
 from kvpress.errors import CacheError, InputError, UnsupportedModelError
 from kvpress.hf.cache import EngineCache
 from kvpress.hf.calls import Call, Calls, EndedRows, Heard, Newest
+from kvpress.hf.guard import Guard
 from kvpress.hf.horizon import expected_new_tokens, prompt_length
 
 CACHE_NAMES = ("cache", "past_key_values")  # of the argument: since transformers 5.24, and before
@@ -32,6 +33,7 @@ class Way(NamedTuple):
     calls: Calls
     newest: Newest
     compresses: bool  # whether anything is lost when a call uses no cache
+    guard: Guard | None = None  # what holds calls to a plan
 
 
 def wrapped(model: Any, way: Way) -> Callable[..., Any]:
@@ -125,7 +127,10 @@ def _prepared(model: Any, way: Way, asked: Asked) -> tuple[Call, dict[str, Any]]
     check_continuation(cache, asked)
     if not assists:
         length = prompt_length((), given)
-        cache.expect(expected_new_tokens((), given, model.generation_config, length))
+        new = expected_new_tokens((), given, model.generation_config, length)
+        if way.guard is not None:
+            way.guard.call(given, _columns(given), new)
+        cache.expect(new)
     for name, ours in (("use_cache", True), ("cache_implementation", None)):
         theirs = asked(name)
         if theirs is not None and theirs != ours:
@@ -142,11 +147,15 @@ def _prepared(model: Any, way: Way, asked: Asked) -> tuple[Call, dict[str, Any]]
         given["stopping_criteria"] = StoppingCriteriaList([rows, *own])
     if not way.calls.any:
         way.newest.generated(cache)
+    return Call(cache, rows, not assists, _columns(given)), given
+
+
+def _columns(given: dict[str, Any]) -> int:
+    """Columns of the whole text of a call, of which perhaps only the new tokens are given."""
     mask = given.get("attention_mask")
-    columns = prompt_length((), given)
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        columns = mask.shape[1]  # perhaps only the new tokens are given
-    return Call(cache, rows, not assists, columns), given
+        return int(mask.shape[1])
+    return prompt_length((), given)
 
 
 def check_continuation(cache: EngineCache, asked: Asked) -> None:

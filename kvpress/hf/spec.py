@@ -13,6 +13,7 @@ from torch import Tensor
 from kvpress.formulas.rotation import Rotation
 from kvpress.hf.support import Fingerprint
 from kvpress.hf.wording import Wording
+from kvpress.pipe.plan.plan import Plan
 from kvpress.pipe.state.context import Context, Ledger
 from kvpress.policy.pooling import Calibrated
 from kvpress.policy.recipe import Recipe
@@ -44,7 +45,7 @@ class CacheSpec:
     rotations: of the keys of every layer, where a policy needs them. thresholds: of blocks of
     prompt attention, where it is sparse. wording: what probes say, and how texts are
     written. calibrated: what policies need to know of the model. tiers: where old pages are,
-    where they may be elsewhere than on the device.
+    where they may be elsewhere than on the device. plan: what was chosen for `memory=`.
     """
 
     fingerprint: Fingerprint
@@ -57,6 +58,7 @@ class CacheSpec:
     wording: Wording = field(default_factory=Wording)
     calibrated: Mapping[Calibrated, Mapping[str, Tensor]] = field(default_factory=dict)
     tiers: Tiers | None = None
+    plan: Plan | None = None
 
     @property
     def compressed(self) -> int:
@@ -82,10 +84,11 @@ class CacheSpec:
         """What the report of every cache says."""
         kinds = self.fingerprint.kinds
         sliding = len(kinds) - self.compressed
+        planned: dict[str, None] = {} if self.plan is None else {str(self.plan): None}
         if not self.recipe.limits or not sliding:
-            return {}
+            return planned
         window = max(kind.window or 0 for kind in kinds)
-        return {
+        return planned | {
             f"{sliding} of {len(kinds)} layers are sliding-window layers: they keep their window"
             f" ({window} tokens) and are not compressed by the policy.": None
         }

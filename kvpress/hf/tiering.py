@@ -9,12 +9,10 @@ import torch
 from kvpress.env import __version__
 from kvpress.errors import PolicyError, TierError
 from kvpress.hf.support import Fingerprint
-from kvpress.pipe.state.stores import Stores
+from kvpress.pipe.plan.room import floor
 from kvpress.policy.recipe import Recipe
-from kvpress.store.spans import span_pages
 from kvpress.store.tiers.caps import Caps
 from kvpress.store.tiers.tiers import Tiers
-from kvpress.store.units import unit_bytes
 from kvpress.types import LayerKind
 
 
@@ -68,23 +66,15 @@ def _check(recipe: Recipe, shape: Fingerprint) -> None:
 def _check_device(caps: Caps, recipe: Recipe, kinds: list[LayerKind], dtype: torch.dtype) -> int:
     """Raises TierError where open spans of every layer do not fit beside what is on its way.
 
-    Those of a prompt may be two: one that is complete goes down only once the next one has begun.
     Returns the most bytes that any layer reads at once.
     """
-    units, spans = [], []
-    for kind in kinds:
-        rule = recipe.stage("retrieve").retrieve(kind.index)
-        stores = Stores(recipe, recipe.limits, 0, dtype, kind.index, retrieval=rule)
-        widths = (kind.width or 1, kind.width or 1)  # values as wide as keys
-        layouts = stores.layouts(widths, widths, dtype.itemsize)
-        units.append(unit_bytes(kind.heads, layouts))
-        spans.append(kind.heads * max(span_pages(x) * x.page_bytes for x in layouts))
-    on_way, opened = 2 * max(units), 2 * sum(spans) + max(spans)
-    if caps.device < on_way + opened:
+    least = floor(recipe, kinds, dtype)
+    if caps.device < least.on_way + least.opened():
         raise TierError(
-            f"device={caps.device} bytes are too few: {on_way} are for pages on their way, and one"
-            f" sequence has recent slots and an open span of up to {max(spans)} bytes in each of"
-            f" {len(spans)} layers. Give at least device={on_way + opened}, and {2 * sum(spans)}"
-            " more for every further sequence."
+            f"device={caps.device} bytes are too few: {least.on_way} are for pages on their way,"
+            f" and one sequence has recent slots and an open span of up to {max(least.spans)} bytes"
+            f" in each of {len(least.spans)} layers. Give at least"
+            f" device={least.on_way + least.opened()}, and {2 * sum(least.spans)} more for every"
+            " further sequence."
         )
-    return max(units)
+    return least.unit

@@ -40,6 +40,11 @@ class Brought(NamedTuple):
     whole: bool
 
 
+def ref_columns() -> dict[str, Column]:
+    """What stands in the place of a page: its number on the shelf."""
+    return {REF: Column((), torch.int64, whole=True, on_host=True)}
+
+
 class TieredPages(PackedRows):
     """Old slots of one layer in one layout, whose pages are where `tiers` has room.
 
@@ -76,7 +81,7 @@ class TieredPages(PackedRows):
     # Whole pages
 
     def _bytes(self) -> dict[str, Column]:
-        return {REF: Column((), torch.int64, whole=True, on_host=True)}
+        return ref_columns()
 
     def packed(self, page_A: Tensor) -> Tensor:
         """What is packed of some pages of the pool (on the host): uint8 `[A, page_bytes]`, a copy.

@@ -54,25 +54,33 @@ class Stores:
         self, columns: dict[str, Column], batch: int, heads: int, device: torch.device
     ) -> Rows:
         """An empty store of these columns."""
-        recipe = self.recipe
+        slots = self.recent_page(self.tiers is not None)
+        rows, key = PagedRows(batch, heads, columns, slots, device), columns[KEY]
         if not self.packs:
-            return PagedRows(batch, heads, columns, self.page_slots, device)
-        few = (
-            min(self.page_slots, _RECENT_SLOTS)
-            if recipe.formats and not self.tiers
-            else self.page_slots
-        )
-        rows, key = PagedRows(batch, heads, columns, few, device), columns[KEY]
+            return rows
         widths = (key.shape[0], columns[VALUE].shape[0])
         layouts = self.layouts(widths, widths, key.dtype.itemsize)
-        ordered = self.limits is None and not recipe.accumulates
-        made_of = (rows, layouts, recipe.residual, ordered)
+        made_of = (rows, layouts, self.recipe.residual, self.ordered)
+        if self.tiers is not None:
+            return tiered_rows(*made_of, self.tiers, self.layer, self.together, self.cells)
+        return FormattedRows(*made_of, cells=self.cells)
+
+    def recent_page(self, tiered: bool) -> int:
+        """Slots of a page of recent slots. tiered: whether old ones go to tiers."""
+        few = self.recipe.formats and not tiered
+        return min(self.page_slots, _RECENT_SLOTS) if few else self.page_slots
+
+    @property
+    def ordered(self) -> bool:
+        """Whether nothing is ever dropped from pages of old slots."""
+        return self.limits is None and not self.recipe.accumulates
+
+    @property
+    def together(self) -> int:
+        """Slots that become old at once while tokens are decoded, at least, in tiers."""
         # What is quantised changes with when it is, and what is chosen with what is in pages; other
         # slots as they came may wait for a whole span.
-        together = SPAN if self.cells is None and not recipe.formats else 1
-        if self.tiers is not None:
-            return tiered_rows(*made_of, self.tiers, self.layer, together, self.cells)
-        return FormattedRows(*made_of, cells=self.cells)
+        return SPAN if self.cells is None and not self.recipe.formats else 1
 
     def layouts(
         self, widths: tuple[int, int], kept: tuple[int, int], item_bytes: int

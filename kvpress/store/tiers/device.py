@@ -17,6 +17,11 @@ _GROWTH = 32  # a full pool grows by at least 1/32, so that appending costs amor
 _LEAST_USED = 0.75  # of the pages; a pool that is used less is packed
 
 
+def enlarged(pages: int, missing: int, most: int = 2**62) -> int:
+    """Pages of a pool of so many once some that were missing have come; see `PagePool.take`."""
+    return pages + max(missing, min(pages // _GROWTH, most - pages))
+
+
 class PageUser(Protocol):
     """Who has a part in a pool, as rows do."""
 
@@ -116,8 +121,7 @@ class PagePool:
 
     def _grow(self, pages: int, most: int) -> None:
         """Enlarges the pool by at least `pages` free pages, one column at a time."""
-        old = self.pages
-        new = old + max(pages, min(old // _GROWTH, most - old))
+        old, new = self.pages, enlarged(self.pages, pages, most)
         for name in self.by_name:
             pool = self._new(name, new)
             pool[:old] = self.by_name[name]

@@ -1,0 +1,1 @@
+"""Plans: what fits where, and whether what was planned holds."""
