@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typer
+from kvpress.bench.distill.recall_command import heads
 from kvpress.bench.operators.commands import ops
 from kvpress.bench.peers.commands import peers
 from kvpress.bench.peers.positions_command import positions
@@ -13,7 +14,7 @@ from kvpress.bench.speed.commands import decode, memory, overhead, prefill, thro
 from kvpress.bench.tiers.commands import tiers
 
 bench = typer.Typer(help="Measure the operators and the engine.", no_args_is_help=True)
-TIMED = (decode, prefill, throughput, memory, tiers, sparse, retrieval, ops, overhead)
+TIMED = (decode, prefill, throughput, memory, tiers, sparse, retrieval, heads, ops, overhead)
 for command in (*TIMED, peers, positions):
     command.add_to(bench)
 plan.add_to(bench, "plan")

@@ -16,6 +16,7 @@ from kvpress import __version__, env
 from kvpress.bench.calibrate.commands import calibrate
 from kvpress.bench.commands import bench
 from kvpress.bench.common.options import AsJson
+from kvpress.bench.distill.commands import distill
 from kvpress.bench.pages.commands import plot, report
 from kvpress.bench.plan.commands import plan
 from kvpress.bench.quality.commands import evaluate
@@ -34,6 +35,7 @@ app = typer.Typer(
 console, errors = Console(), Console(stderr=True)
 app.add_typer(bench, name="bench")
 app.add_typer(calibrate, name="calibrate")
+distill.add_to(app)
 run.add_to(app)
 plan.add_to(app)
 evaluate.add_to(app, "eval")

@@ -263,7 +263,7 @@ BENCH = [
     {"common"},
     {"operators", "quality", "run"},
     {"calibrate"},
-    {"sparse"},
+    {"sparse", "distill"},
     {"speed", "retrieval"},
     {"peers", "gpu", "plan", "tiers"},
     {"view", "pages"},

@@ -13,6 +13,7 @@ from kvpress.bench.docs import (
     quality,
     reference,
     retrieval,
+    retrieval_heads,
     speed,
     stages,
     tiers,
@@ -30,6 +31,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     **tiers.PARTS,
     **plan.PARTS,
     **retrieval.PARTS,
+    **retrieval_heads.PARTS,
 }
 PICTURES = ROOT / "docs" / "pictures"
 

@@ -72,12 +72,13 @@ def _is_of_benchmarks(path: Path) -> bool:
 
 def _report(path: Path) -> Any:
     from kvpress.bench.common.journal import record_of
+    from kvpress.bench.distill import report as heads
     from kvpress.bench.retrieval import report as retrieval
     from kvpress.bench.sparse import report as sparse
     from kvpress.bench.tiers import report as tiers
 
     record = record_of(path) or {}
-    for made in (sparse, tiers, retrieval):
+    for made in (sparse, tiers, retrieval, heads):
         if record.get("bench") == made.KIND:
             return made.report(record)
     if _is_of_benchmarks(path):
@@ -93,11 +94,12 @@ def _report(path: Path) -> Any:
 
 def _figure(path: Path, what: str) -> Any:
     from kvpress.bench.common.journal import record_of
+    from kvpress.bench.distill import report as heads
     from kvpress.bench.retrieval import report as retrieval
     from kvpress.bench.sparse import report as sparse
 
     record = record_of(path) or {}
-    for made in (sparse, retrieval):
+    for made in (sparse, retrieval, heads):
         if record.get("bench") == made.KIND:
             return made.figure(made.rows_of(record))
     if _is_of_benchmarks(path):

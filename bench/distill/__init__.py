@@ -1,0 +1,1 @@
+"""Retrieval heads: trained on a target's attention, and measured."""
