@@ -16,6 +16,7 @@ from kvpress.hf import cache_file, calibration, learned, planning, roles
 from kvpress.hf.attach import Attachment
 from kvpress.hf.cache import EngineCache
 from kvpress.hf.calls import Newest
+from kvpress.hf.foresight import head_of
 from kvpress.hf.identity import Identity
 from kvpress.hf.norms import check_projections
 from kvpress.hf.rotation_probe import rotations
@@ -127,26 +128,27 @@ class Engine:
         self.model, self.recipe, self.newest, self.plan = model, recipe, Newest(), plan
         lease, shape = Lease(weights=Identity(model)), check_model(model)
         check_division(recipe, sum(kind.window is None for kind in shape.kinds))
-        slopes = any(kind.slopes for kind in shape.kinds)
-        if "query" in recipe.needs and slopes:
-            raise PolicyError(
-                f"{recipe} scores by queries, which on this model carry ALiBi positions in channels"
-                " of their own. Use a policy that does not."
-            )
-        if (recipe.formats or recipe.retrieves) and slopes:
-            raise PolicyError(
-                f"{recipe}: keys of this model carry ALiBi positions in channels, which must not be"
-                " pruned, quantised or judged by boxes. Use a policy that keeps keys as they are,"
-                " and reads them all."
-            )
+        _check_slopes(recipe, any(kind.slopes for kind in shape.kinds))
         turns = tuple(rotations(model)) if recipe.needs_rotation else ()
         sparse = calibration.thresholds(recipe.sparsity, model, shape)
         known = learned.calibrated(recipe, model, shape)
         check_projections(model, len(shape.kinds), recipe)
         said = wording(recipe, model, tokenizer)
+        head = head_of(recipe, model, shape)
         tiers = make_tiers(model, recipe, shape, caps, cache_dtype)
         self.spec = CacheSpec(
-            shape, recipe, page_size, lease, cache_dtype, turns, sparse, said, known, tiers, plan
+            shape,
+            recipe,
+            page_size,
+            lease,
+            cache_dtype,
+            turns,
+            sparse,
+            said,
+            known,
+            tiers,
+            head,
+            plan,
         )
         compresses = recipe.limits is not None or recipe.formats or recipe.sparsity is not None
         self._attachment: Attachment | None = Attachment(model, self.spec, self, compresses)
@@ -270,3 +272,18 @@ class Engine:
     @property
     def _model_name(self) -> str:
         return getattr(self.model.config, "name_or_path", "") or type(self.model).__name__
+
+
+def _check_slopes(recipe: Recipe, slopes: bool) -> None:
+    """Raises PolicyError for what cannot be where positions are in channels (ALiBi)."""
+    if "query" in recipe.needs and slopes:
+        raise PolicyError(
+            f"{recipe} scores by queries, which on this model carry ALiBi positions in channels"
+            " of their own. Use a policy that does not."
+        )
+    if (recipe.formats or recipe.retrieves) and slopes:
+        raise PolicyError(
+            f"{recipe}: keys of this model carry ALiBi positions in channels, which must not be"
+            " pruned, quantised or judged by boxes. Use a policy that keeps keys as they are,"
+            " and reads them all."
+        )

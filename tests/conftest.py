@@ -9,9 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Not this folder itself: its folder `kvpress` would be taken for the package.
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
+
+
+# What else runs on a machine decides how long a case takes.
+settings.register_profile("kvpress", deadline=None)
+settings.load_profile("kvpress")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

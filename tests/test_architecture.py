@@ -7,7 +7,7 @@ import graphlib
 import re
 from pathlib import Path
 
-import pytest
+from each import each, name_of
 
 try:
     import tomllib
@@ -69,7 +69,7 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", ENGINE, ids=module_name)
+@each(ENGINE, module_name)
 def test_imports_run_one_way(path: Path) -> None:
     own = module_name(path)
     for other in imported(path) if own != "__init__" else ():  # whose imports are lazy
@@ -85,7 +85,7 @@ BESIDE = {
 OTHERS = [path for tree in BESIDE for path in sorted((ROOT / tree).rglob("*.py"))]
 
 
-@pytest.mark.parametrize("path", OTHERS, ids=lambda path: str(path.relative_to(ROOT)))
+@each(OTHERS, name_of)
 def test_operators_and_policies_import_few_rooms(path: Path) -> None:
     allowed = BESIDE[path.relative_to(ROOT).parts[0]]
     assert {room(module) for module in imported(path)} <= allowed
@@ -110,19 +110,19 @@ def test_the_package_shows_few_entries() -> None:
     assert len(shown) <= 16, sorted(shown)
 
 
-@pytest.mark.parametrize("path", ENGINE, ids=module_name)
+@each(ENGINE, module_name)
 def test_only_one_package_imports_transformers(path: Path) -> None:
     uses = re.search(r"^\s*(from|import) transformers\b", path.read_text(encoding="utf-8"), re.M)
     assert not uses or room(module_name(path)) == "hf"
 
 
-@pytest.mark.parametrize("path", ENGINE, ids=module_name)
+@each(ENGINE, module_name)
 def test_only_reports_and_the_command_line_import_rich(path: Path) -> None:
     uses = re.search(r"^\s*(from|import) rich\b", path.read_text(encoding="utf-8"), re.M)
     assert not uses or room(module_name(path)) in {"report", "cli"}
 
 
-@pytest.mark.parametrize("path", ENGINE, ids=module_name)
+@each(ENGINE, module_name)
 def test_the_engine_names_no_policy(path: Path) -> None:
     """Not even in a docstring. Some names are ordinary words: there quoting it is forbidden."""
     text = path.read_text(encoding="utf-8").lower()
@@ -133,7 +133,7 @@ def test_the_engine_names_no_policy(path: Path) -> None:
         assert not found or (module_name(path), name) == ("types", "full")  # a layer kind
 
 
-@pytest.mark.parametrize("path", POLICY_FILES, ids=lambda path: path.stem)
+@each(POLICY_FILES, name_of)
 def test_policies_import_only_the_engine_and_torch(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     allowed = {"kvpress", "torch", "collections", "dataclasses", "fractions", "itertools"}
@@ -146,7 +146,7 @@ def test_policies_import_only_the_engine_and_torch(path: Path) -> None:
             assert not module.startswith(("kvpress.policies", "kvpress.bench"))
 
 
-@pytest.mark.parametrize("path", POLICY_FILES, ids=lambda path: path.stem)
+@each(POLICY_FILES, name_of)
 def test_policy_files_are_small_and_cite_their_source(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
@@ -166,7 +166,7 @@ WITH_SHAPES = sorted(
 )
 
 
-@pytest.mark.parametrize("path", WITH_SHAPES, ids=lambda path: str(path.relative_to(ROOT)))
+@each(WITH_SHAPES, name_of)
 def test_every_letter_of_a_shape_is_in_the_legend(path: Path) -> None:
     from kvpress.types import LEGEND
 
@@ -178,7 +178,7 @@ def test_every_letter_of_a_shape_is_in_the_legend(path: Path) -> None:
 SCRIPTS = [p for folder in ("scripts", ".ci") for p in (ROOT / folder).rglob("*") if p.is_file()]
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+@each(SCRIPTS, name_of)
 def test_scripts_name_what_is_there(path: Path) -> None:
     """Tests by their paths, the slow ones of a list by folder/name, modules where they are."""
     text = path.read_text(encoding="utf-8")
@@ -222,7 +222,7 @@ def test_every_environment_variable_is_declared_and_documented() -> None:
     assert all(name in page for name in used)
 
 
-@pytest.mark.parametrize("path", ENGINE, ids=module_name)
+@each(ENGINE, module_name)
 def test_user_errors_are_exceptions_of_the_engine(path: Path) -> None:
     """No bare Exception, ValueError or RuntimeError is raised."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -243,7 +243,7 @@ TENSORS = [
 ]
 
 
-@pytest.mark.parametrize("path", TENSORS, ids=lambda path: str(path.relative_to(ROOT)))
+@each(TENSORS, name_of)
 def test_no_tensor_depends_on_the_defaults_of_the_process(path: Path) -> None:
     """`torch.set_default_dtype` and `set_default_device` belong to the user; see host.py."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

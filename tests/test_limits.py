@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from each import each
 
 ROOT = Path(__file__).parents[1]
 TREES = ("kvpress", "policies", "csrc", "bench")
@@ -36,13 +36,13 @@ def lines_of(node: ast.AST) -> int:
     return rest[-1].end_lineno - rest[0].lineno + 1 if rest else 0
 
 
-@pytest.mark.parametrize("path", [*PYTHON, *NATIVE], ids=name)
+@each([*PYTHON, *NATIVE], name)
 def test_files_are_small(path: Path) -> None:
     most = MOST_TRITON if path.name.startswith("triton") else MOST_LINES
     assert len(path.read_text(encoding="utf-8").splitlines()) <= most
 
 
-@pytest.mark.parametrize("path", PYTHON, ids=name)
+@each(PYTHON, name)
 def test_functions_and_classes_are_small(path: Path) -> None:
     for node in nodes(path, FUNCTIONS):
         assert lines_of(node) <= MOST_FUNCTION, f"{node.name} has {lines_of(node)} lines"
@@ -68,7 +68,7 @@ def test_classes_derive_from_at_most_one_of_ours() -> None:
         assert len(ours) <= 1 and not above, f"{own} derives from {ours}, these from {above}"
 
 
-@pytest.mark.parametrize("path", PYTHON, ids=name)
+@each(PYTHON, name)
 def test_nobody_outside_the_store_asks_which_store_it_is(path: Path) -> None:
     if (ROOT / "kvpress" / "store") in path.parents:
         return

@@ -14,6 +14,7 @@ import families
 import pytest
 import torch
 import typer
+from each import each
 from kvpress.bench.common.candidates import CACHES
 from kvpress.bench.docs.__main__ import PARTS
 from kvpress.bench.docs.marks import bodies
@@ -96,7 +97,7 @@ def headings(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@each(PAGES, name_of)
 def test_every_link_leads_somewhere(path: Path) -> None:
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
     defined = dict(re.findall(r"^\[(\w+)\]: (\S+)$", text, re.M))
@@ -137,7 +138,7 @@ def commands(path: Path) -> Iterator[tuple[str, bool]]:
             yield code, " --" in code
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@each(PAGES, name_of)
 def test_every_command_can_be_run(path: Path) -> None:
     """Its options, ranges and policies are those of today; nothing is run."""
     for line, complete in commands(path):
@@ -178,7 +179,7 @@ def tables(text: str) -> Iterator[str]:
     yield from (found[0] for found in re.finditer(r"(?:^\|.*\n)+", text, re.M))
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@each(PAGES, name_of)
 def test_every_table_of_figures_is_generated(path: Path) -> None:
     """By hand only texts stand in tables: a cell that begins with a number is a figure."""
     text = path.read_text(encoding="utf-8")
@@ -188,7 +189,7 @@ def test_every_table_of_figures_is_generated(path: Path) -> None:
         assert not re.search(r"\| *[-+]?\d[\d.,]*(?: ?(?:%|×|ms|s|MiB|GiB|\[.*?\]))? *\|", table)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@each(PAGES, name_of)
 def test_every_file_of_results_that_is_named_is_there(path: Path) -> None:
     for name in re.findall(r"bench/results/[\w.-]+\w", path.read_text(encoding="utf-8")):
         assert (ROOT / name).is_file(), name

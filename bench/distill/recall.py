@@ -15,7 +15,9 @@ from kvpress.bench.distill.contexts import Context, Maker, sampled
 from kvpress.bench.distill.maps import Always, watch
 from torch import Tensor
 
-from kvpress.hf.heads.base import RetrievalHead, scores, with_context
+from kvpress.formulas.head_scores import scores
+from kvpress.hf.heads.base import with_context
+from kvpress.policy.heads import RetrievalHead
 
 PROSE, ASKED = "text", "facts and repeats"
 TOKENS, PAGES = "tokens", "pages"

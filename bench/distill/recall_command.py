@@ -25,7 +25,7 @@ class RecallOptions:
     head: Annotated[
         list[str] | None,
         typer.Option(
-            help="distilled, self, self:LAYER, or a path; repeatable.",
+            help="distilled, self, self@LAYER, or a path; repeatable.",
             show_default=", ".join(HEADS),
         ),
     ] = None

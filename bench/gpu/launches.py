@@ -22,7 +22,20 @@ from kvpress.formulas import page_cells
 from kvpress.formulas.block_map import GROUPS, Blocks
 from kvpress.formulas.merging import Merging
 from kvpress.formulas.page_layout import PageLayout
-from kvpress.ops import Bounds, Columns, Logits, Noise, Old, Pages, Reduction, Token, Turning
+from kvpress.ops import (
+    Always,
+    Bounds,
+    Columns,
+    Logits,
+    Noise,
+    Old,
+    Pages,
+    Places,
+    Reduction,
+    RowPages,
+    Token,
+    Turning,
+)
 from kvpress.types import NoiseKind
 
 WIDTHS, DTYPES = (64, 128, 256), {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -126,19 +139,19 @@ def chosen_operands(query: torch.Tensor) -> Iterator[tuple[str, str, tuple[Any, 
     """The operators that choose among 512 pages of each row."""
     places = 512
     table, pages = torch.zeros(4, places, dtype=torch.int32), torch.full((4,), places)
+    rows, named = RowPages(table, pages), Places(table, pages)
     ends, lengths = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.float32)
     bound = torch.zeros(*query.shape[:2], places, dtype=torch.float32)
     box = query[:1, :2].contiguous()
-    yield "score_pages", "", (query, box, table, pages)
+    yield "score_pages", "", (query, box, rows)
     for bits in page_cells.BITS:
         size = page_cells.cell_bytes(query.shape[2], 64, bits)
         cell = torch.zeros(1, size, dtype=torch.uint8)
-        named = (query, box, cell, table, pages, table, pages, bound)
-        yield "score_cells", f"{bits} bits", (*named, bits, 64)
-    yield "choose_pages", "", (bound, table, pages, ends, pages, pages, pages)
-    rows = (query, bound, table, pages, table, pages, lengths)
+        given = (query, box, cell, rows, named, bound)
+        yield "score_cells", f"{bits} bits", (*given, bits, 64)
+    yield "choose_pages", "", (bound, rows, Always(ends, pages, pages), pages)
     for case, logits in (("", Logits(0.1)), ("softcap", Logits(0.1, 50.0))):
-        yield "missed_mass", case, (*rows, logits, 64)
+        yield "missed_mass", case, (query, bound, rows, named, lengths, logits, 64)
 
 
 def sums_operands(prompt: torch.Tensor) -> Iterator[tuple[str, str, tuple[Any, ...]]]:

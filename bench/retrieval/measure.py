@@ -12,6 +12,7 @@ from kvpress.bench.retrieval.pages import OURS, RANKINGS, Seen, by_cells, seen_o
 from torch import Tensor
 
 from kvpress import ops
+from kvpress.ops import Always, Logits, Places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +107,9 @@ class _Whole(NamedTuple):
 
     def _missed(self, place_RW: Tensor, chosen_R: Tensor) -> Tensor:
         """The certificate: ln Σ exp of the logits of pages that are not read, at the most."""
-        seen, logits = self.seen, (self.seen.scaling, 0.0)
-        table = seen.table_RW, seen.pages_R, place_RW, chosen_R
-        own = self.length_P2, logits, seen.page
-        mass_AN: Tensor = ops.missed_mass(seen.query_AND, self.bound_ANW, *table, *own)[0]
+        seen, places = self.seen, Places(place_RW, chosen_R)
+        given = (seen.query_AND, self.bound_ANW, seen.rows, places, self.length_P2)
+        mass_AN: Tensor = ops.missed_mass(*given, Logits(seen.scaling), seen.page)[0]
         return mass_AN
 
 
@@ -127,7 +127,7 @@ def choose(seen: Seen, score_ANW: Tensor, read: int, how: How) -> tuple[Tensor, 
     keep_R, from_R = (x.repeat_interleave(seen.heads) for x in (keep_A, seen.at_A + 1 - how.recent))
     sink_R = torch.full_like(from_R, how.sink)
     span_P2 = span_W2.repeat(seen.heads, 1)
-    return ops.choose_pages(score_ANW, seen.table_RW, seen.pages_R, span_P2, sink_R, from_R, keep_R)
+    return ops.choose_pages(score_ANW, seen.rows, Always(span_P2, sink_R, from_R), keep_R)
 
 
 def tokens_read(seen: Seen, place_RW: Tensor, chosen_R: Tensor) -> Tensor:

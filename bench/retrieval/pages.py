@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvpress import ops
 from kvpress.formulas.page_layout import PageLayout
+from kvpress.ops import Places, RowPages
 
 BITS = 2  # of cells
 
@@ -64,6 +65,11 @@ class Seen:
         """How many of them a row has."""
         return self.pages_A.repeat_interleave(self.heads)
 
+    @property
+    def rows(self) -> RowPages:
+        """Both, as operators take them."""
+        return RowPages(self.table_RW, self.pages_R)
+
     def logits(self) -> Tensor:
         """fp32 `[A, N, T]`; −∞ behind a query."""
         group = self.query_AND.shape[1] // self.heads
@@ -76,7 +82,7 @@ class Seen:
         """What boxes `[H, 2, W, D]` say of each page: `[A, N, W]`."""
         box_P2D = box_H2WD.transpose(1, 2).flatten(0, 1).contiguous()
         query = self.query_AND if query_AND is None else query_AND
-        return ops.score_pages(query, box_P2D, self.table_RW, self.pages_R)
+        return ops.score_pages(query, box_P2D, self.rows)
 
     def beside(self) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes, lengths and cells of all pages, as the engine makes them."""
@@ -123,11 +129,11 @@ def bounds(seen: Seen) -> Tensor:
 def by_cells(seen: Seen) -> tuple[Tensor, Tensor]:
     """By the part of the box that each key is in: what the engine ranks by, and the bounds."""
     box_P2D, _, cell_PY = seen.beside()
-    rows = seen.table_RW, seen.pages_R
-    bound_ANW = ops.score_pages(seen.query_AND, box_P2D, *rows)
+    rows = seen.rows
+    bound_ANW = ops.score_pages(seen.query_AND, box_P2D, rows)
     place_W = torch.arange(seen.width, dtype=torch.int32, device=seen.at_A.device)
-    every = place_W.expand(len(seen.pages_R), -1).contiguous(), seen.pages_R
-    operands = (seen.query_AND, box_P2D, cell_PY, *rows, *every, bound_ANW)
+    every = Places(place_W.expand(len(rows.pages_R), -1).contiguous(), rows.pages_R)
+    operands = (seen.query_AND, box_P2D, cell_PY, rows, every, bound_ANW)
     return ops.score_cells(*operands, BITS, seen.page)
 
 

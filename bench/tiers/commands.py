@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,10 @@ class TierBenchOptions:
     case: Annotated[
         str, typer.Option(help="model, or one-layer: 8 KV heads of 128 channels in bfloat16.")
     ] = "model"
-    policy: Annotated[str, typer.Option(help="name:key=value,…; of --case model.")] = "full"
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="name:key=value,…; of --case model; repeat.", show_default="full"),
+    ] = None
     tokens: Annotated[
         int | None,
         typer.Option(help="Of a prompt.", show_default="8000, of one layer 128000", min=64),
@@ -54,6 +57,11 @@ class TierBenchOptions:
         bool, typer.Option(help="Also one layer without tiers, and all on the device.")
     ] = True
 
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Those that are measured: everything is read where none is given."""
+        return tuple(self.policy or ["full"])
+
 
 @command("kvpress bench tiers --tokens 2000 --batch 2 --device 0.3 --host 0.3")
 def tiers(
@@ -65,7 +73,7 @@ def tiers(
 ) -> None:
     """Time decode steps whose pages are in tiers, beside all of them on the device, in turn.
 
-    Each step reads every page, unless a policy such as leoam:read=0.2 chooses them: then it stands
+    Each step reads every page, unless policies such as leoam:read=0.2 choose them: then they stand
     beside exact streaming under the same caps. Also: what recomputing the prompts takes, the memory
     of a process of its own, and the disk's rate beside that of plain reads. Caps may be shares of
     the cache, as in --device 0.2; without any a fifth is on the device, two fifths on the host, and
@@ -80,7 +88,9 @@ def tiers(
 
     if asked.case not in CASES:
         raise typer.BadParameter(f"--case {asked.case} is unknown; allowed: {', '.join(CASES)}.")
-    parse(asked.policy)  # refuse a wrong policy, cap or file before a model is loaded
+    for given in asked.policies:  # refuse a wrong policy, cap or file before a model is loaded
+        parse(given)
+    _check_alike(asked.policies)
     check_writable("--out", out)
     use_threads(loading.threads)
     with _setting(loading, asked) as setting:
@@ -91,6 +101,18 @@ def tiers(
     console.print(report.LEGEND)
     if out is not None:
         write_json(out, record)
+
+
+def _check_alike(policies: Sequence[str]) -> None:
+    """Raises BadParameter for policies that do not stand beside the same exact streaming."""
+    from kvpress.bench.tiers.steps import exact_part
+
+    exact = sorted({exact_part(policy) for policy in policies})
+    if len(exact) > 1:
+        raise typer.BadParameter(
+            f"--policy {', '.join(policies)}: without choosing pages these are {', '.join(exact)};"
+            " those of one run must be the same. Give each its own run."
+        )
 
 
 @contextmanager
@@ -106,7 +128,7 @@ def _setting(loading: TieredOptions, asked: TierBenchOptions) -> Iterator[Settin
     with tempfile.TemporaryDirectory(prefix="kvpress-") as own:
         yield Setting(
             source=loading.source,
-            policy=asked.policy,
+            policies=asked.policies,
             tokens=asked.tokens or usual["tokens"],
             batch=asked.batch,
             caps={**caps, "disk": size},

@@ -44,7 +44,7 @@ def peaks(setting: Setting, model: Any, tokenizer: Any) -> Row:
     steps = setting.memory_steps
     ids_BQ = prompts(model, tokenizer, setting.tokens, setting.batch, steps)
     caps = setting.sizes(cache_bytes(model, setting.tokens + steps, setting.batch))
-    made = candidate(model, setting.policy, None, steps, caps)
+    made = candidate(model, setting.policies[0], None, steps, caps)
     warm_up(made.model)
     peak = Peak(ids_BQ.device)
     before, cache = peak.now(), made.new_cache()

@@ -24,7 +24,7 @@ class Setting:
     """
 
     source: Source
-    policy: str
+    policies: tuple[str, ...]
     tokens: int
     batch: int
     caps: Mapping[str, str | None]
@@ -45,8 +45,10 @@ class Setting:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON, without the folder, which is of one machine."""
-        plain = {k: v for k, v in asdict(self).items() if k not in ("source", "folder")}
+        apart = ("source", "folder", "policies")
+        plain = {k: v for k, v in asdict(self).items() if k not in apart}
         own = {"model": self.source.name, "dtype": self.source.dtype_name}
+        own["policy"] = " and ".join(self.policies)
         return {**own, **self.source.load_options, **plain}
 
 

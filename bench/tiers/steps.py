@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from time import perf_counter
@@ -33,21 +34,24 @@ class Case(NamedTuple):
     same_logits: str
 
 
-def cases(policy: str, caps: dict[str, Any], resident: dict[str, Any]) -> dict[str, Case]:
+def cases(
+    policies: Sequence[str], caps: dict[str, Any], resident: dict[str, Any]
+) -> dict[str, Case]:
     """What is timed: without tiers, all on the device, and under the caps.
 
-    A policy that reads some pages only stands under the same caps as exact streaming.
+    Policies that read some pages only stand under the same caps as exact streaming.
     """
-    exact = exact_part(policy)
+    exact = exact_part(policies[0])
     made = {
         UNTIERED: Case(exact, None, UNTIERED, RESIDENT),
         RESIDENT: Case(exact, resident, UNTIERED, RESIDENT),
         CAPPED: Case(exact, caps, UNTIERED, RESIDENT),
     }
-    if exact != policy:
-        ours, capped = (named(policy, name) for name in (RESIDENT, CAPPED))
-        made[ours] = Case(policy, resident, ours, ours)
-        made[capped] = Case(policy, caps, ours, ours)
+    for policy in policies:
+        if policy != exact:
+            ours, capped = (named(policy, name) for name in (RESIDENT, CAPPED))
+            made[ours] = Case(policy, resident, ours, ours)
+            made[capped] = Case(policy, caps, ours, ours)
     return made
 
 
@@ -57,7 +61,7 @@ def measure(setting: Setting, model: Any, tokenizer: Any) -> dict[str, Row]:
     ids_BQ = prompts(model, tokenizer, setting.tokens, setting.batch, steps)
     whole = cache_bytes(model, setting.tokens + steps, setting.batch)
     resident = {"device": int(_ROOM * whole), "host": None, "disk": None}
-    known = cases(setting.policy, setting.sizes(whole), resident)
+    known = cases(setting.policies, setting.sizes(whole), resident)
     starts: dict[str, Any] = {
         name: partial(_start, setting, model, ids_BQ, case) for name, case in known.items()
     }

@@ -17,7 +17,7 @@ def choose_pages(operands: Operands) -> tuple[Tensor, Tensor]:
     that head: so the best page of every head is read where as many may be. Of equal ones the first
     is better. A bound that is no number is ∞. Raises OperatorError.
     """
-    bound_BNW, table_RW, pages_R, span_P2, sink_R, from_R, keep_R = operands
+    bound_BNW, (table_RW, pages_R), (span_P2, sink_R, from_R), keep_R = operands
     check(operands)
     place_W = torch.arange(table_RW.shape[1], device=table_RW.device)
     held_RW = place_W < pages_R[:, None]
@@ -53,12 +53,13 @@ def ranks(bound_BNW: Tensor, held_RW: Tensor) -> Tensor:
 
 def check(operands: Operands) -> None:
     """Raises OperatorError for tensors that do not fit together."""
-    op, named = "choose_pages", operands._asdict()
-    span_P2 = named.pop("span_P2")
+    op, (bound_BNW, rows, always, keep_R) = "choose_pages", operands
+    (table_RW, pages_R), (span_P2, sink_R, from_R) = rows, always
+    wide = {"pages_R": pages_R, "sink_R": sink_R, "from_R": from_R, "keep_R": keep_R}
+    named = {"bound_BNW": bound_BNW, "table_RW": table_RW, **wide}
     lengths = shapes.bind(op, {**named, "span_PX": span_P2})
-    shapes.of_dtype(op, torch.float32, {"bound_BNW": operands.bound_BNW})
-    shapes.of_dtype(op, torch.int32, {"table_RW": operands.table_RW, "span_P2": span_P2})
-    wide = {name: x for name, x in named.items() if name.endswith("_R")}
+    shapes.of_dtype(op, torch.float32, {"bound_BNW": bound_BNW})
+    shapes.of_dtype(op, torch.int32, {"table_RW": table_RW, "span_P2": span_P2})
     shapes.of_dtype(op, torch.int64, wide)
     if lengths["X"] != 2:
         shapes.refuse(op, f"span_P2 has {lengths['X']} ends; a span has 2")
@@ -69,4 +70,4 @@ def check(operands: Operands) -> None:
             f"{lengths['N']} query heads of {lengths['B']} sequences do not share {lengths['R']}"
             " rows",
         )
-    check_table(op, operands.table_RW, operands.pages_R, lengths["P"])
+    check_table(op, *rows, lengths["P"])

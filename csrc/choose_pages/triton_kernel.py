@@ -12,7 +12,7 @@ from torch import Tensor
 
 def choose_pages(operands: Operands) -> tuple[Tensor, Tensor]:
     """The same as the reference, whatever the order of sums of bounds was. Raises OperatorError."""
-    bound_BNW, table_RW, pages_R, *books, keep_R = operands
+    bound_BNW, (table_RW, pages_R), always, keep_R = operands
     check(operands)
     rows, places = table_RW.shape
     place_RW, chosen_R = table_RW.new_empty(rows, places), pages_R.new_zeros(rows)
@@ -21,7 +21,7 @@ def choose_pages(operands: Operands) -> tuple[Tensor, Tensor]:
     block = max(16, triton.next_power_of_2(places))
     with device_of(bound_BNW):
         choose_kernel[(rows,)](
-            *(bound_BNW, table_RW, pages_R, *books, keep_R, place_RW, chosen_R, places),
+            *(bound_BNW, table_RW, pages_R, *always, keep_R, place_RW, chosen_R, places),
             GROUP=bound_BNW.shape[0] * bound_BNW.shape[1] // rows,
             BLOCK_W=block,
             num_warps=min(16, max(1, block // 512)),

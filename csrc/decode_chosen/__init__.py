@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kvpress.formulas.page_layout import parts_of
-from kvpress.ops.operands import Logits, Old, Pages, schema
+from kvpress.ops.operands import Choice, Logits, Old, Pages, schema
 
 BESIDE = 4  # tensors of each part of old slots by which its pages are judged
 
@@ -17,10 +17,8 @@ class Operands(NamedTuple):
     """The newest slot of a row is the query's own; `old` has all old pages, to be chosen from.
 
     judged: of each part its box_P2D, length_P2 and cell_PY as `page_bounds` makes them, and span_P2
-    as `choose_pages` takes it. seen_B: tokens of each sequence, int64; its first `sink` and its
-    last `recent` ones are always read. slots: tokens of each row that are read, at the most, pages
-    that must be read apart. bits: of cells; 0: boxes alone judge. candidates: pages that cells
-    judge, times as many as may be read; 0: all.
+    as `choose_pages` takes it. seen_B: tokens of each sequence, int64. slots: tokens of each row
+    that are read, at the most, pages that must be read apart.
     """
 
     query_BN1D: Tensor
@@ -30,10 +28,7 @@ class Operands(NamedTuple):
     judged: Sequence[Tensor]
     seen_B: Tensor
     slots: Sequence[int]
-    sink: int
-    recent: int
-    bits: int
-    candidates: int
+    choice: Choice
 
 
 RESULTS = (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.ops import shapes
-from kvpress.ops.operands import Old
+from kvpress.ops.operands import Always, Old, Places, RowPages
 
 _MOST = torch.iinfo(torch.int64).max
 
@@ -39,10 +39,9 @@ class _Part(NamedTuple):
     layout: PageLayout
     tensors: Sequence[Tensor]
     beside: Sequence[Tensor]
-    pages_R: Tensor
+    rows: RowPages
     bound_BNW: Tensor
-    place_RW: Tensor
-    chosen_R: Tensor
+    places: Places
     judged_R: Tensor
 
 
@@ -63,15 +62,12 @@ def composed(operands: Operands, run: Backend) -> tuple[Tensor, ...]:
     lse_BN = lse_BN1[..., 0].contiguous()
     mass_BN, length_R = torch.full_like(lse_BN, -torch.inf), lse_BN.new_zeros(rows)
     for part in found:
-        table_RW, length_P2 = part.tensors[3], part.beside[1]
-        chosen = (part.place_RW, part.chosen_R, length_P2, logits, part.layout.slots)
-        more = run.missed_mass(
-            MissedMass(query_BND, part.bound_BNW, table_RW, part.pages_R, *chosen)
-        )
+        chosen = (part.places, part.beside[1], logits, part.layout.slots)
+        more = run.missed_mass(MissedMass(query_BND, part.bound_BNW, part.rows, *chosen))
         mass_BN, length_R = torch.logaddexp(mass_BN, more[0]), torch.maximum(length_R, more[1])
     none_RW, none_XR = pages.table_RW.new_empty(rows, 0), pages.counts_R.new_empty(0, rows)
-    place_RW = torch.cat([none_RW, *(part.place_RW for part in found)], 1)
-    chosen_XR = torch.cat([none_XR, *(part.chosen_R[None] for part in found)])
+    place_RW = torch.cat([none_RW, *(part.places.place_RW for part in found)], 1)
+    chosen_XR = torch.cat([none_XR, *(part.places.chosen_R[None] for part in found)])
     judged_XR = torch.cat([none_XR, *(part.judged_R[None] for part in found)])
     return out_BN1E, lse_BN, mass_BN, length_R, place_RW, chosen_XR, judged_XR
 
@@ -88,28 +84,29 @@ def _choose(
     """Which pages of a part are read. left_R: slots that rows may read besides the recent ones."""
     table_RW, counts_R, (box_P2D, _, cell_PY, span_P2) = tensors[3], tensors[4], beside
     pages_R, keep_R = counts_R // layout.slots, left_R // layout.slots
+    sink, recent, bits, candidates = operands.choice
     heads = len(pages_R) // len(operands.seen_B)
-    from_R = (operands.seen_B - operands.recent).repeat_interleave(heads)
-    always = (span_P2, torch.full_like(pages_R, operands.sink), from_R)
-    rows, bits, judged_R = (table_RW, pages_R), operands.bits, torch.zeros_like(pages_R)
-    bound_BNW = rank_BNW = run.score_pages(ScorePages(query_BND, box_P2D, *rows))
+    from_R = (operands.seen_B - recent).repeat_interleave(heads)
+    always = Always(span_P2, torch.full_like(pages_R, sink), from_R)
+    rows, judged_R = RowPages(table_RW, pages_R), torch.zeros_like(pages_R)
+    bound_BNW = rank_BNW = run.score_pages(ScorePages(query_BND, box_P2D, rows))
     if bits:
-        most_R = keep_R.clamp_max(table_RW.shape[1]) * operands.candidates
-        most_R = most_R if operands.candidates else torch.full_like(keep_R, _MOST)
-        place_RW, judged_R = run.choose_pages(ChoosePages(bound_BNW, *rows, *always, most_R))
-        named = (place_RW, judged_R, bound_BNW)
+        most_R = keep_R.clamp_max(table_RW.shape[1]) * candidates
+        most_R = most_R if candidates else torch.full_like(keep_R, _MOST)
+        named = Places(*run.choose_pages(ChoosePages(bound_BNW, rows, always, most_R)))
+        judged_R = named.chosen_R
         rank_BNW, bound_BNW = run.score_cells(
-            ScoreCells(query_BND, box_P2D, cell_PY, *rows, *named, bits, layout.slots)
+            ScoreCells(query_BND, box_P2D, cell_PY, rows, named, bound_BNW, bits, layout.slots)
         )
-    place_RW, chosen_R = run.choose_pages(ChoosePages(rank_BNW, *rows, *always, keep_R))
-    return _Part(layout, tensors, beside, pages_R, bound_BNW, place_RW, chosen_R, judged_R)
+    places = Places(*run.choose_pages(ChoosePages(rank_BNW, rows, always, keep_R)))
+    return _Part(layout, tensors, beside, rows, bound_BNW, places, judged_R)
 
 
 def _chosen(part: _Part) -> list[Tensor]:
     """The part as one of which rows have the chosen pages alone."""
-    table_RW = part.tensors[3].gather(1, part.place_RW.long().clamp_min(0))
+    table_RW = part.rows.table_RW.gather(1, part.places.place_RW.long().clamp_min(0))
     dropped = part.tensors[7].new_empty(0)  # it is counted over all pages
-    slots_R = part.chosen_R * part.layout.slots
+    slots_R = part.places.chosen_R * part.layout.slots
     return [*part.tensors[:3], table_RW, slots_R, *part.tensors[5:7], dropped]
 
 
@@ -126,7 +123,7 @@ def check(operands: Operands) -> list[OldPart]:
     if len(operands.slots) != rows or rows % lengths["B"]:
         numbers = f"slots has {len(operands.slots)} numbers"
         shapes.refuse(op, f"{numbers}, of {rows} rows of {lengths['B']}")
-    if not 0 <= operands.candidates <= shapes.MOST_SLOTS:
+    if not 0 <= operands.choice.candidates <= shapes.MOST_SLOTS:
         allowed = f"0 to {shapes.MOST_SLOTS} are allowed"
-        shapes.refuse(op, f"candidates is {operands.candidates}; {allowed}")
+        shapes.refuse(op, f"candidates is {operands.choice.candidates}; {allowed}")
     return parts

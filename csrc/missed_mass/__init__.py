@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kvpress.ops.operands import Logits, schema
+from kvpress.ops.operands import Logits, Places, RowPages, schema
 
 
 class Operands(NamedTuple):
@@ -17,10 +17,8 @@ class Operands(NamedTuple):
 
     query_BND: Tensor
     bound_BNW: Tensor
-    table_RW: Tensor
-    pages_R: Tensor
-    place_RW: Tensor  # int32
-    chosen_R: Tensor
+    rows: RowPages
+    places: Places
     length_P2: Tensor  # fp32
     logits: Logits
     slots: int
@@ -32,4 +30,4 @@ SCHEMA = schema("missed_mass", Operands, "(Tensor mass_BN, Tensor length_R)")
 def fake(operands: Operands) -> tuple[Tensor, Tensor]:
     """Empty results of the right shape and dtype."""
     bound_BNW = operands.bound_BNW
-    return bound_BNW.new_empty(bound_BNW.shape[:2]), bound_BNW.new_empty(len(operands.pages_R))
+    return bound_BNW.new_empty(bound_BNW.shape[:2]), bound_BNW.new_empty(len(operands.rows.pages_R))

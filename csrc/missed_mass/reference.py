@@ -10,6 +10,7 @@ from kvpress.csrc.score_pages.reference import check_table
 from torch import Tensor
 
 from kvpress.ops import shapes
+from kvpress.ops.operands import Places
 
 _UNIT = 2.0**-24  # by which a product and a sum in fp32 are wrong, relatively, at most
 ROUNDED = 2.0**-20  # by which what follows the products is wrong, relatively, at most
@@ -22,11 +23,11 @@ def missed_mass(operands: Operands) -> tuple[Tensor, Tensor]:
     −∞ where all are read; never no number, and never ∞: a logit is at most the largest number. With
     it the longest value of such a page: 0 where all are read. Raises OperatorError.
     """
-    query_BND, bound_BNW, table_RW, pages_R, place_RW, chosen_R, length_P2, logits, slots = operands
+    query_BND, bound_BNW, (table_RW, pages_R), chosen, length_P2, logits, slots = operands
     check(operands)
     scaling, softcap = logits
     (batch, heads, width), (rows, places) = query_BND.shape, table_RW.shape
-    missed_RW = missed(pages_R, place_RW, chosen_R)
+    missed_RW = missed(pages_R, chosen)
     if not places:
         return length_P2.new_full((batch, heads), -torch.inf), length_P2.new_zeros(rows)
     page_RW = table_RW.long().where(missed_RW, 0)
@@ -44,8 +45,9 @@ def missed_mass(operands: Operands) -> tuple[Tensor, Tensor]:
     return logit_RGW.logsumexp(2).view(batch, heads) + extra, longest_R
 
 
-def missed(pages_R: Tensor, place_RW: Tensor, chosen_R: Tensor) -> Tensor:
+def missed(pages_R: Tensor, chosen: Places) -> Tensor:
     """Which pages of rows are not read: bool `[R, W]`."""
+    place_RW, chosen_R = chosen
     place_W = torch.arange(place_RW.shape[1], device=place_RW.device)
     missed_RW = place_W < pages_R[:, None]
     row_A, entry_A = (place_W < chosen_R[:, None]).nonzero().unbind(1)
@@ -66,15 +68,15 @@ def slack(width: int, places: int, slots: int) -> tuple[float, float]:
 def check(operands: Operands) -> None:
     """Raises OperatorError for tensors that do not fit together."""
     op, (scaling, softcap) = "missed_mass", operands.logits
-    named = operands._asdict()
-    length_P2 = named.pop("length_P2")
-    del named["logits"], named["slots"]
-    lengths = shapes.bind(op, {**named, "length_PX": length_P2})
+    length_P2, rows, places = operands.length_P2, operands.rows, operands.places
+    named = {"query_BND": operands.query_BND, "bound_BNW": operands.bound_BNW}
+    of_rows = {**rows._asdict(), **places._asdict()}
+    lengths = shapes.bind(op, {**named, **of_rows, "length_PX": length_P2})
     shapes.floating(op, {"query_BND": operands.query_BND})
     shapes.of_dtype(op, operands.query_BND.dtype, {"query_BND": operands.query_BND})
     shapes.of_dtype(op, torch.float32, {"bound_BNW": operands.bound_BNW, "length_P2": length_P2})
-    shapes.of_dtype(op, torch.int32, {n: named[n] for n in ("table_RW", "place_RW")})
-    shapes.of_dtype(op, torch.int64, {n: named[n] for n in ("pages_R", "chosen_R")})
+    shapes.of_dtype(op, torch.int32, {n: of_rows[n] for n in ("table_RW", "place_RW")})
+    shapes.of_dtype(op, torch.int64, {n: of_rows[n] for n in ("pages_R", "chosen_R")})
     if lengths["X"] != 2:
         shapes.refuse(op, f"length_P2 has {lengths['X']} lengths; a page has 2")
     shapes.at_least_one(op, lengths, "BNRD")
@@ -90,5 +92,5 @@ def check(operands: Operands) -> None:
             f"{lengths['N']} query heads of {lengths['B']} sequences do not share {lengths['R']}"
             " rows",
         )
-    check_table(op, operands.table_RW, operands.pages_R, lengths["P"])
-    check_table(op, operands.place_RW, operands.chosen_R, lengths["W"])
+    check_table(op, *rows, lengths["P"])
+    check_table(op, *places, lengths["W"])

@@ -15,22 +15,22 @@ BLOCK = 1024  # pages that a program looks at together
 
 def missed_mass(operands: Operands) -> tuple[Tensor, Tensor]:
     """The same as the reference, with another order of sums. Raises OperatorError."""
-    query_BND, bound_BNW, table_RW, pages_R, place_RW, chosen_R, length_P2, logits, slots = operands
+    query_BND, bound_BNW, rows, places, length_P2, logits, slots = operands
     check(operands)
-    (batch, heads, width), (rows, places) = query_BND.shape, table_RW.shape
-    missed_RW = table_RW.new_empty(rows, places, dtype=torch.int8)
-    mass_BN, longest_R = length_P2.new_empty(batch, heads), length_P2.new_empty(rows)
+    (batch, heads, width), (count, columns) = query_BND.shape, rows.table_RW.shape
+    missed_RW = rows.table_RW.new_empty(count, columns, dtype=torch.int8)
+    mass_BN, longest_R = length_P2.new_empty(batch, heads), length_P2.new_empty(count)
     with device_of(query_BND):
-        missed_kernel[(rows,)](
-            *(query_BND, bound_BNW, table_RW, pages_R, place_RW, chosen_R, length_P2, missed_RW),
-            *(mass_BN, longest_R, places, *slack(width, places, slots), *logits),
-            GROUP=batch * heads // rows,
+        missed_kernel[(count,)](
+            *(query_BND, bound_BNW, *rows, *places, length_P2, missed_RW),
+            *(mass_BN, longest_R, columns, *slack(width, columns, slots), *logits),
+            GROUP=batch * heads // count,
             D=width,
             CAPPED=logits.softcap != 0,
             ROUNDED=ROUNDED,
             MOST=MOST,
             BLOCK_D=max(16, triton.next_power_of_2(width)),
-            BLOCK_W=min(BLOCK, max(16, triton.next_power_of_2(max(1, places)))),
+            BLOCK_W=min(BLOCK, max(16, triton.next_power_of_2(max(1, columns)))),
             num_warps=4,
             **FUSED,
         )

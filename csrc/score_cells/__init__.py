@@ -6,22 +6,20 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kvpress.ops.operands import schema
+from kvpress.ops.operands import Places, RowPages, schema
 
 
 class Operands(NamedTuple):
     """Queries, boxes and cells of pages as `page_bounds` makes them, and which places are meant.
 
-    place_RW, chosen_R: as `choose_pages` returns them. bound_BNW: bounds of all places.
+    bound_BNW: bounds of all places.
     """
 
     query_BND: Tensor
     box_P2D: Tensor
     cell_PY: Tensor  # uint8
-    table_RW: Tensor  # int32
-    pages_R: Tensor  # int64: pages of each row
-    place_RW: Tensor  # int32
-    chosen_R: Tensor  # int64
+    rows: RowPages
+    places: Places
     bound_BNW: Tensor  # fp32
     bits: int
     slots: int  # of a page

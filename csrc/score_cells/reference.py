@@ -24,11 +24,10 @@ def score_cells(operands: Operands) -> tuple[Tensor, Tensor]:
     cell of the key, of that key for which it is largest. No key gives a larger product, up to what
     `missed_mass` adds. Raises OperatorError.
     """
-    query_BND, box_P2D, cell_PY, table_RW, pages_R, place_RW, chosen_R, bound_BNW = operands[:8]
-    bits, slots = operands.bits, operands.slots
+    query_BND, box_P2D, cell_PY, (table_RW, pages_R), named, bound_BNW, bits, slots = operands
     check(operands)
     rows, places = table_RW.shape
-    width, apart_RW = query_BND.shape[2], missed(pages_R, place_RW, chosen_R)
+    width, apart_RW = query_BND.shape[2], missed(pages_R, named)
     named_RW = (torch.arange(places, device=table_RW.device) < pages_R[:, None]) & ~apart_RW
     rank_BNW = torch.full_like(bound_BNW, -torch.inf)
     row_A, place_A = named_RW.nonzero().unbind(1)
@@ -60,11 +59,11 @@ def slack(width: int) -> float:
 def check(operands: Operands) -> None:
     """Raises OperatorError for tensors that do not fit together."""
     op = "score_cells"
-    query_BND, box_P2D, cell_PY, table_RW, pages_R, place_RW, chosen_R, bound_BNW = operands[:8]
-    check_pages((query_BND, box_P2D, table_RW, pages_R), op)
+    query_BND, box_P2D, cell_PY, rows, (place_RW, chosen_R), bound_BNW = operands[:6]
+    check_pages((query_BND, box_P2D, rows), op)
     named = {"bound_BNW": bound_BNW, "place_RW": place_RW, "chosen_R": chosen_R}
-    rows = {"table_RW": table_RW, "query_BND": query_BND, "cell_PY": cell_PY}
-    lengths = shapes.bind(op, {**named, **rows, "box_PXD": box_P2D})
+    pages = {"table_RW": rows.table_RW, "query_BND": query_BND, "cell_PY": cell_PY}
+    lengths = shapes.bind(op, {**named, **pages, "box_PXD": box_P2D})
     shapes.of_dtype(op, torch.float32, {"bound_BNW": bound_BNW})
     shapes.of_dtype(op, torch.uint8, {"cell_PY": cell_PY})
     shapes.of_dtype(op, torch.int32, {"place_RW": place_RW})
@@ -76,4 +75,4 @@ def check(operands: Operands) -> None:
     wanted = cell_bytes(lengths["D"], operands.slots, operands.bits)
     if lengths["Y"] != wanted:
         shapes.refuse(op, f"cell_PY has {lengths['Y']} bytes for each page, not {wanted}")
-    check_table(op, place_RW, chosen_R, table_RW.shape[1])
+    check_table(op, place_RW, chosen_R, lengths["W"])

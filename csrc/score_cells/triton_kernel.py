@@ -15,19 +15,18 @@ BLOCK = 4096  # cells that a program holds at once
 
 def score_cells(operands: Operands) -> tuple[Tensor, Tensor]:
     """The same as the reference, with another order of sums. Raises OperatorError."""
-    query_BND, box_P2D, cell_PY, table_RW, pages_R, place_RW, chosen_R, bound_BNW = operands[:8]
+    query_BND, box_P2D, cell_PY, rows, named, bound_BNW = operands[:6]
     check(operands)
-    (rows, places), width = table_RW.shape, query_BND.shape[2]
+    (count, places), width = rows.table_RW.shape, query_BND.shape[2]
     rank_BNW, made_BNW = torch.full_like(bound_BNW, -torch.inf), bound_BNW.clone()
     if not places:
         return rank_BNW, made_BNW
     block_d = max(16, triton.next_power_of_2(width))
     block_s = max(16, min(triton.next_power_of_2(operands.slots), BLOCK // block_d))
     with device_of(query_BND):
-        cells_kernel[(rows, places)](
-            *(query_BND, box_P2D, cell_PY, table_RW, pages_R, place_RW, chosen_R),
-            *(rank_BNW, made_BNW, places),
-            GROUP=query_BND.shape[0] * query_BND.shape[1] // rows,
+        cells_kernel[(count, places)](
+            *(query_BND, box_P2D, cell_PY, *rows, *named, rank_BNW, made_BNW, places),
+            GROUP=query_BND.shape[0] * query_BND.shape[1] // count,
             D=width,
             BITS=operands.bits,
             SLOTS=operands.slots,

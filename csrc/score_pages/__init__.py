@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kvpress.ops.operands import schema
+from kvpress.ops.operands import RowPages, schema
 
 
 class Operands(NamedTuple):
@@ -14,8 +14,7 @@ class Operands(NamedTuple):
 
     query_BND: Tensor
     box_P2D: Tensor
-    table_RW: Tensor  # int32
-    pages_R: Tensor  # int64: pages of each row
+    rows: RowPages
 
 
 SCHEMA = schema("score_pages", Operands, "Tensor")
@@ -23,6 +22,6 @@ SCHEMA = schema("score_pages", Operands, "Tensor")
 
 def fake(operands: Operands) -> Tensor:
     """An empty result of the right shape and dtype."""
-    query_BND, _, table_RW, _ = operands
-    shape = (*query_BND.shape[:2], table_RW.shape[1])
+    query_BND, _, rows = operands
+    shape = (*query_BND.shape[:2], rows.table_RW.shape[1])
     return query_BND.new_empty(shape, dtype=query_BND.float().dtype)

@@ -7,6 +7,7 @@ from kvpress.csrc.score_pages import Operands
 from torch import Tensor
 
 from kvpress.ops import shapes
+from kvpress.ops.operands import RowPages
 
 
 def score_pages(operands: Operands) -> Tensor:
@@ -14,7 +15,7 @@ def score_pages(operands: Operands) -> Tensor:
 
     −∞ beyond the pages of a row; ∞ for what would be no number. Raises OperatorError.
     """
-    query_BND, box_P2D, table_RW, pages_R = operands
+    query_BND, box_P2D, (table_RW, pages_R) = operands
     check(operands)
     batch, heads, width = query_BND.shape
     rows = len(pages_R) // batch
@@ -35,9 +36,9 @@ def score_pages(operands: Operands) -> Tensor:
     return bound_BHGW.masked_fill(~held_BH1W, -torch.inf).flatten(1, 2)
 
 
-def check(operands: tuple[Tensor, Tensor, Tensor, Tensor], op: str = "score_pages") -> None:
+def check(operands: tuple[Tensor, Tensor, RowPages], op: str = "score_pages") -> None:
     """Raises OperatorError for tensors that do not fit together."""
-    query_BND, box_P2D, table_RW, pages_R = operands
+    query_BND, box_P2D, (table_RW, pages_R) = operands
     named = {"query_BND": query_BND, "table_RW": table_RW, "pages_R": pages_R}
     lengths = shapes.bind(op, {**named, "box_PXD": box_P2D})
     shapes.floating(op, {"query_BND": query_BND, "box_P2D": box_P2D})

@@ -15,7 +15,7 @@ BLOCK = 2048  # numbers of an end of boxes that a program holds
 
 def score_pages(operands: Operands) -> Tensor:
     """The same as the reference, with another order of sums. Raises OperatorError."""
-    query_BND, box_P2D, table_RW, pages_R = operands
+    query_BND, box_P2D, (table_RW, pages_R) = operands
     check(operands)
     (rows, places), width = table_RW.shape, query_BND.shape[2]
     shape = (*query_BND.shape[:2], places)

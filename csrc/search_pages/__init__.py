@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kvpress.ops.operands import schema
+from kvpress.ops.operands import Always, RowPages, schema
 
 
 class Operands(NamedTuple):
@@ -19,13 +19,10 @@ class Operands(NamedTuple):
 
     query_BND: Tensor
     box_P2D: Tensor
-    table_RW: Tensor  # int32
-    pages_R: Tensor
+    rows: RowPages
     tree_RX2D: Tensor
     state_RX: Tensor
-    span_P2: Tensor  # int32
-    sink_R: Tensor
-    from_R: Tensor
+    always: Always
     keep_R: Tensor
 
 
@@ -40,7 +37,7 @@ SCHEMA = schema(
 
 def fake(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Empty results of the right shape and dtype."""
-    query_BND, table_RW, pages_R = operands.query_BND, operands.table_RW, operands.pages_R
+    query_BND, (table_RW, pages_R) = operands.query_BND, operands.rows
     shape = (*query_BND.shape[:2], table_RW.shape[1])
     bound_BNW = query_BND.new_empty(shape, dtype=query_BND.float().dtype)
     return table_RW.new_empty(table_RW.shape), pages_R.clone(), bound_BNW, pages_R.clone()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvpress.formulas.page_tree import MERGE_STEPS, MOST_PLACES, inner_nodes, level_sizes
 from kvpress.ops import shapes
+from kvpress.ops.operands import RowPages, named
 
 Node = tuple[int, int]  # level and index
 _NOW = MERGE_STEPS  # the state of a node that is expanded in this step, until it ends
@@ -25,14 +26,14 @@ def search_pages(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with that page that was evaluated; −∞ beyond the pages of a row. boxes_R: int64. Changes
     `state_RX`. Raises OperatorError.
     """
-    query_BND, box_P2D, table_RW, pages_R, tree_RX2D, state_RX = operands[:6]
+    query_BND, box_P2D, (table_RW, pages_R), tree_RX2D, state_RX = operands[:5]
     check(operands)
     rows, places = table_RW.shape
     inner = state_RX.shape[1]
-    leaf_BNW = scores.score_pages(ScoreOperands(query_BND, box_P2D, table_RW, pages_R))
+    leaf_BNW = scores.score_pages(ScoreOperands(query_BND, box_P2D, operands.rows))
     node_RX = torch.arange(rows * inner, device=table_RW.device).view(rows, inner).int()
-    boxes = (tree_RX2D.flatten(0, 1), node_RX, torch.full_like(pages_R, inner))
-    inner_BNX = scores.score_pages(ScoreOperands(query_BND, *boxes))
+    nodes = RowPages(node_RX, torch.full_like(pages_R, inner))
+    inner_BNX = scores.score_pages(ScoreOperands(query_BND, tree_RX2D.flatten(0, 1), nodes))
     group = leaf_BNW.shape[0] * leaf_BNW.shape[1] // rows
     score_RGX = torch.cat([leaf_BNW, inner_BNX], 2).view(rows, group, places + inner)
     place_RW = torch.full_like(table_RW, -1)
@@ -50,9 +51,10 @@ def search_pages(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _always(operands: Operands, row: int) -> set[int]:
     """The places of a row that are read anyway."""
-    page_A = operands.table_RW[row, : int(operands.pages_R[row])].long()
-    span_A2 = operands.span_P2[page_A].long()
-    first, last = operands.sink_R[row], operands.from_R[row]
+    (table_RW, pages_R), (span_P2, sink_R, from_R) = operands.rows, operands.always
+    page_A = table_RW[row, : int(pages_R[row])].long()
+    span_A2 = span_P2[page_A].long()
+    first, last = sink_R[row], from_R[row]
     always_A: Tensor = (span_A2[:, 0] < first) | (span_A2[:, 1] >= last)
     return set(always_A.nonzero().flatten().tolist())
 
@@ -195,18 +197,16 @@ class _Search:
 
 def check(operands: Operands) -> None:
     """Raises OperatorError for tensors that do not fit together."""
-    op, named = "search_pages", operands._asdict()
-    ends = {"box_PXD": named.pop("box_P2D"), "span_PX": named.pop("span_P2")}
-    ends["tree_RKXD"], ends["state_RK"] = named.pop("tree_RX2D"), named.pop("state_RX")
-    lengths = shapes.bind(op, {**named, **ends})
-    floating = {"query_BND": operands.query_BND, "box_P2D": operands.box_P2D}
-    shapes.floating(op, floating)
-    shapes.of_dtype(op, operands.query_BND.dtype, {"query_BND": operands.query_BND})
-    of_boxes = {"box_P2D": operands.box_P2D, "tree_RX2D": operands.tree_RX2D}
-    shapes.of_dtype(op, operands.box_P2D.dtype, of_boxes)
-    shapes.of_dtype(op, torch.int32, {"table_RW": operands.table_RW, "span_P2": operands.span_P2})
-    shapes.of_dtype(op, torch.int8, {"state_RX": operands.state_RX})
-    wide = {name: x for name, x in named.items() if name.endswith("_R")}
+    op, (query_BND, box_P2D, rows, tree_RX2D, state_RX, always, keep_R) = "search_pages", operands
+    (table_RW, pages_R), (span_P2, sink_R, from_R) = rows, always
+    wide = {"pages_R": pages_R, "sink_R": sink_R, "from_R": from_R, "keep_R": keep_R}
+    ends = {"box_PXD": box_P2D, "span_PX": span_P2, "tree_RKXD": tree_RX2D, "state_RK": state_RX}
+    lengths = shapes.bind(op, {"query_BND": query_BND, "table_RW": table_RW, **wide, **ends})
+    shapes.floating(op, {"query_BND": query_BND, "box_P2D": box_P2D})
+    shapes.of_dtype(op, query_BND.dtype, {"query_BND": query_BND})
+    shapes.of_dtype(op, box_P2D.dtype, {"box_P2D": box_P2D, "tree_RX2D": tree_RX2D})
+    shapes.of_dtype(op, torch.int32, {"table_RW": table_RW, "span_P2": span_P2})
+    shapes.of_dtype(op, torch.int8, {"state_RX": state_RX})
     shapes.of_dtype(op, torch.int64, wide)
     if lengths["X"] != 2:
         shapes.refuse(op, f"boxes and spans have {lengths['X']} ends; they have 2")
@@ -222,5 +222,5 @@ def check(operands: Operands) -> None:
     if lengths["K"] != inner_nodes(lengths["W"]):
         why = f"a row of {lengths['W']} places has {inner_nodes(lengths['W'])}"
         shapes.refuse(op, f"state_RX has {lengths['K']} nodes; {why}")
-    shapes.apart(op, operands._asdict(), WRITES)
-    scores.check_table(op, operands.table_RW, operands.pages_R, lengths["P"])
+    shapes.apart(op, named(operands), WRITES)
+    scores.check_table(op, *rows, lengths["P"])

@@ -1,4 +1,4 @@
-"""The memory model of SpeContext (arXiv 2512.00722): how long texts may grow, layer by layer.
+"""The memory model of arXiv 2512.00722: how long texts may grow, layer by layer.
 
     M_part = 1.3·(M_O + M_D) + 4·R·[(L_GPU + 1 + a)·S + L_CPU·B]·H·D
 

@@ -35,6 +35,8 @@ from kvpress.hf.masks import (
 )
 from kvpress.hf.spec import CacheSpec
 from kvpress.hf.support import INLINE, NAME, refuse_options
+from kvpress.pipe.stages import retrieve
+from kvpress.pipe.state.ids import ids_of
 
 
 class CacheMaker(Protocol):
@@ -147,6 +149,8 @@ class Attachment:
         merges = merges and len(cache.context.protect) < 2  # rows that may keep other tokens
         if module is self._model and merges:
             cache.repeats = dedup.merge(given, cache, self._cache_names[id(module)], config)
+        if module is self._modules[0]:
+            _look(cache, given)
         return (), given
 
     def _check(self, given: dict[str, Any]) -> None:
@@ -221,6 +225,16 @@ class Attachment:
             if repeats is not None:
                 dedup.repeat_outputs(output, cache, repeats)
         return _without(cache, output) if cache is self._passing else None
+
+
+def _look(cache: EngineCache, given: dict[str, Any]) -> None:
+    """Lets a retrieval head look at the tokens of a pass before its first layer does."""
+    outlook = cache.context.outlook
+    new_BQ = None if outlook is None else ids_of(given)
+    if outlook is None or new_BQ is None:
+        return
+    outlook.look(cache.ids, new_BQ, cache.columns_seen)
+    retrieve.foresee(cache.states)
 
 
 def _takes_positions(module: Any) -> bool:

@@ -91,6 +91,7 @@ class EngineCache(Cache):
         for layer in self._engine_layers:
             layer.select(index)
         self.ids.select(index)
+        self.context.select(index)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes what sequence `beam_idx[i]` was."""
@@ -158,10 +159,7 @@ class EngineCache(Cache):
         """
         self.check_whole()
         other = EngineCache(self.spec, self.horizon)
-        other.context.ledger.notes.update(self.context.ledger.notes)
-        other.context.horizon = self.context.horizon
-        other.context.protect = list(self.context.protect)
-        other.context.recording.on = self.context.recording.on
+        other.context.go_on_from(self.context)
         other.ids = self.ids.copy()
         for ours, theirs in zip(self._engine_layers, other._engine_layers, strict=True):
             theirs.become(ours.state.fork(other.context))

@@ -41,7 +41,7 @@ def report(
         bytes_held=sum(layer.bytes_held for layer in layers),
         bytes_full=sum(layer.bytes_full for layer in layers),
         bytes_shared=sum(layer.bytes_shared for layer in layers),
-        bytes_ids=ids.nbytes,
+        bytes_ids=ids.nbytes + (context.outlook.nbytes if context.outlook else 0),
         bytes_peak=context.ledger.bytes_peak,
         stages=context.ledger.meter.seconds(),
         notes=notes,

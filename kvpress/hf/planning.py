@@ -156,6 +156,9 @@ def refusal(model: Any, found: Fingerprint, recipe: Recipe) -> str:
     slopes = any(kind.slopes for kind in found.kinds)
     if slopes and (recipe.formats or recipe.retrieves or "query" in recipe.needs):
         return "not beside ALiBi"
+    rules = (recipe.stage("retrieve").retrieve(kind.index) for kind in found.kinds)
+    if any(rule is not None and rule.head is not None for rule in rules):
+        return "the keys of a retrieval head are not planned for"
     try:
         learned.calibrated(recipe, model, found)
     except KVPressError as error:

@@ -15,6 +15,8 @@ from kvpress.hf.support import Fingerprint
 from kvpress.hf.wording import Wording
 from kvpress.pipe.plan.plan import Plan
 from kvpress.pipe.state.context import Context, Ledger
+from kvpress.pipe.state.outlook import Outlook
+from kvpress.policy.heads import RetrievalHead
 from kvpress.policy.pooling import Calibrated
 from kvpress.policy.recipe import Recipe
 from kvpress.policy.sparsity import Thresholds
@@ -45,7 +47,8 @@ class CacheSpec:
     rotations: of the keys of every layer, where a policy needs them. thresholds: of blocks of
     prompt attention, where it is sparse. wording: what probes say, and how texts are
     written. calibrated: what policies need to know of the model. tiers: where old pages are,
-    where they may be elsewhere than on the device. plan: what was chosen for `memory=`.
+    where they may be elsewhere than on the device. head: what says before the first layer which
+    tokens a step reads, where a policy asks one. plan: what was chosen for `memory=`.
     """
 
     fingerprint: Fingerprint
@@ -58,6 +61,7 @@ class CacheSpec:
     wording: Wording = field(default_factory=Wording)
     calibrated: Mapping[Calibrated, Mapping[str, Tensor]] = field(default_factory=dict)
     tiers: Tiers | None = None
+    head: RetrievalHead | None = None
     plan: Plan | None = None
 
     @property
@@ -78,6 +82,7 @@ class CacheSpec:
             self.thresholds,
             calibrated=self.calibrated,
             tiers=self.tiers,
+            outlook=None if self.head is None else Outlook(self.head),
         )
 
     def notes(self) -> dict[str, None]:

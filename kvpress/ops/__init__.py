@@ -27,13 +27,17 @@ from kvpress.ops.calls import (
     unpack,
 )
 from kvpress.ops.operands import (
+    Always,
     Bounds,
+    Choice,
     Columns,
     Logits,
     Noise,
     Old,
     Pages,
+    Places,
     Reduction,
+    RowPages,
     Token,
     Turning,
 )
@@ -47,13 +51,17 @@ from kvpress.ops.registry import (
 )
 
 __all__ = [
+    "Always",
     "Bounds",
+    "Choice",
     "Columns",
     "Logits",
     "Noise",
     "Old",
     "Pages",
+    "Places",
     "Reduction",
+    "RowPages",
     "Token",
     "Turning",
     "absorb_step",

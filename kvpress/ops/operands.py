@@ -36,6 +36,44 @@ class Pages(NamedTuple):
     counts_R: Tensor  # int64
 
 
+class RowPages(NamedTuple):
+    """Which whole pages are a row's: the first `pages_R` of its table; the rest may be anything."""
+
+    table_RW: Tensor  # int32
+    pages_R: Tensor  # int64
+
+
+class Places(NamedTuple):
+    """Some of the pages of rows, by their places in the table: ascending, then −1; how many."""
+
+    place_RW: Tensor  # int32
+    chosen_R: Tensor  # int64
+
+
+class Always(NamedTuple):
+    """Which pages rows read anyway: with a position below `sink_R`, or one not below `from_R`.
+
+    span_P2: the first and the last position of every page.
+    """
+
+    span_P2: Tensor  # int32
+    sink_R: Tensor  # int64
+    from_R: Tensor  # int64
+
+
+class Choice(NamedTuple):
+    """How a step chooses pages; its first `sink` and last `recent` tokens are always read.
+
+    bits: of cells; 0: boxes alone judge. candidates: pages that cells judge, times as many as may
+    be read; 0: all.
+    """
+
+    sink: int
+    recent: int
+    bits: int
+    candidates: int
+
+
 class Columns(NamedTuple):
     """What is kept of every slot beside its key and value: int32 and fp32."""
 
@@ -146,6 +184,12 @@ def grouped(form: Callable[..., _Form], values: Sequence[Any]) -> _Form:
         made.append(group(*values[begin:end]) if group else values[begin])
         begin = end
     return form(*made)
+
+
+def named(operands: tuple[Any, ...]) -> dict[str, Any]:
+    """Name -> value of every operand, those of groups included."""
+    form = type(operands)
+    return dict(zip(leaves(form), flattening(form)(*operands), strict=True))
 
 
 @functools.cache

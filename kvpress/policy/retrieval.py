@@ -25,7 +25,10 @@ class Retrieval(NamedTuple):
     read. mass: read until no query head can miss more of its attention than this. top: read until
     the tokens with the largest logits of every query head are known, so many, and attend to those.
     tree: search boxes of boxes, not all of them. turn: choose by the query of the step before,
-    whose pages are known earlier, unless the cosine of a row's queries with it is below this.
+    whose pages are known earlier, unless the cosine of a row's queries with it is below this. head:
+    choose by what a retrieval head looks at before the first layer: its name, or its file. sure:
+    rows of which the head sees less than this share of its attention in what it chose choose by
+    boxes.
     """
 
     read: Budget
@@ -38,6 +41,8 @@ class Retrieval(NamedTuple):
     top: int | None = None
     tree: bool = False
     turn: float | None = None
+    head: str | None = None
+    sure: float = 0.0
 
     def check(self) -> None:
         """Raises PolicyError for what cannot be."""
@@ -57,6 +62,17 @@ class Retrieval(NamedTuple):
             raise PolicyError(
                 f"mass={self.mass} and top={self.top} exclude each other: read until little is"
                 " missed, or until the largest logits are known."
+            )
+        if self.head is not None and (self.mass is not None or self.top is not None or self.tree):
+            raise PolicyError(
+                f"head={self.head} chooses before queries are known, by which mass, top and tree"
+                " choose. Leave them out."
+            )
+        least = self.sink + self.recent
+        if self.read.unit == "tokens" and self.read.amount < least:
+            raise PolicyError(
+                f"read={self.read}: sink={self.sink} and recent={self.recent} are always read,"
+                f" which are {least} tokens. Read at least as many."
             )
         if self.turn is not None and (self.mass is not None or self.top is not None):
             raise PolicyError(

@@ -17,7 +17,7 @@ class ReadFigures:
     the share of its attention that a query head may have missed at the most, on average and of any;
     None where the policy left out tokens on purpose (`top`). short: steps of rows that read all
     they may and may have missed more than was asked. turned: steps of rows whose pages were chosen
-    anew.
+    anew. unsure: steps of rows that chose by boxes, since a retrieval head was not sure.
     """
 
     steps: int
@@ -29,6 +29,7 @@ class ReadFigures:
     missed_max: float | None
     short: int
     turned: int
+    unsure: int = 0
 
 
 def remark(layers: Sequence[ReadFigures]) -> str:
@@ -58,3 +59,5 @@ def _parts(layers: Sequence[ReadFigures]) -> Iterator[str]:
         yield f"{short:,} rows of {steps:,} read all they may and may have missed more than `mass`."
     if turned := sum(x.turned for x in layers):
         yield f"{turned:,} rows of {steps:,} chose their pages anew, since their queries turned."
+    if unsure := sum(x.unsure for x in layers):
+        yield f"{unsure:,} rows of {steps:,} chose by boxes: the retrieval head was not sure."

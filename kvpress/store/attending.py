@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kvpress import ops
 from kvpress.formulas.page_layout import span
-from kvpress.ops import Logits, Old
+from kvpress.ops import Choice, Logits, Old
+from kvpress.ops.operands import new
 from kvpress.store.aging import PageAging, dense_widths, recent_slots, slot_bytes
 from kvpress.store.chosen import Chosen, Looked, Wanted, beside, spread
 from kvpress.store.found import Found, Retrieving
@@ -123,9 +124,14 @@ class Resident:
 
         return attend_some(self._aging, wanted, attend, self.trees)
 
+    def foresee(self, wanted: Wanted) -> list[tuple[Any, Tensor]]:
+        """Nothing: all of it is here."""
+        return []
+
     def _attend_at_once(self, wanted: Wanted) -> tuple[Tensor, None, Found]:
         """The same in one call, where nothing is to be decided between its parts."""
         aging, sequences, parts = self._aging, wanted.sequences, self._aging.filled
+        choice = (wanted.sink, wanted.recent, wanted.cells, wanted.candidates or 0)
         *found, place_rW, chosen_Xr, judged_Xr = ops.decode_chosen(
             wanted.query_bN1D,
             aging.recent.paging.operands(sequences),
@@ -133,7 +139,8 @@ class Resident:
             self.old(sequences),
             [tensor for part in parts for tensor in beside(part)],
             wanted.seen_b,
-            *(wanted.slots, wanted.sink, wanted.recent, wanted.cells, wanted.candidates or 0),
+            wanted.slots,
+            new(Choice, choice),
         )
         rows, chosen, looked = len(wanted.slots), [], []
         widths = [part.paging.table.pages_RW.shape[1] for part in parts]

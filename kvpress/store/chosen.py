@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvpress import host, ops
-from kvpress.ops import Logits
+from kvpress.ops import Always, Logits, Places, RowPages
+from kvpress.ops.operands import new
 from kvpress.store.base import BOX, CELL, LENGTH, PAGE, SPAN
 from kvpress.store.packed import PackedRows
 
@@ -21,6 +22,8 @@ class Wanted(NamedTuple):
     those with one of the first `sink` tokens of their sequence, or of the last `recent` ones of the
     `seen_b` (int64, on the device). cells, candidates, mass, top, tree: as `Retrieval` says.
     earlier_bND: queries of another step, by which pages are judged instead of those that attend.
+    share_bHS: of attention that is expected at every token, by position: what pages are chosen by
+    instead, but in rows where less than `sure` of it is read. memo: what it chose of equal pages.
     """
 
     query_bN1D: Tensor
@@ -37,6 +40,9 @@ class Wanted(NamedTuple):
     top: int | None = None
     tree: bool = False
     earlier_bND: Tensor | None = None
+    share_bHS: Tensor | None = None
+    sure: float = 0.0
+    memo: dict[Any, tuple[Tensor, Tensor, Tensor]] | None = None
 
     @property
     def query_bND(self) -> Tensor:
@@ -55,9 +61,17 @@ class Wanted(NamedTuple):
         """The first of the last positions that must be: int64, on the device."""
         return (self.seen_b - self.recent).repeat_interleave(len(self.slots) // len(self.seen_b))
 
+    def always(self, part: PackedRows) -> Always:
+        """Which pages of a part must be read."""
+        return new(Always, (part.paging.pages(SPAN), self.sink_r, self.from_r))
+
     def by_now(self) -> Wanted:
         """The same with the queries that attend: what is missed is missed by them."""
         return self._replace(earlier_bND=None)
+
+    def by_head(self, share_bHS: Tensor | None, sure: float, memo: Any) -> Wanted:
+        """The same, by what a head looks at."""
+        return self._replace(share_bHS=share_bHS, sure=sure, memo=memo)
 
     def scanned(self) -> Wanted:
         """The same without a tree: all boxes are looked at."""
@@ -67,7 +81,8 @@ class Wanted(NamedTuple):
     def at_once(self) -> bool:
         """Whether one operator does all of it: nothing but the output is asked for."""
         searches = self.tree or self.mass is not None or self.top is not None
-        return not searches and not self.need_weights and self.earlier_bND is None
+        given = self.earlier_bND is not None or self.share_bHS is not None
+        return not (searches or given or self.need_weights)
 
     def keep(self, recent: Sequence[int], page_slots: int) -> Tensor:
         """Whole pages that rows may read besides so many other slots: int64, on the device."""
@@ -121,6 +136,11 @@ class Bounds(NamedTuple):
     judged_r: Tensor | None = None
 
     @property
+    def rows(self) -> RowPages:
+        """The pages, as operators take them."""
+        return new(RowPages, (self.table_rW, self.pages_r))
+
+    @property
     def slots(self) -> int:
         """Slots of a page."""
         return self.part.layout.slots
@@ -132,15 +152,12 @@ class Bounds(NamedTuple):
 
     def judged(self, wanted: Wanted, candidates: Chosen) -> Bounds:
         """The same, of some pages by the cells of their keys: only those may be chosen then."""
-        cell_PY = self.part.paging.pages(CELL)
         rank_bNW, bound_bNW = ops.score_cells(
             wanted.query_bND,
             self.part.paging.pages(BOX),
-            cell_PY,
-            self.table_rW,
-            self.pages_r,
-            candidates.place_rW,
-            candidates.pages_r,
+            self.part.paging.pages(CELL),
+            self.rows,
+            candidates.places,
             self.bound_bNW,
             wanted.cells,
             self.slots,
@@ -148,28 +165,23 @@ class Bounds(NamedTuple):
         judged_r = candidates.pages_r
         return self._replace(rank_bNW=rank_bNW, bound_bNW=bound_bNW, judged_r=judged_r)
 
+    def ranked(self, rank_bNW: Tensor) -> Bounds:
+        """The same, of which others are chosen. N: query heads, or rows of a sequence."""
+        return self._replace(rank_bNW=rank_bNW)
+
     def choose(self, wanted: Wanted, keep_r: Tensor) -> Chosen:
         """So many of the pages, or those that must be read."""
-        place_rW, pages_r = ops.choose_pages(
-            self.rank_bNW,
-            self.table_rW,
-            self.pages_r,
-            self.part.paging.pages(SPAN),
-            wanted.sink_r,
-            wanted.from_r,
-            keep_r,
-        )
-        return Chosen(self.part, self.number, place_rW, pages_r)
+        always = wanted.always(self.part)
+        chosen = ops.choose_pages(self.rank_bNW, self.rows, always, keep_r)
+        return Chosen(self.part, self.number, *chosen)
 
     def missed(self, wanted: Wanted, chosen: Chosen) -> tuple[Tensor, Tensor]:
         """ln Σ exp of the logits of the other pages, at the most `[b, N]`; their longest value."""
         mass_bN, length_r = ops.missed_mass(
             wanted.query_bND,
             self.bound_bNW,
-            self.table_rW,
-            self.pages_r,
-            chosen.place_rW,
-            chosen.pages_r,
+            self.rows,
+            chosen.places,
             self.part.paging.pages(LENGTH),
             wanted.logits,
             self.slots,
@@ -191,9 +203,20 @@ class Chosen(NamedTuple):
     place_rW: Tensor  # int32; −1 behind the last one
     pages_r: Tensor  # int64
 
+    @property
+    def places(self) -> Places:
+        """The same, as operators take them."""
+        return new(Places, (self.place_rW, self.pages_r))
+
     def counted(self) -> Chosen:
         """The same without the places."""
         return self._replace(place_rW=self.pages_r)
+
+    def but(self, where_r: Tensor, other: Chosen) -> Chosen:
+        """The same, of some rows (bool) what another choice has."""
+        place_rW = torch.where(where_r[:, None], other.place_rW, self.place_rW)
+        pages_r = torch.where(where_r, other.pages_r, self.pages_r)
+        return self._replace(place_rW=place_rW, pages_r=pages_r)
 
     def narrow(self) -> Chosen:
         """The same in as few columns as can be, where that costs no wait."""
@@ -203,16 +226,19 @@ class Chosen(NamedTuple):
         return self._replace(place_rW=self.place_rW[:, :width])
 
 
+def rows_of(part: PackedRows, sequences: Sequence[int] | None) -> RowPages:
+    """The pages that rows have in a part."""
+    table_rW, counts_r = part.paging.table.operands(sequences)
+    return new(RowPages, (table_rW, counts_r // part.layout.slots))
+
+
 def scored(parts: Sequence[PackedRows], wanted: Wanted) -> list[Bounds]:
     """The bounds of all pages of some rows, by their boxes."""
     made = []
     for number, part in enumerate(parts):
-        table_rW, counts_r = part.paging.table.operands(wanted.sequences)
-        pages_r = counts_r // part.layout.slots
-        boxes = part.paging.pages(BOX)
-        bound_bNW = ops.score_pages(wanted.query_bND, boxes, table_rW, pages_r)
-        every = table_rW.shape[1] * len(pages_r)
-        made.append(Bounds(part, number, table_rW, pages_r, bound_bNW, bound_bNW, every))
+        rows = rows_of(part, wanted.sequences)
+        bound_bNW = ops.score_pages(wanted.query_bND, part.paging.pages(BOX), rows)
+        made.append(Bounds(part, number, *rows, bound_bNW, bound_bNW, rows.table_RW.numel()))
     return made
 
 

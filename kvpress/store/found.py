@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Found(NamedTuple):
     mass_bN: ln of what the exponentials of all that was missed sum to, at the most; lse_bN: of what
     all that was read sums to; fp32. length_r: of the longest value missed. looked: at what, of
     every part. short: rows that read all they may and were not certified. certified: whether what
-    was missed is bounded at all.
+    was missed is bounded at all. unsure: rows whose pages no head chose, since it was not sure.
     """
 
     out_bN1E: Tensor
@@ -34,6 +34,7 @@ class Found(NamedTuple):
     looked: Sequence[Looked]
     short: int = 0
     certified: bool = True
+    unsure: int = 0
 
     def counted(self) -> Found:
         """The same without what its figures do not need."""
@@ -95,3 +96,6 @@ class Retrieving(Protocol):
 
         Raises TierError where a page cannot be read.
         """
+
+    def foresee(self, wanted: Wanted) -> list[tuple[Any, Tensor]]:
+        """Rows, and pages that a step will most likely choose whose queries are not known yet."""

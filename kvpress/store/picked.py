@@ -11,7 +11,8 @@ from torch import Tensor
 from kvpress.ops import Old
 from kvpress.store.base import POSITION, REF
 from kvpress.store.chosen import Chosen
-from kvpress.store.tiered import Brought, TieredPages
+from kvpress.store.steps import Brought
+from kvpress.store.tiered import TieredPages
 from kvpress.store.tiers.arena import HALVES
 from kvpress.store.tiers.directory import NOWHERE
 from kvpress.store.units import Units, unit_pages, units_of
@@ -62,20 +63,33 @@ def pick(some: Sequence[Chosen], sequences: Sequence[int] | None) -> list[Picked
     """Brings what was chosen to the device, as far as it finds room. Raises TierError."""
     picked = []
     for number, own in enumerate(some):
-        rows = own.part
-        assert isinstance(rows, TieredPages), "all old slots of rows that stream are in tiers"
-        table = rows.paging.table
-        page_RW = table.pages_RW
-        if sequences is not None:
-            page_RW = page_RW[table.row_index(sequences)]
-        place_rW = own.place_rW.cpu()
-        page_rW = page_RW.gather(1, place_rW.long().clamp_min(0)).long()
-        held_rW = place_rW >= 0
-        id_rW = rows.paging.pages(REF)[page_rW].where(held_rW, NOWHERE)
+        rows, id_rW = _named(own, sequences)
+        held_rW = id_rW != NOWHERE
         brought = rows.bring(id_rW[held_rW], number < HALVES)
         at_rW = torch.full_like(id_rW, NOWHERE).masked_scatter_(held_rW, brought.at_A)
         picked.append(Picked(rows, sequences, own, id_rW, at_rW, brought))
     return picked
+
+
+def named(
+    some: Sequence[Chosen], sequences: Sequence[int] | None
+) -> list[tuple[TieredPages, Tensor]]:
+    """The numbers of chosen pages on their shelves: int64 `[A]`, on the host."""
+    found = (_named(own, sequences) for own in some)
+    return [(rows, id_rW[id_rW != NOWHERE]) for rows, id_rW in found]
+
+
+def _named(own: Chosen, sequences: Sequence[int] | None) -> tuple[TieredPages, Tensor]:
+    """The numbers of chosen pages on their shelf: NOWHERE behind the last one."""
+    rows = own.part
+    assert isinstance(rows, TieredPages), "all old slots of rows that stream are in tiers"
+    table = rows.paging.table
+    page_RW = table.pages_RW
+    if sequences is not None:
+        page_RW = page_RW[table.row_index(sequences)]
+    place_rW = own.place_rW.cpu()
+    page_rW = page_RW.gather(1, place_rW.long().clamp_min(0)).long()
+    return rows, rows.paging.pages(REF)[page_rW].where(place_rW >= 0, NOWHERE)
 
 
 def old_of(picked: Sequence[Picked]) -> Old | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvpress.store.aging import PageAging, recent_slots, slot_bytes
 from kvpress.store.chosen import Bounds, Chosen, Wanted, judged, scored
+from kvpress.store.foreseen import foreseen
 from kvpress.store.found import Found, share_missed
 from kvpress.store.packed import PackedRows
 from kvpress.store.top import attend_top
@@ -33,7 +34,8 @@ def attend_some(
     """
     if wanted.top is not None:
         return attend_top(aging, wanted)
-    parts, recent, short = aging.filled, recent_slots(aging, wanted.sequences), 0
+    parts, recent = aging.filled, recent_slots(aging, wanted.sequences)
+    short = unsure = 0
     keeps = [wanted.keep(recent, part.layout.slots) for part in parts]
     if wanted.tree:
         bounds, chosen = _searched(wanted, parts, keeps, trees)
@@ -41,7 +43,10 @@ def attend_some(
         bounds = judged(scored(parts, wanted), wanted, keeps)
         if wanted.mass is not None and bounds:
             keeps, short = _certify(wanted, bounds, keeps, attend)
-        chosen = [own.choose(wanted, keep_r) for own, keep_r in zip(bounds, keeps, strict=True)]
+        if wanted.share_bHS is None:
+            chosen = [own.choose(wanted, keep_r) for own, keep_r in zip(bounds, keeps, strict=True)]
+        else:
+            chosen, unsure = foreseen(bounds, wanted, keeps)
     out, lse_bN, weights = attend(chosen, wanted.need_weights)
     looked = [own.looked for own in bounds]
     if wanted.earlier_bND is not None:
@@ -49,7 +54,8 @@ def attend_some(
         bounds = scored(parts, wanted)
     missed = _missed(wanted, bounds, chosen, lse_bN)
     each = slot_bytes(aging)
-    return out, weights, Found(out, lse_bN, *missed, recent, each, chosen, looked, short)
+    found = Found(out, lse_bN, *missed, recent, each, chosen, looked, short, unsure=unsure)
+    return out, weights, found
 
 
 def _searched(

@@ -47,7 +47,6 @@ class TieredPages(Protocol):
     shelf: Shelf
     paging: Paging
     fields: Fields
-    last: int  # the number of the last step that chose pages
 
     @property
     def counts(self) -> Tensor:

@@ -13,23 +13,24 @@ from kvpress.store.tiers.directory import NOWHERE
 def spill(rows: TieredPages, least: int, every: bool) -> bool:
     """Sends pages to a lower tier, of at least so many bytes where there are as many.
 
-    First those that were not chosen for the longest time and have a copy below, then whole spans,
-    the last ones first. Where rows were compacted, pages of one span may be in several tiers: what
-    is left of such spans on the device goes last, page by page. every: also what the last step
-    chose. Returns whether something is left that could have gone. Raises TierError.
+    First those that were not chosen for the longest time and have a copy below, if every page may
+    go; then whole spans, the last ones first. Where rows were compacted, pages of one span may be
+    in several tiers: what is left of such spans on the device goes last, page by page. every: also
+    what the last step chose; otherwise only pages without a copy, since `Shelf.thin` sees to the
+    others. Returns whether something is left that could have gone. Raises TierError.
     """
     own, page_bytes = rows.shelf.directory, rows.shelf.page_bytes
     _, _, row_A, place_A, page_A, id_A = rows.used()
     may_A = own.at_P[id_A] != NOWHERE
-    if not every:
-        may_A &= own.step_P[id_A] < rows.last
+    copied_A = own.record_P[id_A] != NOWHERE
+    if every:
+        least -= _leave(rows, id_A[may_A & copied_A], -(-least // page_bytes))
+        if least <= 0:
+            return True
+    else:
+        may_A &= own.idle_P[id_A]
     # Every step asks this of its rows, and mostly few are left: what follows looks at them alone.
-    left_A = may_A.nonzero().flatten()
-    copied_A = own.record_P[id_A[left_A]] != NOWHERE
-    least -= _leave(rows, id_A[left_A[copied_A]], -(-least // page_bytes))
-    if least <= 0:
-        return True
-    left_A = left_A[~copied_A]
+    left_A = (may_A & ~copied_A).nonzero().flatten()
     left_A = left_A[_complete(rows, row_A[left_A], place_A[left_A])]
     if not len(left_A):
         return False

@@ -24,13 +24,14 @@ from kvpress.store.aging import PageAging, dense_widths
 from kvpress.store.attending import Named
 from kvpress.store.base import KEY, POSITION, VALUE
 from kvpress.store.chosen import Chosen, Wanted, spread
+from kvpress.store.foreseen import by_head
 from kvpress.store.formatted import FormattedRows
 from kvpress.store.found import Found
 from kvpress.store.joint import JointMemory
 from kvpress.store.packed import PackedRows
 from kvpress.store.paged import PagedRows
 from kvpress.store.parts import Parts, Plan
-from kvpress.store.picked import old_of, pick
+from kvpress.store.picked import named, old_of, pick
 from kvpress.store.prompt_parts import prompt_parts
 from kvpress.store.retrieving import attend_some
 from kvpress.store.session import save_pages
@@ -158,6 +159,9 @@ class Streamed:
             picked = pick(some, sequences)
             old = None if weighs else old_of(picked)
             if old is not None:
+                self.tiers.passed(self)
+                if len(picked) == 1:  # several may have pages in both halves of the staging
+                    self.tiers.read_ahead(self)
                 self.tiers.uses.device += sum(x.brought.here for x in picked)
                 out_bN1E, lse_bN1 = self._at_once(query_bN1D, sequences, logits, old)
                 return out_bN1E, lse_bN1[..., 0], None
@@ -176,6 +180,10 @@ class Streamed:
         found = attend_some(self.aging, wanted, attend, self.trees)
         self._beside = None  # and some of theirs may be packed before others choose
         return found
+
+    def foresee(self, wanted: Wanted) -> list[tuple[TieredPages, Tensor]]:
+        """The pages that a step will most likely choose whose queries are not known yet."""
+        return named(by_head(self.aging, wanted), wanted.sequences)
 
     def attend_prompt(
         self,
@@ -208,7 +216,9 @@ class Streamed:
 
     def read_ahead(self) -> None:
         """Starts to read what will be attended to first, if it is what was attended to last."""
-        if self._known is not None and self._plan(None) is self._known[1]:
+        if len(foreseen := [x.steps for x in self._tiered if x.steps.foreseen]) == 1:
+            foreseen[0].stage()
+        elif self._known is not None and self._plan(None) is self._known[1]:
             self._known[1].begin()
 
     def _plan(self, sequences: Sequence[int] | None) -> Plan:

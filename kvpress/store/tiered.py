@@ -7,8 +7,9 @@ together, with those of the other heads of their sequence.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,22 +23,11 @@ from kvpress.store.packed import PackedRows
 from kvpress.store.session import load_pages, slices_of
 from kvpress.store.spans import Whole, single, span_pages, whole_spans
 from kvpress.store.spilling import spill
+from kvpress.store.steps import Brought, Steps
 from kvpress.store.tiered_memory import TieredMemory, Used
 from kvpress.store.tiers.directory import NOWHERE
 from kvpress.store.tiers.record import Owner
 from kvpress.store.tiers.tiers import Tiers
-
-
-class Brought(NamedTuple):
-    """Pages that a step chose: where they are, NOWHERE where they found no room.
-
-    here: that were on the device; copied: to it; whole: whether all are there now.
-    """
-
-    at_A: Tensor
-    here: int
-    copied: int
-    whole: bool
 
 
 def ref_columns() -> dict[str, Column]:
@@ -69,9 +59,9 @@ class TieredPages(PackedRows):
         self.name, self.span = name, span_pages(layout)
         super().__init__(sequences, heads, layout, columns, like, ordered, cells)
         beside = 0 if ordered else layout.slots * 4  # positions, as they were sealed
-        self.last, self.spare = 0, True  # the number of the last step; whether it left pages there
         self.shelf = tiers.shelf(like.device, layout.page_bytes, beside, unit)
         self._used: Used | None = None
+        self.steps = Steps(self.shelf)
         _join(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -115,6 +105,7 @@ class TieredPages(PackedRows):
     ) -> None:
         """Puts new pages into tiers: those of open spans on the device, whatever goes for it."""
         self._used = None  # a table whose pages are written anew stays the same
+        self.steps.bare = True
         every_A = host.full((len(row_A),), 1, torch.bool)
         whole = list(whole_spans(self.paging.table, self.span, row_A, place_A, every_A))
         open_A = host.full((len(row_A),), 1, torch.bool)
@@ -171,33 +162,13 @@ class TieredPages(PackedRows):
         spill(self, least, every=True)
 
     def thin(self, least: int) -> None:
-        """The same of pages that the last step did not choose. Raises TierError."""
-        if self.spare:
-            self.spare = spill(self, least, every=False)
+        """The same of pages without a copy that the last step did not choose. Raises TierError."""
+        if self.steps.bare:
+            self.steps.bare = spill(self, least, every=False)
 
     def bring(self, id_A: Tensor, staged: bool) -> Brought:
-        """Brings the pages that a step chose to the device, as far as others may go for them.
-
-        Those of the last step are there: what is copied is what they have not in common. staged:
-        whether what finds no room may be where pages are on their way, for this step alone. Raises
-        TierError.
-        """
-        shelf, own = self.shelf, self.shelf.directory
-        with shelf.tiers.lock:
-            self.last, self.spare = shelf.tiers.tick(), True
-            own.step_P[id_A] = self.last
-            at_A = own.at_P[id_A]
-            away_A = (at_A == NOWHERE).nonzero().flatten()
-            if not len(away_A):
-                return Brought(at_A, len(at_A), 0, True)
-            missing_A, which_A = torch.unique(id_A[away_A], return_inverse=True)
-            room = shelf.tiers.make_space(len(missing_A) * shelf.page_bytes, shelf.arena, self)
-            to_A = shelf.bring(missing_A, room // shelf.page_bytes, staged)
-            copied, whole = len(to_A), len(to_A) == len(missing_A)
-            if not whole:
-                to_A = torch.cat([to_A, host.full((len(missing_A) - copied,), NOWHERE)])
-            at_A[away_A] = to_A[which_A]
-            return Brought(at_A, len(at_A) - copied, copied, whole)
+        """Brings the pages that a step chose to the device: see `Steps.bring`."""
+        return self.steps.bring(id_A, staged, self)
 
     def positions(self, page_A: Tensor) -> Tensor | None:
         """The positions of pages, where they are kept."""
@@ -246,6 +217,7 @@ class TieredPages(PackedRows):
 def _join(rows: TieredPages) -> None:
     """Makes what follows from the pages of rows, and tells the tiers of them."""
     rows.memory = TieredMemory(rows.fields, rows.shelf)
+    rows.steps = copy.copy(rows.steps)
     rows.shelf.tiers.tenants.add(rows)
 
 

@@ -16,8 +16,8 @@ from kvpress import ops
 from kvpress.formulas.page_tree import level_sizes, tree_of
 from kvpress.host import lasting
 from kvpress.ops import backends
-from kvpress.store.base import BOX, SPAN
-from kvpress.store.chosen import Bounds, Chosen, Wanted
+from kvpress.store.base import BOX
+from kvpress.store.chosen import Bounds, Chosen, Wanted, rows_of
 from kvpress.store.packed import PackedRows
 
 _LEAST = 256  # pages of a row below which a scan is faster, whatever the keys
@@ -76,29 +76,25 @@ class Trees:
         tree, row_r = self._tree(number, part), part.paging.table.row_index(sequences)
         state_rX = tree.state_RX if sequences is None else tree.state_RX[row_r]
         box_rX2D = tree.box_RX2D if sequences is None else tree.box_RX2D[row_r]
-        table_rW, counts_r = part.paging.table.operands(sequences)
-        pages_r = counts_r // part.layout.slots
+        rows = rows_of(part, sequences)
         place_rW, chosen_r, bound_bNW, boxes_r = ops.search_pages(
             wanted.query_bND,
             part.paging.pages(BOX),
-            table_rW,
-            pages_r,
+            rows,
             box_rX2D,
             state_rX,
-            part.paging.pages(SPAN),
-            wanted.sink_r,
-            wanted.from_r,
+            wanted.always(part),
             keep_r,
         )
         if sequences is not None:
             tree.state_RX[row_r] = state_rX
         boxes = int(boxes_r.sum())
         # What is opened for the first time costs more than it does from then on.
-        tree.steps.append(boxes > _MUCH * int(pages_r.sum()))
+        tree.steps.append(boxes > _MUCH * int(rows.pages_R.sum()))
         if len(tree.steps) > _WARM and all(tree.steps[-_WARM:]):
             self._scans = _SCANS
             tree.steps.clear()
-        bounds = Bounds(part, number, table_rW, pages_r, bound_bNW, bound_bNW, boxes)
+        bounds = Bounds(part, number, *rows, bound_bNW, bound_bNW, boxes)
         return bounds, Chosen(part, number, place_rW, chosen_r)
 
     def _tree(self, number: int, part: PackedRows) -> Tree:
@@ -113,11 +109,11 @@ class Trees:
 def _made(part: PackedRows, before: Tree | None) -> Tree:
     """The tree of all rows, opened as far as the one before was."""
     table = part.paging.table
-    table_RW, counts_R = table.operands(None)
-    box_RX2D = tree_of(part.paging.pages(BOX), table_RW, counts_R // part.layout.slots)
+    rows = rows_of(part, None)
+    box_RX2D = tree_of(part.paging.pages(BOX), *rows)
     state_RX = torch.full(box_RX2D.shape[:2], -1, dtype=torch.int8, device=box_RX2D.device)
     if before is not None and len(before.state_RX) == len(state_RX):
-        old, new = (level_sizes(x.shape[1]) for x in (before.table, table_RW))
+        old, new = (level_sizes(x.shape[1]) for x in (before.table, rows.table_RW))
         at_old = at_new = 0
         for size_old, size_new in zip(old[1:], new[1:], strict=False):
             both = min(size_old, size_new)

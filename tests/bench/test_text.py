@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from each import each, name_of
 from kvpress.bench.common import text
 from kvpress.bench.common.journal import JournalError, text_of
 from kvpress.bench.common.prompt import reference_prompt
@@ -129,7 +130,7 @@ def test_benchmarks_of_several_texts_are_not_set_side_by_side(
         speed_report(mixed)
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+@each(RESULTS, name_of)
 def test_recorded_results_name_their_text(path: Path) -> None:
     lines = [json.loads(line) for line in text_of(path).splitlines()]
     for line in lines:

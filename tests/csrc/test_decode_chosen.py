@@ -11,7 +11,7 @@ from chosen import HEADS, LOGITS, ROWS, SLOTS, Step, step_of
 from torch import Tensor
 
 from kvpress.errors import OperatorError
-from kvpress.ops import Old
+from kvpress.ops import Always, Choice, Old, Places, RowPages
 
 CASES = pytest.mark.parametrize(
     ("bits", "candidates", "read"), [(0, 0, 150), (2, 2, 150), (4, 0, 100), (2, 1, 0), (2, 4, 999)]
@@ -27,22 +27,23 @@ def one_by_one(x: Step, backend: str, bits: int, candidates: int, slots: list[in
     query_BND, some, layouts, places, numbers, misses = x.query_BN1D[:, :, 0], [], [], [], [], []
     for i, part in enumerate(x.parts):
         box, length, cell, span = x.judged[4 * i : 4 * i + 4]
-        rows = (part.tensors[3], part.tensors[4] // SLOTS)
+        rows = RowPages(part.tensors[3], part.tensors[4] // SLOTS)
         keep = (torch.tensor(slots) - x.pages.counts_R).clamp_min(0) // SLOTS
-        always = (span, torch.full((ROWS,), 4), (x.seen_B - 50).repeat_interleave(HEADS))
-        bound = rank = score(query_BND, box, *rows)
+        from_R = (x.seen_B - 50).repeat_interleave(HEADS)
+        always = Always(span, torch.full((ROWS,), 4), from_R)
+        bound = rank = score(query_BND, box, rows)
         judged = torch.zeros(ROWS, dtype=torch.int64)
         if bits:
             most = keep * candidates if candidates else torch.full_like(keep, 10**6)
-            place, judged = choose(bound, *rows, *always, most)
-            named = (place, judged, bound, bits, SLOTS)
-            rank, bound = cells(query_BND, box, cell, *rows, *named)
-        place, chosen = choose(rank, *rows, *always, keep)
+            named = Places(*choose(bound, rows, always, most))
+            judged = named.chosen_R
+            rank, bound = cells(query_BND, box, cell, rows, named, bound, bits, SLOTS)
+        read = place, chosen = Places(*choose(rank, rows, always, keep))
         table = part.tensors[3].gather(1, place.long().clamp_min(0))
         none = torch.empty(0, dtype=torch.int64)
         some += [*part.tensors[:3], table, chosen * SLOTS, *part.tensors[5:7], none]
         layouts += list(part.layout)
-        misses.append(missed(query_BND, bound, *rows, place, chosen, length, LOGITS, SLOTS))
+        misses.append(missed(query_BND, bound, rows, read, length, LOGITS, SLOTS))
         places.append(place)
         numbers.append((chosen, judged))
     out, lse, _ = attend(x.query_BN1D, x.pages, LOGITS, False, Old(some, layouts))
@@ -91,8 +92,8 @@ def test_a_step_that_may_read_everything_misses_nothing(backend: str) -> None:
         (5, torch.tensor([340.0, 280.0]), "seen_B (must be|is torch.float32)"),
         (5, torch.tensor([340, 280, 1]), "seen_B has shape|B is"),
         (6, [1, 2], "slots has 2 numbers"),
-        (9, 3, "bits is 3|cell_PY has"),
-        (10, -1, "candidates is -1"),
+        (7, Choice(4, 50, 3, 2), "bits is 3|cell_PY has"),
+        (7, Choice(4, 50, 2, -1), "candidates is -1"),
     ],
 )
 def test_what_does_not_fit_is_refused(place: int, value: Any, message: str, backend: str) -> None:

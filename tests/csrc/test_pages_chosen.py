@@ -30,7 +30,7 @@ from torch import Tensor
 
 from kvpress import ops
 from kvpress.errors import OperatorError
-from kvpress.ops import Logits
+from kvpress.ops import Always, Logits, Places, RowPages
 
 GROUPS = [(1, 1), (7, 3), (16, 8), (40, 4), (80, 5), (128, 4), (256, 1)]  # channels, query heads
 
@@ -47,7 +47,7 @@ def test_no_key_of_a_page_gives_a_larger_product(
     box_P2D = boxes_and_keys(key_PSD)
     for query_dtype, query_kind in itertools.product((FP32, dtype), ("normal", kind)):
         query_BND = keys_of(query_kind, query_dtype, 1, heads, width)
-        bound = run_of(backend, "score_pages")(query_BND, box_P2D, *all_of(box_P2D))
+        bound = run_of(backend, "score_pages")(query_BND, box_P2D, all_of(box_P2D))
         assert not bound.isnan().any()
         page_NP1, alone_NPS = bound[0, :, :11, None], bound[0, :, 11:].view(heads, 11, 6)
         assert bool((page_NP1 >= alone_NPS).all())
@@ -65,7 +65,7 @@ def test_with_its_slack_a_bound_holds_for_products_in_64_bits(
     key_PSD = keys_of(kind, dtype, 11, 6, width)
     box_P2D, length_P2 = bounds_of(key_PSD)
     query_BND = keys_of("mixed", dtype, 1, heads, width)
-    bound_BNW = run_of(backend, "score_pages")(query_BND, box_P2D, *all_of(box_P2D))
+    bound_BNW = run_of(backend, "score_pages")(query_BND, box_P2D, all_of(box_P2D))
     exact_NPS = torch.einsum("nd,psd->nps", query_BND[0].double(), key_PSD.double())
     error, _ = slack(width, 11, 1)
     size_N1 = query_BND[0].double().norm(dim=1)[:, None] * error
@@ -92,7 +92,7 @@ def test_bounds_hold_for_the_keys_that_packed_pages_give(bits: int, backend: str
     raw_P2D = torch.stack([raw_PSD.amin(1), raw_PSD.amax(1)], 1)
     pages = len(box_P2D)
     pool = torch.cat([box_P2D, raw_P2D, alone_P2D]).contiguous()
-    bound = run_of(backend, "score_pages")(query_BND, pool, *all_of(pool))[0]
+    bound = run_of(backend, "score_pages")(query_BND, pool, all_of(pool))[0]
     alone_NPS = bound[:, 2 * pages :].view(len(bound), pages, -1)
     assert bool((bound[:, :pages, None] >= alone_NPS).all())
     assert bool((bound[:, pages : 2 * pages, None] < alone_NPS).any())
@@ -121,8 +121,9 @@ def test_backends_agree_on_bounds(
     query_BND = torch.randn(2, 2 * heads, width).to(query_dtype)
     table_RW = torch.randint(0, 150, (4, 77)).int()
     pages_R = torch.tensor([77, 0, 1, 64])
-    given = ops.score_pages(query_BND, box_P2D, table_RW, pages_R)
-    wanted = ops.implementation("score_pages", "reference")(query_BND, box_P2D, table_RW, pages_R)
+    operands = (query_BND, box_P2D, RowPages(table_RW, pages_R))
+    given = ops.score_pages(*operands)
+    wanted = ops.implementation("score_pages", "reference")(*operands)
     torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-4)
     beyond_RW = torch.arange(77) >= pages_R[:, None]
     assert bool((given.view(4, heads, 77).transpose(1, 2)[beyond_RW] == -INF).all())
@@ -134,7 +135,7 @@ def test_what_would_be_no_number_is_infinite(backend: str) -> None:
     box_P2D[0, 1, 2], box_P2D[1, 0, 3], box_P2D[2, :, 4] = NAN, -INF, INF
     query = torch.ones(1, 2, 5)
     query[0, 0, 3], query[0, 1, 4] = -1, 0
-    bound = run_of(backend, "score_pages")(query, box_P2D, *all_of(box_P2D))
+    bound = run_of(backend, "score_pages")(query, box_P2D, all_of(box_P2D))
     assert torch.equal(bound[0], torch.tensor([[INF, INF, INF, 3.0], [INF, 4.0, INF, 4.0]]))
 
 
@@ -148,8 +149,8 @@ def choice(backend: str, bound_BNW: Tensor, keep: Any, **given: Any) -> list[lis
         name: torch.tensor(x if isinstance(x, list) else [x] * rows).long()
         for name, x in numbers.items()
     }
-    operands = (bound_BNW, table_RW, books["pages"], torch.stack([first, first + 15], 1))
-    operands += (books["sink"], books["start"], books["keep"])
+    always = Always(torch.stack([first, first + 15], 1), books["sink"], books["start"])
+    operands = (bound_BNW, RowPages(table_RW, books["pages"]), always, books["keep"])
     place_RW, chosen_R = run_of(backend, "choose_pages")(*operands)
     assert place_RW.dtype == torch.int32 and chosen_R.dtype == torch.int64
     found = []
@@ -256,15 +257,14 @@ class Attention:
         self.value_PSE = torch.randn(*key_PSD.shape[:2], 5)
         (pages, slots, _), self.query_ND = key_PSD.shape, query_BND[0]
         box_P2D, length_P2 = bounds_of(key_PSD, self.value_PSE)
-        table_RW, pages_R = all_of(box_P2D)
-        self.bound = run_of(backend, "score_pages")(query_BND, box_P2D, table_RW, pages_R)
-        self.place_RW, self.chosen_R = torch.full_like(table_RW, -1), torch.zeros_like(pages_R)
+        rows = all_of(box_P2D)
+        self.bound = run_of(backend, "score_pages")(query_BND, box_P2D, rows)
+        chosen = Places(torch.full_like(rows.table_RW, -1), torch.zeros_like(rows.pages_R))
 
         def miss(*places: int) -> tuple[Tensor, float]:
-            self.place_RW[0, : len(places)] = torch.tensor(places).int()
-            self.chosen_R[0] = len(places)
-            chosen = (self.place_RW, self.chosen_R, length_P2, logits, slots)
-            operands = (query_BND, self.bound, table_RW, pages_R, *chosen)
+            chosen.place_RW[0, : len(places)] = torch.tensor(places).int()
+            chosen.chosen_R[0] = len(places)
+            operands = (query_BND, self.bound, rows, chosen, length_P2, logits, slots)
             mass_BN, length_R = run_of(backend, "missed_mass")(*operands)
             return mass_BN[0], float(length_R)
 
@@ -352,8 +352,8 @@ def test_pages_beyond_a_row_are_not_missed(backend: str) -> None:
     table_RW = torch.tensor([[0, 1, 2, -7, 99, 3], [3, 2, 1, 0, 0, 0]]).int()
     place_RW = torch.tensor([[2, -1, -1, -1, -1, -1], [-1] * 6]).int()
     length_P2 = torch.tensor([[1.0, 4.0], [1.0, 3.0], [1.0, 9.0], [1.0, 2.0]])
-    rows = (torch.tensor([3, 1]), place_RW, torch.tensor([1, 0]), length_P2)
-    mass_BN, length_R = run(query, bound, table_RW, *rows, Logits(1.0), 16)
+    rows, read = RowPages(table_RW, torch.tensor([3, 1])), Places(place_RW, torch.tensor([1, 0]))
+    mass_BN, length_R = run(query, bound, rows, read, length_P2, Logits(1.0), 16)
     torch.testing.assert_close(mass_BN, torch.tensor([[32.0, 16.0]]).log(), rtol=1e-3, atol=0)
     assert length_R.tolist() == [4.0, 2.0]
 
@@ -371,11 +371,12 @@ def step(sequences: slice, threads: int) -> list[Tensor]:
     span_P2 = torch.randint(0, 999, (pages, 2)).sort(1).values.int()
     table_RW = table_BHW[sequences].flatten(0, 1).contiguous()
     pages_R, keep_R = (x[sequences].flatten().contiguous() for x in (pages_BH, keep_BH))
-    bound = ops.score_pages(query_BND, box_P2D, table_RW, pages_R)
-    ends = (torch.full_like(pages_R, 9), torch.full_like(pages_R, 990))
-    chosen = ops.choose_pages(bound, table_RW, pages_R, span_P2, *ends, keep_R)
-    given = (query_BND, bound, table_RW, pages_R, *chosen, length_P2, Logits(0.1), 3)
-    found = [bound, *chosen, *ops.missed_mass(*given)]
+    rows = RowPages(table_RW, pages_R)
+    bound = ops.score_pages(query_BND, box_P2D, rows)
+    always = Always(span_P2, torch.full_like(pages_R, 9), torch.full_like(pages_R, 990))
+    chosen = Places(*ops.choose_pages(bound, rows, always, keep_R))
+    missed = ops.missed_mass(query_BND, bound, rows, chosen, length_P2, Logits(0.1), 3)
+    found = [bound, *chosen, *missed]
     return [x.view(len(query_BND), -1) for x in found]
 
 
@@ -394,11 +395,10 @@ def test_pages_that_do_not_exist_are_refused(backend: str) -> None:
     query, box_P2D = torch.randn(1, 2, 4), torch.randn(3, 2, 4)
     for table, pages in (([[0, 3]], [2]), ([[-1, 0]], [1]), ([[0, 0]], [3]), ([[0, 0]], [-1])):
         with pytest.raises(OperatorError):
-            run_of(backend, "score_pages")(
-                query, box_P2D, torch.tensor(table).int(), torch.tensor(pages)
-            )
-    unread = (torch.tensor([[2, 99]]).int(), torch.tensor([1]))
-    assert run_of(backend, "score_pages")(query, box_P2D, *unread).shape == (1, 2, 2)
+            rows = RowPages(torch.tensor(table).int(), torch.tensor(pages))
+            run_of(backend, "score_pages")(query, box_P2D, rows)
+    unread = RowPages(torch.tensor([[2, 99]]).int(), torch.tensor([1]))
+    assert run_of(backend, "score_pages")(query, box_P2D, unread).shape == (1, 2, 2)
 
 
 @BACKENDS
@@ -406,7 +406,7 @@ def test_pages_that_do_not_exist_are_refused(backend: str) -> None:
     ("scaling", "slots"), [(0.0, 1), (-1.0, 1), (NAN, 1), (1.0, 0), (1.0, 2**31)]
 )
 def test_numbers_of_which_nothing_is_a_bound(scaling: float, slots: int, backend: str) -> None:
-    rows = (torch.zeros(1, 1).int(), torch.ones(1).long())
-    given = (torch.zeros(1, 1, 4), torch.zeros(1, 1, 1), *rows, *rows, torch.zeros(1, 2))
+    rows = RowPages(torch.zeros(1, 1).int(), torch.ones(1).long())
+    given = (torch.zeros(1, 1, 4), torch.zeros(1, 1, 1), rows, Places(*rows), torch.zeros(1, 2))
     with pytest.raises(OperatorError, match=r"scaling is|slots is"):
         run_of(backend, "missed_mass")(*given, Logits(scaling), slots)

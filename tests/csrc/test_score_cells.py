@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvpress import ops
 from kvpress.formulas.page_cells import to_cells
+from kvpress.ops import Places, RowPages
 
 GROUPS = [(1, 1), (7, 3), (16, 8), (80, 5), (128, 4), (256, 1)]  # channels, query heads
 BITS = pytest.mark.parametrize("bits", [2, 4])
@@ -31,8 +32,8 @@ class Scored(NamedTuple):
 
     def by_cells(self, backend: str, place_RW: Tensor, chosen_R: Tensor) -> tuple[Tensor, Tensor]:
         cell_PY = to_cells(cells(self.key_PSD.float(), self.box_P2D, self.bits), self.bits)
-        pages = (self.query_BND, self.box_P2D, cell_PY, *all_of(self.box_P2D))
-        named = (place_RW, chosen_R, self.bound_BNW, self.bits, self.key_PSD.shape[1])
+        pages = (self.query_BND, self.box_P2D, cell_PY, all_of(self.box_P2D))
+        named = (Places(place_RW, chosen_R), self.bound_BNW, self.bits, self.key_PSD.shape[1])
         rank_BNW, bound_BNW = run_of(backend, "score_cells")(*pages, *named)
         return rank_BNW, bound_BNW
 
@@ -45,7 +46,7 @@ def scored(kind: str, dtype: torch.dtype, bits: int, width: int, heads: int) -> 
     key_PSD = keys_of(kind, dtype, 11, 32, width)
     query_BND = keys_of("mixed" if kind == "mixed" else "normal", dtype, 1, heads, width)
     box_P2D, length_P2 = bounds_of(key_PSD)
-    bound_BNW = ops.score_pages(query_BND, box_P2D, *all_of(box_P2D))
+    bound_BNW = ops.score_pages(query_BND, box_P2D, all_of(box_P2D))
     return Scored(key_PSD, query_BND, box_P2D, length_P2, bound_BNW, bits)
 
 
@@ -77,7 +78,7 @@ def test_bounds_hold_for_queries_of_any_size(
     x.key_PSD[..., 0] *= 300
     query_BND = x.query_BND.float() * scale
     box_P2D, _ = bounds_of(x.key_PSD)
-    loose = ops.score_pages(query_BND, box_P2D, *all_of(box_P2D))
+    loose = ops.score_pages(query_BND, box_P2D, all_of(box_P2D))
     x = x._replace(query_BND=query_BND, box_P2D=box_P2D, bound_BNW=loose)
     _, bound_BNW = x.by_cells(backend, *all_of(box_P2D))
     slack_NP = x.query_BND[0].double().norm(dim=1)[:, None] * 1e-5 * x.key_PSD.double().norm()
@@ -143,8 +144,9 @@ def test_backends_agree(slots: int, width: int, heads: int, bits: int, dtype: to
         some = torch.randperm(int(pages_R[r]))[:count].sort().values
         place_RW[r, :count] = some.int()
     cell_PY = to_cells(cells(key_PSD.float(), box_P2D, bits), bits)
-    bound_BNW = ops.score_pages(query_BND, box_P2D, table_RW, pages_R)
-    rest = (table_RW, pages_R, place_RW, chosen_R, bound_BNW, bits, slots)
+    rows = RowPages(table_RW, pages_R)
+    bound_BNW = ops.score_pages(query_BND, box_P2D, rows)
+    rest = (rows, Places(place_RW, chosen_R), bound_BNW, bits, slots)
     given, wanted = (
         run_of(backend, "score_cells")(query_BND, box_P2D, cell_PY, *rest)
         for backend in ("operator", "reference")
@@ -160,7 +162,7 @@ def test_what_is_no_number_keeps_the_bound_of_its_box(number: float, backend: st
     x = scored("normal", FP32, 2, 8, 2)
     x.box_P2D[3, :, 5], x.box_P2D[4, 1, 2], x.box_P2D[5, 0, 2] = number, INF, -INF
     x.query_BND[0, 0, 2] = 0
-    loose = ops.score_pages(x.query_BND, x.box_P2D, *all_of(x.box_P2D))
+    loose = ops.score_pages(x.query_BND, x.box_P2D, all_of(x.box_P2D))
     _, bound_BNW = x._replace(bound_BNW=loose).by_cells(backend, *all_of(x.box_P2D))
     assert torch.equal(bound_BNW[..., 3:6], loose[..., 3:6])
 
@@ -170,16 +172,17 @@ def test_the_bits_depend_neither_on_threads_nor_on_other_rows() -> None:
     query_BND, (box_P2D, _) = torch.randn(2, 8, 128).bfloat16(), bounds_of(key_PSD)
     rows = all_of(box_P2D, rows=4)
     cell_PY = to_cells(cells(key_PSD.float(), box_P2D, 2), 2)
-    loose = ops.score_pages(query_BND, box_P2D, *rows)
+    loose = ops.score_pages(query_BND, box_P2D, rows)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(ops.score_cells(query_BND, box_P2D, cell_PY, *rows, *rows, loose, 2, 64)[1])
+        results.append(
+            ops.score_cells(query_BND, box_P2D, cell_PY, rows, Places(*rows), loose, 2, 64)[1]
+        )
     assert all(torch.equal(results[0], one) for one in results[1:])
-    alone = [x[:2] for x in rows]
-    given = ops.score_cells(
-        query_BND[:1].contiguous(), box_P2D, cell_PY, *alone, *alone, loose[:1].contiguous(), 2, 64
-    )
+    alone = RowPages(*(x[:2] for x in rows))
+    query_BND, loose = query_BND[:1].contiguous(), loose[:1].contiguous()
+    given = ops.score_cells(query_BND, box_P2D, cell_PY, alone, Places(*alone), loose, 2, 64)
     assert torch.equal(given[1], results[0][:1])
 
 
@@ -188,7 +191,7 @@ def test_cells_find_the_page_of_the_best_key_where_boxes_do_not(backend: str) ->
     """Keys of wide pages: the corner of a box has little to do with any of them."""
     key_PSD, query_BND = torch.randn(200, 32, 64), torch.randn(1, 50, 64)
     box_P2D, length_P2 = bounds_of(key_PSD)
-    loose = ops.score_pages(query_BND, box_P2D, *all_of(box_P2D))
+    loose = ops.score_pages(query_BND, box_P2D, all_of(box_P2D))
     x = Scored(key_PSD, query_BND, box_P2D, length_P2, loose, 2)
     rank_BNW, _ = x.by_cells(backend, *all_of(box_P2D))
     best_N1 = x.exact_NPS.amax(2).argmax(1, keepdim=True)

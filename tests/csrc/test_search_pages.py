@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvpress.csrc.search_pages import Operands
 from torch import Tensor
-from trees import SIZES, Sizes, boxes_of_keys, line, make, query_of, rows_of
+from trees import SIZES, Sizes, boxes_of_keys, but, line, make, query_of, rows_of
 
 from kvpress import ops
 from kvpress.errors import OperatorError
 from kvpress.formulas.page_tree import MERGE_STEPS, covered, level_sizes, tree_of
+from kvpress.ops.operands import named
 
 reference = ops.implementation("search_pages", "reference")
 BACKENDS = pytest.mark.parametrize("backend", ["operator", "reference"])
@@ -34,19 +35,18 @@ def search(backend: str, operands: Operands) -> Found:
 
 def scanned(backend: str, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """The bounds of all pages, and which of them a scan chooses."""
-    _, _, table_RW, pages_R, _, _, *bounds = operands
     score, choose = ops.score_pages, ops.choose_pages
     if backend == "reference":
         score, choose = (ops.implementation(f"{x}_pages", "reference") for x in ("score", "choose"))
-    bound_BNW = score(*operands[:4])
-    return bound_BNW, *choose(bound_BNW, table_RW, pages_R, *bounds)
+    bound_BNW = score(*operands[:3])
+    return bound_BNW, *choose(bound_BNW, operands.rows, operands.always, operands.keep_R)
 
 
 def check_states(operands: Operands) -> None:
     """No node that is expanded lies below a collapsed one, or covers no page."""
-    places, state_RX = operands.table_RW.shape[1], operands.state_RX
+    places, state_RX = operands.rows.table_RW.shape[1], operands.state_RX
     assert ((state_RX >= -1) & (state_RX < MERGE_STEPS)).all()
-    assert (state_RX[~covered(places, operands.pages_R)] == -1).all()
+    assert (state_RX[~covered(places, operands.rows.pages_R)] == -1).all()
     levels = state_RX.split(level_sizes(places)[1:], 1)
     for below, above in itertools.pairwise(levels):
         closed = (above < 0).repeat_interleave(2, 1)[:, : below.shape[1]]
@@ -71,8 +71,8 @@ def test_the_set_is_that_of_a_scan_for_every_frontier(
         own_BNW, place_RW, chosen_R = scanned(backend, operands)
         found = search(backend, operands)
         assert torch.equal(found.place_RW, place_RW) and torch.equal(found.chosen_R, chosen_R)
-        assert (found.boxes_R <= 2 * operands.pages_R).all()
-        assert (found.boxes_R >= (operands.pages_R > 0)).all()
+        assert (found.boxes_R <= 2 * operands.rows.pages_R).all()
+        assert (found.boxes_R >= (operands.rows.pages_R > 0)).all()
         assert (found.bound_BNW >= own_BNW).all()
         assert torch.equal(found.bound_BNW.isinf(), own_BNW.isinf())
         check_states(operands)
@@ -83,7 +83,7 @@ def test_the_set_is_that_of_a_scan_for_every_frontier(
 @given(sizes=SIZES)
 def test_no_node_scores_below_its_children(sizes: Sizes, backend: str) -> None:
     operands = make(sizes, torch.Generator().manual_seed(sizes.seed))
-    operands = operands._replace(keep_R=operands.pages_R)  # nothing is searched
+    operands = operands._replace(keep_R=operands.rows.pages_R)  # nothing is searched
     nodes = level_sizes(sizes.places)[1:]
     above = None
     for level in range(len(nodes), -1, -1):
@@ -146,8 +146,8 @@ def test_the_frontier_follows_what_is_read_and_forgets_what_is_not(backend: str)
 @BACKENDS
 def test_pages_that_are_read_anyway_count_and_are_not_searched(backend: str) -> None:
     operands = line(1, 2, 3, 4, 5, 6, 7, 8)
-    operands.span_P2.copy_(torch.arange(8).int()[:, None])
-    operands = operands._replace(sink_R=torch.tensor([1]), from_R=torch.tensor([6]))
+    operands.always.span_P2.copy_(torch.arange(8).int()[:, None])
+    operands = but(operands, sink_R=torch.tensor([1]), from_R=torch.tensor([6]))
     found = search(backend, operands._replace(keep_R=torch.tensor([2])))
     assert found.place_RW.tolist() == [[0, 6, 7, -1, -1, -1, -1, -1]] and found.chosen_R == 3
     assert found.boxes_R == 1 and (found.bound_BNW == 8).all()
@@ -161,8 +161,8 @@ def test_pages_that_are_read_anyway_count_and_are_not_searched(backend: str) -> 
 @BACKENDS
 def test_boxes_of_a_row_that_fills_its_table_in_part(pages: int, backend: str) -> None:
     """A node with one child has its child's box, so that a lonely page is one box, not seven."""
-    operands = line(*torch.randn(64).tolist())._replace(pages_R=torch.tensor([pages]))
-    tree_RX2D = tree_of(operands.box_P2D, operands.table_RW, operands.pages_R)
+    operands = but(line(*torch.randn(64).tolist()), pages_R=torch.tensor([pages]))
+    tree_RX2D = tree_of(operands.box_P2D, operands.rows.table_RW, operands.rows.pages_R)
     state_RX = torch.full_like(operands.state_RX, -1)
     operands = operands._replace(tree_RX2D=tree_RX2D, state_RX=state_RX)
     found = search(backend, operands)
@@ -185,9 +185,9 @@ def test_the_result_depends_neither_on_threads_nor_on_the_batch() -> None:
     for row in range(6):
         part = slice(row, row + 1)
         query_BND = operands.query_BND.view(6, 4, 96)[part]
-        own: dict[str, Any] = {n: x[part] for n, x in operands._asdict().items() if "_R" in n}
+        own: dict[str, Any] = {n: x[part] for n, x in named(operands).items() if "_R" in n}
         own |= {"query_BND": query_BND, "state_RX": state_RX[part].clone()}
-        alone = search("operator", operands._replace(**own))
+        alone = search("operator", but(operands, **own))
         assert torch.equal(alone.bound_BNW[0], whole.bound_BNW.view(6, 4, 300)[row])
         for name in ("place_RW", "chosen_R", "boxes_R"):
             assert torch.equal(getattr(alone, name), getattr(whole, name)[part])
@@ -245,9 +245,9 @@ def test_structure_saves_boxes_and_its_lack_costs_them() -> None:
 )
 def test_operands_that_do_not_fit(change: dict[str, Tensor], message: str, backend: str) -> None:
     with pytest.raises(OperatorError, match=message):
-        search(backend, line(*range(8))._replace(**change))
+        search(backend, but(line(*range(8)), **change))
 
 
 def test_search_pages_passes_opcheck() -> None:
-    operands = tuple(line(4, 3, 2, 1, 0))
+    operands = tuple(named(line(4, 3, 2, 1, 0)).values())
     torch.library.opcheck(torch.ops.kvpress.search_pages.default, operands)

@@ -13,7 +13,7 @@ from interpreted import DEVICE, Run, run
 
 from kvpress.formulas.page_cells import cell_bytes
 from kvpress.formulas.page_layout import PageLayout
-from kvpress.ops import Logits
+from kvpress.ops import Always, Logits, Places, RowPages
 from kvpress.ops.registry import implementation
 
 pytest.importorskip("triton")
@@ -57,8 +57,8 @@ def test_no_key_of_a_page_gives_a_larger_product(run: Run, kind: str, dtype: tor
         key_PSD = keys_of(kind, dtype, 11, 6, width)
         box_P2D = boxes_and_keys(key_PSD)
         query = keys_of("mixed", FP32, 1, heads, width)
-        operands = [x.to(DEVICE) for x in (query, box_P2D, *all_of(box_P2D))]
-        bound = run("score_pages", *operands)
+        query, box_P2D, *rows = (x.to(DEVICE) for x in (query, box_P2D, *all_of(box_P2D)))
+        bound = run("score_pages", query, box_P2D, RowPages(*rows))
         page_NP1, alone_NPS = bound[0, :, :11, None], bound[0, :, 11:].view(heads, 11, 6)
         assert bool((page_NP1 >= alone_NPS).all())
 
@@ -74,10 +74,11 @@ def test_cells_of_named_pages_equal_the_reference(
     box_P2D[2, 1, 0], box_P2D[3, 0, 1] = float("inf"), float("nan")
     cell_PY = torch.randint(0, 256, (9, cell_bytes(width, slots, bits)), dtype=torch.uint8)
     place_RW, chosen_R = torch.tensor([[0, 2, 3, 7, -1, -1, -1, -1, -1]] * 2), torch.tensor([4, 0])
-    rows = (*all_of(box_P2D, rows=2), place_RW.int(), chosen_R)
+    rows = [*all_of(box_P2D, rows=2), place_RW.int(), chosen_R]
     query, loose = torch.randn(1, 2 * heads, width), torch.randn(1, 2 * heads, 9) * 50
-    operands = [x.to(DEVICE) for x in (query, box_P2D, cell_PY, *rows, loose)]
-    given, wanted = both(run, "score_cells", *operands, bits, slots)
+    query, box, cell, *rows, loose = (x.to(DEVICE) for x in (query, box_P2D, cell_PY, *rows, loose))
+    groups = RowPages(*rows[:2]), Places(*rows[2:])
+    given, wanted = both(run, "score_cells", query, box, cell, *groups, loose, bits, slots)
     for one, other in zip(given, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
@@ -107,16 +108,16 @@ def a_step(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
 def test_a_step_equals_the_references(run: Run, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     for softcap in (0.0, 4.0):
         x = a_step(shape, dtype)
-        rows = (x["table"], x["pages"])
-        (bound,), (wanted,) = both(run, "score_pages", x["query"], x["box"], *rows)
+        rows = RowPages(x["table"], x["pages"])
+        (bound,), (wanted,) = both(run, "score_pages", x["query"], x["box"], rows)
         torch.testing.assert_close(bound, wanted, rtol=1e-5, atol=1e-4)
         coarse = (wanted * 2).round()  # many are equal
         for ranked in (wanted, coarse):
-            books = (x["span"], x["sink"], x["from"], x["keep"])
-            (place, chosen), expected = both(run, "choose_pages", ranked, *rows, *books)
+            always = Always(x["span"], x["sink"], x["from"])
+            (place, chosen), expected = both(run, "choose_pages", ranked, rows, always, x["keep"])
             assert torch.equal(place, expected[0]) and torch.equal(chosen, expected[1])
-        read = (place, chosen, x["length"], Logits(0.3, softcap), 16)
-        given, expected = both(run, "missed_mass", x["query"], wanted, *rows, *read)
+        read = (Places(place, chosen), x["length"], Logits(0.3, softcap), 16)
+        given, expected = both(run, "missed_mass", x["query"], wanted, rows, *read)
         for one, other in zip(given, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
@@ -135,20 +136,21 @@ def test_infinite_bounds_and_no_numbers_are_read_first(run: Run) -> None:
     table, pages = torch.arange(5).view(1, 5).int(), torch.tensor([5])
     span = torch.zeros(5, 2, dtype=torch.int32)
     books = (span, torch.zeros(1).long(), torch.ones(1).long(), torch.tensor([3]))
-    operands = [x.to(DEVICE) for x in (bound, table, pages, *books)]
-    place, chosen = run("choose_pages", *operands)
+    bound, table, pages, *always, keep = (x.to(DEVICE) for x in (bound, table, pages, *books))
+    place, chosen = run("choose_pages", bound, RowPages(table, pages), Always(*always), keep)
     assert place.tolist() == [[0, 1, 3, -1, -1]] and chosen.tolist() == [3]
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is no device to wait for")
 def test_the_host_does_not_wait(run: Run) -> None:
     x = a_step((1, 2, 4, 128, 70), BF16)
-    rows, logits = (x["table"], x["pages"]), Logits(0.3)
+    rows, logits = RowPages(x["table"], x["pages"]), Logits(0.3)
+    always = Always(x["span"], x["sink"], x["from"])
 
     def step() -> None:
-        bound = run("score_pages", x["query"], x["box"], *rows)
-        chosen = run("choose_pages", bound, *rows, x["span"], x["sink"], x["from"], x["keep"])
-        run("missed_mass", x["query"], bound, *rows, *chosen, x["length"], logits, 16)
+        bound = run("score_pages", x["query"], x["box"], rows)
+        chosen = Places(*run("choose_pages", bound, rows, always, x["keep"]))
+        run("missed_mass", x["query"], bound, rows, chosen, x["length"], logits, 16)
 
     step()
     torch.cuda.set_sync_debug_mode("error")

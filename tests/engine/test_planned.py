@@ -177,3 +177,8 @@ def test_the_process_stays_within_what_was_given(demo: Any) -> None:
     assert row["bytes_peak"] <= plan["memory"]["given"] == 1250 * MIB
     held = sum(plan["chosen"]["bytes"][name] for name in ("pages", "beside"))
     assert abs(held - row["bytes_held"]) <= 0.02 * held
+
+
+def test_a_retrieval_head_is_not_planned_for(model: Any) -> None:
+    with pytest.raises(PlanError, match="retrieval head"):
+        kvpress.attach(model, "specontext:head=self", memory=BASE + 900 * MIB, **TEXTS)

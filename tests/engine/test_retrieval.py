@@ -178,7 +178,7 @@ def test_mass_reads_the_fewest_pages_that_are_certified() -> None:
 
 
 def test_pages_of_sinks_and_of_the_last_tokens_are_always_read() -> None:
-    _, cache = run(tiered.model(), "quest:dense=0,read=64,sink=40,recent=200")
+    _, cache = run(tiered.model(), "quest:dense=0,read=256,sink=40,recent=200")
     state = layer_of(cache)
     for seed in range(5):
         torch.manual_seed(seed)

@@ -52,7 +52,7 @@ def test_lower_tiers_need_a_device() -> None:
 
 def test_the_least_device_that_is_named_is_enough(tmp_path: Path) -> None:
     """Also where layers have pages of several sizes."""
-    cases = (32, "full"), (128, "quest:read=64"), (32, "quest:read=64,page=64"), (128, "leoam")
+    cases = (32, "full"), (128, "quest:read=96"), (32, "quest:read=96,page=64"), (128, "leoam")
     for width, recipe in cases:
         model = tiered.model(width=width)
         least, _ = tiered.least(model, recipe)

@@ -17,11 +17,13 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from kvpress.errors import PolicyError
+from kvpress.formulas.head_scores import scores
 from kvpress.hf.calibration import FOLDER, identity
 from kvpress.hf.heads import distilled
-from kvpress.hf.heads.base import NOTHING, RetrievalHead, scores, with_context
+from kvpress.hf.heads.base import with_context
 from kvpress.hf.heads.loading import load_head
 from kvpress.hf.heads.yarn import frequencies
+from kvpress.policy.heads import NOTHING, RetrievalHead
 from kvpress.store import sealed
 
 SIZES = {"hidden": 96, "heads": 2, "group": 2, "width": 24, "channels": 16, "pairs": 3}
@@ -171,7 +173,7 @@ def test_a_target_without_such_parts_is_refused() -> None:
     with pytest.raises(PolicyError, match="no q_proj and k_proj"):
         load_head("self", helpers.tiny("gpt2"))
     with pytest.raises(PolicyError, match="layers 0 to 2"):
-        load_head("self:3", helpers.tiny("llama"))
+        load_head("self@3", helpers.tiny("llama"))
     with pytest.raises(PolicyError, match="is not what layer 0"):
         load_head("self", helpers.tiny("granite"))  # multiplies its embeddings
     with pytest.raises(PolicyError, match="2 KV heads, the layers that keep all tokens 6 and 1"):
@@ -180,7 +182,7 @@ def test_a_target_without_such_parts_is_refused() -> None:
 
 def test_a_later_layer_gets_embeddings() -> None:
     model = helpers.tiny("llama")
-    first, second = (load_head(name, model) for name in ("self:0", "self:1"))
+    first, second = (load_head(name, model) for name in ("self@0", "self@1"))
     ids = helpers.prompt(1, 9)
     assert not torch.equal(whole(first, ids)[1], whole(second, ids)[1])
     assert first.fingerprint == load_head("self", model).fingerprint != second.fingerprint
@@ -193,7 +195,7 @@ def test_a_later_layer_gets_embeddings() -> None:
     ("name", "said"),
     [
         ("selves", "neither a head nor a file"),
-        ("self:first", "stands a layer"),
+        ("self@first", "stands a layer"),
         ("distilled", "kvpress distill"),
         ("/nowhere/head.safetensors", "Allowed: self"),
     ],

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
 import torch
+from each import each, name_of
 from torch import Tensor
 
 from kvpress import ops
@@ -19,6 +19,7 @@ from kvpress.types import NoiseKind
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("kvpress", "csrc", "bench", "tests")
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+NAMES = ops.names()
 MOST = 8  # operands and groups that one call tells apart by their places alone
 
 
@@ -76,7 +77,7 @@ def test_another_operand_is_declared_in_one_place() -> None:
     assert grouped(More, values) == More(x, pair, "none", [1], evict=True)
 
 
-@pytest.mark.parametrize("name", ops.names())
+@each(NAMES)
 def test_every_schema_is_that_of_its_operands(name: str) -> None:
     ops.backends()
     module = importlib.import_module(f"kvpress.csrc.{name}")
@@ -91,9 +92,9 @@ def places(call: ast.Call) -> int:
     return sum(map(len, spread))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+@each(FILES, name_of)
 def test_no_operator_is_called_with_many_operands(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             called = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            assert called not in ops.names() or places(node) <= MOST, f"line {node.lineno}"
+            assert called not in NAMES or places(node) <= MOST, f"line {node.lineno}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpress import ops
+from kvpress.ops import RowPages
 
 NAN, INF = float("nan"), float("inf")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -49,11 +50,11 @@ def boxes_and_keys(key_PSD: Tensor) -> Tensor:
     return torch.cat([box_P2D, alone_P2D]).contiguous()
 
 
-def all_of(box_P2D: Tensor, rows: int = 1) -> tuple[Tensor, Tensor]:
+def all_of(box_P2D: Tensor, rows: int = 1) -> RowPages:
     """A table of all pages for every row."""
     pages = len(box_P2D)
     table_RW = torch.arange(pages, dtype=torch.int32).repeat(rows, 1)
-    return table_RW, torch.full((rows,), pages)
+    return RowPages(table_RW, torch.full((rows,), pages))
 
 
 def bounds_of(key_PSD: Tensor, value_PSE: Tensor | None = None) -> tuple[Tensor, Tensor]:

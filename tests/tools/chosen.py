@@ -8,7 +8,7 @@ import torch
 from packing import Part, layout_of, make_part
 from torch import Tensor
 
-from kvpress.ops import Logits, Old, Pages, implementation
+from kvpress.ops import Choice, Logits, Old, Pages, implementation
 
 BATCH, HEADS, GROUP, WIDTH, SLOTS = 2, 2, 3, 24, 32
 ROWS, PAGE, LOGITS = BATCH * HEADS, 16, Logits(WIDTH**-0.5)
@@ -32,7 +32,7 @@ class Step(NamedTuple):
         old = Old(tensors, [size for part in self.parts for size in part.layout])
         pages, judged = Pages(*(x.to(device) for x in self.pages)), self.judged
         given = (pages, LOGITS, old, [x.to(device) for x in judged], self.seen_B.to(device))
-        return (self.query_BN1D.to(device), *given, slots, 4, 50, bits, candidates)
+        return (self.query_BN1D.to(device), *given, slots, Choice(4, 50, bits, candidates))
 
 
 def step_of(parts: int, bits: int) -> Step:

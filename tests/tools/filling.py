@@ -39,7 +39,7 @@ def fill(cache: Any, tokens: int, make: Make, chunk: int = 1024) -> None:
             layer.append(Tokens(key, key, value, WIDTH**-0.5, 0.0), [0], before_B)
             pack_due(layer, {0: new})
         layer.prompted_at = layer.columns_seen
-        cache.ids.append(torch.full((1, new), 7), None)
+        cache.ids.append(torch.full((1, new), 7, dtype=torch.int32))
     layer.context.dirty = None
 
 

@@ -44,8 +44,14 @@ def recipes() -> dict[str, str]:
         "kvzip": "kvzip:instruction=,further=,chunk=40",
         "snapkv": "snapkv:window=8",
     }
-    own = [n for n, cls in available().items() if cls().calibrated is None and n != "sale"]
+    own = [n for n, cls in available().items() if not must_know(cls()) and n != "sale"]
     return {name: small.get(name, name) for name in sorted(own)}
+
+
+def must_know(policy: Any) -> bool:
+    """Whether a policy must know a model beforehand, from a calibration or by a trained head."""
+    rule = policy.retrieve(9)
+    return policy.calibrated is not None or (rule is not None and rule.head is not None)
 
 
 def prompt(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -10,6 +10,8 @@ from kvpress.csrc.search_pages import Operands
 from torch import Tensor
 
 from kvpress.formulas.page_tree import covered, inner_nodes, tree_of
+from kvpress.ops import Always, RowPages
+from kvpress.ops.operands import grouped, named
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -40,6 +42,13 @@ SIZES = st.builds(
 )
 
 
+def but(operands: Operands, **others: Any) -> Operands:
+    """The same with other ones of these names, those of groups included."""
+    values = named(operands)
+    assert others.keys() <= values.keys()
+    return grouped(Operands, [*(values | others).values()])
+
+
 def query_of(sizes: Sizes, generator: torch.Generator) -> Tensor:
     shape = (sizes.batch, sizes.heads * sizes.group, sizes.width)
     query = torch.randn(shape, generator=generator)
@@ -62,13 +71,14 @@ def make(sizes: Sizes, generator: torch.Generator) -> Operands:
     return Operands(
         query_of(sizes, generator),
         box_P2D,
-        table_RW,
-        pages_R,
+        RowPages(table_RW, pages_R),
         tree_RX2D,
         torch.full((rows, inner_nodes(places)), -1, dtype=torch.int8),
-        span_P2,
-        torch.full((rows,), int(torch.randint(0, 6, (1,), generator=generator))),
-        pages_R * 4 - torch.randint(0, 9, (rows,), generator=generator),
+        Always(
+            span_P2,
+            torch.full((rows,), int(torch.randint(0, 6, (1,), generator=generator))),
+            pages_R * 4 - torch.randint(0, 9, (rows,), generator=generator),
+        ),
         torch.randint(-1, places + 2, (rows,), generator=generator),
     )
 
@@ -81,8 +91,8 @@ def line(*keys: float) -> Operands:
     state_RX = torch.full((1, inner_nodes(len(keys))), -1, dtype=torch.int8)
     tree_RX2D = tree_of(box_P2D, table_RW, pages_R)
     span_P2 = torch.zeros(len(keys), 2, dtype=torch.int32)
-    head = (torch.ones(1, 1, 1), box_P2D, table_RW, pages_R, tree_RX2D, state_RX)
-    return Operands(*head, span_P2, none_R, all_R, none_R + 1)
+    head = (torch.ones(1, 1, 1), box_P2D, RowPages(table_RW, pages_R), tree_RX2D, state_RX)
+    return Operands(*head, Always(span_P2, none_R, all_R), none_R + 1)
 
 
 def rows_of(query_RGD: Tensor, box_RW2D: Tensor, keep: int) -> Operands:
@@ -93,10 +103,11 @@ def rows_of(query_RGD: Tensor, box_RW2D: Tensor, keep: int) -> Operands:
     pages_R = torch.full((rows,), places)
     state_RX = torch.full((rows, inner_nodes(places)), -1, dtype=torch.int8)
     span_P2 = torch.arange(places).int().repeat(rows)[:, None].expand(-1, 2).contiguous()
-    head = (query_RGD.reshape(1, -1, width), box_P2D, table_RW, pages_R)
+    head = (query_RGD.reshape(1, -1, width), box_P2D, RowPages(table_RW, pages_R))
     tree_RX2D = tree_of(box_P2D, table_RW, pages_R)
     one_R = torch.ones_like(pages_R)
-    return Operands(*head, tree_RX2D, state_RX, span_P2, one_R, pages_R - 2, one_R * keep)
+    always = Always(span_P2, one_R, pages_R - 2)
+    return Operands(*head, tree_RX2D, state_RX, always, one_R * keep)
 
 
 def boxes_of_keys(centre_RWD: Tensor, spread: float, slots: int = 64) -> Tensor:

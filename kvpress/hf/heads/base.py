@@ -1,15 +1,8 @@
-"""What a retrieval head is, and what its queries and keys say of past tokens.
-
-A light head looks before layer 0 of a decode step; the tokens that it finds are what all layers
-read (SpeContext, arXiv 2512.00722, section 4: a one-layer draft model of which embedding, query and
-key projection are left). A head is stateless: ids and positions in, queries and keys out. Who keeps
-the keys of past tokens also drops, copies and saves them.
-"""
+"""What retrieval heads have in common: what they are given, and what they are told apart by."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import xxhash
@@ -17,57 +10,7 @@ from torch import Tensor
 
 from kvpress.errors import PolicyError
 from kvpress.hf.support import fingerprint
-
-NOTHING = -1  # the id of a column that holds no token: padding, or before the first one
-
-
-class RetrievalHead(Protocol):
-    """A projection of tokens to queries and keys.
-
-    heads: KV heads of the target, H: each gets a selection of its own. width: channels D of a key.
-    group: query heads per KV head, so that N = H · group. reach: how many ids before a token its
-    query and key depend on; 0: on its own alone. fingerprint: of its weights and of its target.
-    """
-
-    @property
-    def heads(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def group(self) -> int: ...
-    @property
-    def reach(self) -> int: ...
-    @property
-    def fingerprint(self) -> str: ...
-
-    def project(self, id_BT: Tensor, position_BQ: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries `[B, N, Q, D]` and keys `[B, H, Q, D]` of the last Q tokens, in fp32.
-
-        id_BT: int64, T = reach + Q: the first `reach` columns are only context; NOTHING where there
-        is no token, whose own query and key are finite and mean nothing. position_BQ: of the last Q
-        columns, among the real tokens of their sequence; keys are turned by it.
-        """
-        ...
-
-
-def scores(
-    query_BND: Tensor, key_BHSD: Tensor, group: int, valid_BXS: Tensor | None = None
-) -> Tensor:
-    """How much a head looks at each token: fp32 `[B, H, S]`, the largest over its query heads.
-
-    The softmax of q·k / √D over the tokens that are valid, then the maximum over the query heads of
-    a group (SpeContext, GQA). valid_BXS: bool, X = 1 or H; what is not valid scores 0, and so does
-    everything where nothing is.
-    """
-    heads, width = key_BHSD.shape[1], key_BHSD.shape[3]
-    query_BHGD = torch.unflatten(query_BND.float(), 1, (heads, group)) / math.sqrt(width)
-    logit_BHGS = query_BHGD @ key_BHSD.float().transpose(-1, -2)
-    if valid_BXS is not None:
-        logit_BHGS = logit_BHGS.masked_fill(~valid_BXS[:, :, None], -torch.inf)
-    weight_BHGS: Tensor = logit_BHGS.softmax(-1)
-    if valid_BXS is not None:  # a softmax over nothing is NaN
-        weight_BHGS = weight_BHGS.masked_fill(~valid_BXS[:, :, None], 0.0)
-    return weight_BHGS.amax(2)
+from kvpress.policy.heads import NOTHING
 
 
 def with_context(id_BT: Tensor, reach: int) -> Tensor:

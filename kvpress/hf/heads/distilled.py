@@ -22,7 +22,8 @@ from kvpress import host
 from kvpress.errors import CacheFileError, PolicyError
 from kvpress.formulas.rotation import Rotation
 from kvpress.hf.calibration import identity, model_name
-from kvpress.hf.heads.base import NOTHING, check_columns, digest, shape_of
+from kvpress.hf.heads.base import check_columns, digest, shape_of
+from kvpress.policy.heads import NOTHING
 from kvpress.store import sealed
 
 KIND = "retrieval head"

@@ -1,4 +1,4 @@
-"""The draft layer of an EAGLE-3 checkpoint as a retrieval head (SpeContext, arXiv 2512.00722).
+"""The draft layer of an EAGLE-3 checkpoint as a retrieval head (arXiv 2512.00722).
 
 What is kept of it: the embedding, its norm, and the query and key projection. An EAGLE-3 layer
 projects the normed embedding of a token, and behind it hidden states of the target that a head

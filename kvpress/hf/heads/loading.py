@@ -11,12 +11,12 @@ from safetensors import SafetensorError, safe_open
 from kvpress.errors import PolicyError
 from kvpress.hf.calibration import FOLDER, identity
 from kvpress.hf.heads import distilled, eagle3, self_layer
-from kvpress.hf.heads.base import RetrievalHead
+from kvpress.policy.heads import RetrievalHead
 from kvpress.store import sealed
 
 DISTILLED = "distilled"
 _ALLOWED = (
-    f"{self_layer.NAME}, {self_layer.NAME}:LAYER, {DISTILLED}, the path of a file of kvpress"
+    f"{self_layer.NAME}, {self_layer.NAME}@LAYER, {DISTILLED}, the path of a file of kvpress"
     " distill, or of an EAGLE-3 checkpoint"
 )
 
@@ -24,14 +24,14 @@ _ALLOWED = (
 def load_head(name: str, model: Any) -> RetrievalHead:
     """The head that a name or a path stands for, for a model that no engine is attached to.
 
-    `self` is layer 0 of the target, `self:LAYER` another one that gets embeddings alone;
+    `self` is layer 0 of the target, `self@LAYER` another one that gets embeddings alone;
     `distilled` the file that ships for this model. Raises PolicyError, with numbers, for what is
     not there or does not fit the model; UnsupportedModelError where it has no such parts.
     """
-    kind, _, rest = name.partition(":")
+    kind, _, rest = name.partition("@")
     if kind == self_layer.NAME:
         if rest and not rest.isdigit():
-            raise PolicyError(f"head={name}: behind the colon stands a layer, as in self:0.")
+            raise PolicyError(f"head={name}: behind the @ stands a layer, as in self@0.")
         return self_layer.load(model, int(rest or 0))
     if name == DISTILLED:
         return distilled.load(_shipped(model), model)

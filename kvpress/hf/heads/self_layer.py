@@ -71,7 +71,7 @@ def load(model: Any, layer: int = 0) -> SelfHead:
     Raises PolicyError where there is no such layer, or what layer 0 makes of ids cannot be computed
     from its parts; UnsupportedModelError where nobody knows how keys turn.
     """
-    name, layers = f"{NAME}:{layer}", getattr(model.base_model, "layers", [])
+    name, layers = f"{NAME}@{layer}", getattr(model.base_model, "layers", [])
     if len(layers) and not 0 <= layer < len(layers):
         raise PolicyError(
             f"head={name}: {type(model).__name__} has layers 0 to {len(layers) - 1}."
@@ -93,7 +93,7 @@ def load(model: Any, layer: int = 0) -> SelfHead:
         heads=heads,
         width=getattr(attention, "head_dim", None) or hidden // queries,
         group=queries // heads,
-        fingerprint=f"{NAME}:{layer}:{identity(model)}",
+        fingerprint=f"{NAME}@{layer}:{identity(model)}",
     )
     id_11 = host.zeros(1, 1).to(made.embedding.weight.device)
     asking, keeping = (x.shape[1] for x in made.project(id_11, id_11))

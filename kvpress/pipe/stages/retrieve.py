@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from kvpress.ops import Logits
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.retrieval import Retrieval
+from kvpress.store.ahead import Likely, bring_ahead
 from kvpress.store.chosen import Wanted
+
+# Shares of a head's attention, how many are enough, and what was chosen by them.
+Foreseen: TypeAlias = tuple[Tensor | None, float, dict[Any, tuple[Tensor, Tensor, Tensor]] | None]
+_NO_LOGITS = Logits(1.0)  # of a step whose queries are not known yet
 
 
 def attend(
@@ -29,6 +36,28 @@ def attend(
     if rule.turn is not None:
         _remember(layer, group, tokens.query_bNQD[:, :, 0])
     return out, weights
+
+
+def foresee(layers: Sequence[Layer]) -> None:
+    """Begins to load what the next step will read, where a head says so before the first layer."""
+    likely = [own for layer in layers for own in _likely(layer)]
+    if likely:
+        bring_ahead(likely)
+
+
+def _likely(layer: Layer) -> list[Likely]:
+    """What a layer will most likely read that may have to be loaded."""
+    rule, drafts = layer.stores.retrieval, layer.context.recording.on
+    if rule is None or layer.store is None or not layer.store.streams or drafts:
+        return []  # drafted tokens attend to everything
+    rows, foreseen = layer.rows, _foreseen(layer, rule, None)
+    if foreseen[0] is None or rows.retrieving is None:
+        return []
+    with rows.memory.lock:
+        seen_B = layer.sequences.seen_B.to(rows.device)
+        slots = [rule.slots(count) for count in rows.counts.tolist()]
+        wanted = Wanted(foreseen[0], None, _NO_LOGITS, False, slots, seen_B, rule.sink, rule.recent)
+        return rows.retrieving.foresee(wanted.by_head(*foreseen))
 
 
 def _wanted(
@@ -59,7 +88,18 @@ def _wanted(
         rule.top,
         rule.tree,
         earlier_bND,
+        *_foreseen(layer, rule, group),
     )
+
+
+def _foreseen(layer: Layer, rule: Retrieval, group: Sequence[int] | None) -> Foreseen:
+    """What a head looked at before this step, where it is asked and did: see `Wanted`."""
+    outlook = layer.context.outlook
+    if rule.head is None or outlook is None or outlook.share_BHS is None:
+        return None, 0.0, None
+    if group is None:
+        return outlook.share_BHS.to(layer.rows.device), rule.sure, outlook.memo
+    return outlook.share_BHS[list(group)].to(layer.rows.device), rule.sure, None
 
 
 def _earlier(layer: Layer, group: Sequence[int] | None, query_bND: Tensor, turn: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -17,6 +17,7 @@ from kvpress.host import lasting
 from kvpress.pipe.state.drafting import Recording
 from kvpress.pipe.state.growth import Growth
 from kvpress.pipe.state.meter import Meter
+from kvpress.pipe.state.outlook import Outlook
 from kvpress.pipe.state.spans import Ranges
 from kvpress.policy.base import Policy
 from kvpress.policy.pooling import Calibrated
@@ -67,6 +68,7 @@ class Context:
     plans: dict[Hashable, list[Any]] = field(default_factory=dict)  # slots of rows, by prompt
     calibrated: Mapping[Calibrated, Mapping[str, Tensor]] = field(default_factory=dict)
     tiers: Tiers | None = None  # where old pages of all caches of the engine are
+    outlook: Outlook | None = None  # what a head says before the first layer; None: there is none
     protect: list[Ranges] = field(default_factory=list)  # of all sequences, or of each
     looks: dict[int, Probe] = field(default_factory=dict)  # that are read just now, by sequence
     norms: dict[int, Norms] = field(default_factory=dict)  # of layers that a probe passes
@@ -82,6 +84,20 @@ class Context:
         self.recording = Recording()
         self.newest = self.dirty = self.growth = None
         self.protect, self.looks, self.held = [], {}, set()
+        if self.outlook is not None:
+            self.outlook.clear()
+
+    def go_on_from(self, other: Context) -> None:
+        """Takes over what was said about tokens of another cache, and what was noted of it."""
+        self.ledger.notes.update(other.ledger.notes)
+        self.horizon, self.protect = other.horizon, list(other.protect)
+        self.recording.on = other.recording.on
+        self.outlook = None if other.outlook is None else other.outlook.copy()
+
+    def select(self, index: Sequence[int]) -> None:
+        """Sequence i becomes what sequence `index[i]` was."""
+        if self.outlook is not None:
+            self.outlook.select(index)
 
     def protected(self, batch: int, kind: LayerKind) -> list[Ranges]:
         """The protected tokens of so many sequences; none where a layer keeps a window anyway.

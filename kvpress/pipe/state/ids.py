@@ -33,27 +33,14 @@ class SeenIds:
         """
         if self.columns == columns_seen:
             return
-        tokens, mask = given.get("input_ids"), given.get("attention_mask")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
-        plain = isinstance(mask, Tensor) and mask.dim() == 2
-        if tokens is not None:
-            self.append(tokens, mask if plain else None)
+        new_BQ = ids_of(given)
+        if new_BQ is not None:
+            self.append(new_BQ)
 
-    def append(self, tokens: Tensor, mask: Tensor | None) -> None:
-        """Adds the columns of a forward pass.
-
-        tokens: ids `[B, Q]`, or embeddings `[B, Q, E]`, whose ids are not known. mask: `[B, T]`,
-        0 for padding, of which the last Q columns count; None: all tokens are real.
-        """
-        batch, new = tokens.shape[:2]
-        if tokens.dim() == 2:
-            part = tokens.to(torch.int32, copy=True)
-        else:
-            part = torch.full((batch, new), UNKNOWN, dtype=torch.int32, device=tokens.device)
-        if mask is not None:
-            part = part.masked_fill_(~mask[:, -new:].to(part.device, torch.bool), PADDING)
-        self._parts.append(part)
-        self.columns += new
+    def append(self, new_BQ: Tensor) -> None:
+        """Adds the columns of a forward pass; see `columns_of`."""
+        self._parts.append(new_BQ)
+        self.columns += new_BQ.shape[1]
         if len(self._parts) > _PARTS:
             self.all()
 
@@ -101,3 +88,27 @@ class SeenIds:
     def clear(self) -> None:
         """Forgets everything."""
         self._parts, self.columns, self.ended = [], 0, False
+
+
+def ids_of(given: Mapping[str, Any]) -> Tensor | None:
+    """The new columns of a forward pass, by its arguments; None where it has no tokens."""
+    tokens, mask = given.get("input_ids"), given.get("attention_mask")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    plain = isinstance(mask, Tensor) and mask.dim() == 2
+    return None if tokens is None else columns_of(tokens, mask if plain else None)
+
+
+def columns_of(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """New columns of a forward pass: int32 `[B, Q]`, UNKNOWN and PADDING among them.
+
+    tokens: ids `[B, Q]`, or embeddings `[B, Q, E]`, whose ids are not known. mask: `[B, T]`, 0 for
+    padding, of which the last Q columns count; None: all tokens are real.
+    """
+    batch, new = tokens.shape[:2]
+    if tokens.dim() == 2:
+        part = tokens.to(torch.int32, copy=True)
+    else:
+        part = torch.full((batch, new), UNKNOWN, dtype=torch.int32, device=tokens.device)
+    if mask is not None:
+        part = part.masked_fill_(~mask[:, -new:].to(part.device, torch.bool), PADDING)
+    return part

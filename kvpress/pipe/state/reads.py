@@ -22,7 +22,7 @@ class Reads:
     """
 
     def __init__(self) -> None:
-        self.rows = self.held = self.boxes = self.short = self.turned = 0
+        self.rows = self.held = self.boxes = self.short = self.turned = self.unsure = 0
         self._heads = 0  # query heads that were certified
         # Tokens and bytes read, the sum and the largest of certificates: fp64, on the host.
         self._sums = [0.0, 0.0, 0.0, 0.0]
@@ -35,6 +35,7 @@ class Reads:
         self.held += held
         self.boxes += sum(looked.boxes for looked in found.looked)
         self.short += found.short
+        self.unsure += found.unsure
         self._heads += found.lse_bN.numel() if found.certified else 0
         self._steps.append(found.counted())
         self.last = (group, found)
@@ -82,6 +83,7 @@ class Reads:
             missed_max=largest if self._heads else None,
             short=self.short,
             turned=self.turned,
+            unsure=self.unsure,
         )
 
 

@@ -116,6 +116,7 @@ def _context(settings: Any, context: Context) -> Context:
         context.thresholds,
         calibrated=context.calibrated,
         tiers=context.tiers,
+        outlook=None if context.outlook is None else context.outlook.copy(),
     )
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from itertools import chain, islice
+from itertools import islice
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
+import torch
 from torch import Tensor
 
 from kvpress.errors import TierError
 from kvpress.store.tiers.arena import Arena
-from kvpress.store.tiers.at_hand import AtHand, Page
+from kvpress.store.tiers.at_hand import Asked, AtHand
 from kvpress.store.tiers.counters import Uses
 from kvpress.store.tiers.data_file import Source
 from kvpress.store.tiers.directory import NOWHERE, Directory
@@ -39,7 +40,7 @@ class Tenant(Protocol):
         """Sends whole spans to a lower tier, of at least so many bytes where there are as many."""
 
     def thin(self, least: int) -> None:
-        """The same of pages that its last step did not choose to read."""
+        """The same of pages without a copy below that its last step did not choose to read."""
 
 
 class Around(Protocol):
@@ -86,12 +87,16 @@ class Reading(NamedTuple):
     pages: list[tuple[int, int, int]]
 
     @classmethod
-    def of(cls, ticket: Ticket, far: Mapping[Record, list[Page]]) -> Reading:
+    def of(cls, ticket: Ticket, far: Mapping[Record, Asked]) -> Reading:
         """The read of a ticket. far: the pages that are read of all records."""
-        every = ((own.record, which) for own in ticket.wanted for which in own.slices)
-        at = {slice_: i for i, slice_ in enumerate(every)}
-        pages = chain.from_iterable(far[own.record] for own in ticket.wanted)
-        return cls(ticket, [(at[x.record, x.which], x.offset, x.to) for x in pages])
+        pages, first = list[tuple[int, int, int]](), 0
+        for wanted in ticket.wanted:
+            own = far[wanted.record]
+            at = {which: first + i for i, which in enumerate(wanted.slices)}
+            each = zip(own.slices, own.offsets, own.to, strict=True)
+            pages += [(at[which], offset, to) for which, offset, to in each]
+            first += len(at)
+        return cls(ticket, pages)
 
 
 class Arrivals:
@@ -124,34 +129,59 @@ class Arrivals:
         fence = self._tiers.engine.fence(target_PX.device)
         return self._tiers.copies.submit(self._land, near, reads, target_PX, fence)
 
-    def _find(self, id_A: Tensor, to_A: Tensor) -> tuple[AtHand, dict[Record, list[Page]]]:
+    def bring_ahead(self, id_A: Tensor, to_A: Tensor, target_PX: Tensor) -> Future[None]:
+        """The same, of which the caller waits for nothing: also what is read is looked for there.
+
+        No page may lose its record meanwhile.
+        """
+        asked, fence = self._asked(id_A, to_A), self._tiers.engine.fence(target_PX.device)
+        return self._tiers.copies.submit(self._bring, asked, target_PX, fence)
+
+    def _bring(self, asked: Sequence[Asked], target_PX: Tensor, fence: Any) -> None:
+        near, far = self._look(asked)
+        self._land(near, self._fetch(near, far), target_PX, fence)
+
+    def _find(self, id_A: Tensor, to_A: Tensor) -> tuple[AtHand, dict[Record, Asked]]:
         """The pages that need not be read, and the others by record."""
-        near, far = self._vault.at_hand(), dict[Record, list[Page]]()
-        for page in near.find(self._pages(id_A, to_A)):
-            far.setdefault(page.record, []).append(page)
-        return near, far
+        return self._look(self._asked(id_A, to_A))
 
-    def _pages(self, id_A: Tensor, to_A: Tensor) -> Iterator[Page]:
-        own, each = self._directory, self._page_bytes + self._beside
-        columns = (own.record_P[id_A], own.place_P[id_A], to_A, own.step_P[id_A] != NOWHERE)
-        for number, place, to, chosen in zip(*(x.tolist() for x in columns), strict=True):
-            record = own.records[number]
-            which, page = divmod(place, record.slice_bytes // each)
-            yield Page(record, which, page * self._page_bytes, to, chosen)
-
-    def _fetch(self, near: AtHand, far: Mapping[Record, list[Page]]) -> list[Reading]:
-        """Begins to read from the lower tiers; whatever fails, nothing stays pinned."""
+    def _look(self, asked: Sequence[Asked]) -> tuple[AtHand, dict[Record, Asked]]:
+        near = self._vault.at_hand()
         try:
-            tickets = self._vault.fetch_all(
-                [
-                    Wanted(record, sorted({x.which for x in pages}), any(x.chosen for x in pages))
-                    for record, pages in far.items()
-                ]
-            )
+            return near, {own.record: own for own in near.find(asked)}
         except BaseException:
             near.release()
             raise
-        self._tiers.uses.disk += sum(map(len, far.values()))
+
+    def _asked(self, id_A: Tensor, to_A: Tensor) -> list[Asked]:
+        """What is asked of each record: its pages are many, and looked at together."""
+        own, each = self._directory, self._page_bytes + self._beside
+        order_A = own.by_record(id_A)
+        id_A = id_A[order_A]
+        numbers, counts = torch.unique_consecutive(own.record_P[id_A], return_counts=True)
+        columns = (own.place_P[id_A], to_A[order_A], own.step_P[id_A] != NOWHERE)
+        places, to, chosen = (x.tolist() for x in columns)
+        asked, begin = list[Asked](), 0
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            record, end = own.records[number], begin + count
+            pages = record.slice_bytes // each  # of a slice
+            slices, offsets = places[begin:end], [0] * (end - begin)
+            if pages > 1:
+                offsets = [place % pages * self._page_bytes for place in slices]
+                slices = [place // pages for place in slices]
+            asked.append(Asked(record, slices, offsets, to[begin:end], any(chosen[begin:end])))
+            begin = end
+        return asked
+
+    def _fetch(self, near: AtHand, far: Mapping[Record, Asked]) -> list[Reading]:
+        """Begins to read from the lower tiers; whatever fails, nothing stays pinned."""
+        try:
+            wanted = [Wanted(x.record, sorted(set(x.slices)), x.chosen) for x in far.values()]
+            tickets = self._vault.fetch_all(wanted)
+        except BaseException:
+            near.release()
+            raise
+        self._tiers.uses.disk += sum(len(own.to) for own in far.values())
         return [Reading.of(ticket, far) for ticket in tickets]
 
     def _land(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from kvpress.store.tiers.parts import Parts
@@ -10,13 +10,17 @@ from kvpress.store.tiers.record import Copy, Record, Region
 from kvpress.store.tiers.ticket import Ticket
 
 
-class Page(NamedTuple):
-    """A page to be copied. chosen: whether a step chose it, so that it is asked for again."""
+class Asked(NamedTuple):
+    """Pages of a record that are to be copied.
+
+    slices: in which each is. offsets: where it begins in that, in bytes. to: where it goes. chosen:
+    whether a step chose one of them, so that it is asked for again.
+    """
 
     record: Record
-    which: int  # of its slices
-    offset: int  # in bytes, in that slice
-    to: int  # where it goes
+    slices: Sequence[int]
+    offsets: Sequence[int]
+    to: Sequence[int]
     chosen: bool = False
 
 
@@ -33,36 +37,54 @@ class AtHand:
         self._pinned: list[tuple[Record, Copy | Region]] = []
         self._tickets: list[Ticket] = []
 
-    def find(self, pages: Iterable[Page]) -> list[Page]:
+    def find(self, asked: Iterable[Asked]) -> list[Asked]:
         """Takes in the pages that need not be read, and gives the others.
 
         Raises TierError for a record that is not there.
         """
-        parts, left = self._parts, []
+        parts, left = self._parts, list[Asked]()
         before, found = len(self.to), 0
-        with self._parts.jobs.lock:
-            for page in pages:
-                record, index, offset, to, _ = page
+        with parts.jobs.lock:
+            for own in asked:
+                record = own.record
                 parts.placement.known(record)
-                kept = record.kept.get(index)
+                count = len(self.to)
                 if record.host.sealed:
-                    at: Copy | Region = record.host
                     parts.placement.touch(record)
-                    begin = record.host.place + record.begin(index)
-                elif kept is not None:
-                    at, begin = kept, kept.begins[index]
-                    parts.kept.touch(kept)
+                    self._take(own, record.host, record.begins(record.host.place, own.slices))
+                elif record.kept:
+                    left += self._take_kept(own)
                 else:
-                    left.append(page)
-                    continue
-                at.pins += 1
-                found += record.slice_bytes
-                self._pinned.append((record, at))
-                self.begins.append(begin + offset)
-                self.to.append(to)
+                    left.append(own)
+                found += (len(self.to) - count) * record.slice_bytes
             parts.counters.hits += len(self.to) - before
             parts.counters.from_host.add(found, count=len(self.to) - before)
         return left
+
+    def _take(self, own: Asked, at: Copy | Region, begins: Iterable[int]) -> None:
+        at.pins += 1
+        self._pinned.append((own.record, at))
+        both = zip(begins, own.offsets, strict=True)
+        self.begins.extend(begin + offset for begin, offset in both)
+        self.to.extend(own.to)
+
+    def _take_kept(self, own: Asked) -> list[Asked]:
+        """Takes in what was read lately, and gives the rest, if there is some."""
+        rest: list[tuple[int, int, int]] = []
+        for page in zip(own.slices, own.offsets, own.to, strict=True):
+            region = own.record.kept.get(page[0])
+            if region is None:
+                rest.append(page)
+                continue
+            self._parts.kept.touch(region)
+            region.pins += 1
+            self._pinned.append((own.record, region))
+            self.begins.append(region.begins[page[0]] + page[1])
+            self.to.append(page[2])
+        if not rest:
+            return []
+        slices, offsets, to = zip(*rest, strict=True)
+        return [Asked(own.record, slices, offsets, to, own.chosen)]
 
     def add(self, ticket: Ticket, pages: Iterable[tuple[int, int, int]]) -> None:
         """Takes in what a ticket read, which ends with the others.

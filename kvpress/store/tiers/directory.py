@@ -17,11 +17,12 @@ class Directory:
 
     at_P: where on its device, NOWHERE if it is not there. record_P: the number of its record, or
     NOWHERE. place_P: the page of that record. step_P: the step that last chose to read it, where
-    steps choose. All int64, on the host.
+    steps choose. All int64, on the host. idle_P: whether the last step of its rows did not: bool.
     """
 
     def __init__(self) -> None:
         self.at_P = self.record_P = self.place_P = self.step_P = host.zeros(0)
+        self.idle_P = host.full((0,), True, torch.bool)
         self.records: dict[int, Any] = {}  # by number, what the vault gave
         self._pages: dict[int, int] = {}  # of every record that are in use
         self._free: list[int] = []
@@ -38,6 +39,7 @@ class Directory:
                 torch.cat([x, nowhere])
                 for x in (self.at_P, self.record_P, self.place_P, self.step_P)
             )
+            self.idle_P = torch.cat([self.idle_P, nowhere == NOWHERE])
             self._free = list(range(old + more - 1, old - 1, -1)) + self._free
         return host.tensor([self._free.pop() for _ in range(count)])
 
@@ -52,6 +54,29 @@ class Directory:
         self.at_P[id_A] = NOWHERE
         self.version += 1
         return at_A
+
+    def choose(self, before_A: Tensor, last: int | Tensor, id_A: Tensor, step: int) -> Tensor:
+        """Says that a step chose some pages, and the step `last` of the same rows those before.
+
+        Returns which of those are idle now: not what other rows chose since, nor numbers that were
+        given to other pages.
+        """
+        before_A = before_A[self.step_P[before_A] == last]
+        self.idle_P[before_A] = True
+        self.idle_P[id_A] = False
+        self.step_P[id_A] = step
+        return before_A[self.idle_P[before_A]]
+
+    def is_spare(self, id_A: Tensor) -> Tensor:
+        """Which pages are on the device, have a copy below and are idle: bool."""
+        there_A = (self.at_P[id_A] != NOWHERE) & (self.record_P[id_A] != NOWHERE)
+        return there_A & self.idle_P[id_A]
+
+    def spare(self) -> Tensor:
+        """All of these, the one that was chosen longest ago first."""
+        there_P = (self.at_P != NOWHERE) & (self.record_P != NOWHERE) & self.idle_P
+        id_A = there_P.nonzero().flatten()
+        return id_A[self.step_P[id_A].argsort(stable=True)]
 
     def seal(self, id_A: Tensor, record: Any, place_A: Tensor | None = None) -> None:
         """Says that pages are those of a record, all in order, or some at these places."""
@@ -85,6 +110,7 @@ class Directory:
                 ended.append(self.records.pop(number))
         for column_P in (self.at_P, self.record_P, self.place_P, self.step_P):
             column_P[id_A] = NOWHERE
+        self.idle_P[id_A] = True
         self._free.extend(id_A.tolist())
         self.version += 1
         return at_A[at_A != NOWHERE], ended

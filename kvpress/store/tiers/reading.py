@@ -20,6 +20,7 @@ from kvpress.store.tiers.extents import UNIT
 from kvpress.store.tiers.syscalls import Syscalls
 
 DIRECT = getattr(os, "O_DIRECT", 0)
+_THREADS, _EACH = 4, 4  # that read at the same time, and so many reads for each
 Row = tuple[int, int, int, int, int, int, int]
 
 
@@ -59,7 +60,9 @@ class ReadFile:
     def _read(self, fd: int, rows: list[Row], arena_X: Tensor) -> list[int]:
         numbers = array("q", itertools.chain.from_iterable(rows))
         reads_AX = torch.frombuffer(numbers, dtype=torch.int64).view(len(rows), -1)
-        return self._calls.read(fd, reads_AX, arena_X, 1).tolist()
+        # One after the other, small reads would each wait for the disk.
+        threads = max(1, min(_THREADS, len(rows) // _EACH))
+        return self._calls.read(fd, reads_AX, arena_X, threads).tolist()
 
     def peek(self, offset: int, size: int) -> bytes:
         """What is there now, unverified, for an error message; less where it cannot be read."""

@@ -11,6 +11,8 @@ from kvpress.host import lasting
 from kvpress.store.tiers.arena import Arena
 from kvpress.store.tiers.arrivals import Around, Arrivals, Arriving, Tenant
 from kvpress.store.tiers.directory import NOWHERE, Directory
+from kvpress.store.tiers.early import Early
+from kvpress.store.tiers.idle import Idle
 from kvpress.store.tiers.record import Owner
 from kvpress.store.tiers.vault import Vault
 
@@ -29,7 +31,9 @@ class Shelf:
         self.page_bytes, self.beside = page_bytes, beside
         self.directory = Directory()
         self.staging = arena.staging(page_bytes)
+        self.idle = Idle(self.directory)
         self._arrivals = Arrivals(tiers, self.directory, page_bytes, beside)
+        self.early = Early(tiers, arena, self.directory, self._arrivals, page_bytes)
         self._positions: dict[int, Tensor] = {}  # by slots of a page: formats may have equal bytes
 
     @property
@@ -72,6 +76,7 @@ class Shelf:
         """Puts as many of some pages on the device as there is room for: the first ones."""
         at_A = self.arena.take(len(id_A), self.page_bytes)
         self.pages[at_A.to(self.arena.device)] = page_AX[: len(at_A)]
+        self.idle.came()
         self.directory.arrive(id_A[: len(at_A)], at_A)
         return len(at_A)
 
@@ -99,8 +104,20 @@ class Shelf:
         assert bool((self.directory.record_P[id_A] != NOWHERE).all()), "no other copy is there"
         self.arena.give(self.directory.depart(id_A), self.page_bytes)
 
+    def thin(self, least: int) -> int:
+        """Frees at least so many bytes, or what there is, of pages that no last step chose.
+
+        Those that have a copy below, the one chosen longest ago first. Returns how many bytes.
+        """
+        left = most = -(-least // self.page_bytes)
+        while left > 0 and (some_A := self.idle.next(left)) is not None:
+            self.leave(some_A)
+            left -= len(some_A)
+        return (most - left) * self.page_bytes
+
     def collect(self, in_use: Sequence[Tensor]) -> None:
         """Frees the pages that are not among these."""
+        self.early.settle()
         gone_P = self.directory.known()
         for id_A in in_use:
             gone_P[id_A] = False
@@ -111,18 +128,17 @@ class Shelf:
 
     # Pages are read
 
-    def bring(self, id_A: Tensor, most: int, staged: bool) -> Tensor:
+    def bring(self, id_A: Tensor, most: int, half_A: Tensor) -> Tensor:
         """Copies pages to the device, where so many of them stay if they find room: the first ones.
 
-        They keep their records, so that they can leave again at once. staged: the others too, into
-        a half of the staging, if all of them find room there. Returns where those are that were
-        copied. Raises TierError.
+        They keep their records, so that they can leave again at once. half_A: places of the staging
+        for the others, if all of them find room there. Returns where those are that were copied.
+        Raises TierError.
         """
         at_A = self.arena.take(min(most, len(id_A)), self.page_bytes)
         stay, to_A = len(at_A), at_A
-        if staged and stay < len(id_A) <= stay + self.at_once:
-            half = self.staging[self.arena.claim()]
-            to_A = torch.cat([at_A, half[: len(id_A) - stay]])
+        if stay < len(id_A) <= stay + len(half_A):
+            to_A = torch.cat([at_A, half_A[: len(id_A) - stay]])
         try:
             with self.tiers.stalls:
                 self._arrivals.read(id_A[: len(to_A)], to_A, self.pages, _TOGETHER)

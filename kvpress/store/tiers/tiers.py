@@ -188,11 +188,13 @@ class Tiers:
         """
         # What leaves are pages, and what rows have beside changes in their own steps.
         beside = self._beside(arena, anew=False)
-        if arena.free - beside < room:
-            for tenant in self._others(first, arena):
-                missing = room - (arena.free - beside)
-                if missing <= 0:
-                    break
+        missing = room - (arena.free - beside)
+        for shelf in self._shelves.values():
+            if missing > 0 and shelf.arena is arena:
+                missing -= shelf.thin(missing)
+        others = self._others(first, arena) if missing > 0 else []
+        for tenant in others:
+            if (missing := room - (arena.free - beside)) > 0:
                 tenant.thin(missing)
         return max(0, min(room, arena.free - beside))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpress import TierError
-from kvpress.store.tiers.at_hand import Page
+from kvpress.store.tiers.at_hand import Asked
 from kvpress.store.tiers.extents import UNIT
 from kvpress.store.tiers.record import Record
 from kvpress.store.tiers.vault import Vault
@@ -33,7 +33,7 @@ def keep(store: Vault, record: Record) -> None:
 def at_hand(store: Vault, record: Record, index: int = 0) -> Tensor | None:
     """A copy of a slice that need not be read."""
     near = store.at_hand()
-    left = near.find([Page(record, index, 0, 0)])
+    left = near.find([Asked(record, [index], [0], [0])])
     begins = [*near.begins]
     copy = None if left else store.arena_X[begins[0] : begins[0] + record.slice_bytes].clone()
     near.release()
@@ -84,7 +84,7 @@ def test_whoever_needs_the_space_gets_it_but_not_from_under_a_reader(tmp_path: P
     for record in records:
         keep(store, record)
     near = store.at_hand()
-    assert not near.find([Page(records[0], 0, 0, 0)])
+    assert not near.find([Asked(records[0], [0], [0], [0])])
     record = store.put(more := tiers.slices(1, WIDTH), tiers.owner(1, first=99))
     tickets = [store.fetch(x) for x in (record, *records[2:])]
     assert all(torch.equal(t.wait(), x) for t, x in zip(tickets, (more, *sent[2:]), strict=True))

@@ -1,0 +1,34 @@
+"""The retrieval head that the policies of an engine ask for, if they do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvpress.errors import PolicyError
+from kvpress.hf.heads.loading import load_head
+from kvpress.hf.support import Fingerprint
+from kvpress.policy.heads import RetrievalHead
+from kvpress.policy.recipe import Recipe
+
+
+def head_of(recipe: Recipe, model: Any, shape: Fingerprint) -> RetrievalHead | None:
+    """What says before the first layer which tokens a step reads; None where nobody asks.
+
+    Raises PolicyError where there is no such head, or it does not fit the model.
+    """
+    stage = recipe.stage("retrieve")
+    rules = {kind: stage.retrieve(kind.index) for kind in shape.kinds if kind.window is None}
+    asked = {kind: rule.head for kind, rule in rules.items() if rule and rule.head is not None}
+    names = sorted(set(asked.values()))
+    if not names:
+        return None
+    if len(names) > 1:
+        raise PolicyError(f"{recipe} asks for the heads {', '.join(names)}: one looks for a model.")
+    head = load_head(names[0], model)
+    for kind in asked:
+        if kind.heads != head.heads:
+            raise PolicyError(
+                f"head={names[0]} has {head.heads} KV heads, but layer {kind.index} of this model"
+                f" has {kind.heads}. Use a head that was made for this model."
+            )
+    return head
