@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from kvpress.ops import Always, Logits, Places, RowPages
 from kvpress.ops.operands import new
 from kvpress.store.base import BOX, CELL, LENGTH, PAGE, SPAN
 from kvpress.store.packed import PackedRows
+
+# What a head chose, and what is left of its attention, by what it depends on.
+Memo: TypeAlias = dict[Hashable, tuple[Tensor, Tensor, Tensor]]
 
 
 class Wanted(NamedTuple):
@@ -42,7 +45,7 @@ class Wanted(NamedTuple):
     earlier_bND: Tensor | None = None
     share_bHS: Tensor | None = None
     sure: float = 0.0
-    memo: dict[Any, tuple[Tensor, Tensor, Tensor]] | None = None
+    memo: Memo | None = None
 
     @property
     def query_bND(self) -> Tensor:
@@ -69,7 +72,7 @@ class Wanted(NamedTuple):
         """The same with the queries that attend: what is missed is missed by them."""
         return self._replace(earlier_bND=None)
 
-    def by_head(self, share_bHS: Tensor | None, sure: float, memo: Any) -> Wanted:
+    def by_head(self, share_bHS: Tensor | None, sure: float, memo: Memo | None) -> Wanted:
         """The same, by what a head looks at."""
         return self._replace(share_bHS=share_bHS, sure=sure, memo=memo)
 

@@ -50,7 +50,7 @@ def _by_head(own: Bounds, wanted: Wanted, keep_r: Tensor) -> tuple[Chosen, Tenso
     """
     memo = {} if POSITION in own.part.paging.columns else wanted.memo
     numbers = torch.cat([own.pages_r, keep_r, wanted.seen_b]).tolist() if memo is not None else []
-    key = (own.slots, own.table_rW.shape[1], *numbers)
+    key = (own.table_rW.device, own.slots, own.table_rW.shape[1], *numbers)
     if memo and key in memo:
         place_rW, pages_r, left_r = memo[key]
         return Chosen(own.part, own.number, place_rW, pages_r), left_r

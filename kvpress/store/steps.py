@@ -11,7 +11,7 @@ from kvpress import host
 from kvpress.store.tiers.arrivals import Tenant
 from kvpress.store.tiers.directory import NOWHERE
 from kvpress.store.tiers.early import Coming, Staged
-from kvpress.store.tiers.shelf import Shelf
+from kvpress.store.tiers.shelf import Half, Shelf
 
 
 class Brought(NamedTuple):
@@ -63,18 +63,18 @@ class Steps:
             away_A = (at_A == NOWHERE).nonzero().flatten()
             if not len(away_A):
                 return Brought(at_A, here, len(at_A) - here, True)
-            half_A = host.zeros(0)
+            half: Half | None = None
             if staged:
-                half_A = shelf.early.claim() if ready is None else ready.spare_A
-            at_A[away_A], whole = self._bring(id_A[away_A], half_A, rows)
+                half = shelf.early.claim if ready is None else ready.spare
+            at_A[away_A], whole = self._bring(id_A[away_A], half, rows)
             return Brought(at_A, here, int((at_A != NOWHERE).sum()) - here, whole)
 
-    def _bring(self, id_A: Tensor, half_A: Tensor, rows: Tenant) -> tuple[Tensor, bool]:
+    def _bring(self, id_A: Tensor, half: Half | None, rows: Tenant) -> tuple[Tensor, bool]:
         """Where pages are that were away, and whether all are there now."""
         shelf = self.shelf
         missing_A, which_A = torch.unique(id_A, return_inverse=True)
         room = shelf.tiers.make_space(len(missing_A) * shelf.page_bytes, shelf.arena, rows)
-        to_A = shelf.bring(missing_A, room // shelf.page_bytes, half_A)
+        to_A = shelf.bring(missing_A, room // shelf.page_bytes, half)
         whole = len(to_A) == len(missing_A)
         if not whole:
             to_A = torch.cat([to_A, host.full((len(missing_A) - len(to_A),), NOWHERE)])
@@ -88,6 +88,7 @@ class Steps:
         """
         self.chosen, self.last, self.foreseen = id_A, step, True
         self.bare |= bare
+        self._coming = self._staged = None  # of a pass that failed
 
     def wait_for(self, coming: Coming | None) -> None:
         """Says what of it is on its way."""

@@ -16,7 +16,7 @@ from kvpress import host
 from kvpress.errors import CacheError, PolicyError, TierError
 from kvpress.formulas.head_scores import scores
 from kvpress.hf import foresight
-from kvpress.store.tiers.directory import Directory
+from kvpress.store.tiers.directory import NOWHERE, Directory
 
 TOKENS = 560
 SOME = "specontext:head=self,read=160,sure=0"
@@ -314,3 +314,29 @@ def test_lists_of_idle_pages_do_not_grow_with_steps() -> None:
         logits = tiered.feed(model, cache, helpers.prompt(1, TOKENS), [TOKENS])
         tiered.decode(model, cache, logits[-1], 300)
         assert all(len(shelf.idle._queue) <= 256 for shelf in engine.spec.tiers._shelves.values())
+
+
+def test_what_was_staged_is_not_taken_for_pages_that_got_its_numbers(tmp_path: Path) -> None:
+    model = tiered.model()
+    caps = tiered.caps("host", model, SOME, 1, tmp_path)
+    with tiered.attached(model, SOME, caps) as engine:
+        cache = engine.new_cache()
+        logits = tiered.feed(model, cache, helpers.prompt(1, TOKENS), [TOKENS])
+        tiered.decode(model, cache, logits[-1], 2)
+        (shelf,) = {part.shelf for state in cache.states for part in state.rows.aging.parts}
+        away_A = (shelf.directory.at_P == NOWHERE) & (shelf.directory.record_P != NOWHERE)
+        id_A = away_A.nonzero().flatten()[:2]
+        staged = shelf.early.stage(id_A)
+        at_A = torch.full_like(id_A, NOWHERE)
+        found = shelf.early.unstage(staged)
+        assert found is staged
+        found.find(id_A, at_A)
+        copies, rows = shelf.pages[at_A].clone(), shelf.read(id_A)
+        assert torch.equal(copies, rows)
+        staged = shelf.early.stage(id_A)
+        engine.spec.tiers.collect()  # frees numbers, which others may get
+        assert shelf.early.unstage(staged) is None
+        steps = cache.states[0].rows.aging.parts[0].steps
+        steps._staged = shelf.early.stage(id_A)
+        steps.expect(steps.chosen, steps.last, False)
+        assert steps._staged is None, "a pass that failed left it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.retrieval import Retrieval
 from kvpress.store.ahead import Likely, bring_ahead
-from kvpress.store.chosen import Wanted
+from kvpress.store.chosen import Memo, Wanted
 
 # Shares of a head's attention, how many are enough, and what was chosen by them.
-Foreseen: TypeAlias = tuple[Tensor | None, float, dict[Any, tuple[Tensor, Tensor, Tensor]] | None]
+Foreseen: TypeAlias = tuple[Tensor | None, float, Memo | None]
 _NO_LOGITS = Logits(1.0)  # of a step whose queries are not known yet
 
 

@@ -7,7 +7,6 @@ cache was loaded, or a pass failed. It is no part of a saved cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from kvpress.errors import CacheError
 from kvpress.formulas.head_scores import scores
 from kvpress.pipe.state.ids import PADDING, UNKNOWN, SeenIds
 from kvpress.policy.heads import NOTHING, RetrievalHead
+from kvpress.store.chosen import Memo
 
 _GROWTH = 16  # room for a sixteenth more tokens, and as many at least
 
@@ -34,7 +34,7 @@ class Outlook:
         self._key_BHXD: Tensor | None = None  # with room for more tokens
         self._known: list[int] = []  # tokens of each sequence whose keys are there
         self.share_BHS: Tensor | None = None
-        self.memo: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
+        self.memo: Memo = {}
 
     def __deepcopy__(self, memo: object) -> Outlook:
         return self.copy()
@@ -120,7 +120,7 @@ class Outlook:
 
     def clear(self) -> None:
         """Forgets every token."""
-        self._key_BHXD, self._known, self.share_BHS = None, [], None
+        self._key_BHXD, self._known, self.share_BHS, self.memo = None, [], None, {}
 
 
 def _by_position(id_BT: Tensor, real_BT: Tensor, most: int) -> Tensor:

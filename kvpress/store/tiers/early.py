@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import Future, wait
 
 import torch
@@ -12,44 +13,50 @@ from kvpress.store.tiers.arrivals import Around, Arrivals
 from kvpress.store.tiers.directory import NOWHERE, Directory
 
 
-class Coming:
-    """Pages that are brought to places of the device which are theirs from now on.
+class _OnTheirWay:
+    """Pages that a thread copies."""
 
-    They are known to be there once somebody has asked for them: see `Early.settle`.
-    """
+    def __init__(self, copied: Future[None]) -> None:
+        self._copied = copied
 
-    def __init__(self, id_A: Tensor, at_A: Tensor, copied: Future[None]) -> None:
-        self.id_A, self.at_A, self._copied = id_A, at_A, copied
-
-    def __deepcopy__(self, memo: object) -> Coming:
+    def __deepcopy__(self, memo: object) -> _OnTheirWay:
         return self  # copies of rows wait for the same
-
-    def arrived(self) -> bool:
-        """Waits; False where they could not be read: then nothing is where they were to go."""
-        return self._copied.exception() is None
-
-
-class Staged:
-    """Pages on their way to a half of the staging, for the next step of some rows alone.
-
-    id_A: ascending. at_A: where each will be; spare_A: places of that half that are left. lost:
-    whether others were sent there before these were used.
-    """
-
-    def __init__(self, id_A: Tensor, half_A: Tensor, copied: Future[None]) -> None:
-        self.id_A, self.at_A, self.spare_A = id_A, half_A[: len(id_A)], half_A[len(id_A) :]
-        self._copied, self.lost = copied, False
-
-    def __deepcopy__(self, memo: object) -> Staged:
-        return self
 
     def end(self) -> None:
         """Returns when nothing is on its way any more, whether it has failed or not."""
         wait([self._copied])
 
     def arrived(self) -> bool:
-        """Waits; False where they could not be read."""
+        """Waits; False where they could not be read: then nothing is where they were to go."""
         return self._copied.exception() is None
+
+
+class Coming(_OnTheirWay):
+    """Pages that are brought to places of the device which are theirs from now on.
+
+    They are known to be there once somebody has asked for them: see `Early.settle`.
+    """
+
+    def __init__(self, id_A: Tensor, at_A: Tensor, copied: Future[None]) -> None:
+        super().__init__(copied)
+        self.id_A, self.at_A = id_A, at_A
+
+
+class Staged(_OnTheirWay):
+    """Pages on their way to a half of the staging, for the next step of some rows alone.
+
+    id_A: ascending. at_A: where each will be. lost: whether others were sent there, or the numbers
+    of pages were given to others, before these were used.
+    """
+
+    def __init__(self, id_A: Tensor, half_A: Tensor, copied: Future[None]) -> None:
+        super().__init__(copied)
+        self.id_A, self.at_A, self._spare_A = id_A, half_A[: len(id_A)], half_A[len(id_A) :]
+        self.lost = False
+
+    def spare(self) -> Tensor:
+        """The places of that half that are left."""
+        return self._spare_A
 
     def find(self, id_A: Tensor, at_A: Tensor) -> None:
         """Says of those pages that are here and nowhere else where they are."""
@@ -68,6 +75,13 @@ class Early:
         self._arrivals, self._size = arrivals, size
         self._staging = arena.staging(size)
         self._coming: list[Coming] = []
+        self._staged: deque[Staged] = deque(maxlen=len(self._staging))  # in each half the last
+
+    def forget(self) -> None:
+        """Waits for what has begun, before numbers of pages are given to others."""
+        self.settle()
+        for staged in self._staged:
+            staged.lost = True
 
     def begin(self, id_A: Tensor, at_A: Tensor) -> Coming | None:
         """Begins to copy pages to places that were taken for them."""
@@ -109,6 +123,7 @@ class Early:
         copied = self._arrivals.bring_ahead(id_A, to_A, self._arena.pages(self._size))
         staged = Staged(id_A, half_A, copied)
         self._arena.hold(half, staged)
+        self._staged.append(staged)
         return staged
 
     def unstage(self, staged: Staged | None) -> Staged | None:

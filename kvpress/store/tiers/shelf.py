@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from kvpress.store.tiers.idle import Idle
 from kvpress.store.tiers.record import Owner
 from kvpress.store.tiers.vault import Vault
 
+Half: TypeAlias = Callable[[], Tensor]  # the places of a half of the staging
 _TOGETHER = 64  # records that are asked for before the first one is copied
 _AT_ONCE = 4  # records that are read while others are copied, where pages are read one after all
 
@@ -117,7 +119,7 @@ class Shelf:
 
     def collect(self, in_use: Sequence[Tensor]) -> None:
         """Frees the pages that are not among these."""
-        self.early.settle()
+        self.early.forget()
         gone_P = self.directory.known()
         for id_A in in_use:
             gone_P[id_A] = False
@@ -128,17 +130,19 @@ class Shelf:
 
     # Pages are read
 
-    def bring(self, id_A: Tensor, most: int, half_A: Tensor) -> Tensor:
+    def bring(self, id_A: Tensor, most: int, half: Half | None) -> Tensor:
         """Copies pages to the device, where so many of them stay if they find room: the first ones.
 
-        They keep their records, so that they can leave again at once. half_A: places of the staging
-        for the others, if all of them find room there. Returns where those are that were copied.
-        Raises TierError.
+        They keep their records, so that they can leave again at once. half: gives places of the
+        staging for the others, if all of them find room there. Returns where those are that were
+        copied. Raises TierError.
         """
         at_A = self.arena.take(min(most, len(id_A)), self.page_bytes)
         stay, to_A = len(at_A), at_A
-        if stay < len(id_A) <= stay + len(half_A):
-            to_A = torch.cat([at_A, half_A[: len(id_A) - stay]])
+        if half is not None and stay < len(id_A) <= stay + self.at_once:
+            half_A = half()  # only now: whoever had it loses what is there
+            if len(id_A) <= stay + len(half_A):
+                to_A = torch.cat([at_A, half_A[: len(id_A) - stay]])
         try:
             with self.tiers.stalls:
                 self._arrivals.read(id_A[: len(to_A)], to_A, self.pages, _TOGETHER)
