@@ -29,6 +29,7 @@ from kvpress.ops.shapes import FLOATS
 from kvpress.pipe.layer_budgets import check_division
 from kvpress.pipe.plan.plan import Plan
 from kvpress.policy.base import Policy
+from kvpress.policy.layer_counts import check_layers
 from kvpress.policy.loading import parse, refuse_options
 from kvpress.policy.recipe import Recipe
 from kvpress.report import Report
@@ -127,6 +128,7 @@ class Engine:
             )
         self.model, self.recipe, self.newest, self.plan = model, recipe, Newest(), plan
         lease, shape = Lease(weights=Identity(model)), check_model(model)
+        check_layers(recipe, shape.kinds)
         check_division(recipe, sum(kind.window is None for kind in shape.kinds))
         _check_slopes(recipe, any(kind.slopes for kind in shape.kinds))
         turns = tuple(rotations(model)) if recipe.needs_rotation else ()

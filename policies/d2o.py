@@ -46,8 +46,12 @@ class D2O(Policy):
     layers: str = option("variance", "budgets of layers", choices=("variance", "uniform"))
     exact_mean: bool = option(True, "layers keep ρ on average, with those that are kept whole")
     least: float = option(0.01, "of a prompt that a layer keeps (code: 0.01)", low=0, high=1)
-    full_first: int | None = option(None, "first layers kept whole (paper: 0, code: 2)", low=0)
-    full_last: int | None = option(None, "last layers kept whole (paper: 0, code: 1)", low=0)
+    full_first: int | None = option(
+        None, "first layers kept whole (paper: 0, code: 2)", low=0, layers=True
+    )
+    full_last: int | None = option(
+        None, "last layers kept whole (paper: 0, code: 1)", low=0, layers=True
+    )
     alpha: float | None = option(None, "of τ_{t−1}; none: 1 − β", low=0, high=1)
     beta: float | None = option(None, "β (paper: 0.7, code: 0.5)", low=0, high=1)
     threshold: float | None = option(None, "τ for good; above 1 nothing is merged; none: moving")

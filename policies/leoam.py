@@ -28,7 +28,7 @@ from kvpress.policy import Budget, Policy, Retrieval, option
 class LeoAM(Policy):
     read: Budget = option(0.2, "tokens a row reads per step, at most: a fraction, or a number")
     early: Budget = option(0.5, "the same of the first layers")
-    early_layers: int = option(2, "first layers that read more", low=0)
+    early_layers: int = option(2, "first layers that read more", low=0, layers=True)
     page: int | None = option(
         None, "tokens of a page, 32·n; none: 32, of more than 64 channels 64", low=32, high=1024
     )

@@ -34,7 +34,7 @@ class Quest(Policy):
     )
     sink: int = option(4, "first tokens that are always read", low=0)
     recent: int = option(64, "last tokens that are always read", low=0)
-    dense: int = option(2, "first layers that read everything (paper: 2)", low=0)
+    dense: int = option(2, "first layers that read everything (paper: 2)", low=0, layers=True)
     mass: float | None = option(
         None, "share of attention that a query head may miss; none: not asked", low=0, high=1
     )

@@ -36,7 +36,7 @@ class SpeContext(Policy):
     )
     sink: int = option(4, "first tokens that are always read", low=0)
     recent: int = option(64, "last tokens that are always read", low=0)
-    dense: int = option(0, "first layers that read everything", low=0)
+    dense: int = option(0, "first layers that read everything", low=0, layers=True)
 
     def retrieve(self, layer: int) -> Retrieval | None:
         if layer < self.dense:

@@ -134,6 +134,9 @@ def peaks(
     length: Annotated[list[int], typer.Option(help="Tokens; repeat for several.")] = LENGTHS,
     batch: Annotated[list[int], typer.Option(help="Sequences; repeat for several.")] = BATCHES,
     new_tokens: Annotated[int, typer.Option(help="Of the tokens, decoded.", min=1)] = 16,
+    host: Annotated[
+        str | None, typer.Option(help="Bytes of the host for tiers.", show_default="none")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="JSON lines, gone on with where they exist.", show_default="none"),
@@ -150,8 +153,10 @@ def peaks(
     use_threads(loading.threads)
     journal = Journal(out)
     rows: list[Row] = []
+    tiers = {} if host is None else {"host": host}
     for tokens, sequences, size in product(length, batch, memory):
-        asked = {"memory": size, "length": tokens, "batch": sequences, "new_tokens": new_tokens}
+        texts = {"length": tokens, "batch": sequences, "new_tokens": new_tokens}
+        asked = {"memory": size, **texts, **tiers}
         with errors.status(f"{tokens:,} tokens × {sequences} in {size} …"):
             rows.append(record.row(journal, loading.source, asked, torch.get_num_threads()))
     console.print(table(record.sheet(rows)))

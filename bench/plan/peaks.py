@@ -33,7 +33,10 @@ def main() -> None:
     torch.set_num_threads(job["threads"])
     peak = Peak(torch.device("cpu"))
     model, tokenizer = Source(**job["source"]).load()
-    row = peaks(model, tokenizer, job["asked"], peak if model.device.type == "cpu" else None)
+    try:
+        row = peaks(model, tokenizer, job["asked"], peak if model.device.type == "cpu" else None)
+    except kvpress.PlanError as error:  # which is what is to happen where nothing fits
+        row = {"refused": str(error)}
     sys.stdout.write("\n" + json.dumps({**row, "error": None}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,9 @@ HEAD = ("memory", "tokens", "batch", "policy", "chunk", "keys, values", "planned
 LEGEND = (
     "chunk: tokens of each prompt that were read at once. keys, values: what the ledger says, and"
     " in brackets what was planned. planned: the most that it was to take. peak: resident bytes of"
-    " a process of its own, at the most, from its start. kept: whether that is within the memory."
+    " a process of its own, at the most, from its start. kept: whether that is within the memory,"
+    " and the host tier, which is a part of the process too. refused: nothing fits, and the error"
+    " names the least memory that would do."
 )
 
 
@@ -43,18 +46,23 @@ def sheet(rows: Sequence[Row]) -> Sheet:
 def cells(row: Row) -> tuple[str, ...]:
     """The cells of a line."""
     asked = row["asked"]
-    head = (asked["memory"], f"{asked['length']:,}", str(asked["batch"]))
+    host = f" and {asked['host']} of the host" if asked.get("host") else ""
+    head = (f"{asked['memory']}{host}", f"{asked['length']:,}", str(asked["batch"]))
     if row.get("error"):
         return (*head, row["error"].partition(". ")[0], *["–"] * 5)
-    chosen, texts = row["plan"]["chosen"], row["plan"]["texts"]
+    if row.get("refused"):
+        least = re.search(r"Give at least memory=([\w.]+)", row["refused"])
+        said = f"refused: give {least[1]}" if least else f"refused: {row['refused']}"
+        return (*head, said, *["–"] * 5)
+    chosen, texts, memory = (row["plan"][name] for name in ("chosen", "texts", "memory"))
     prompt = texts["length"] - texts["new"]
     held = chosen["bytes"]["pages"] + chosen["bytes"]["beside"]
     return (
         *head,
-        chosen["policy"],
+        chosen["policy"] + " in tiers" * chosen["tiered"],
         "whole" if chosen["chunk"] >= prompt else f"{chosen['chunk']:,}",
         f"{readable(row['bytes_held'])} ({readable(held)})",
         readable(chosen["needed"]),
         readable(row["bytes_peak"]),
-        "yes" if row["bytes_peak"] <= row["plan"]["memory"]["given"] else "no",
+        "yes" if row["bytes_peak"] <= memory["given"] + memory["host"] else "no",
     )

@@ -12,7 +12,8 @@ import xxhash
 from torch import Tensor
 
 from kvpress import host
-from kvpress.errors import CacheFileError, PolicyError
+from kvpress.errors import PolicyError
+from kvpress.hf.made_files import read_made, shipped_files
 from kvpress.hf.support import Fingerprint
 from kvpress.policy.sparsity import Sparsity, Thresholds
 from kvpress.store import sealed
@@ -56,13 +57,10 @@ def read(path: str | Path, model: Any) -> Calibration:
 
     Raises PolicyError where it is missing, damaged, or was made for another model or scheme.
     """
-    try:
-        facts, tensors = sealed.read(path)
-        tau_LN = tensors["tau_LN"]
-    except (CacheFileError, KeyError) as error:
-        raise PolicyError(
-            f"calibration={path}: {error}. Make one with kvpress calibrate."
-        ) from error
+    how = "Make one with kvpress calibrate."
+    facts, tensors = read_made("calibration", path, "a calibration of thresholds", how)
+    if "tau_LN" not in tensors:
+        raise PolicyError(f"calibration={path} has no thresholds, tau_LN. {how}")
     for name, ours in (("scheme", SCHEME), ("weights", identity(model))):
         if facts.get(name) != ours:
             raise PolicyError(
@@ -71,7 +69,7 @@ def read(path: str | Path, model: Any) -> Calibration:
                 " calibrate."
             )
     rest: list[Any] = [facts.get(name) for name in Calibration._fields[1:]]
-    found = Calibration(tau_LN, *rest)
+    found = Calibration(tensors["tau_LN"], *rest)
     if not _is_possible(found):
         raise PolicyError(
             f"calibration={path} has a right checksum, but what is in it cannot be a calibration."
@@ -150,9 +148,8 @@ def _shipped(model: Any) -> Calibration | None:
     """The calibration that comes with the package for this model, if there is one."""
     folder = resources.files("kvpress.hf") / FOLDER
     ours = None
-    for file in sorted(Path(str(folder)).glob("*.safetensors")):
+    for file, facts in shipped_files("calibration", Path(str(folder)), ".safetensors"):
         ours = ours or identity(model)
-        facts = sealed.read(file).facts
         if facts.get("weights") == ours and "kind" not in facts:
             return read(file, model)
     return None

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvpress.errors import CacheFileError, PolicyError
+from kvpress.errors import PolicyError
 from kvpress.hf.calibration import FOLDER, identity, model_name
+from kvpress.hf.made_files import read_made, shipped_files
 from kvpress.hf.support import Fingerprint
 from kvpress.policy.pooling import Calibrated
 from kvpress.policy.recipe import Recipe
@@ -47,10 +48,7 @@ def read(path: str | Path, model: Any, kind: str) -> Learned:
     Raises PolicyError where the file is missing, damaged, or of another model or kind.
     """
     how = f"Make one with kvpress calibrate {kind}."
-    try:
-        facts, tensors = sealed.read(path)
-    except CacheFileError as error:
-        raise PolicyError(f"calibration={path}: {error}. {how}") from error
+    facts, tensors = read_made("calibration", path, f"a calibration of {kind}", how)
     for name, ours in (("kind", kind), ("weights", identity(model))):
         if facts.get(name) != ours:
             raise PolicyError(
@@ -121,8 +119,7 @@ def _shipped(model: Any, kind: str) -> Path | None:
     """The file that comes with the package for this model, if there is one."""
     folder = resources.files("kvpress.hf") / FOLDER
     ours = None
-    for file in sorted(Path(str(folder)).glob("*.safetensors")):
-        facts = sealed.read(file).facts
+    for file, facts in shipped_files("calibration", Path(str(folder)), ".safetensors"):
         ours = ours or identity(model)
         if facts.get("weights") == ours and facts.get("kind") == kind:
             return file

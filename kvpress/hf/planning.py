@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +13,16 @@ import torch
 from kvpress.errors import KVPressError, PlanError
 from kvpress.formulas.sizes import UNITS, parse_size
 from kvpress.hf import learned
+from kvpress.hf.foresight import head_of
 from kvpress.hf.support import Fingerprint, check_model
+from kvpress.hf.tiering import check_tiers
 from kvpress.pipe.plan.choose import choose
 from kvpress.pipe.plan.demand import Shape, Texts
 from kvpress.pipe.plan.fit import Asked
+from kvpress.pipe.plan.looking import Looking
 from kvpress.pipe.plan.plan import Memory, Plan
 from kvpress.policy.ladder import Rung, ladder
+from kvpress.policy.layer_counts import check_layers
 from kvpress.policy.loading import parse
 from kvpress.policy.recipe import Recipe
 from kvpress.store.tiers.caps import Caps
@@ -77,12 +82,16 @@ def plan_for(
     texts = texts_of(model.config, wanted.length, wanted.batch, wanted.new_tokens)
     memory = memory_of(wanted.memory or 0, wanted.host, wanted.disk)
     rungs, shape = rungs_of(policy), shape_of(model, found, *stored)
-    asked = Asked(
-        shape,
-        texts,
-        memory._replace(base=resident(model)),
-        lambda recipe, tiered: refusal(model, found, recipe),
-    )
+
+    @functools.cache
+    def head(recipe: Recipe) -> Looking | None:
+        made = head_of(recipe, model, found)
+        return None if made is None else Looking.of(made)
+
+    def admits(recipe: Recipe, tiered: bool) -> str:
+        return refusal(model, found, recipe, tiered, head)
+
+    asked = Asked(shape, texts, memory._replace(base=resident(model)), admits, head)
     plan = choose(asked, rungs)
     _LOG.info("%s", plan)
     return plan
@@ -151,15 +160,25 @@ def shape_of(model: Any, found: Fingerprint, page_slots: int, stored: torch.dtyp
     )
 
 
-def refusal(model: Any, found: Fingerprint, recipe: Recipe) -> str:
-    """Why a policy cannot be attached to this model; "" where it can."""
+def refusal(
+    model: Any,
+    found: Fingerprint,
+    recipe: Recipe,
+    tiered: bool,
+    head: Callable[[Recipe], Looking | None],
+) -> str:
+    """Why a policy cannot be attached to this model, or not in tiers; "" where it can.
+
+    head: loads that of a policy.
+    """
     slopes = any(kind.slopes for kind in found.kinds)
     if slopes and (recipe.formats or recipe.retrieves or "query" in recipe.needs):
         return "not beside ALiBi"
-    rules = (recipe.stage("retrieve").retrieve(kind.index) for kind in found.kinds)
-    if any(rule is not None and rule.head is not None for rule in rules):
-        return "the keys of a retrieval head are not planned for"
     try:
+        check_layers(recipe, found.kinds)
+        if tiered:
+            check_tiers(recipe, found)
+        head(recipe)
         learned.calibrated(recipe, model, found)
     except KVPressError as error:
         return str(error).partition(". ")[0]

@@ -15,6 +15,7 @@ from kvpress.hf.support import Fingerprint
 from kvpress.hf.wording import Wording
 from kvpress.pipe.plan.plan import Plan
 from kvpress.pipe.state.context import Context, Ledger
+from kvpress.pipe.state.heap import Heap
 from kvpress.pipe.state.outlook import Outlook
 from kvpress.policy.heads import RetrievalHead
 from kvpress.policy.pooling import Calibrated
@@ -83,6 +84,7 @@ class CacheSpec:
             calibrated=self.calibrated,
             tiers=self.tiers,
             outlook=None if self.head is None else Outlook(self.head),
+            heap=None if self.plan is None else Heap(),
         )
 
     def notes(self) -> dict[str, None]:

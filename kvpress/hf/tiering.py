@@ -9,11 +9,10 @@ import torch
 from kvpress.env import __version__
 from kvpress.errors import PolicyError, TierError
 from kvpress.hf.support import Fingerprint
-from kvpress.pipe.plan.room import floor
+from kvpress.pipe.plan.room import Floor, floor
 from kvpress.policy.recipe import Recipe
 from kvpress.store.tiers.caps import Caps
 from kvpress.store.tiers.tiers import Tiers
-from kvpress.types import LayerKind
 
 
 def make_tiers(
@@ -30,16 +29,19 @@ def make_tiers(
     """
     if caps is None:
         return None
-    _check(recipe, shape)
+    check_tiers(recipe, shape)
     dtype: torch.dtype = cache_dtype or getattr(model, "dtype", None) or torch.float32
     tiered = [kind for kind in shape.kinds if kind.window is None]
-    unit = _check_device(caps, recipe, tiered, dtype)
+    least = floor(recipe, tiered, dtype)
+    _check_device(caps, least)
+    _check_lower(caps, least)
     text = getattr(model.config, "text_config", model.config)
     turning = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
-    return Tiers(caps, f"{__version__} | {shape} | {recipe} | {dtype} | {turning}", unit)
+    return Tiers(caps, f"{__version__} | {shape} | {recipe} | {dtype} | {turning}", least.unit)
 
 
-def _check(recipe: Recipe, shape: Fingerprint) -> None:
+def check_tiers(recipe: Recipe, shape: Fingerprint) -> None:
+    """Raises TierError, PolicyError where pages of this model or policy can be in no other tier."""
     if all(kind.window is not None for kind in shape.kinds):
         raise TierError(
             "device=, host=, disk=: all layers of this model are sliding-window layers, which keep"
@@ -63,12 +65,8 @@ def _check(recipe: Recipe, shape: Fingerprint) -> None:
         )
 
 
-def _check_device(caps: Caps, recipe: Recipe, kinds: list[LayerKind], dtype: torch.dtype) -> int:
-    """Raises TierError where open spans of every layer do not fit beside what is on its way.
-
-    Returns the most bytes that any layer reads at once.
-    """
-    least = floor(recipe, kinds, dtype)
+def _check_device(caps: Caps, least: Floor) -> None:
+    """Raises TierError where open spans of every layer do not fit beside what is on its way."""
     if caps.device < least.on_way + least.opened():
         raise TierError(
             f"device={caps.device} bytes are too few: {least.on_way} are for pages on their way,"
@@ -77,4 +75,10 @@ def _check_device(caps: Caps, recipe: Recipe, kinds: list[LayerKind], dtype: tor
             f" device={least.on_way + least.opened()}, and {2 * sum(least.spans)} more for every"
             " further sequence."
         )
-    return least.unit
+
+
+def _check_lower(caps: Caps, least: Floor) -> None:
+    """Raises TierError where the host, or what leads to the disk, has no room for a record."""
+    lacking = least.lacks(caps.host, caps.disk.bytes if caps.disk else 0)
+    if lacking:
+        raise TierError(f"{lacking}.")

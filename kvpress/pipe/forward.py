@@ -80,6 +80,8 @@ def _pass(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
     reads = new > 1 and not drafted
     if reads:
         layer.context.begin_prompt(layer)
+    heap = layer.context.heap if layer.rows.on_host else None
+    before = 0 if heap is None else _size(layer, reads)
     with layer.rows.memory.lock:
         if layer.sequences.drafts.tokens:
             commit(layer)
@@ -92,11 +94,24 @@ def _pass(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
             pack_due(layer, _read(layer, new, valid_BQ))
     if reads:
         layer.context.end_prompt(layer)
+    if heap is not None:
+        after = _size(layer, reads)
+        if reads or after > before:  # a pool grew; other steps leave next to nothing behind
+            heap.stored(max(before, after) + tokens.key_bHQD.nbytes + tokens.value_bHQD.nbytes)
     layer.context.dirty = None
     return out
 
 
 _pass_outside = lasting(_pass)
+
+
+def _size(layer: Layer, reads: bool) -> int:
+    """Bytes of the storages of a layer; where a prompt attends to copies of slots, of these."""
+    rows = layer.rows
+    if not reads:
+        return rows.memory.nbytes
+    slot = sum(column.page_bytes(1) for column in rows.columns.values())
+    return max(rows.memory.nbytes, int(rows.counts.sum()) * slot)
 
 
 def _read(layer: Layer, columns: int, valid_BQ: Tensor | None) -> dict[int, int]:

@@ -20,6 +20,8 @@ class RetrievalHead(Protocol):
     heads: KV heads of the target, H: each gets a selection of its own. width: channels D of a key.
     group: query heads per KV head, so that N = H · group. reach: how many ids before a token its
     query and key depend on; 0: on its own alone. fingerprint: of its weights and of its target.
+    nbytes: of its weights, those of the target left out. floats: numbers in fp32 that a token takes
+    at the most while it is projected.
     """
 
     @property
@@ -32,6 +34,10 @@ class RetrievalHead(Protocol):
     def reach(self) -> int: ...
     @property
     def fingerprint(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def floats(self) -> int: ...
 
     def project(self, id_BT: Tensor, position_BQ: Tensor) -> tuple[Tensor, Tensor]:
         """Queries `[B, N, Q, D]` and keys `[B, H, Q, D]` of the last Q tokens, in fp32.

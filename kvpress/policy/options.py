@@ -20,9 +20,14 @@ def option(
     low: float | None = None,
     high: float | None = None,
     choices: Sequence[str] | None = None,
+    layers: bool = False,
 ) -> Any:
-    """A hyper-parameter: its default, its meaning with its unit, and the allowed values."""
+    """A hyper-parameter: its default, its meaning with its unit, and the allowed values.
+
+    layers: it counts layers, of which a model has only so many: `attach` refuses more.
+    """
     meta = {"help": help, "low": low, "high": high, "choices": tuple(choices or ())}
+    meta["layers"] = layers
     return dataclasses.field(default=default, metadata=meta)
 
 

@@ -88,8 +88,34 @@ def test_what_the_error_says_is_enough(recipe: str, shape: tuple[int, ...]) -> N
             tiered.check(engine, cache)
 
 
-def test_a_host_that_is_too_small() -> None:
-    refused(kvpress.TierError, "too small. Allowed: at least", **FINE, host=1)
+@pytest.mark.parametrize("recipe", ["full", "quant", "quest:dense=0", "snapkv:budget=0.5"])
+@pytest.mark.parametrize("disk", [False, True])
+def test_a_host_that_is_too_small(recipe: str, disk: bool, tmp_path: Path) -> None:
+    """It is refused at once, by the largest record; what is named then is enough."""
+    model, lower = tiered.model(), {"disk": f"64MiB:{tmp_path}"} if disk else {}
+    for host in (1, "20KiB"):
+        text = refused(
+            kvpress.TierError, "records of up to", recipe, model=model, **FINE, host=host, **lower
+        )
+    least = int(text.partition("at least host=")[2].partition(",")[0])
+    refused(
+        kvpress.TierError, f"host={least}", recipe, model=model, **FINE, host=least - 1, **lower
+    )
+    device, _ = tiered.least(model, recipe)
+    if not disk:
+        least *= 32  # there must be room for what does not stay on the device
+    with tiered.attached(model, recipe, {"device": device, "host": least, **lower}) as engine:
+        cache = engine.new_cache()
+        found = tiered.feed(model, cache, helpers.prompt(1, 500), [500])
+        tiered.decode(model, cache, found[-1], 3)
+        assert tiered.below(cache)
+        tiered.check(engine, cache)
+
+
+def test_records_that_are_too_large_for_the_way_to_a_disk(tmp_path: Path) -> None:
+    recipe, disk = "quest:dense=0,page=1024", f"1GiB:{tmp_path}"
+    model = tiered.model(16, 16, 256)
+    refused(kvpress.TierError, "Leave disk= out", recipe, model=model, device="2GiB", disk=disk)
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:

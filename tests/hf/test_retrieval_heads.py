@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib import resources
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from families import VOCAB
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -111,6 +113,27 @@ def test_a_padded_row_is_the_row_alone(head: RetrievalHead) -> None:
     for x, y in zip(alone, beside, strict=True):
         torch.testing.assert_close(y[:, :, 5:], x)
         assert y.isfinite().all()
+
+
+def test_projecting_takes_no_more_than_a_head_says(head: RetrievalHead) -> None:
+    ids = helpers.prompt(2, 300)
+    whole(head, ids)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        whole(head, ids)
+    events = found.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    most = max(accumulate(size for _, size in changes))
+    tokens = 2 * (300 + head.reach)
+    assert 0.2 * tokens * head.floats * 4 < most <= tokens * head.floats * 4
+    assert head.nbytes == sum(x.nbytes for x in own(head))
+
+
+def own(head: Any) -> list[Tensor]:
+    """The weights of a head that are not the target's."""
+    if hasattr(head, "weights"):
+        return list(head.weights.values())
+    names = ("embedding_YX", "norm_X", "query", "key")
+    return [getattr(head, name) for name in names if hasattr(head, name)]
 
 
 def test_ids_beyond_its_reach_do_not_matter(head: RetrievalHead) -> None:
@@ -245,9 +268,13 @@ def test_files_that_are_no_heads_are_refused(tmp_path: Path) -> None:
     sealed.write(file, made, {"kind": "heads"}, private=False)
     with pytest.raises(PolicyError, match="no retrieval head, but 'heads'"):
         load_head(str(file), model)
-    file.write_bytes(b"nothing")
-    with pytest.raises(PolicyError, match="cut off or altered"):
-        load_head(str(file), model)
+    whole = written(file, model).read_bytes()
+    for damaged in (b"nothing", whole[:-9], whole[:-1] + bytes([whole[-1] ^ 1])):
+        file.write_bytes(damaged)
+        with pytest.raises(PolicyError, match="not a retrieval head, or it was cut off") as raised:
+            load_head(str(file), model)
+        said = str(raised.value)
+        assert f"head={file}" in said and "kvpress distill" in said and "cache" not in said
 
 
 def test_the_heads_that_ship_are_small() -> None:

@@ -540,8 +540,10 @@ def test_scores_are_fp32_in_half_precision_models() -> None:
 
 def test_what_cannot_be_is_refused_early() -> None:
     model = helpers.tiny()
+    with pytest.raises(PolicyError, match=r"all 3 layers .* would keep everything"):
+        kvpress.attach(model, "d2o:budget=0.5,mode=official_code")
     with pytest.raises(PolicyError, match="exact_mean=false"):
-        kvpress.attach(model, "d2o:budget=0.5,mode=official_code")  # all 3 layers are whole
+        kvpress.attach(model, "d2o:budget=0.5,full_first=2")
     with pytest.raises(PolicyError, match="full_first=0,full_last=0"):
         load_policy("d2o", budget="1MiB", mode="official_code")
     with pytest.raises(PolicyError, match="merge_keys"):

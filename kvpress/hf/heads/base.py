@@ -10,12 +10,21 @@ from torch import Tensor
 
 from kvpress.errors import PolicyError
 from kvpress.hf.support import fingerprint
-from kvpress.policy.heads import NOTHING
+from kvpress.policy.heads import NOTHING, RetrievalHead
 
 
 def with_context(id_BT: Tensor, reach: int) -> Tensor:
     """The ids of whole texts with `reach` empty columns before them, as `project` takes them."""
     return torch.nn.functional.pad(id_BT, (reach, 0), value=NOTHING)
+
+
+def floats(hidden: int, head: RetrievalHead) -> int:
+    """Numbers that a token takes while it is projected: of embeddings, queries and keys.
+
+    An embedding is looked up, made fp32, squared and normed; what is projected of it is turned by
+    halves, of which there are copies.
+    """
+    return 5 * hidden + 4 * head.heads * (head.group + 1) * head.width
 
 
 def check_columns(id_BT: Tensor, position_BQ: Tensor, reach: int) -> None:

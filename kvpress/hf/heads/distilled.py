@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from kvpress import host
-from kvpress.errors import CacheFileError, PolicyError
+from kvpress.errors import PolicyError
 from kvpress.formulas.rotation import Rotation
 from kvpress.hf.calibration import identity, model_name
-from kvpress.hf.heads.base import check_columns, digest, shape_of
+from kvpress.hf.heads.base import check_columns, digest, floats, shape_of
+from kvpress.hf.made_files import read_made
 from kvpress.policy.heads import NOTHING
 from kvpress.store import sealed
 
@@ -149,6 +150,16 @@ class DistilledHead:
         """See `RetrievalHead`."""
         return self.sizes.reach
 
+    @property
+    def nbytes(self) -> int:
+        """See `RetrievalHead`."""
+        return sum(weight.nbytes for weight in self.weights.values())
+
+    @property
+    def floats(self) -> int:
+        """See `RetrievalHead`. Of single tokens there are up to six copies, then their windows."""
+        return floats(self.sizes.hidden, self) + (self.sizes.slots + 6) * self.sizes.channels
+
     @torch.no_grad()
     def project(self, id_BT: Tensor, position_BQ: Tensor) -> tuple[Tensor, Tensor]:
         """See `RetrievalHead`."""
@@ -208,10 +219,7 @@ def write(path: str | Path, model: Any, made: Trained) -> None:
 
 def read(path: str | Path, model: Any) -> Trained:
     """What is in a file. Raises PolicyError where it is damaged, or of another target."""
-    try:
-        facts, tensors = sealed.read(path)
-    except CacheFileError as error:
-        raise PolicyError(f"head={path}: {error}. {_HOW}") from error
+    facts, tensors = read_made("head", path, "a retrieval head", _HOW)
     if facts.get("kind") != KIND:
         raise PolicyError(f"head={path} is no retrieval head, but {facts.get('kind')!r}. {_HOW}")
     sizes = _sizes(path, facts.get("sizes"))

@@ -24,7 +24,7 @@ from torch import Tensor
 from kvpress.errors import PolicyError
 from kvpress.formulas.rotation import Rotation
 from kvpress.hf.calibration import identity
-from kvpress.hf.heads.base import check_columns, digest, shape_of
+from kvpress.hf.heads.base import check_columns, digest, floats, shape_of
 from kvpress.hf.heads.yarn import frequencies
 
 _EMBEDDING, _NORM = "embed_tokens.weight", "midlayer.input_layernorm.weight"
@@ -48,7 +48,13 @@ class Eagle3Head:
     width: int
     group: int
     fingerprint: str
+    nbytes: int
     reach: int = 0
+
+    @property
+    def floats(self) -> int:
+        """See `RetrievalHead`."""
+        return floats(self.norm_X.shape[0], self)
 
     @torch.no_grad()
     def project(self, id_BT: Tensor, position_BQ: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,6 +97,8 @@ def load(path: Path, model: Any) -> Eagle3Head:
     where = target.device
     half = {name: tensors[name][:, :hidden].to(where, torch.float32) for name in (_QUERY, _KEY)}
     turning, scale = _turning(path, config, width, model)
+    own_X = [embedding_YX] if embedding_YX is not target else []
+    own_X += [tensors[_NORM].float(), *half.values()]
     return Eagle3Head(
         embedding_YX=embedding_YX.detach().to(where),
         norm_X=tensors[_NORM].to(where, torch.float32),
@@ -102,6 +110,7 @@ def load(path: Path, model: Any) -> Eagle3Head:
         heads=heads,
         width=width,
         group=own[0] // own[1],
+        nbytes=sum(x.nbytes for x in own_X),
         fingerprint=f"eagle3:{digest(json.dumps(config, sort_keys=True), tensors)}"
         f":{identity(model)}",
     )

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from kvpress.errors import PolicyError
 from kvpress.hf.calibration import FOLDER, identity
 from kvpress.hf.heads import distilled, eagle3, self_layer
+from kvpress.hf.made_files import shipped_files
 from kvpress.policy.heads import RetrievalHead
-from kvpress.store import sealed
 
 DISTILLED = "distilled"
 _ALLOWED = (
@@ -56,8 +56,8 @@ def _shipped(model: Any) -> Path:
     """The head that comes with the package for this model. Raises PolicyError without one."""
     folder = Path(str(resources.files("kvpress.hf") / FOLDER))
     ours = identity(model)
-    for file in sorted(folder.glob(f"*{distilled.SUFFIX}")):
-        if sealed.read(file).facts.get("weights") == ours:
+    for file, facts in shipped_files("head", folder, distilled.SUFFIX):
+        if facts.get("weights") == ours:
             return file
     name = getattr(model.config, "name_or_path", "") or "MODEL"
     raise PolicyError(

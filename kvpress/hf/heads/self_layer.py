@@ -17,7 +17,7 @@ from kvpress import host
 from kvpress.errors import PolicyError
 from kvpress.formulas.rotation import Rotation
 from kvpress.hf.calibration import identity
-from kvpress.hf.heads.base import check_columns, shape_of
+from kvpress.hf.heads.base import check_columns, floats, shape_of
 from kvpress.hf.rotation_probe import rotations
 
 NAME = "self"
@@ -39,6 +39,12 @@ class SelfHead:
     group: int
     fingerprint: str
     reach: int = 0
+    nbytes: int = 0  # they are the target's
+
+    @property
+    def floats(self) -> int:
+        """See `RetrievalHead`."""
+        return floats(self.embedding.weight.shape[-1], self)
 
     @torch.no_grad()
     def project(self, id_BT: Tensor, position_BQ: Tensor) -> tuple[Tensor, Tensor]:

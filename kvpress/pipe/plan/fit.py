@@ -9,9 +9,10 @@ from typing import NamedTuple
 from kvpress.errors import KVPressError
 from kvpress.pipe.plan.demand import Shape, Texts
 from kvpress.pipe.plan.held import cache_bytes
+from kvpress.pipe.plan.looking import Looking, asks
 from kvpress.pipe.plan.passing import passing_bytes
 from kvpress.pipe.plan.plan import Fit, Memory
-from kvpress.pipe.plan.room import device_bytes, lower_bytes
+from kvpress.pipe.plan.room import device_bytes, floor, lower_bytes
 from kvpress.policy.ladder import Rung
 from kvpress.policy.loading import parse
 from kvpress.policy.recipe import Recipe
@@ -22,12 +23,17 @@ _STEP = 16  # tokens between budgets
 
 
 class Asked(NamedTuple):
-    """What is asked of every policy. admits: why one is none for this model, "" where it is."""
+    """What is asked of every policy.
+
+    admits: why one is none for this model, "" where it is. head: of one that asks for a head; None:
+    nobody has looked at one.
+    """
 
     shape: Shape
     texts: Texts
     memory: Memory
     admits: Callable[[Recipe, bool], str] = lambda recipe, tiered: ""
+    head: Callable[[Recipe], Looking | None] = lambda recipe: None
 
 
 def fit(asked: Asked, rung: Rung) -> Fit:
@@ -40,7 +46,7 @@ def fit(asked: Asked, rung: Rung) -> Fit:
         return replace(first, refused=str(error))
     if rung.tiered and not asked.memory.host + asked.memory.disk:
         return replace(first, refused="there is neither host= nor disk=")
-    refused = asked.admits(recipe, rung.tiered)
+    refused = asked.admits(recipe, rung.tiered) or (_lacks(asked, recipe) if rung.tiered else "")
     if refused:
         return replace(first, refused=refused)
     least = [_sized(asked, rung, tokens, chunk) for chunk in _chunks(asked.texts)]
@@ -53,6 +59,14 @@ def fit(asked: Asked, rung: Rung) -> Fit:
     free = asked.memory.given - asked.memory.base
     large = [one for one in least if one.fits and one.passing <= free // 2]
     return _largest(asked, rung, (large or least[-1:])[0].chunk)
+
+
+def _lacks(asked: Asked, recipe: Recipe) -> str:
+    """Why nothing of this model can go to the tiers that there are; "" where it can."""
+    shape, memory = asked.shape, asked.memory
+    if not shape.tiered:
+        return "all layers keep their window on the device"
+    return floor(recipe, shape.tiered, shape.stored).lacks(memory.host, memory.disk)
 
 
 def _chunks(texts: Texts) -> list[int]:
@@ -76,10 +90,12 @@ def _sized(asked: Asked, rung: Rung, tokens: int, chunk: int) -> Fit:
     recipe, texts = parse(spec), asked.texts
     held = cache_bytes(asked.shape, recipe, texts, chunk, rung.tiered)
     stored = _stored(recipe, texts, chunk)
-    passing = passing_bytes(asked.shape, recipe, texts, chunk, stored, rung.tiered)
-    made = Fit(rung.kind, spec, rung.tiered, chunk=chunk, bytes=held, passing=passing)
+    head = (asked.head(recipe) or Looking.like(asked.shape)) if asks(recipe, asked.shape) else None
+    passing = passing_bytes(asked.shape, recipe, texts, chunk, stored, rung.tiered, head)
+    looking = 0 if head is None else head.held(texts)
+    made = Fit(rung.kind, spec, rung.tiered, 0, chunk, held, looking, passing)
     if not rung.tiered:
-        needed = memory.base + passing + held.held + held.waiting
+        needed = memory.base + passing + held.held + held.waiting + looking
         return replace(made, needed=needed, fits=needed <= memory.given)
     return _in_tiers(asked, made, recipe)
 
@@ -88,7 +104,7 @@ def _in_tiers(asked: Asked, made: Fit, recipe: Recipe) -> Fit:
     """The same, where pages go down: the device has what the lower tiers leave, and more."""
     memory = asked.memory
     below = lower_bytes(memory)
-    fixed = memory.base + made.passing + below.beside
+    fixed = memory.base + made.passing + made.head + below.beside
     least = device_bytes(asked.shape, recipe, asked.texts.batch, made.bytes, below.pages)
     needed = fixed + least
     if needed > memory.given:

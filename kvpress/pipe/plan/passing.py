@@ -7,11 +7,15 @@ Numbers per token and slot are those of the code that they name, rounded up; wha
 from __future__ import annotations
 
 from kvpress.pipe.plan.demand import Shape, Texts
+from kvpress.pipe.plan.looking import Looking
 from kvpress.policy.formats import guards
 from kvpress.policy.recipe import Recipe
 from kvpress.types import LayerKind
 
-RUNTIME = 96 << 20  # of operators and libraries that the first passes load, and of threads
+# Of operators and libraries that the first passes load, of threads, and of what was freed and is
+# not given back to the system yet (state/heap.py: 32 MiB). All of it was 58 MiB where 8 prompts of
+# 1,984 tokens were read 256 at a time: 120 MiB resident besides, of which 62 were tensors.
+RUNTIME = 96 << 20
 _SLACK = 10  # a tenth more: blocks that an allocator keeps
 _DENSE = 4  # copies of a layer's slots: gathered, by position, joined, and a column of a pool
 _SCORED = 3  # further ones in float32 where a policy scores keys and values
@@ -22,15 +26,23 @@ _LOGITS = 20  # bytes of a word: logits, and what generate() makes of them in fl
 
 
 def passing_bytes(
-    shape: Shape, recipe: Recipe, texts: Texts, chunk: int, stored: int, tiered: bool = False
+    shape: Shape,
+    recipe: Recipe,
+    texts: Texts,
+    chunk: int,
+    stored: int,
+    tiered: bool = False,
+    head: Looking | None = None,
 ) -> int:
     """The most bytes that a prompt takes while it is read, and a token while it is decoded.
 
     chunk: tokens of each sequence that are read at once. stored: slots of a row that a chunk finds
-    at the most.
+    at the most. head: what looks at all tokens before the first layer.
     """
     kinds = {(k.heads, k.queries, k.width, k.window): k for k in shape.kinds}.values()
     layer = max(_layer_bytes(shape, recipe, kind, texts, chunk, stored, tiered) for kind in kinds)
+    if head is not None:
+        layer = max(layer, head.passing(texts, chunk))
     beside = texts.batch * (_IDS * texts.length + _LOGITS * shape.vocabulary)
     return RUNTIME + (layer + beside) * (_SLACK + 1) // _SLACK
 

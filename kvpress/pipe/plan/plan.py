@@ -29,8 +29,9 @@ class Fit:
     """One policy, and whether it fits.
 
     kind: full, packed, evicting, retrieving, or given. chunk: tokens of a prompt that are read at
-    once. passing: bytes that reading takes besides; device: what pages may take on the device, in
-    tiers. needed: of the device in all. refused: why the policy is none for this model.
+    once. head: bytes of a retrieval head and its keys. passing: bytes that reading takes besides;
+    device: what pages may take on the device, in tiers. needed: of the device in all. refused: why
+    the policy is none for this model.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Fit:
     needed: int = 0
     chunk: int = 0
     bytes: Bytes = field(default_factory=Bytes)
+    head: int = 0
     passing: int = 0
     device: int | None = None
     fits: bool = False
@@ -87,6 +89,8 @@ class Plan:
             f" before, keys and values take {readable(chosen.bytes.held)}, and reading"
             f" {readable(chosen.passing)}."
         )
+        if chosen.head:
+            yield f"The retrieval head has {readable(chosen.head)} of its own."
         if chosen.tiered:
             yield f"Of keys and values {readable(chosen.device or 0)} may be on the device."
         if self.chunk:

@@ -7,33 +7,56 @@ from typing import NamedTuple
 
 import torch
 
+from kvpress.formulas.page_layout import PageLayout
+from kvpress.formulas.sizes import round_up
 from kvpress.pipe.plan.demand import Shape
 from kvpress.pipe.plan.held import Bytes
 from kvpress.pipe.plan.plan import Memory
 from kvpress.pipe.state.stores import Stores
 from kvpress.policy.recipe import Recipe
 from kvpress.store.spans import span_pages
+from kvpress.store.tiers.extents import UNIT
+from kvpress.store.tiers.record import header_bytes
 from kvpress.store.units import unit_bytes
 from kvpress.types import LayerKind
 
 _BOUNCE = 64 << 20  # bytes of the host that reads and writes of a disk pass through, at most
 _ON_WAY, _PART = 32 << 20, 8  # what is on its way: at most so much, and an eighth of the device
+_POSITION = 4  # bytes of a position in a record
 _MORE = 64  # this part of the device is made free beyond what is needed
 
 
 class Floor(NamedTuple):
-    """What the device must have room for. unit: the most bytes that any layer reads at once.
+    """What tiers must have room for. unit: the most bytes that any layer reads at once.
 
-    spans: of all heads of a sequence in each layer, while they are open.
+    spans: of all heads of a sequence in each layer, while they are open. record: of the largest
+    record, in which such a span goes to the host and the disk.
     """
 
     unit: int
     spans: list[int]
+    record: int
 
     @property
     def on_way(self) -> int:
         """Bytes of pages on their way."""
         return 2 * self.unit
+
+    def lacks(self, host: int, disk: int) -> str:
+        """Why tiers of so many bytes cannot take a record; "" where they can. 0: there is none."""
+        if disk and 2 * self.record > _BOUNCE:
+            return (
+                f"disk=: records have up to {self.record} bytes, and two of them do not fit into"
+                f" the {_BOUNCE} bytes of the host that they pass through. Leave disk= out"
+            )
+        least = self.record * (4 if disk else 1)  # half of a host is passed through, by two
+        if not 0 < host < least:
+            return ""
+        four = f", four of which must fit where there is a disk: {least}" if disk else ""
+        return (
+            f"host={host} bytes are too few: pages go there in records of up to {self.record}"
+            f" bytes{four}. Give at least host={least}, or leave host= out"
+        )
 
     def opened(self, sequences: int = 1) -> int:
         """Open spans and recent slots of so many sequences.
@@ -45,7 +68,7 @@ class Floor(NamedTuple):
 
 def floor(recipe: Recipe, kinds: Sequence[LayerKind], dtype: torch.dtype) -> Floor:
     """The floor of the layers whose pages may be in any tier; values are as wide as keys."""
-    units, spans = [], []
+    units, spans, records = [], [], []
     for kind in kinds:
         rule = recipe.stage("retrieve").retrieve(kind.index)
         stores = Stores(recipe, recipe.limits, 0, dtype, kind.index, retrieval=rule)
@@ -53,7 +76,16 @@ def floor(recipe: Recipe, kinds: Sequence[LayerKind], dtype: torch.dtype) -> Flo
         layouts = stores.layouts(widths, widths, dtype.itemsize)
         units.append(unit_bytes(kind.heads, layouts))
         spans.append(kind.heads * max(span_pages(x) * x.page_bytes for x in layouts))
-    return Floor(max(units), spans)
+        records.append(max(_record_bytes(kind.heads, x, stores) for x in layouts))
+    return Floor(max(units), spans, max(records))
+
+
+def _record_bytes(heads: int, layout: PageLayout, stores: Stores) -> int:
+    """Bytes of a span of all heads as a record: pages, positions where they are kept, a header."""
+    pages = heads * span_pages(layout)
+    beside = 0 if stores.ordered else layout.slots * _POSITION
+    slices = heads if stores.cells is None else pages  # each page can be read alone then
+    return round_up(header_bytes(slices) + pages * (layout.page_bytes + beside), UNIT)
 
 
 def device_bytes(shape: Shape, recipe: Recipe, batch: int, held: Bytes, below: int) -> int:

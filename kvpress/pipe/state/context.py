@@ -16,6 +16,7 @@ from kvpress.formulas.rotation import Rotation
 from kvpress.host import lasting
 from kvpress.pipe.state.drafting import Recording
 from kvpress.pipe.state.growth import Growth
+from kvpress.pipe.state.heap import Heap
 from kvpress.pipe.state.meter import Meter
 from kvpress.pipe.state.outlook import Outlook
 from kvpress.pipe.state.spans import Ranges
@@ -69,6 +70,7 @@ class Context:
     calibrated: Mapping[Calibrated, Mapping[str, Tensor]] = field(default_factory=dict)
     tiers: Tiers | None = None  # where old pages of all caches of the engine are
     outlook: Outlook | None = None  # what a head says before the first layer; None: there is none
+    heap: Heap | None = None  # what grows there was promised to take so much; None: it was not
     protect: list[Ranges] = field(default_factory=list)  # of all sequences, or of each
     looks: dict[int, Probe] = field(default_factory=dict)  # that are read just now, by sequence
     norms: dict[int, Norms] = field(default_factory=dict)  # of layers that a probe passes

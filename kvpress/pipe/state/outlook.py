@@ -21,6 +21,11 @@ from kvpress.store.chosen import Memo
 _GROWTH = 16  # room for a sixteenth more tokens, and as many at least
 
 
+def room(tokens: int) -> int:
+    """Tokens whose keys have a place once there must be one for so many."""
+    return tokens + tokens // _GROWTH + _GROWTH
+
+
 class Outlook:
     """The keys of a head for all tokens of one cache, by position, and what it looks at now.
 
@@ -89,8 +94,7 @@ class Outlook:
         if old is not None and old.shape[2] >= tokens:
             return
         batch, heads, _, width = key_BHQD.shape
-        room = tokens + tokens // _GROWTH + _GROWTH
-        self._key_BHXD = key_BHQD.new_zeros(batch, heads, room, width)
+        self._key_BHXD = key_BHQD.new_zeros(batch, heads, room(tokens), width)
         if old is not None:
             self._key_BHXD[:, :, : old.shape[2]] = old
 

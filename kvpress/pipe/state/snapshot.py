@@ -117,6 +117,7 @@ def _context(settings: Any, context: Context) -> Context:
         calibrated=context.calibrated,
         tiers=context.tiers,
         outlook=None if context.outlook is None else context.outlook.copy(),
+        heap=context.heap,
     )
 
 
