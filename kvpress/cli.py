@@ -15,6 +15,7 @@ from rich.text import Text
 from kvpress import __version__, env
 from kvpress.bench.calibrate.commands import calibrate
 from kvpress.bench.commands import bench
+from kvpress.bench.common.models import Source
 from kvpress.bench.common.options import AsJson
 from kvpress.bench.distill.commands import distill
 from kvpress.bench.pages.commands import plot, report
@@ -93,9 +94,18 @@ def build() -> None:
     )
 
 
-@app.command(epilog="Example: kvpress info")
-def info(as_json: AsJson = False) -> None:
-    """Show versions, devices, operators with their backends, and why a backend is not there."""
+@app.command(epilog="Example: kvpress info --model Qwen/Qwen3.5-4B")
+def info(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Say what would happen to this model: demo, an ID or a folder."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show versions, devices and operators; or what would happen to a model, by its config."""
+    if model is not None:
+        _show_fate(model, as_json)
+        return
     facts = _facts()
     if as_json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
@@ -105,6 +115,30 @@ def info(as_json: AsJson = False) -> None:
         for key, value in values.items():
             table.add_row(Text(key), Text(str(value)))
         console.print(Fitted(table), "")
+
+
+def _show_fate(source: str, as_json: bool) -> None:
+    from kvpress.hf.fate import fate
+
+    found = fate(Source(source).config())
+    if as_json:
+        parts = [part._asdict() for part in found.parts]
+        plain = found._asdict() | {"parts": parts, "token_bytes": found.token_bytes}
+        sys.stdout.write(json.dumps(plain, indent=2) + "\n")
+        return
+    if found.refused:
+        console.print(f"{found.model_type} is refused: {found.refused}.", highlight=False)
+        return
+    table = new_table(("layers", "what happens"), ("KV heads", "channels", "bytes a token"))
+    for part in found.parts:
+        span = str(part.first) if part.first == part.last else f"{part.first}–{part.last}"
+        sizes = (part.heads, part.width, part.token_bytes)
+        table.add_row(span, part.what, *(f"{size:,}" if size else "–" for size in sizes))
+    console.print(Fitted(table))
+    console.print(
+        f"A token takes {found.token_bytes:,} bytes in the layers that policies compress.",
+        highlight=False,
+    )
 
 
 def _facts() -> dict[str, dict[str, Any]]:

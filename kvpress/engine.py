@@ -16,6 +16,7 @@ from kvpress.hf import cache_file, calibration, learned, planning, roles
 from kvpress.hf.attach import Attachment
 from kvpress.hf.cache import EngineCache
 from kvpress.hf.calls import Newest
+from kvpress.hf.fitting import check_fit
 from kvpress.hf.foresight import head_of
 from kvpress.hf.identity import Identity
 from kvpress.hf.norms import check_projections
@@ -130,11 +131,11 @@ class Engine:
         lease, shape = Lease(weights=Identity(model)), check_model(model)
         check_layers(recipe, shape.kinds)
         check_division(recipe, sum(kind.window is None for kind in shape.kinds))
-        _check_slopes(recipe, any(kind.slopes for kind in shape.kinds))
+        check_fit(recipe, shape.kinds)
         turns = tuple(rotations(model)) if recipe.needs_rotation else ()
         sparse = calibration.thresholds(recipe.sparsity, model, shape)
         known = learned.calibrated(recipe, model, shape)
-        check_projections(model, len(shape.kinds), recipe)
+        check_projections(model, shape.kinds, recipe)
         said = wording(recipe, model, tokenizer)
         head = head_of(recipe, model, shape)
         tiers = make_tiers(model, recipe, shape, caps, cache_dtype)
@@ -274,18 +275,3 @@ class Engine:
     @property
     def _model_name(self) -> str:
         return getattr(self.model.config, "name_or_path", "") or type(self.model).__name__
-
-
-def _check_slopes(recipe: Recipe, slopes: bool) -> None:
-    """Raises PolicyError for what cannot be where positions are in channels (ALiBi)."""
-    if "query" in recipe.needs and slopes:
-        raise PolicyError(
-            f"{recipe} scores by queries, which on this model carry ALiBi positions in channels"
-            " of their own. Use a policy that does not."
-        )
-    if (recipe.formats or recipe.retrieves) and slopes:
-        raise PolicyError(
-            f"{recipe}: keys of this model carry ALiBi positions in channels, which must not be"
-            " pruned, quantised or judged by boxes. Use a policy that keeps keys as they are,"
-            " and reads them all."
-        )

@@ -40,7 +40,8 @@ LEGEND = {
     "X": "anything else",
 }
 EMPTY = -1  # the position of a slot that holds no token
-MOST_WIDTH = 256  # channels of a head
+MOST_WIDTH = 640  # channels of a head
+MOST_CODED = 256  # of one whose products with codes must fit into 16 and 32 bits: old pages
 
 Rank = Literal["mass", "mass_per_age", "position"]  # what slots are ranked by
 NoiseKind = Literal["none", "frozen", "fresh"]  # drawn never, once per key, per query and key
@@ -53,7 +54,10 @@ class LayerKind:
 
     inline: whether the model computes attention by itself, without a function for it. slopes: of
     the ALiBi bias that this engine then adds, per query head. queries, width: query heads, and
-    channels of a key of the model; 0: not known.
+    channels of a key of the model; 0: not known. latent: how many channels of a key are its value
+    as well, from which those of the heads follow; 0: values are apart. readers: how many layers
+    behind this one read its keys and values. sink: whether a learned logit of every query
+    head takes part in each softmax.
     """
 
     index: int
@@ -63,8 +67,26 @@ class LayerKind:
     slopes: tuple[float, ...] | None = None
     queries: int = 0
     width: int = 0
+    latent: int = 0
+    readers: int = 0
+    sink: bool = False
 
     @property
     def name(self) -> str:
         """`full` or `sliding`."""
         return "full" if self.window is None else "sliding"
+
+
+@dataclass(frozen=True)
+class StateKind:
+    """A layer that keeps something which no policy compresses.
+
+    count: states of each sort that it may have. attends: whether it has keys and values, too, which
+    policies may compress. chunk: tokens of a chunk, where it attends within those; then it keeps
+    keys and values as transformers does. Neither: it keeps nothing.
+    """
+
+    index: int
+    count: int
+    attends: bool = False
+    chunk: int = 0

@@ -7,7 +7,8 @@
 3. A step attends to `read` tokens per row, by whole pages; all are kept.
 
 Differs from the paper: pages are judged by bounds, as `quest` does; the paper's mean over the query
-heads of softmax scores is our largest bound relative to the best one of each head.
+heads of softmax scores is our largest bound relative to the best one of each head. With caps, what
+was chosen for the next step is loaded from then on; `guess=none` loads it when it is read.
 """
 
 from __future__ import annotations
@@ -35,9 +36,14 @@ class FreeKV(Policy):
     sink: int = option(4, "first tokens that are always read", low=0)
     recent: int = option(64, "last tokens that are always read", low=0)
     dense: int = option(2, "first layers that read everything", low=0, layers=True)
+    guess: str | None = option(
+        "step", "step: the next step's pages are loaded at once; none: then", choices=["step"]
+    )
 
     def retrieve(self, layer: int) -> Retrieval | None:
         if layer < self.dense:
             return None
         judged = (self.page, self.cells, self.candidates)
-        return Retrieval(self.read, *judged, self.sink, self.recent, turn=self.turn)
+        return Retrieval(
+            self.read, *judged, self.sink, self.recent, turn=self.turn, guess=self.guess
+        )

@@ -13,8 +13,8 @@ Differs from the paper: its released program measures simulated transfers; this 
 idea, not a port. Abstracts are of KV heads, not of all heads of a layer in one; query heads that
 share a KV head share its chunks, ranked relative to the best one of each head. A tree finds the set
 that a flat scan finds: only its cost differs. What it finds is judged again by the cells of keys
-(`cells`), which are ours. Nothing is compressed on the way (combine with
-`quant`).
+(`cells`), which are ours. Nothing is compressed on the way (combine with `quant`). `guess` is
+InfiniGen's (arXiv 2406.19707), of which it takes when pages are loaded, not what is read.
 """
 
 from __future__ import annotations
@@ -46,9 +46,15 @@ class LeoAM(Policy):
     top: int | None = option(
         None, "attend to so many tokens with the largest logits; none: to whole pages", low=1
     )
+    guess: str | None = option(
+        None,
+        "layer: pages are loaded ahead that the layer before suggests; none: when a layer asks",
+        choices=["layer"],
+    )
 
     def retrieve(self, layer: int) -> Retrieval | None:
         read = self.early if layer < self.early_layers else self.read
         tree = self.mass is None and self.top is None
         judged = (self.page, self.cells, self.candidates)
-        return Retrieval(read, *judged, self.sink, self.recent, self.mass, self.top, tree)
+        always, until = (self.sink, self.recent), (self.mass, self.top)
+        return Retrieval(read, *judged, *always, *until, tree, guess=self.guess)

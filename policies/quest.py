@@ -10,7 +10,8 @@ Differs from the paper: cells are ours, `cells=0` does without; pages hold 32 to
 are wide (16); query heads that share a KV head share its pages, ranked by the largest score
 relative to the best one of each head; tokens that fill no page yet, the first and the last ones are
 always read. `mass` reads until no query head can miss more of its attention, `top` until the
-largest logits of every query head are known: those modes are ours.
+largest logits of every query head are known: those modes are ours. `guess` is InfiniGen's (arXiv
+2406.19707), of which it takes when pages are loaded, not what is read.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ class Quest(Policy):
     top: int | None = option(
         None, "attend to so many tokens with the largest logits; none: to whole pages", low=1
     )
+    guess: str | None = option(
+        None,
+        "layer: pages are loaded ahead that the layer before suggests; none: when a layer asks",
+        choices=["layer"],
+    )
 
     def retrieve(self, layer: int) -> Retrieval | None:
         if layer < self.dense:
@@ -54,4 +60,5 @@ class Quest(Policy):
             self.recent,
             self.mass,
             self.top,
+            guess=self.guess,
         )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from kvpress.hf.cache import EngineCache
 from kvpress.report import LayerReport, Report
+from kvpress.store.moves import Moves
 
 
 class StepReads(NamedTuple):
@@ -58,6 +59,14 @@ def reads_of(cache: Any) -> dict[str, Any] | None:
     report = cache.report()
     reads = sum_of(report, [report])
     return None if reads is None else reads._asdict()
+
+
+def moves_of(cache: Any) -> Moves:
+    """Pages that the steps of a cache chose again and had to load, summed over its layers."""
+    if not isinstance(cache, EngineCache):
+        return Moves()
+    found = [layer.reads for layer in cache.report().layers if layer.reads is not None]
+    return Moves(*(sum(getattr(x, name) for x in found) for name in Moves._fields))
 
 
 def _passes(layer: LayerReport) -> int:

@@ -110,7 +110,8 @@ def _tiers() -> str:
         over, *rest = tiers.choice_cells(rows.get(CAPPED), row)
         made.append((name, f"{ms} ({spread})", over, waited, disk, *rest, same))
     head = ("", "step, ms", "over exact streaming", "waited, ms", "from disk, MiB")
-    return table((*head, "loaded, MiB", "hits", "tokens read", "same tokens, same bits"), made)
+    more = ("loaded, MiB", "hits", "tokens read", "chosen again", "ahead", "in vain")
+    return table((*head, *more, "same tokens, same bits"), made)
 
 
 def _record(file: str) -> dict[str, Any]:

@@ -16,7 +16,15 @@ KIND = "tiers"  # the value of "bench" in a record
 MIB = 2**20
 STEPS = ("candidate", "ms", "low–high", "against", "waited ms", "disk MiB", "prompt s", "same")
 LAYER = ("candidate", "ms", "low–high", "against", "disk MiB", "fill s", "error", "same")
-CHOICE = ("over exact", "loaded MiB", "hits", "tokens read")  # where a policy chooses pages
+CHOICE = (
+    "over exact",
+    "loaded MiB",
+    "hits",
+    "tokens read",
+    "again",
+    "ahead",
+    "vain",
+)  # where a policy chooses pages
 LEGEND = (
     "ms: one decode step; against: the time of the step without tiers over this; waited ms: of"
     " attention, for pages; disk MiB: read from the disk, per step for a whole model, in all for"
@@ -25,7 +33,10 @@ LEGEND = (
     " all on the device; error: Σ|o − o'| / Σ|o| against no tiers. Where a policy reads some pages"
     " only: over exact: the time of a step that streams everything under the caps over this; loaded"
     " MiB: to the device, per step; hits: pages of a step on the device, on the host, on disk;"
-    " tokens read: of a row per step."
+    " tokens read: of a row per step; again: of the pages that a step chose, those that the step"
+    " before had chosen for the same row; ahead: of those that were missing, those that were there"
+    " or on their way when they were chosen; vain: pages per step that were loaded ahead and not"
+    " chosen."
 )
 
 
@@ -103,7 +114,15 @@ def choice_cells(exact: Row | None, row: Row) -> tuple[str, ...]:
         f"{per['host to device'] / MIB:.1f}" if per else "–",
         f"{' / '.join(f'{100 * n / pages:.0f}' for n in hits)} %" if hits else "–",
         f"{reads['tokens_read']:,.0f}" if reads else "all",
+        *_moves(per if reads else {}),
     )
+
+
+def _moves(per: Mapping[str, float]) -> Iterator[str]:
+    """The last cells of a line, as in CHOICE."""
+    for part, whole in (("again", "adjacent"), ("ahead", "missing")):
+        yield f"{100 * per[part] / per[whole]:.0f} %" if per.get(whole) else "–"
+    yield f"{per['vain']:.0f}" if per.get("missing") else "–"
 
 
 def layer_cells(base: Row | None, row: Row) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from kvpress.bench.common.candidates import FULL, Candidate, candidate
 from kvpress.bench.common.caps import cache_bytes
 from kvpress.bench.common.journal import Row
 from kvpress.bench.common.prompt import prompts
-from kvpress.bench.common.reads import reads_of
+from kvpress.bench.common.reads import moves_of, reads_of
 from kvpress.bench.common.timing import Samples
 from kvpress.bench.speed.rounds import Measurement, run_rounds
 from kvpress.bench.tiers.setting import Setting, synchronizer
@@ -132,7 +132,8 @@ class _Steps:
         tiers = self._cache.report().tiers
         ways = {name: way.bytes for name, way in tiers.ways.items()}
         hits = {f"hits {name}": count for name, count in tiers.hits.items()}
-        return {**ways, **hits, "stalls": tiers.stalls, "reads": tiers.ways["disk to host"].seconds}
+        seconds = {"stalls": tiers.stalls, "reads": tiers.ways["disk to host"].seconds}
+        return {**ways, **hits, **seconds, **moves_of(self._cache)._asdict()}
 
     def row(self, taken: Samples) -> Row:
         after = self._flows()

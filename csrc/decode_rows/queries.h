@@ -28,7 +28,7 @@ class Queries {
   // The channels that a part of old slots keeps, kKept numbers apart.
   float* kept(int64_t r, int p, int64_t m) const { return kept_ + ((r * a_.parts + p) * m_ + m) * kKept; }
 
-  static constexpr int64_t kKept = 256;
+  static constexpr int64_t kKept = 256;  // as many as an old key may have
 
  private:
   // Query m = g·Q + q of row r = b·H + h stands at [b, h·G + g, q], which is [r, m] where that is contiguous.

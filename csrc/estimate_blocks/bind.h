@@ -7,7 +7,7 @@
 namespace kvpress {
 namespace {
 
-// Sums of products of larger codes would not fit in 16 bits.
+// Sums of products of larger codes would not fit either.
 void check_codes(const char* op, const Tensor& x, const char* name) {
   const auto* code = static_cast<const int8_t*>(x.data_ptr());
   int8_t least = 0, most = 0;
@@ -35,6 +35,7 @@ Tensor estimate_blocks(Tensor query, Tensor query_scale, Tensor key, Tensor key_
   expect(op, key_scale, "key_scale_BHJ4", ScalarType::Float, "float32");
   expect(op, shift, "shift_BNS", ScalarType::Float, "float32");
   expect(op, threshold, "threshold_BNQ", ScalarType::Float, "float32");
+  shapes.at_most("D", kMostCoded);
   BlockMap map = map_of(op, shapes, nullptr);
   if (shapes['J'] != map.columns() || shapes['4'] != BlockMap::kGroups)
     refuse(op, "key_scale_BHJ4 must hold ", map.columns(), " × ", BlockMap::kGroups, " scales per head");

@@ -66,6 +66,7 @@ def check(operands: Operands) -> None:
     shapes.of_dtype(op, torch.int8, codes)
     shapes.of_dtype(op, torch.float32, numbers)
     shapes.prompt(op, lengths)
+    shapes.at_most(op, lengths, "D", shapes.MOST_CODED)
     blocks = Blocks(lengths["Q"], lengths["S"])
     if (lengths["J"], lengths["4"]) != (blocks.columns, GROUPS):
         shapes.refuse(op, f"key_scale_BHJ4 must hold {blocks.columns} × {GROUPS} scales per head")

@@ -45,7 +45,8 @@ void check_defined(const char* op, const Tensor& x, const char* name) {
   if (!x.defined()) refuse(op, name, " is None; it must be a tensor");
 }
 
-constexpr int64_t kMostWidth = 256, kMostQueries = 32;
+constexpr int64_t kMostWidth = 640, kMostQueries = 32;
+constexpr int64_t kMostCoded = 256;        // channels whose products with codes fit in 16 and 32 bits
 constexpr int64_t kMostSlots = INT32_MAX;  // of a row: kernels number them with 32 bits, as positions are
 
 // Lengths by letter, bound by the first tensor that shows them: shape(x, "key_PDS") checks the rest.

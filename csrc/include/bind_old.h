@@ -22,9 +22,9 @@ Layout layout_of(const char* op, const int64_t* sizes) {
     refuse(op,
            "layout: slots must be a multiple of 32 (16 where nothing is quantised) and of key_group, groups "
            "multiples of 32");
-  if (l.key_kept > l.key_width || l.value_kept > l.value_width || l.key_width > kMostWidth ||
-      l.value_width > kMostWidth)
-    refuse(op, "layout: more channels than there are, or than ", kMostWidth);
+  if (l.key_kept > l.key_width || l.value_kept > l.value_width || l.key_width > kMostCoded ||
+      l.value_width > kMostCoded)
+    refuse(op, "layout: more channels than there are, or than ", kMostCoded);
   return l;
 }
 

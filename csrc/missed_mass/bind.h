@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> missed_mass(const Tensor& query, const Tensor& bound,
   expect(op, bound, "bound_BNW", ScalarType::Float, "float32");
   expect(op, length, "length_P2", ScalarType::Float, "float32");
   shapes.at_least_one("D");
-  shapes.at_most("D", kMostWidth);
+  shapes.at_most("D", kMostCoded);
   if (!(scaling > 0)) refuse(op, "scaling is ", scaling, "; bounds of products are bounds of logits above 0");
   if (slots < 1 || slots > kMostSlots) refuse(op, "slots is ", slots, "; 1 to ", kMostSlots, " are allowed");
   MissedMass a{};

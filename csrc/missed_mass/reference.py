@@ -80,7 +80,7 @@ def check(operands: Operands) -> None:
     if lengths["X"] != 2:
         shapes.refuse(op, f"length_P2 has {lengths['X']} lengths; a page has 2")
     shapes.at_least_one(op, lengths, "BNRD")
-    shapes.at_most(op, lengths, "D", shapes.MOST_WIDTH)
+    shapes.at_most(op, lengths, "D", shapes.MOST_CODED)
     shapes.logits(op, scaling, softcap)
     if not scaling > 0:
         shapes.refuse(op, f"scaling is {scaling}; bounds of products are bounds of logits above 0")

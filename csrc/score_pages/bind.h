@@ -15,7 +15,7 @@ ScorePages scored_pages(const char* op, Shapes& shapes, const Tensor& query, con
   expect(op, query, "query_BND", query.scalar_type(), "");
   expect(op, box, "box_P2D", box.scalar_type(), "");
   shapes.at_least_one("D");
-  shapes.at_most("D", kMostWidth);
+  shapes.at_most("D", kMostCoded);
   return {row_pages_of(op, shapes, table, pages),
           query.data_ptr(),
           box.data_ptr(),

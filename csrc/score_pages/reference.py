@@ -49,7 +49,7 @@ def check(operands: tuple[Tensor, Tensor, RowPages], op: str = "score_pages") ->
     if lengths["X"] != 2:
         shapes.refuse(op, f"box_P2D has {lengths['X']} ends; a box has 2")
     shapes.at_least_one(op, lengths, "BND")
-    shapes.at_most(op, lengths, "D", shapes.MOST_WIDTH)
+    shapes.at_most(op, lengths, "D", shapes.MOST_CODED)
     if (
         lengths["R"] % lengths["B"]
         or not lengths["R"]

@@ -36,7 +36,7 @@ SearchPages searched(const char* op, Shapes& shapes, const SearchTensors& x) {
   shapes.bind(x.state, "state_RK");
   for (const Tensor* each : {&x.sink, &x.from, &x.keep}) shapes.bind(*each, "sink, from and keep_R");
   shapes.at_least_one("D");
-  shapes.at_most("D", kMostWidth);
+  shapes.at_most("D", kMostCoded);
   const RowPages row = row_pages_of(op, shapes, x.table, x.pages);
   shapes.at_most("W", PageTree::kMostPlaces);
   check_tensors(op, x);

@@ -211,7 +211,7 @@ def check(operands: Operands) -> None:
     if lengths["X"] != 2:
         shapes.refuse(op, f"boxes and spans have {lengths['X']} ends; they have 2")
     shapes.at_least_one(op, lengths, "BNRD")
-    shapes.at_most(op, lengths, "D", shapes.MOST_WIDTH)
+    shapes.at_most(op, lengths, "D", shapes.MOST_CODED)
     shapes.at_most(op, lengths, "W", MOST_PLACES)
     if lengths["R"] % lengths["B"] or lengths["N"] % (lengths["R"] // lengths["B"]):
         shapes.refuse(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvpress.formulas import sinks
 from kvpress.types import EMPTY
 
 BLOCK_ELEMENTS = 1 << 24  # largest mask or logit block of the general path
@@ -20,16 +21,20 @@ def prompt_attention(
     scaling: float,
     softcap: float = 0.0,
     window: int | None = None,
+    sink_N: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention `[B, N, Q, D]` of the Q tokens that own the last Q slots, in order.
 
     Query i sees slots 0 … S − P + i that hold a token and, with a sliding `window`, whose position
     is less than `window` before its own. `position_BHS` None means that slot s holds position s in
-    every row.
+    every row. sink_N: learned logits that take part in every softmax, without a softcap.
     """
     slots, new = key_BHSD.shape[2], query_BNQD.shape[2]
     if new == 0:
         return query_BNQD.new_zeros(*query_BNQD.shape[:3], value_BHSD.shape[-1])
+    if sink_N is not None:
+        states = (query_BNQD, key_BHSD, value_BHSD)
+        return _with_sinks(states, position_BHS, scaling, window, sink_N)
     plain = position_BHS is None and slots == new and (window is None or slots <= window)
     if plain and not softcap:
         grouped = query_BNQD.shape[1] != key_BHSD.shape[1]
@@ -40,13 +45,34 @@ def prompt_attention(
     if whole and window is None and not softcap:
         return _over_whole_rows(query_BNQD, key_BHSD, value_BHSD, scaling)
     if position_BHS is None:
-        position_BHS = torch.arange(slots, device=key_BHSD.device).expand(
-            *key_BHSD.shape[:2], slots
-        )
+        position_BHS = _in_order(key_BHSD)
     step = max(1, BLOCK_ELEMENTS // max(1, query_BNQD.shape[0] * query_BNQD.shape[1] * slots))
     rest = (new, key_BHSD, value_BHSD, position_BHS, scaling, softcap, window)
     blocks = [_block(query_BNQD[:, :, i : i + step], i, *rest) for i in range(0, new, step)]
     return torch.cat(blocks, dim=2)
+
+
+def _with_sinks(
+    states: tuple[Tensor, Tensor, Tensor],
+    position_BHS: Tensor | None,
+    scaling: float,
+    window: int | None,
+    sink_N: Tensor,
+) -> Tensor:
+    """The same with learned sinks: over one slot more, whose value is 0."""
+    query_BNQD, key_BHSD, value_BHSE = states
+    position = _in_order(key_BHSD) if position_BHS is None else position_BHS
+    query, key, position = sinks.with_slot(query_BNQD, key_BHSD, position, sink_N, scaling)
+    width = value_BHSE.shape[-1]
+    # Values as wide as keys: PyTorch's fused attention takes no others.
+    value = F.pad(value_BHSE, (0, max(0, key.shape[-1] - width), 1, 0))
+    return prompt_attention(query, key, value, position, scaling, window=window)[..., :width]
+
+
+def _in_order(key_BHSD: Tensor) -> Tensor:
+    """The positions of slots of which number s holds position s."""
+    slots = key_BHSD.shape[2]
+    return torch.arange(slots, device=key_BHSD.device).expand(*key_BHSD.shape[:2], slots)
 
 
 def _over_whole_rows(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kvpress.errors import OperatorError
-from kvpress.types import MOST_WIDTH
+from kvpress.types import MOST_CODED
 
 BITS = (16, 8, 4, 2)
 LINES = 8  # of a vector
@@ -60,8 +60,8 @@ class PageLayout(NamedTuple):
             why = "groups must be multiples of 32, and slots one of key_group"
         elif self.key_kept > self.key_width or self.value_kept > self.value_width:
             why = "more channels are kept than there are"
-        elif max(self.key_width, self.value_width) > MOST_WIDTH:
-            why = f"heads have at most {MOST_WIDTH} channels"
+        elif max(self.key_width, self.value_width) > MOST_CODED:
+            why = f"heads have at most {MOST_CODED} channels"
         elif self.item_bytes not in (2, 4):
             why = "numbers have 2 or 4 bytes"
         elif self.key_bits not in BITS or self.value_bits not in BITS:

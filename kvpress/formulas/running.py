@@ -66,5 +66,9 @@ class RunningAttention:
         out_HME = self._out_HME / total_HM1.where(total_HM1 > 0, 1.0)
         return out_HME.reshape(self._shape)
 
+    def lse(self) -> Tensor:
+        """ln of what the exponentials sum to, `[N, Q]`; -inf for a query that saw nothing."""
+        return (self._largest_HM + self._total_HM.log()).reshape(self._shape[:2])
+
 
 _BLOCK = 1024  # own slots at once

@@ -11,6 +11,7 @@ import inspect
 from typing import Any, Protocol, cast
 
 import torch
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -23,10 +24,13 @@ from kvpress.hf.calls import Calls, Newest
 from kvpress.hf.compat import uncompiled
 from kvpress.hf.generation import CACHE_NAMES, Way, cache_name, wrapped
 from kvpress.hf.guard import Guard
+from kvpress.hf.guessing import Guessing, guessed
+from kvpress.hf.latent import UPDATED
 from kvpress.hf.masks import (
     check_mask,
     check_places,
     counts_places,
+    idle_rows,
     inline_token_mask,
     new_token_mask,
     refuse_mask,
@@ -35,8 +39,9 @@ from kvpress.hf.masks import (
 )
 from kvpress.hf.spec import CacheSpec
 from kvpress.hf.support import INLINE, NAME, refuse_options
+from kvpress.hf.unwrap import set_implementation, text_model
 from kvpress.pipe.stages import retrieve
-from kvpress.pipe.state.ids import ids_of
+from kvpress.pipe.state.ids import ids_of, text_of
 
 
 class CacheMaker(Protocol):
@@ -61,17 +66,20 @@ class Attachment:
         self._spec, self._model, self._maker = spec, model, maker
         self._inline = spec.fingerprint.kinds[0].inline
         self._name = INLINE if self._inline else NAME
-        self._before = model.config._attn_implementation
+        self._text = text_model(model)
+        self._before = (model.config._attn_implementation, self._text.config._attn_implementation)
         self._passing: EngineCache | None = None  # of a pass without a cache
+        self._guessing: Guessing | None = None
         self._calls = Calls()
         self._guard = None if spec.plan is None else Guard(spec.plan)
-        self._set_implementation(model, self._name)
+        self._set_implementation(model, self._name, self._name)
         if model.config._attn_implementation != self._name:
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not let its attention be set to {self._name!r}"
                 " through transformers' attention interface. Use a model that supports it."
             )
-        self._modules = list({id(m): m for m in (model.base_model, model)}.values())
+        inner = (self._text.base_model, model.base_model, model)
+        self._modules = list({id(m): m for m in inner}.values())
         self._cache_names = {id(module): cache_name(module) for module in self._modules}
         counting = self._modules if counts_places(spec.recipe) else []
         self._counts_places = {id(module) for module in counting if _takes_positions(module)}
@@ -80,6 +88,17 @@ class Attachment:
         if hasattr(model, "generate"):
             way = Way(self._cache_for, self._calls, maker.newest, compresses, self._guard)
             vars(model)["generate"] = wrapped(model, way)
+        self._guessing = self._begin_guessing()
+
+    def _begin_guessing(self) -> Guessing | None:
+        """Guesses queries where a policy asks for it. Raises UnsupportedModelError."""
+        name = self._cache_names[id(self._modules[0])]
+        try:
+            layers = guessed(self._spec)
+            return Guessing(self._model, layers, self._maker.make(), name) if layers else None
+        except BaseException:
+            self.remove()
+            raise
 
     def _hook(self, module: torch.nn.Module) -> list[RemovableHandle]:
         handles = [
@@ -88,12 +107,14 @@ class Attachment:
         ]
         ids = [handle.id for handle in handles]
         copies.copied_plain(
-            module, ids, ["generate"], lambda twin: self._set_implementation(twin, self._before)
+            module, ids, ["generate"], lambda twin: self._set_implementation(twin, *self._before)
         )
         return handles
 
     def remove(self) -> None:
         """Puts the model back as it was."""
+        if self._guessing is not None:
+            self._guessing.remove()
         for module, handles in zip(self._modules, self._hooks, strict=True):
             for handle in handles:
                 handle.remove()
@@ -101,19 +122,19 @@ class Attachment:
         vars(self._model).pop("generate", None)
         if self._generate is not None:
             vars(self._model)["generate"] = self._generate
-        self._set_implementation(self._model, self._before)
+        self._set_implementation(self._model, *self._before)
 
-    def _set_implementation(self, model: Any, name: str) -> None:
-        """What a model asks for its masks, and for attention if it calls a function for it."""
+    def _set_implementation(self, model: Any, name: str, text: str) -> None:
         if self._inline:
             model.config._attn_implementation = name
         else:
-            model.set_attn_implementation(name)
+            set_implementation(model, name, text)
 
     @uncompiled
     def _before_forward(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        UPDATED.forget()
         given = dict(kwargs)
         if args:
             bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
@@ -134,10 +155,7 @@ class Attachment:
         if module is self._model:
             begin(cache)
             call = self._calls.of(cache)
-            if call is not None:
-                call.mask(given)
-            drafts = call is not None and call.drafts
-            cache.context.recording.announce(given.get("logits_to_keep") if drafts else None)
+            cache.context.recording.announce(None if call is None else call.begin(given))
         else:  # perhaps a part of the same pass
             cache.check_whole()
         check_mask(cache, given)
@@ -146,11 +164,13 @@ class Attachment:
         if self._spec.recipe.probes and not cache.context.looks:
             second_look.check_room(self._model, cache, given)
         merges = not getattr(config, "output_router_logits", False) and not cache.context.looks
-        merges = merges and len(cache.context.protect) < 2  # rows that may keep other tokens
-        if module is self._model and merges:
+        if module is self._model and merges and len(cache.context.protect) < 2:
             cache.repeats = dedup.merge(given, cache, self._cache_names[id(module)], config)
+        if module is self._model:
+            cache.outer = text_of(given)
         if module is self._modules[0]:
-            _look(cache, given)
+            _look(cache, cache.outer or given)
+            cache.beside.begin(idle_rows(cache, cache.outer or given) if cache.beside else None)
         return (), given
 
     def _check(self, given: dict[str, Any]) -> None:
@@ -166,7 +186,7 @@ class Attachment:
         if config.output_attentions if asked is None else asked:
             refuse_options(type(self._model).__name__, "output_attentions")
         mask = given.get("attention_mask")
-        if self._inline and mask is not None and mask.dim() != 2:
+        if isinstance(mask, Tensor) and mask.dim() != 2:
             refuse_mask(mask)
 
     def _cache_for(self, cache: Any) -> EngineCache:
@@ -215,12 +235,16 @@ class Attachment:
             return None
         if cache.latest is not None:
             cache.latest.check_attended()
-        cache.ids.note(cache.columns_seen, kwargs)
+        if module is self._modules[0]:
+            UPDATED.forget()
+            cache.beside.end()
+        cache.ids.note(cache.columns_seen, cache.outer or kwargs)
         call = self._calls.of(cache) if cache.context.held else None
         if second_look.waits(cache, None if call is None else call.columns):
             inner = self._modules[0]
             second_look.look_again(inner, cache, self._cache_names[id(inner)])
         if module is self._model:
+            cache.outer = None
             repeats, cache.repeats = cache.repeats, None
             if repeats is not None:
                 dedup.repeat_outputs(output, cache, repeats)

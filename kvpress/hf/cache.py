@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,12 @@ from transformers.cache_utils import Cache
 
 from kvpress.errors import CacheError
 from kvpress.hf import cache_file, cache_report
-from kvpress.hf.cache_layer import EngineLayer, refuse_tensors
+from kvpress.hf.cache_layer import EngineLayer
 from kvpress.hf.compat import uncompiled
+from kvpress.hf.refused import refuse_pickling, refuse_tensors
+from kvpress.hf.selecting import batch_repeat_interleave, batch_select_indices, reorder_cache
 from kvpress.hf.spec import CacheSpec
+from kvpress.hf.states import place_layers
 from kvpress.host import lasting
 from kvpress.pipe.drafts import commit
 from kvpress.pipe.state.crop import check_crop, is_croppable
@@ -34,17 +37,18 @@ class EngineCache(Cache):
     def __init__(self, spec: CacheSpec, horizon: int | None) -> None:
         self.spec, self.fingerprint, self.horizon = spec, spec.fingerprint, horizon
         self.context = spec.context(horizon)
-        self._engine_layers = [EngineLayer(kind, self.context) for kind in spec.fingerprint.kinds]
+        every, self._engine_layers, self.beside = place_layers(spec.fingerprint, self.context)
         self.context.layers = list(self.states)
-        super().__init__(layers=list(self._engine_layers))
+        super().__init__(layers=every)
         self.latest: EngineLayer | None = None  # that took keys
+        self.outer: dict[str, Any] | None = None  # arguments of the pass of the whole model
         self.ids = SeenIds()
         spec.note(self)
         self.repeats: Tensor | None = None  # how the running pass is to be repeated; see dedup.py
 
     @property
     def states(self) -> list[Layer]:
-        """The state of every layer."""
+        """The state of every layer with keys and values."""
         return [layer.state for layer in self._engine_layers]
 
     @property
@@ -74,13 +78,15 @@ class EngineCache(Cache):
             )
         if self.latest is not None:
             self.latest.check_attended()
-        self.latest = self._engine_layers[layer_idx]
-        return self.latest.update(key_states, value_states)
+        layer: Any = self.layers[layer_idx]
+        self.latest = layer if isinstance(layer, EngineLayer) else None
+        taken: tuple[Tensor, Tensor] = layer.update(key_states, value_states)
+        return taken
 
     def check_whole(self) -> None:
         """Raises CacheError if an interrupted forward pass left layers of different lengths."""
         lengths = {state.columns_seen for state in self.states}
-        if len(lengths) > 1 or self.context.dirty is not None:
+        if len(lengths) > 1 or self.context.dirty is not None or self.beside.torn:
             raise CacheError(
                 f"The layers of this cache have seen {sorted(lengths)} tokens: a forward pass was"
                 " interrupted. Its contents are lost: call reset() or make a new cache."
@@ -90,22 +96,13 @@ class EngineCache(Cache):
         """Sequence i becomes what sequence `index[i]` was, in every layer."""
         for layer in self._engine_layers:
             layer.select(index)
+        self.beside.select(index)
         self.ids.select(index)
         self.context.select(index)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence i becomes what sequence `beam_idx[i]` was."""
-        self.select(beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every sequence `repeats` times."""
-        self.select([b for b in range(max(0, self.batch_size)) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the sequences at `indices` (integers, or one boolean per sequence)."""
-        if self.batch_size > 0:
-            chosen = torch.arange(self.batch_size, device="cpu")
-            self.select(chosen[torch.as_tensor(indices, device="cpu")].tolist())
+    reorder_cache = reorder_cache
+    batch_repeat_interleave = batch_repeat_interleave
+    batch_select_indices = batch_select_indices
 
     def unshare(self) -> None:
         """Gives every sequence pages of its own; what beams and forks shared is copied."""
@@ -114,18 +111,24 @@ class EngineCache(Cache):
 
     def reset(self) -> None:
         """Forgets every token, and what was said about tokens to come."""
-        super().reset()  # type: ignore[no-untyped-call]
-        self.latest = self.repeats = None
+        for layer in self._engine_layers:
+            layer.reset()
+        self.beside.clear()
+        self.latest = self.repeats = self.outer = None
         self.ids.clear()
         self.context.begin(self.spec.notes())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens of every layer, or of none at all."""
         self.check_whole()
+        tokens = max(0, -int(tokens_to_remove))
+        self.beside.check_crop(tokens)
         for state in self.states:
-            check_crop(state, max(0, -int(tokens_to_remove)))
-        super().crop(tokens_to_remove)
-        self.ids.crop(max(0, -int(tokens_to_remove)))
+            check_crop(state, tokens)
+        for layer in self._engine_layers:
+            layer.crop(tokens_to_remove)
+        self.beside.crop(tokens)
+        self.ids.crop(tokens)
 
     @property
     def is_initialized(self) -> bool:
@@ -135,7 +138,7 @@ class EngineCache(Cache):
     @property
     def is_croppable(self) -> bool:
         """Whether `crop` can take any tokens back exactly."""
-        return all(is_croppable(state) for state in self.states)
+        return self.beside.croppable and all(is_croppable(state) for state in self.states)
 
     def activate_past_recording(self) -> None:
         """From now on tokens may be taken back by `crop` until the next forward pass.
@@ -143,6 +146,7 @@ class EngineCache(Cache):
         What they would evict is evicted then. Assisted and prompt-lookup decoding call this.
         """
         self.context.recording.on = True
+        self.beside.record(True)
 
     def stop_past_recording(self) -> None:
         """Tokens are final again, those that could still be taken back as well."""
@@ -150,6 +154,7 @@ class EngineCache(Cache):
         for state in self.states:
             commit(state)
         self.context.recording.on = False
+        self.beside.record(False)
 
     def fork(self) -> EngineCache:
         """A cache that goes on from here on its own.
@@ -163,6 +168,7 @@ class EngineCache(Cache):
         other.ids = self.ids.copy()
         for ours, theirs in zip(self._engine_layers, other._engine_layers, strict=True):
             theirs.become(ours.state.fork(other.context))
+        other.beside.copy_from(self.beside)
         other.context.layers = list(other.states)
         return other
 
@@ -175,12 +181,7 @@ class EngineCache(Cache):
         vars(other).update(copy.deepcopy(vars(self), memo))
         return other
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise CacheError(
-            "A compressed cache cannot be pickled (pickle, torch.save, another process): it belongs"
-            " to an engine on a model. Use cache.save(path), and engine.load_cache(path) where it"
-            " is to go on; copy.deepcopy(cache) and cache.fork() copy it."
-        )
+    __reduce_ex__ = refuse_pickling
 
     def save(self, path: str | Path) -> None:
         """Writes the cache to a safetensors file, whole or not at all.
@@ -191,9 +192,11 @@ class EngineCache(Cache):
         show no bytes, CacheFileError if a file cannot be written, TierError if one cannot be read.
         """
         self.check_whole()
+        self.beside.settle()
         settings = cache_file.settings(self.context, self.horizon, self.ids.ended)
         facts = {**self.spec.facts(), "settings": settings}
-        cache_file.save(path, self.states, self.ids, facts, self.spec.tiers)
+        held = (self.states, self.ids, self.beside.tensors())
+        cache_file.save(path, *held, facts, self.spec.tiers)
 
     def load(self, path: str | Path, devices: cache_file.Devices, lazy: bool = False) -> None:
         """Becomes what another cache was when it was saved; see `engine.load_cache`.
@@ -201,6 +204,7 @@ class EngineCache(Cache):
         devices: where layers are. Raises CacheFileError, TierError; nothing changes then.
         """
         found = cache_file.load(path, self.spec, self.context, devices, lazy)
+        beside = self.beside.restored(found.beside, found.layers[0], devices, path)
         self.context, self.ids, self.horizon = found.context, found.ids, found.horizon
         self.spec = replace(
             self.spec, page_slots=found.context.page_slots, cache_dtype=found.context.cache_dtype
@@ -208,15 +212,16 @@ class EngineCache(Cache):
         self.latest = None
         for layer, state in zip(self._engine_layers, found.layers, strict=True):
             layer.become(state)
+        self.beside.copy_from(beside)
 
     def kept_positions(self, layer: int, sequence: int = 0, head: int = 0) -> list[int]:
-        """The sorted logical positions that one row still holds. Padding has no position."""
+        """The sorted logical positions that one row of a layer still holds; padding has none."""
         return cache_report.kept_positions(self.states, layer, sequence, head)
 
     def report(self, model: str = "") -> Report:
         """The ledger: slots and bytes per layer, seconds per stage, and notes."""
-        name = model or self.fingerprint.model_type
-        return cache_report.report(name, self.context, self.horizon, self.states, self.ids)
+        name, held = model or self.fingerprint.model_type, (self.states, self.ids)
+        return cache_report.report(name, self.context, self.horizon, *held, self.beside.nbytes)
 
     def check_integrity(self) -> bool:
         """True if the store of every layer is consistent. Raises CacheError otherwise."""

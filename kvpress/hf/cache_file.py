@@ -20,7 +20,7 @@ from kvpress.pipe.drafts import commit
 from kvpress.pipe.state.context import Context
 from kvpress.pipe.state.ids import SeenIds
 from kvpress.pipe.state.layer import Layer
-from kvpress.pipe.state.snapshot import IDS, Restored, layer_numbers, layer_tensors, restore
+from kvpress.pipe.state.snapshot import BESIDE, IDS, Restored, layer_numbers, layer_tensors, restore
 from kvpress.store import sealed
 from kvpress.store.tiers.beside import PAGES, named_by, tidy
 from kvpress.store.tiers.data_file import DataFile, Source
@@ -36,27 +36,28 @@ def save(
     path: str | Path,
     layers: Sequence[Layer],
     ids: SeenIds,
+    beside: Mapping[str, torch.Tensor],
     facts: Mapping[str, Any],
     tiers: Tiers | None = None,
 ) -> None:
     """Writes the layers of a cache to a file, with what tells which cache it is.
 
     ids: what the cache has seen. facts: `model`, `weights` and `policy`, which a reader must have
-    too, and `settings`. tiers: where its pages are; they go to a second file. Drafted tokens become
-    final first.
+    too, and `settings`. beside: what layers hold besides keys and values, by name. tiers: where its
+    pages are; they go to a second file. Drafted tokens become final first.
     """
     for layer in layers:
         commit(layer)
     numbers = [layer_numbers(layer) for layer in layers]
     known = {**_VERSIONS, **facts, "layers": numbers}
     if tiers is None:
-        sealed.write(path, _tensors(layers, ids), known)
+        sealed.write(path, _tensors(layers, ids, beside), known)
         tidy(sealed.real_path(path))  # those of a session that was there before
         return
     manifest = sealed.real_path(path)
     try:
         with tiers.lock, DataFile(manifest, tiers.facts) as data:
-            tensors = _tensors(layers, ids, data)
+            tensors = _tensors(layers, ids, beside, data)
             known |= {TIERS: tiers.facts.text, PAGES: data.finish()}
             sealed.write(manifest, tensors, known)
     except OSError as error:
@@ -67,10 +68,13 @@ def save(
 
 
 def _tensors(
-    layers: Sequence[Layer], ids: SeenIds, data: DataFile | None = None
+    layers: Sequence[Layer],
+    ids: SeenIds,
+    beside: Mapping[str, torch.Tensor],
+    data: DataFile | None = None,
 ) -> dict[str, torch.Tensor]:
     """Everything that a cache holds, but pages of tiers: those go to a data file."""
-    tensors = {IDS: ids.all()}
+    tensors = {IDS: ids.all(), **{f"{BESIDE}.{name}": x for name, x in beside.items()}}
     for layer in layers:
         for name, tensor in layer_tensors(layer, data).items():
             tensors[f"{layer.kind.index}.{name}"] = tensor

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpress import host
 from kvpress.errors import CacheError
 from kvpress.hf.inline import Keys
+from kvpress.hf.latent import UPDATED, joined
+from kvpress.hf.refused import refuse_offloading, refuse_tensors
+from kvpress.hf.selecting import batch_repeat_interleave, batch_select_indices, reorder_cache
 from kvpress.ops.shapes import FLOATS
 from kvpress.pipe.forward import run_layer
+from kvpress.pipe.sharing import attend_again
 from kvpress.pipe.state.channels import counts_tokens, with_counts, with_positions
 from kvpress.pipe.state.context import Context
 from kvpress.pipe.state.crop import crop, is_croppable
@@ -21,14 +24,6 @@ from kvpress.pipe.state.tokens import Tokens
 from kvpress.types import LayerKind
 
 _TAG = "kvpress_layer"  # the attribute by which a returned key tensor names its cache layer
-
-
-def refuse_tensors(cache: Any, *given: Any) -> NoReturn:
-    """Refused: rows are of different lengths and lie in pages."""
-    raise CacheError(
-        "An engine cache has no keys and values by layer: what it keeps lies in pages, row by row."
-        " Ask it with kept_positions(layer, sequence, head), report() or get_seq_length()."
-    )
 
 
 class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -46,6 +41,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.state = Layer(kind, context)
         self.is_sliding = kind.window is not None
         self.waiting: Tensor | None = None  # the values that wait for the attention function
+        self.latents: Tensor | None = None  # the keys beside them, where attention sees others
         self._accepted: tuple[Any, ...] | None = None  # shapes of the last decode step
 
     # transformers sets them to None at first: a caller that looks must not take that for "empty".
@@ -64,11 +60,22 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """
         if self.state.kind.inline:
             return self._update_inline(key_states, value_states)
+        if self.state.kind.latent:
+            return self._update_latent(key_states, value_states)
         self._check(key_states, value_states)
         self.is_initialized = True
         self.waiting = value_states
         setattr(key_states, _TAG, self)
         return key_states, value_states
+
+    def _update_latent(self, latent: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes latents, and what turns: the model expands them before attention."""
+        key = joined(latent, turned)
+        self._check(key, latent)
+        self.is_initialized = True
+        self.waiting, self.latents = latent, key
+        UPDATED.took(self)
+        return latent, turned
 
     def _update_inline(self, key: Tensor, value: Tensor) -> tuple[Keys, Tensor]:
         copies = max(1, key.shape[1] // self.state.kind.heads)  # of a KV head, one per query head
@@ -90,9 +97,11 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         valid_BQ: Tensor | None,
         scaling: float,
         softcap: float,
+        sink_N: Tensor | None = None,
     ) -> Tensor:
         """The attention output `[B, N, Q, D]` of the tokens that `update` took, once."""
-        if self.waiting is not value:
+        shared = self.waiting is None and self.state.seen is not None
+        if self.waiting is not value and not shared:
             again = "a second time" if self.waiting is None else "with other values"
             raise CacheError(
                 f"Layer {self.state.kind.index} is attended to {again} in one forward pass: the"
@@ -101,11 +110,15 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
         self.waiting = None
         valid_BQ = None if valid_BQ is None else valid_BQ.cpu()
-        tokens, slopes = Tokens(query, key, value, scaling, softcap), self.state.kind.slopes
+        tokens, slopes = Tokens(query, key, value, scaling, softcap, sink_N), self.state.kind.slopes
         if slopes is not None:
             tokens = with_positions(tokens, slopes, _seen_before(self.state, len(key)), valid_BQ)
         if counts_tokens(self.state.recipe):
             tokens = with_counts(tokens)
+        if shared:
+            return attend_again(self.state, tokens)
+        if self.state.kind.readers:
+            UPDATED.shared = True
         return run_layer(self.state, tokens, valid_BQ)
 
     def check_attended(self) -> None:
@@ -170,20 +183,9 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
         crop(self.state, -int(tokens_to_remove))  # transformers 5.16 counts in tensors
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence i becomes what sequence `beam_idx[i]` was."""
-        self.select(beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every sequence `repeats` times."""
-        self.select([b for b in range(len(self.state.sequences)) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the sequences at `indices` (integers, or one boolean per sequence)."""
-        if self.state.store is None:
-            return
-        chosen = host.arange(len(self.state.sequences))[torch.as_tensor(indices, device="cpu")]
-        self.select(chosen.tolist())
+    reorder_cache = reorder_cache
+    batch_repeat_interleave = batch_repeat_interleave
+    batch_select_indices = batch_select_indices
 
     def select(self, index: list[int]) -> None:
         """Sequence i becomes what sequence `index[i]` was."""
@@ -195,13 +197,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.state, self.waiting, self._accepted = state, None, None
         self.is_initialized = state.store is not None
 
-    def offload(self) -> None:
-        """Refused: tiers are the store's own business."""
-        raise CacheError(
-            "This cache cannot be offloaded by transformers. Do not pass offloading=True."
-        )
-
-    prefetch = offload
+    offload = prefetch = refuse_offloading
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         given = (key.shape, value.shape[3], key.dtype)

@@ -15,9 +15,17 @@ from kvpress.report.tiers import notes as notes_of_tiers
 
 
 def report(
-    model: str, context: Context, horizon: int | None, states: Sequence[Layer], ids: SeenIds
+    model: str,
+    context: Context,
+    horizon: int | None,
+    states: Sequence[Layer],
+    ids: SeenIds,
+    beside: int,
 ) -> Report:
-    """The report of a cache. horizon: new tokens that were announced; None: nobody said."""
+    """The report of a cache.
+
+    horizon: new tokens that were announced; None: nobody said. beside: bytes of states.
+    """
     layers = [ledger.report(state) for state in states]
     context.note_peak()
     notes = list(context.ledger.notes)
@@ -42,6 +50,7 @@ def report(
         bytes_full=sum(layer.bytes_full for layer in layers),
         bytes_shared=sum(layer.bytes_shared for layer in layers),
         bytes_ids=ids.nbytes + (context.outlook.nbytes if context.outlook else 0),
+        bytes_states=beside,
         bytes_peak=context.ledger.bytes_peak,
         stages=context.ledger.meter.seconds(),
         notes=notes,
@@ -50,9 +59,17 @@ def report(
 
 
 def kept_positions(states: Sequence[Layer], layer: int, sequence: int, head: int) -> list[int]:
-    """The sorted positions that one row holds. Raises CacheError for one that does not exist."""
-    _check_index(layer, len(states), "layer")
-    state = states[layer]
+    """The sorted positions that one row holds. Raises CacheError for one that does not exist.
+
+    layer: as the model counts its layers, of which some may have no keys.
+    """
+    known = {state.kind.index: state for state in states}
+    if layer not in known:
+        allowed = ", ".join(map(str, known))
+        raise CacheError(
+            f"layer={layer} does not exist, or has no keys of its own: allowed are {allowed}."
+        )
+    state = known[layer]
     _check_index(sequence, len(state.sequences), "sequence")
     _check_index(head, state.kind.heads, "head")
     return ledger.kept_positions(state, sequence, head)

@@ -76,6 +76,11 @@ class Call:
     drafts: bool
     columns: int | None = None
 
+    def begin(self, given: dict[str, Any]) -> Any:
+        """Prepares the arguments of a pass. Returns the logits that drafts keep, if it has some."""
+        self.mask(given)
+        return given.get("logits_to_keep") if self.drafts else None
+
     def mask(self, given: dict[str, Any]) -> None:
         """Marks what rows that have met their end are fed as padding, in a pass's arguments.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
 from kvpress.errors import MaskError
+from kvpress.hf import chunked
 from kvpress.hf.cache import EngineCache
 from kvpress.hf.compat import uncompiled
 from kvpress.policy.recipe import Recipe
@@ -33,6 +34,14 @@ def new_token_mask(
     Causality and sliding windows follow from logical positions; stored slots are real by
     construction.
     """
+    if chunked.asks_for_chunks(kwargs):
+        sizes = (batch_size, q_length, kv_length)
+        return chunked.mask(
+            *sizes,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=allow_is_causal_skip,
+            **kwargs,
+        )
     if not allow_is_causal_skip:
         raise MaskError(_NOT_PLAIN)
     if attention_mask is None:
@@ -134,6 +143,29 @@ def check_mask(cache: EngineCache, given: dict[str, Any]) -> None:
                 f" {'real' if marked_BT[sequence, column] else 'padding'}, but it was not when the"
                 " cache saw it. Pass the same mask for the cached tokens as before."
             )
+
+
+def idle_rows(cache: EngineCache, given: dict[str, Any]) -> Tensor | None:
+    """Which sequences have no token in a pass of a model with states: bool `[B]`; None: not known.
+
+    Padding behind tokens of a sequence reaches its states as transformers lets it, which may not be
+    as if it were alone: the report then says so.
+    """
+    mask, tokens = given.get("attention_mask"), given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or tokens is None:
+        return None
+    real_BQ = mask[:, -tokens.shape[1] :].bool()
+    idle_B, part_B = ~real_BQ.any(1), ~real_BQ.all(1)
+    behind = cache.columns_seen > 0 or not bool(real_BQ[:, -1].all())
+    moves = bool((part_B & ~idle_B).any()) or (cache.beside.chunked and bool(idle_B.any()))
+    if behind and moves:
+        cache.context.ledger.note(
+            "Padding stood behind tokens of its sequence, where layers that no policy compresses go"
+            " on: what they hold is what transformers makes of it. Pad a first prompt on the left,"
+            " and give later turns alone or of equal lengths."
+        )
+    return idle_B
 
 
 def counts_places(recipe: Recipe) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.formulas.norms import Norms
+from kvpress.hf.unwrap import text_model
 from kvpress.pipe.state.context import Context
 from kvpress.policy.recipe import Recipe
 from kvpress.policy.slots import Step
+from kvpress.types import LayerKind
 
 _PROJECTIONS = ("o_proj", "out_proj", "dense")
 
@@ -42,7 +44,7 @@ def relative(recipe: Recipe) -> bool:
     return request is not None and request.relative
 
 
-def check_projections(model: Any, layers: int, recipe: Recipe) -> None:
+def check_projections(model: Any, kinds: Iterable[LayerKind], recipe: Recipe) -> None:
     """Raises PolicyError or UnsupportedModelError where what a recipe observes cannot be had."""
     if not relative(recipe):
         return
@@ -51,7 +53,8 @@ def check_projections(model: Any, layers: int, recipe: Recipe) -> None:
             f"{recipe} observes attention relative to hidden states, which are known of probes"
             " alone. Replace `probes` too, or observe without `relative`."
         )
-    missing = sorted(set(range(layers)) - _attentions(model).keys())
+    found = _attentions(model)  # those of latents have values that are no head's
+    missing = [kind.index for kind in kinds if kind.index not in found or kind.latent]
     if missing:
         raise UnsupportedModelError(
             f"{recipe} needs the output projection of every attention as a plain linear layer"
@@ -62,7 +65,8 @@ def check_projections(model: Any, layers: int, recipe: Recipe) -> None:
 
 def _attentions(model: Any) -> dict[int, Any]:
     """The attention of every layer that has a projection which can be read."""
-    modules = (module for module in model.modules() if hasattr(module, "layer_idx"))
+    modules = (module for module in text_model(model).modules() if hasattr(module, "layer_idx"))
+    modules = (module for module in modules if not hasattr(module, "conv1d"))  # a state space
     return {module.layer_idx: module for module in modules if _projection(module) is not None}
 
 

@@ -13,6 +13,7 @@ import torch
 from kvpress.errors import KVPressError, PlanError
 from kvpress.formulas.sizes import UNITS, parse_size
 from kvpress.hf import learned
+from kvpress.hf.fitting import check_fit
 from kvpress.hf.foresight import head_of
 from kvpress.hf.support import Fingerprint, check_model
 from kvpress.hf.tiering import check_tiers
@@ -171,10 +172,17 @@ def refusal(
 
     head: loads that of a policy.
     """
-    slopes = any(kind.slopes for kind in found.kinds)
-    if slopes and (recipe.formats or recipe.retrieves or "query" in recipe.needs):
-        return "not beside ALiBi"
+    unplanned = {
+        "states of linear attention and convolutions": any(x.count for x in found.states),
+        "layers that attend within chunks": any(x.chunk for x in found.states),
+        "keys that several layers read": any(kind.readers for kind in found.kinds),
+        "what prompts take beside learned sinks": any(kind.sink for kind in found.kinds),
+    }
+    for what, there in unplanned.items():
+        if there:
+            return f"{what} are not planned for yet; give the policy and the caps yourself"
     try:
+        check_fit(recipe, found.kinds)
         check_layers(recipe, found.kinds)
         if tiered:
             check_tiers(recipe, found)

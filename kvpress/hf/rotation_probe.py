@@ -20,6 +20,9 @@ from torch import Tensor
 from kvpress import host
 from kvpress.errors import UnsupportedModelError
 from kvpress.formulas.rotation import Rotation
+from kvpress.hf.latent import joined
+from kvpress.hf.support import fingerprint
+from kvpress.types import LayerKind
 
 # Types whose frequencies are the same at every length. Others change theirs with the longest
 # sequence of a call, which no short probe can see.
@@ -31,7 +34,7 @@ _EPS = torch.finfo(torch.float32).eps
 
 
 def rotations(model: Any) -> list[Rotation | None]:
-    """How every layer turns its keys; None where keys are the same at every position.
+    """How every layer turns its keys; None where keys are the same at every position, or are none.
 
     For models that no engine is attached to. Raises UnsupportedModelError where keys do not turn by
     a fixed angle per position, or nobody knows by which.
@@ -40,6 +43,9 @@ def rotations(model: Any) -> list[Rotation | None]:
     frequencies, (position_BT, keys) = _frequencies(model), _probe(model)
     found: list[Rotation | None] = []
     for layer, key in enumerate(keys):
+        if key is None:
+            found.append(None)
+            continue
         position_Bt = position_BT[:, -key.shape[2] :].to(key.device)  # of those in its window
         found.append(_explanation(model, layer, key, position_Bt, frequencies))
     return found
@@ -79,8 +85,11 @@ def _frequencies(model: Any) -> list[Tensor]:
     return unique
 
 
-def _probe(model: Any) -> tuple[Tensor, list[Tensor]]:
-    """Positions `[B, T]`, and the keys `[B, H, t, D]` of their last t tokens in every layer."""
+def _probe(model: Any) -> tuple[Tensor, list[Tensor | None]]:
+    """Positions `[B, T]`, and the keys `[B, H, t, D]` of their last t tokens in every layer.
+
+    None for layers that have none.
+    """
     config = model.config.get_text_config(decoder=True)
     end = (getattr(config, "max_position_embeddings", None) or 512) - _TOKENS
     starts = sorted({end, *(start for start in _STARTS if start < end)})
@@ -94,15 +103,25 @@ def _probe(model: Any) -> tuple[Tensor, list[Tensor]]:
     with torch.no_grad(), _prepared(model, position_BT.shape):
         out = model(**given, use_cache=True, return_dict=True)
     cache = next((out[name] for name in ("cache", "past_key_values") if name in out), None)
-    keys: list[Any] = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", [])]
+    kinds = {kind.index: kind for kind in fingerprint(model.config).kinds}
+    layers = enumerate(getattr(cache, "layers", []))
+    keys: list[Any] = [_keys(layer, kinds[i]) if i in kinds else None for i, layer in layers]
     counts = [0 if key is None else key.shape[2] for key in keys]
-    if len(keys) != config.num_hidden_layers or not all(0 < n <= _TOKENS for n in counts):
+    own = [counts[index] for index in kinds if index < len(keys)]
+    if len(own) < len(kinds) or not all(0 < n <= _TOKENS for n in own):
         _refuse(
             model,
             f"a cache without one key per layer and token (layers of {counts} keys for"
             f" {_TOKENS} tokens)",
         )
-    return position_BT, keys
+    behind = config.num_hidden_layers - len(keys)  # layers that have no place in the cache at all
+    return position_BT, [*keys, *[None] * behind]
+
+
+def _keys(layer: Any, kind: LayerKind) -> Tensor | None:
+    """What a layer of transformers holds as the engine would: latents beside what turns."""
+    key: Tensor | None = getattr(layer, "keys", None)
+    return joined(key, layer.values) if kind.latent and key is not None else key
 
 
 @contextmanager

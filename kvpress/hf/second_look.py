@@ -58,6 +58,7 @@ def look_again(model: Any, cache: EngineCache, name: str) -> None:
     """
     states = cache.states
     first = next(state for state in states if state.kind.window is None)
+    before = cache.beside.kept()
     seen_B = first.sequences.seen_B
     new = sorted(cache.context.held)  # not those that only decoded beside them
     probes = {b: _probes(model, cache, first.sequences, b) for b in new}
@@ -69,6 +70,7 @@ def look_again(model: Any, cache: EngineCache, name: str) -> None:
             for i in range(rounds):
                 _LOG.info("Second look at %d tokens: %d of %d", int(seen_B.max()), i + 1, rounds)
                 _read(model, cache, name, {b: own[i] for b, own in probes.items() if i < len(own)})
+                cache.beside.copy_from(before)
     except BaseException:  # half a look is none: the cache says so from now on
         cache.context.dirty = first.kind.index
         raise

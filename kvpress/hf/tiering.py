@@ -13,6 +13,7 @@ from kvpress.pipe.plan.room import Floor, floor
 from kvpress.policy.recipe import Recipe
 from kvpress.store.tiers.caps import Caps
 from kvpress.store.tiers.tiers import Tiers
+from kvpress.types import MOST_CODED
 
 
 def make_tiers(
@@ -57,6 +58,16 @@ def check_tiers(recipe: Recipe, shape: Fingerprint) -> None:
         raise PolicyError(
             f"{recipe}: a budget in bytes counts slots as they came, not the whole pages that tiers"
             " hold. Give a fraction or tokens."
+        )
+    if any(kind.window is None and kind.width > MOST_CODED for kind in shape.kinds):
+        raise PolicyError(
+            "device=, host=, disk=: keys of this model have more channels than pages of tiers take,"
+            f" {MOST_CODED}. Leave the caps out."
+        )
+    if any(kind.readers for kind in shape.kinds):
+        raise PolicyError(
+            "device=, host=, disk=: layers of this model share their keys and values, of which"
+            " those that read them need all on the device. Leave the caps out."
         )
     if any(kind.slopes for kind in shape.kinds):
         raise PolicyError(

@@ -1,4 +1,4 @@
-"""The transformers model inside what users hold: adapters, compiled models, pipelines."""
+"""The transformers model inside what users hold, and the text model inside one of several."""
 
 from __future__ import annotations
 
@@ -45,3 +45,28 @@ def _inner(model: Any) -> Any:
         )
     base: torch.nn.Module = model.get_base_model()  # type: ignore[operator]
     return base
+
+
+def set_implementation(model: Any, name: str, text: str) -> None:
+    """Sets what a model asks for its masks, and what its text model asks for its attention.
+
+    Models of images or sound inside keep theirs.
+    """
+    if text_model(model) is model:
+        model.set_attn_implementation(name)
+        return
+    own = model.config.get_text_config(decoder=True)
+    keys = [key for key in model.config.sub_configs if getattr(model.config, key, None) is own]
+    model.set_attn_implementation({"": name, **dict.fromkeys(keys, text)})
+
+
+def text_model(model: Any) -> Any:
+    """The decoder of a model with several inside (text with images or sound); else the model.
+
+    None: it has none that can be told from the others.
+    """
+    text = model.config.get_text_config(decoder=True)
+    if text is model.config:
+        return model
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if getattr(decoder, "config", None) is text else None

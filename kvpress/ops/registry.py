@@ -14,16 +14,17 @@ import os
 import pkgutil
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from kvpress import env
 from kvpress.errors import BackendError, KVPressError, did_you_mean
 from kvpress.ops import build_cpu, versions
-from kvpress.ops.operands import grouped
+from kvpress.ops.operands import grouped, leaves
 
 BACKENDS = ("reference", "cpu", "triton")
+_MOST_OF_KERNELS = 256  # channels of a head
 _LOCK = threading.RLock()
 _LOG = logging.getLogger("kvpress")
 
@@ -142,7 +143,7 @@ def _triton(forced: str | None) -> dict[str, str]:
         return {}
     key, device = ("CPU", "cpu") if interpreted else ("CUDA", "cuda")
     for name in filter(has_triton, names()):
-        kernel = _of_flat(name, _function(name, "triton_kernel"))
+        kernel = _of_flat(name, _function(name, "triton_kernel"), _function(name, "reference"))
         _define().impl(name, kernel, key)  # type: ignore[no-untyped-call]
     return {device: "triton"}
 
@@ -170,7 +171,21 @@ def _function(name: str, kind: str) -> Callable[[Any], Any]:
     return run
 
 
-def _of_flat(name: str, run: Callable[[Any], Any]) -> Callable[..., Any]:
-    """The same, for PyTorch, which has no groups of operands."""
+def _of_flat(
+    name: str, run: Callable[[Any], Any], wider: Callable[[Any], Any] | None = None
+) -> Callable[..., Any]:
+    """The same, for PyTorch, which has no groups of operands.
+
+    wider: what runs for heads of more channels than kernels have launch parameters for.
+    """
     form = operands_of(name)
-    return lambda *values: run(grouped(form, values))
+    if wider is None:
+        return lambda *values: run(grouped(form, values))
+    letters = [operand.rpartition("_")[2] for operand in leaves(cast(type, form))]
+    widths = [(i, x.index(d)) for i, x in enumerate(letters) for d in "DE" if d in x]
+
+    def fitting(*values: Any) -> Any:
+        fits = all(values[i] is None or values[i].shape[d] <= _MOST_OF_KERNELS for i, d in widths)
+        return (run if fits else wider)(grouped(form, values))
+
+    return fitting

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvpress.errors import OperatorError
 from kvpress.ops.operands import Bounds
+from kvpress.types import MOST_CODED as MOST_CODED
 from kvpress.types import MOST_WIDTH as MOST_WIDTH
 
 MOST_SLOTS = 2**31 - 1  # kernels number slots with 32 bits, as positions are

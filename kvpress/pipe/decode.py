@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpress import ops
+from kvpress.formulas import sinks
 from kvpress.formulas.sums import Observation
 from kvpress.host import lasting
 from kvpress.ops import Columns, Noise, Old
@@ -21,7 +22,7 @@ from kvpress.pipe.stages.observe import observe, some
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import bounds_of, step
 from kvpress.pipe.state.tokens import Tokens
-from kvpress.store.base import MASS, POSITION
+from kvpress.store.base import KEY, MASS, POSITION
 
 
 def run_decode(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
@@ -50,7 +51,8 @@ def _run(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
             return _run_apart(layer, tokens)
         observation = _fusable(layer, over)
         if observation is not None:
-            return _run_fused(layer, tokens, over > 0, observation)
+            run = _run_fused if tokens.sink_N is None else _run_fused_with_sinks
+            return run(layer, tokens, over > 0, observation)
         group = list(range(len(layer.sequences)))
         due = over > 0
     else:
@@ -75,6 +77,8 @@ def _is_due(layer: Layer, sequence: int) -> bool:
 def _fusable(layer: Layer, over: int) -> Observation | None:
     """What to observe, if one operator call can do the whole step; otherwise None."""
     recipe = layer.recipe
+    if layer.kind.sink and (layer.kind.window is None or recipe.gathers):
+        return None  # the operator gives no LSE, by which sinks take their share
     if _is_apart(layer) or (recipe.gathers and not recipe.adds_attention):
         return None
     if recipe.formats and ops.backends()[layer.rows.device.type] != "cpu":
@@ -100,13 +104,13 @@ def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observat
     merges = evicts and recipe.merging is not None
     with layer.timed("decode attention"):
         out_BN1D = ops.decode_step(
-            tokens[:3],  # tokens are a Token, then Logits
+            tokens[:3],  # tokens are a Token, then Logits, then what the operator knows nothing of
             pages,
             columns,
             bounds,
             evicts and not merges,
             new(Noise, noise),
-            tokens[3:],
+            tokens[3:5],
             rows.old(),
         )
     if merges:
@@ -114,6 +118,21 @@ def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observat
             merge_one(layer, pages, columns, bounds)
     layer.count_step(evicts)
     return out_BN1D
+
+
+def _run_fused_with_sinks(
+    layer: Layer, tokens: Tokens, evicts: bool, observation: Observation
+) -> Tensor:
+    """The same of a layer with sinks, whose rows are short: the LSE costs attention once more."""
+    query_bN1D, key_bH1D, _ = tokens.states
+    with layer.timed("decode attention"):
+        _, before_bN1, _ = layer.rows.attend(query_bN1D, None, tokens.logits, False)
+    stored_bH1D = key_bH1D.to(layer.rows.columns[KEY].dtype).float()
+    query_bHGD = query_bN1D.float().view(len(key_bH1D), key_bH1D.shape[1], -1, key_bH1D.shape[3])
+    own_bN1 = (query_bHGD * stored_bH1D).sum(-1).view_as(before_bN1) * tokens.scaling
+    out_bN1D = _run_fused(layer, tokens, evicts, observation)
+    found = (out_bN1D, torch.logaddexp(before_bN1, own_bN1), None)
+    return sinks.taken(found, tokens.sink_N)[0]
 
 
 def _run_apart(layer: Layer, tokens: Tokens) -> Tensor:
@@ -126,7 +145,7 @@ def _run_apart(layer: Layer, tokens: Tokens) -> Tensor:
         rows.paging.reserve_one()
         pages, position = rows.paging.operands(), rows.paging.pool.by_name[POSITION]
         columns, bounds = new(Columns, (position, None)), bounds_of(layer)
-        ops.decode_step(tokens[:3], pages, columns, bounds, False, _SILENT, tokens[3:], _NO_OLD)
+        ops.decode_step(tokens[:3], pages, columns, bounds, False, _SILENT, tokens[3:5], _NO_OLD)
         layer.count_step(False)
     with layer.timed("decode attention"):
         return _attend(layer, None, tokens, False)[0]
@@ -135,10 +154,14 @@ def _run_apart(layer: Layer, tokens: Tokens) -> Tensor:
 def _attend(
     layer: Layer, group: list[int] | None, tokens: Tokens, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention output of one new token of some sequences, and weights where asked for."""
+    """Attention output of one new token of some sequences, and weights where asked for.
+
+    Those of the layer's sinks come first, if it has any.
+    """
     if layer.rows.retrieving is not None:
         return retrieve.attend(layer, group, tokens, need_weights)
-    return layer.rows.attend(tokens.query_bNQD, group, tokens.logits, need_weights)
+    found = layer.rows.attend(tokens.query_bNQD, group, tokens.logits, need_weights)
+    return sinks.taken(found, tokens.sink_N)
 
 
 @lasting

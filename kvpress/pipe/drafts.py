@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvpress.formulas import sinks
 from kvpress.formulas.attention import prompt_attention
 from kvpress.formulas.sums import Observation
 from kvpress.host import lasting
@@ -48,11 +49,12 @@ def _draft_attention(layer: Layer, tokens: Tokens) -> Tensor:
         dtype = tokens.key_bHQD.dtype
         key, value = columns[KEY].to(dtype), columns[VALUE].to(dtype)
         rest = (columns[POSITION], tokens.scaling, tokens.softcap, layer.kind.window)
-        return prompt_attention(tokens.query_bNQD, key, value, *rest)
+        return prompt_attention(tokens.query_bNQD, key, value, *rest, tokens.sink_N)
     watched = _request(layer, 0) is not None
     if rows.retrieving is not None:
         layer.context.ledger.note("Drafted tokens attended to all pages.")
-    out_bNQD, weights_bNQS = rows.attend(tokens.query_bNQD, None, tokens.logits, watched)
+    found = rows.attend(tokens.query_bNQD, None, tokens.logits, watched)
+    out_bNQD, weights_bNQS = sinks.taken(found, tokens.sink_N)
     if weights_bNQS is not None:
         layer.sequences.drafts.blocks.append(weights_bNQS)
     return out_bNQD
@@ -101,7 +103,7 @@ def _observe(
     request, weights_bN1S = _request(layer, group[0]), None
     if weights_bNQS is not None and request is not None:
         weights_bN1S = weights_bNQS[:, :, token : token + 1]
-        held = int(layer.rows.counts_BH[group].max())
+        held = int(layer.rows.counts_BH[group].max()) + layer.kind.sink
         weights_bN1S = F.pad(weights_bN1S, (0, max(0, held - weights_bN1S.shape[-1])))
     seen_b = layer.sequences.seen_B[group] - (tokens - 1 - token)
     return observe(layer, group, weights_bN1S, request, seen_b)

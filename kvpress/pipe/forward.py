@@ -6,8 +6,6 @@ decode step to another, nothing but padding to a third. Each is treated as if it
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -15,21 +13,16 @@ from kvpress.errors import CacheError
 from kvpress.host import lasting
 from kvpress.pipe.decode import run_decode
 from kvpress.pipe.drafts import commit, run_drafts
+from kvpress.pipe.groups import groups_of, scatter, take
 from kvpress.pipe.layer_budgets import foresee, trim
 from kvpress.pipe.pools import compress
 from kvpress.pipe.probe import run_probe
 from kvpress.pipe.prompt import run_prompt, store_prompt
+from kvpress.pipe.sharing import seen_by_readers
 from kvpress.pipe.stages.allocate import compressed, set_quotas
 from kvpress.pipe.stages.format import pack_due, watch
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.tokens import Tokens
-
-
-class Group(NamedTuple):
-    """Sequences that take the same path together, with the same number of new tokens."""
-
-    sequences: list[int]
-    decodes: bool
 
 
 def run_layer(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
@@ -63,20 +56,10 @@ def _pass(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
     if layer.store is None:
         layer.start(tokens.key_bHQD, tokens.value_bHQD)
     if layer.context.looks:
+        layer.seen = seen_by_readers(layer, tokens, valid_BQ)
         return _run_probes(layer, tokens, valid_BQ)
-    recording, new = layer.context.recording, tokens.key_bHQD.shape[2]
-    drafted = recording.drafted(new, first=layer.columns_seen == 0) if recording.on else 0
-    if drafted and valid_BQ is not None:
-        raise CacheError(
-            "Speculative decoding (activate_past_recording) of a batch with padding among the"
-            " new tokens is not supported. Draft as many tokens for every sequence."
-        )
-    if drafted and (layer.recipe.shares or layer.recipe.defers) and drafted < new:
-        raise CacheError(
-            f"{layer.recipe} divides its budget among the layers once a prompt has passed all of"
-            " them, and this pass holds a prompt and drafted tokens. Read the prompt in a pass of"
-            " its own before speculative decoding starts, or use a policy with equal budgets."
-        )
+    new = tokens.key_bHQD.shape[2]
+    drafted = _drafted(layer, new, valid_BQ)
     reads = new > 1 and not drafted
     if reads:
         layer.context.begin_prompt(layer)
@@ -86,6 +69,7 @@ def _pass(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
         if layer.sequences.drafts.tokens:
             commit(layer)
             pack_due(layer)
+        layer.seen = seen_by_readers(layer, tokens, valid_BQ)
         if drafted:
             out = _with_drafts(layer, tokens, drafted)
         else:
@@ -103,6 +87,24 @@ def _pass(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
 
 
 _pass_outside = lasting(_pass)
+
+
+def _drafted(layer: Layer, new: int, valid_BQ: Tensor | None) -> int:
+    """How many of the new tokens may be taken back. Raises CacheError where they cannot be."""
+    recording = layer.context.recording
+    drafted = recording.drafted(new, first=layer.columns_seen == 0) if recording.on else 0
+    if drafted and valid_BQ is not None:
+        raise CacheError(
+            "Speculative decoding (activate_past_recording) of a batch with padding among the"
+            " new tokens is not supported. Draft as many tokens for every sequence."
+        )
+    if drafted and (layer.recipe.shares or layer.recipe.defers) and drafted < new:
+        raise CacheError(
+            f"{layer.recipe} divides its budget among the layers once a prompt has passed all of"
+            " them, and this pass holds a prompt and drafted tokens. Read the prompt in a pass of"
+            " its own before speculative decoding starts, or use a policy with equal budgets."
+        )
+    return drafted
 
 
 def _size(layer: Layer, reads: bool) -> int:
@@ -140,7 +142,7 @@ def _run_groups(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor
         return run_decode(layer, None, tokens)
     before_B = layer.sequences.seen_B
     new_B = torch.full_like(before_B, columns) if valid_BQ is None else valid_BQ.sum(1)
-    groups = _groups(layer, new_B, columns, padded=valid_BQ is not None)
+    groups = groups_of(layer, new_B, columns, padded=valid_BQ is not None)
     prompts = [b for group in groups if not group.decodes for b in group.sequences]
     if layer.recipe.shares:
         foresee(layer, prompts, (before_B + new_B)[prompts])
@@ -149,7 +151,7 @@ def _run_groups(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor
 
     outputs, survivors, chunks = [], [], []
     for group in groups:
-        part = _take(tokens, group.sequences, valid_BQ)
+        part = take(tokens, group.sequences, valid_BQ)
         watch(layer, group.sequences, part)
         if group.decodes:
             outputs.append(run_decode(layer, group.sequences, part))
@@ -164,7 +166,7 @@ def _run_groups(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor
         trim(layer, prompts)
     if layer.recipe.defers and prompts:
         _hold(layer, prompts)
-    return _scatter(tokens, groups, outputs, valid_BQ)
+    return scatter(tokens, groups, outputs, valid_BQ)
 
 
 def _hold(layer: Layer, prompts: list[int]) -> None:
@@ -179,61 +181,8 @@ def _run_probes(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor
     new_B = torch.full_like(layer.sequences.seen_B, tokens.key_bHQD.shape[2])
     if valid_BQ is not None:
         new_B = valid_BQ.sum(1)
-    groups = _groups(layer, new_B, tokens.key_bHQD.shape[2], padded=valid_BQ is not None)
+    groups = groups_of(layer, new_B, tokens.key_bHQD.shape[2], padded=valid_BQ is not None)
     with layer.rows.memory.lock:
-        parts = [(x.sequences, _take(tokens, x.sequences, valid_BQ)) for x in groups]
+        parts = [(x.sequences, take(tokens, x.sequences, valid_BQ)) for x in groups]
         outputs = [run_probe(layer, *part) for part in parts]
-    return _scatter(tokens, groups, outputs, valid_BQ)
-
-
-def _groups(layer: Layer, new_B: Tensor, columns: int, padded: bool) -> list[Group]:
-    """Who goes together: everybody where all are alike, otherwise each sequence alone.
-
-    Of one new column, with padding where sequences have met their end, the decode steps that are
-    alike go together.
-    """
-    decodes_B = (new_B == 1) & (layer.sequences.seen_B > 0)
-    state_BX = torch.cat(
-        [layer.sequences.seen_B[:, None], layer.rows.counts_BH], dim=1
-    )  # prompts that start alike are one batch
-    if bool(decodes_B.all()):
-        state_BX = layer.sequences.decoded.tokens_B[:, None]  # rows of any length decode together
-    if not padded and bool((state_BX == state_BX[:1]).all()):
-        return [Group(list(range(len(new_B))), bool(decodes_B.all()))]
-    together: dict[tuple[bool, int], list[int]] = {}
-    for b, decoded in enumerate(layer.sequences.decoded.tokens_B.tolist()):
-        if new_B[b] > 0:
-            decodes = bool(decodes_B[b])
-            key = (True, decoded) if decodes and columns == 1 else (decodes, -1 - b)
-            together.setdefault(key, []).append(b)
-    return [Group(group, decodes) for (decodes, _), group in together.items()]
-
-
-def _take(tokens: Tokens, group: list[int], valid_BQ: Tensor | None) -> Tokens:
-    """The real tokens of some sequences: of all, of one, or one token of each."""
-    query, key, value = tokens.query_bNQD, tokens.key_bHQD, tokens.value_bHQD
-    if len(group) < len(key):
-        index_b = torch.tensor(group, dtype=torch.int64, device=key.device)
-        query, key, value = (x.index_select(0, index_b) for x in (query, key, value))
-    if valid_BQ is not None and len(group) == 1:
-        real_Q = valid_BQ[group[0]].nonzero().flatten().to(key.device)
-        query, key, value = (x.index_select(2, real_Q) for x in (query, key, value))
-    return Tokens(query, key, value, tokens.scaling, tokens.softcap)
-
-
-def _scatter(
-    tokens: Tokens, groups: list[Group], outputs: list[Tensor], valid_BQ: Tensor | None
-) -> Tensor:
-    """The outputs of groups of a batch, at the columns of their tokens; zeros elsewhere."""
-    if valid_BQ is None and len(groups) == 1:
-        return outputs[0]
-    width = tokens.value_bHQD.shape[-1]
-    out_BNQD = tokens.query_bNQD.new_zeros(*tokens.query_bNQD.shape[:3], width)
-    for group, out in zip(groups, outputs, strict=True):
-        if len(group.sequences) > 1:  # one token of each
-            out_BNQD[group.sequences] = out
-            continue
-        (b,) = group.sequences
-        columns = slice(None) if valid_BQ is None else valid_BQ[b].to(out.device)
-        out_BNQD[b, :, columns] = out[0]
-    return out_BNQD
+    return scatter(tokens, groups, outputs, valid_BQ)

@@ -44,7 +44,8 @@ def run_probe(layer: Layer, group: Sequence[int], tokens: Tokens) -> Tensor:
 def _attend(layer: Layer, tokens: Tokens, columns: dict[str, Tensor]) -> Tensor:
     key, value, position = columns[KEY], columns[VALUE], columns[POSITION]
     scaling, softcap, window = tokens.scaling, tokens.softcap, layer.kind.window
-    return prompt_attention(tokens.query_bNQD, key, value, position, scaling, softcap, window)
+    states = (tokens.query_bNQD, key, value)
+    return prompt_attention(*states, position, scaling, softcap, window, tokens.sink_N)
 
 
 def start_look(layer: Layer, group: Sequence[int]) -> None:
@@ -96,6 +97,7 @@ def _weights(
         tokens.scaling,
         tokens.softcap,
         weight_BQ=weight_1Q,
+        sink_N=tokens.sink_N,
     )
     return sums_1NK if norms is None else sums_1NK * output_norms(near[VALUE], norms.weight_CX)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpress import host, ops
+from kvpress.formulas import sinks
 from kvpress.formulas.attention import prompt_attention
 from kvpress.formulas.sums import Observation, over_group
 from kvpress.pipe.layer_budgets import plan
@@ -76,7 +77,8 @@ def _attend_passing(layer: Layer, group: list[int], tokens: Tokens) -> tuple[Ten
     rows = layer.rows
     with layer.timed("prefill attention"):
         own = (tokens.key_bHQD, tokens.value_bHQD)
-        out_bNQD = rows.attend_prompt(tokens.query_bNQD, own, group, tokens.logits)
+        out, lse_bNQ = rows.attend_prompt(tokens.query_bNQD, own, group, tokens.logits)
+        out_bNQD, _ = sinks.taken((out, lse_bNQ, None), tokens.sink_N)
     counts_bH = rows.counts_BH[group] + tokens.key_bHQD.shape[2]
     return out_bNQD, Survivors(tuple(group), {}, counts_bH)
 
@@ -94,7 +96,7 @@ def _attention_and_sums(
     if request is not None and request.window is None and not trains:
         if map_bNX is not None:
             layer.context.ledger.note("Attention sums of prompts are of the blocks computed.")
-        if fresh and request.kind == "sum":
+        if fresh and request.kind == "sum" and tokens.sink_N is None:
             return attend_and_sum(
                 query, key, value, position, index, request, scaling, softcap, map_bNX
             )
@@ -106,7 +108,8 @@ def _attention_and_sums(
     if map_bNX is not None:
         return ops.attend_blocks(query, key, value, map_bNX, scaling)[0], None
     seen = None if fresh else position
-    return prompt_attention(query, key, value, seen, scaling, softcap, layer.kind.window), None
+    rest = (scaling, softcap, layer.kind.window, tokens.sink_N)
+    return prompt_attention(query, key, value, seen, *rest), None
 
 
 @torch.no_grad()
@@ -233,6 +236,7 @@ def _observe(layer: Layer, chunk: _Chunk, sums_BNS: Tensor | None) -> Slots:
             request,
             tokens.scaling,
             tokens.softcap,
+            sink_N=tokens.sink_N,
         )
     attention_BHS = None
     if request is not None and sums_BNS is not None:

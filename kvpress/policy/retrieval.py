@@ -12,6 +12,7 @@ from kvpress.errors import PolicyError
 from kvpress.formulas import page_cells
 from kvpress.policy.budget import Budget, share
 
+GUESSES = ("step", "layer")
 _SLOTS, _NARROW = 32, 64  # of a page, where keys have no more channels than that
 
 
@@ -28,7 +29,9 @@ class Retrieval(NamedTuple):
     whose pages are known earlier, unless the cosine of a row's queries with it is below this. head:
     choose by what a retrieval head looks at before the first layer: its name, or its file. sure:
     rows of which the head sees less than this share of its attention in what it chose choose by
-    boxes.
+    boxes. guess: by whose query is loaded, before a layer has its own, what it will most likely
+    choose: that of the `step` before, or that which the input of the `layer` before makes. It
+    decides when pages are there, never what is read.
     """
 
     read: Budget
@@ -43,6 +46,7 @@ class Retrieval(NamedTuple):
     turn: float | None = None
     head: str | None = None
     sure: float = 0.0
+    guess: str | None = None
 
     def check(self) -> None:
         """Raises PolicyError for what cannot be."""
@@ -68,6 +72,7 @@ class Retrieval(NamedTuple):
                 f"head={self.head} chooses before queries are known, by which mass, top and tree"
                 " choose. Leave them out."
             )
+        self._check_guess()
         least = self.sink + self.recent
         if self.read.unit == "tokens" and self.read.amount < least:
             raise PolicyError(
@@ -78,6 +83,24 @@ class Retrieval(NamedTuple):
             raise PolicyError(
                 f"turn={self.turn} chooses by another query than the one that mass and top certify."
                 " Leave one of them out."
+            )
+
+    def _check_guess(self) -> None:
+        if self.guess is None:
+            return
+        if self.guess not in GUESSES:
+            raise PolicyError(f"guess={self.guess}: allowed are {', '.join(GUESSES)} and none.")
+        if self.guess == "step" and self.turn is None:
+            raise PolicyError(
+                "guess=step: what the query of the step before chose is still there, but for a"
+                " policy that reads it one step later. Use guess=layer, or leave it out."
+            )
+        others = {"turn": self.turn, "head": self.head, "mass": self.mass, "top": self.top}
+        given = [f"{name}={x}" for name, x in others.items() if x is not None]
+        if self.guess == "layer" and given:
+            raise PolicyError(
+                f"guess=layer guesses what a layer chooses by its own query, `read` tokens of it,"
+                f" but {given[0]} chooses otherwise. Leave one of them out."
             )
 
     def page_of(self, width: int) -> int:

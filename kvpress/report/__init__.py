@@ -27,8 +27,10 @@ class Report(Figures):
     is computed in full unless a policy makes it sparse: a layer's density is then the share of
     blocks computed. Where decode steps read some pages only, a layer's reads say how much, and what
     they may have missed. bytes_ids: the ids of the tokens seen, 4 bytes each, by which a text that
-    does not go on from the cache is refused; bytes_held are without them. tiers: see `TierFigures`;
-    where there are some, bytes_held are those of all of them.
+    does not go on from the cache is refused; bytes_held are without them. bytes_states: what layers
+    of linear attention, convolutions and state spaces hold, apart from bytes_held as well; no
+    policy compresses it. tiers: see `TierFigures`; where there are some, bytes_held are those of
+    all of them.
     """
 
     def __str__(self) -> str:

@@ -39,6 +39,7 @@ class Figures:
     bytes_shared: int = 0
     bytes_peak: int = 0
     bytes_ids: int = 0
+    bytes_states: int = 0  # of linear attention and convolutions, which no policy compresses
     tiers: TierFigures | None = None
 
     @property
@@ -67,6 +68,8 @@ class Figures:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and text, ready for JSON."""
         plain = asdict(self) | {"slots_kept": self.slots_kept, "fraction": self.fraction}
+        if not self.bytes_states:
+            del plain["bytes_states"]
         if self.tiers is None:  # nothing is said of what is not there
             del plain["tiers"]
             for layer in plain["layers"]:

@@ -49,6 +49,11 @@ def remarks(report: Figures) -> list[str]:
         )
     if report.bytes_peak:
         made.append(f"Peak so far: {size(report.bytes_peak)}.")
+    if report.bytes_states:
+        made.append(
+            f"Besides, states of layers of linear attention: {size(report.bytes_states)}, which no"
+            " policy compresses."
+        )
     if report.bytes_ids:
         made.append(f"Besides, ids of the tokens seen: {size(report.bytes_ids)}.")
     if report.bytes_shared:

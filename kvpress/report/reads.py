@@ -17,7 +17,11 @@ class ReadFigures:
     the share of its attention that a query head may have missed at the most, on average and of any;
     None where the policy left out tokens on purpose (`top`). short: steps of rows that read all
     they may and may have missed more than was asked. turned: steps of rows whose pages were chosen
-    anew. unsure: steps of rows that chose by boxes, since a retrieval head was not sure.
+    anew. unsure: steps of rows that chose by boxes, since a retrieval head was not sure. Of pages
+    that may be elsewhere than on the device, see `store.moves`: adjacent, again: that steps chose
+    which followed one of the same rows, and of these that one too; missing, ahead: not on the
+    device when they were chosen, but for loads that had begun before, and of these there or on
+    their way by such loads; vain: of such loads, that were not chosen or did not come.
     """
 
     steps: int
@@ -30,6 +34,11 @@ class ReadFigures:
     short: int
     turned: int
     unsure: int = 0
+    adjacent: int = 0
+    again: int = 0
+    missing: int = 0
+    ahead: int = 0
+    vain: int = 0
 
 
 def remark(layers: Sequence[ReadFigures]) -> str:
@@ -61,3 +70,14 @@ def _parts(layers: Sequence[ReadFigures]) -> Iterator[str]:
         yield f"{turned:,} rows of {steps:,} chose their pages anew, since their queries turned."
     if unsure := sum(x.unsure for x in layers):
         yield f"{unsure:,} rows of {steps:,} chose by boxes: the retrieval head was not sure."
+    adjacent, again, missing, ahead, vain = (
+        sum(getattr(x, name) for x in layers)
+        for name in ("adjacent", "again", "missing", "ahead", "vain")
+    )
+    if adjacent:
+        yield f"Of the pages that a step chose the one before had chosen {again / adjacent:.1%}."
+    if ahead or vain:
+        yield (
+            f"Of {missing:,} pages that were missing {ahead:,} were there or on their way when"
+            f" they were chosen; {vain:,} were loaded ahead in vain."
+        )

@@ -30,7 +30,8 @@ def bring_ahead(likely: Sequence[Likely]) -> None:
 
 
 def _bring(shelf: Shelf, likely: Sequence[Likely]) -> None:
-    shelf.early.settle()  # a pass may have failed, or have had no use for what it foresaw
+    for rows, _ in likely:
+        rows.steps.settle()  # a pass may have failed, or have had no use for what it foresaw
     id_A = torch.cat([id_A for _, id_A in likely])
     before_A = torch.cat([rows.steps.chosen for rows, _ in likely])
     last = [torch.full_like(rows.steps.chosen, rows.steps.last) for rows, _ in likely]
@@ -47,12 +48,12 @@ def _bring(shelf: Shelf, likely: Sequence[Likely]) -> None:
     away_A = away_A[: len(at_A)]  # what is free may lie where no page of this size can begin
     done = torch.searchsorted(away_A, ends).tolist()  # pages up to the end of every layer
     least, begin, waiting = -(-len(away_A) // _GROUPS), 0, list[Likely]()
-    for own, end in zip(likely, done, strict=True):
-        waiting.append(own)
+    for (rows, _), first_of, end in zip(likely, [0, *done], done, strict=False):
+        waiting.append((rows, id_A[away_A[first_of:end]]))
         if end - begin >= max(1, least) or end == len(away_A):
             coming = shelf.early.begin(id_A[away_A[begin:end]], at_A[begin:end])
-            for rows, _ in waiting:
-                rows.steps.wait_for(coming)
+            for own, mine_A in waiting:
+                own.steps.wait_for(coming, mine_A)
             begin, waiting = end, []
 
 

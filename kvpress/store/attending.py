@@ -42,7 +42,7 @@ class Attending(Retrieving, Protocol):
         sequences: Sequence[int] | None,
         logits: Logits,
         need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `Rows.attend`."""
 
     def attend_prompt(
@@ -51,7 +51,7 @@ class Attending(Retrieving, Protocol):
         own: tuple[Tensor, Tensor],
         sequences: Sequence[int],
         logits: Logits,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """See `Rows.attend_prompt`."""
 
     def saved(
@@ -87,21 +87,21 @@ class Resident:
         sequences: Sequence[int] | None,
         logits: Logits,
         need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention output of new queries, and weights in the order of `dense` where asked for."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Output and LSE of new queries, and weights in the order of `dense` where asked for."""
         pages = self._aging.recent.paging.operands(sequences)
-        out_bNQE, _, weights = ops.decode_rows(
+        out_bNQE, lse_bNQ, weights = ops.decode_rows(
             query_bNQD, pages, logits, need_weights, self.old(sequences)
         )
         if not need_weights:
-            return out_bNQE, None
+            return out_bNQE, lse_bNQ, None
         # The operator leaves room for every page of the table; dense forms end with the last slot.
         kept, start = [], 0
         for part in self._aging.filled:
             (slots,) = dense_widths(self._aging, sequences, [part])
             kept.append(weights[..., start : start + slots])
             start += span(part.layout, part.paging.table.pages_RW.shape[1])
-        return out_bNQE, torch.cat([*kept, weights[..., start:]], dim=-1)
+        return out_bNQE, lse_bNQ, torch.cat([*kept, weights[..., start:]], dim=-1)
 
     def attend_some(self, wanted: Wanted) -> tuple[Tensor, Tensor | None, Found]:
         """Attention output over some of the pages, by a shorter page table of each row."""
@@ -159,7 +159,7 @@ class Resident:
         own: tuple[Tensor, Tensor],
         sequences: Sequence[int],
         logits: Logits,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Not here: prompts attend to dense copies of what is on the device."""
         raise NotImplementedError("rows that do not stream are attended to in their dense form")
 

@@ -1,4 +1,4 @@
-"""Pages that were chosen before the layer knew its queries, by what a head looks at."""
+"""Pages that are chosen before the layer knows its queries: by what a head looks at, or others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvpress.store.aging import PageAging, recent_slots
 from kvpress.store.base import POSITION
-from kvpress.store.chosen import Bounds, Chosen, Wanted, rows_of
+from kvpress.store.chosen import Bounds, Chosen, Wanted, judged, rows_of, scored
 
 
 def foreseen(
@@ -32,7 +32,20 @@ def foreseen(
     return [some.but(unsure_r, x) for some, x in zip(chosen, others, strict=True)], unsure
 
 
-def by_head(aging: PageAging, wanted: Wanted) -> list[Chosen]:
+def likely(aging: PageAging, wanted: Wanted) -> list[Chosen]:
+    """What a step will choose, most likely: by a head where there is one."""
+    return _by_queries(aging, wanted) if wanted.share_bHS is None else _by_heads(aging, wanted)
+
+
+def _by_queries(aging: PageAging, wanted: Wanted) -> list[Chosen]:
+    """What a step would choose that had these queries."""
+    recent, parts = recent_slots(aging, wanted.sequences), aging.filled
+    keeps = [wanted.keep(recent, part.layout.slots) for part in parts]
+    bounds = judged(scored(parts, wanted), wanted, keeps)
+    return [x.choose(wanted, keep_r).narrow() for x, keep_r in zip(bounds, keeps, strict=True)]
+
+
+def _by_heads(aging: PageAging, wanted: Wanted) -> list[Chosen]:
     """What a head alone chooses, before there is a query."""
     recent, chosen = recent_slots(aging, wanted.sequences), []
     none_bNW = wanted.seen_b.new_empty(0, dtype=torch.float32)

@@ -90,8 +90,8 @@ class FormattedRows(Rows):
         sequences: Sequence[int] | None,
         logits: Logits,
         need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention output of new queries, and weights in the order of `dense` where asked for."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Output and LSE of new queries, and weights in the order of `dense` where asked for."""
         return self.attending.attend(query_bNQD, sequences, logits, need_weights)
 
     def attend_prompt(
@@ -100,8 +100,8 @@ class FormattedRows(Rows):
         own: tuple[Tensor, Tensor],
         sequences: Sequence[int],
         logits: Logits,
-    ) -> Tensor:
-        """Attention output of new tokens over all slots and themselves: of rows that stream."""
+    ) -> tuple[Tensor, Tensor]:
+        """Output and LSE of new tokens over all slots and themselves: of rows that stream."""
         return self.attending.attend_prompt(query_bNQD, own, sequences, logits)
 
     # Slots

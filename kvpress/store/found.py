@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvpress import host
 from kvpress.store.chosen import Chosen, Looked, Wanted
+from kvpress.store.moves import Moves
 
 _CODES = 2.0**-10  # an LSE over quantised slots is right to that: their factors have 16 bits
 
@@ -22,6 +23,7 @@ class Found(NamedTuple):
     all that was read sums to; fp32. length_r: of the longest value missed. looked: at what, of
     every part. short: rows that read all they may and were not certified. certified: whether what
     was missed is bounded at all. unsure: rows whose pages no head chose, since it was not sure.
+    moves: what had to be loaded, where pages may be elsewhere than on the device.
     """
 
     out_bN1E: Tensor
@@ -35,6 +37,11 @@ class Found(NamedTuple):
     short: int = 0
     certified: bool = True
     unsure: int = 0
+    moves: Moves = Moves()
+
+    def having(self, moves: Moves) -> Found:
+        """The same of a step that had to load so much."""
+        return self._replace(moves=moves)
 
     def counted(self) -> Found:
         """The same without what its figures do not need."""

@@ -62,11 +62,11 @@ class PagedRows(Rows):
         sequences: Sequence[int] | None,
         logits: Logits,
         need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention output of new queries, and weights in the order of `dense` where asked for."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Output and LSE of new queries, and weights in the order of `dense` where asked for."""
         pages = self.paging.operands(sequences)
-        out_bNQE, _, weights_bNQS = ops.decode_rows(query_bNQD, pages, logits, need_weights)
-        return out_bNQE, weights_bNQS if need_weights else None
+        out_bNQE, lse_bNQ, weights = ops.decode_rows(query_bNQD, pages, logits, need_weights)
+        return out_bNQE, lse_bNQ, weights if need_weights else None
 
     def count_step(self, quota_R: Tensor | None, everywhere: bool) -> None:
         """Counts what the operator `decode_step` did to the counts on the device.

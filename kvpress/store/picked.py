@@ -11,6 +11,7 @@ from torch import Tensor
 from kvpress.ops import Old
 from kvpress.store.base import POSITION, REF
 from kvpress.store.chosen import Chosen
+from kvpress.store.moves import Moves
 from kvpress.store.steps import Brought
 from kvpress.store.tiered import TieredPages
 from kvpress.store.tiers.arena import HALVES
@@ -69,6 +70,13 @@ def pick(some: Sequence[Chosen], sequences: Sequence[int] | None) -> list[Picked
         at_rW = torch.full_like(id_rW, NOWHERE).masked_scatter_(held_rW, brought.at_A)
         picked.append(Picked(rows, sequences, own, id_rW, at_rW, brought))
     return picked
+
+
+def moved(picks: Sequence[Sequence[Picked]]) -> Moves:
+    """What all picks of a step had to load, and what the last one has of the step before."""
+    made = [own.brought.moves for picked in picks for own in picked]
+    made += [own.rows.steps.compare(own.sequences, own.id_rW) for own in picks[-1]] if picks else []
+    return Moves(*(sum(counts) for counts in zip(*made, strict=True)))
 
 
 def named(

@@ -90,8 +90,8 @@ def prompt_parts(
     own: tuple[Tensor, Tensor],
     scaling: float,
     softcap: float,
-) -> Tensor:
-    """Attention output `[b, N, Q, E]` of new tokens over old slots, recent ones and themselves.
+) -> tuple[Tensor, Tensor]:
+    """Output `[b, N, Q, E]` and LSE of new tokens over old slots, recent ones and themselves.
 
     recent: keys, values and positions of recent slots, dense `[b, H, S, ...]`. own: keys and values
     of the new tokens.
@@ -108,4 +108,5 @@ def prompt_parts(
         if position_bHS.shape[2]:
             one.add(key_bHSD[i], value_bHSE[i], (position_bHS[i] == EMPTY)[:, None])
         one.add_own(key_bHQD[i], value_bHQE[i])
-    return torch.stack([one.output() for one in running]).to(query_bNQD.dtype)
+    out_bNQE = torch.stack([one.output() for one in running]).to(query_bNQD.dtype)
+    return out_bNQE, torch.stack([one.lse() for one in running])

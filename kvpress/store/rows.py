@@ -173,8 +173,8 @@ class Rows(ABC):
         sequences: Sequence[int] | None,
         logits: Logits,
         need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention output of new queries, and weights in the order of `dense` where asked for."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Output and LSE of new queries, and weights in the order of `dense` where asked for."""
 
     def attend_prompt(
         self,
@@ -182,8 +182,8 @@ class Rows(ABC):
         own: tuple[Tensor, Tensor],
         sequences: Sequence[int],
         logits: Logits,
-    ) -> Tensor:
-        """Attention output of new tokens over all slots and themselves: of rows that stream.
+    ) -> tuple[Tensor, Tensor]:
+        """Output and LSE of new tokens over all slots and themselves: of rows that stream.
 
         own: keys and values of the new tokens, which are not stored yet.
         """

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import chain, zip_longest
 from time import perf_counter
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import Tensor
 
@@ -24,14 +24,14 @@ from kvpress.store.aging import PageAging, dense_widths
 from kvpress.store.attending import Named
 from kvpress.store.base import KEY, POSITION, VALUE
 from kvpress.store.chosen import Chosen, Wanted, spread
-from kvpress.store.foreseen import by_head
+from kvpress.store.foreseen import likely
 from kvpress.store.formatted import FormattedRows
 from kvpress.store.found import Found
 from kvpress.store.joint import JointMemory
 from kvpress.store.packed import PackedRows
 from kvpress.store.paged import PagedRows
 from kvpress.store.parts import Parts, Plan
-from kvpress.store.picked import named, old_of, pick
+from kvpress.store.picked import Picked, moved, named, old_of, pick
 from kvpress.store.prompt_parts import prompt_parts
 from kvpress.store.retrieving import attend_some
 from kvpress.store.session import save_pages
@@ -98,18 +98,18 @@ class Streamed:
         sequences: Sequence[int] | None,
         logits: Logits,
         need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention output of new queries, and weights in the order of `dense` where asked for.
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Output and LSE of new queries, and weights in the order of `dense` where asked for.
 
         Raises TierError where a page cannot be read.
         """
         self._beside = None
-        out_bNQE, parts = self._attend(
-            query_bNQD, sequences, logits, need_weights, self._plan(sequences)
-        )
+        plan = self._plan(sequences)
+        out_bNQE, parts = self._attend(query_bNQD, sequences, logits, need_weights, plan)
         if not need_weights:
-            return out_bNQE, None
-        return out_bNQE, parts.weights(dense_widths(self.aging, sequences, self.aging.parts))
+            return out_bNQE, parts.lse_bNQ, None
+        weights = parts.weights(dense_widths(self.aging, sequences, self.aging.parts))
+        return out_bNQE, parts.lse_bNQ, weights
 
     def _attend(
         self,
@@ -153,10 +153,12 @@ class Streamed:
         """
         query_bN1D, sequences, logits = wanted.query_bN1D, wanted.sequences, wanted.logits
         self._beside = None  # a token has come to these rows
+        picks = list[list[Picked]]()
 
         def attend(some: Sequence[Chosen], weighs: bool) -> tuple[Tensor, Tensor, Tensor | None]:
             some = [x.narrow() for x in some]
             picked = pick(some, sequences)
+            picks.append(picked)
             old = None if weighs else old_of(picked)
             if old is not None:
                 self.tiers.passed(self)
@@ -177,13 +179,13 @@ class Streamed:
             return out_bN1E, parts.lse_bNQ[..., 0], weights
 
         wanted = self.trees.allowed(wanted, self.aging.filled)
-        found = attend_some(self.aging, wanted, attend, self.trees)
+        out, weights, found = attend_some(self.aging, wanted, attend, self.trees)
         self._beside = None  # and some of theirs may be packed before others choose
-        return found
+        return out, weights, found.having(moved(picks))
 
     def foresee(self, wanted: Wanted) -> list[tuple[TieredPages, Tensor]]:
         """The pages that a step will most likely choose whose queries are not known yet."""
-        return named(by_head(self.aging, wanted), wanted.sequences)
+        return named(likely(self.aging, wanted), wanted.sequences)
 
     def attend_prompt(
         self,
@@ -191,8 +193,8 @@ class Streamed:
         own: tuple[Tensor, Tensor],
         sequences: Sequence[int],
         logits: Logits,
-    ) -> Tensor:
-        """Attention output of new tokens over all slots and their own.
+    ) -> tuple[Tensor, Tensor]:
+        """Output and LSE of new tokens over all slots and their own.
 
         Old slots pass by group by group. Raises TierError where a page cannot be read.
         """
@@ -256,7 +258,7 @@ class Streamed:
 
     @property
     def _tiered(self) -> list[TieredPages]:
-        return [part for part in self.aging.parts if _is_tiered(part)]
+        return [part for part in self.aging.parts if isinstance(part, TieredPages)]
 
 
 class StreamedMemory(JointMemory):
@@ -287,10 +289,6 @@ def _state_of(rows: PackedRows) -> tuple[object, ...]:
     if not isinstance(rows, TieredPages):
         return ()
     return (rows.paging.table.pages_RW, rows.counts, rows.shelf.directory.version)
-
-
-def _is_tiered(part: PackedRows) -> TypeGuard[TieredPages]:
-    return isinstance(part, TieredPages)
 
 
 def _part(

@@ -7,7 +7,6 @@ together, with those of the other heads of their sequence.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -217,7 +216,7 @@ class TieredPages(PackedRows):
 def _join(rows: TieredPages) -> None:
     """Makes what follows from the pages of rows, and tells the tiers of them."""
     rows.memory = TieredMemory(rows.fields, rows.shelf)
-    rows.steps = copy.copy(rows.steps)
+    rows.steps = rows.steps.copied()
     rows.shelf.tiers.tenants.add(rows)
 
 

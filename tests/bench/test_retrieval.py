@@ -33,7 +33,7 @@ from kvpress.bench.sparse import tiled
 from kvpress.bench.speed import benches, layer
 from kvpress.bench.speed.rows import Cell as Place
 from kvpress.bench.speed.setting import Setting
-from kvpress.bench.tiers import steps
+from kvpress.bench.tiers import report, steps
 from kvpress.bench.view.kept import Kept, look
 from kvpress.bench.view.page import page
 from kvpress.bench.view.reads import read_positions
@@ -313,12 +313,14 @@ def test_a_policy_that_chooses_stands_beside_exact_streaming(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, policy = tmp_path / docs.TIERS, "leoam:read=0.2,recent=32"
+    guesses = f"{policy},guess=layer"
     numbers = ["--tokens", 800, "--batch", 2, "--steps", 3, "--warmup", 1, "--memory-steps", 2]
     words = ["--model", tiny_model, *numbers, "--records", 16, "--threads", 1, "--out", out]
-    caps = ["--device", "cpu,0.6", "--host", 0.3, "--policy", policy]
+    caps = ["--device", "cpu,0.6", "--host", 0.3, "--policy", policy, "--policy", guesses]
     shown = " ".join(invoke("bench", "tiers", *words, *caps).split())
     rows = json.loads(out.read_text())["candidates"]
-    ours = [f"{policy}, all on the device", f"{policy}, under the caps"]
+    cases = ("all on the device", "under the caps")
+    ours = [f"{name}, {case}" for name in (policy, guesses) for case in cases]
     exact = ["without tiers", "tiers, all on the device", "under the caps"]
     assert list(rows) == [*exact, *ours]
     for row in rows.values():
@@ -327,7 +329,13 @@ def test_a_policy_that_chooses_stands_beside_exact_streaming(
     assert all(rows[name]["reads"] is None for name in exact)
     for name in ours:
         assert 800 * 0.2 < rows[name]["reads"]["tokens_read"] < 800 * 0.6
-    less, more = rows[ours[1]]["per_step"], rows["under the caps"]["per_step"]
+    less, ahead, more = (rows[name]["per_step"] for name in (ours[1], ours[3], "under the caps"))
+    assert less["again"] == ahead["again"] and less["adjacent"] == ahead["adjacent"] > 0
+    assert less["missing"] and not less["ahead"] and not less["vain"]
+    assert 0 < ahead["ahead"] <= ahead["missing"]
+    cells = [report.choice_cells(None, rows[name])[-3:] for name in ("under the caps", *ours)]
+    assert cells[0] == ("–", "–", "–") and cells[2][1:] == ("0 %", "0")
+    assert cells[4][1] == f"{100 * ahead['ahead'] / ahead['missing']:.0f} %"
     assert less["host to device"] < more["host to device"] and more["disk to host"] > 0
     hits = sum(less[f"hits {name}"] for name in ("device", "host", "disk"))
     assert 0 < hits < sum(more[f"hits {name}"] for name in ("device", "host", "disk"))

@@ -26,6 +26,7 @@ CASES = {
     "P101-G8-softcap": (1, 1, 8, 101, 128, 128, FP32, 5.0, "fresh", 1.0),
     "P270-G3-tau": (1, 2, 3, 270, 64, 64, FP32, 0.0, "none", 1.4),
     "P77-G16-D256-bf16": (1, 1, 16, 77, 256, 256, BF16, 0.0, "fresh", 1.0),
+    "P40-G6-D576-E512": (1, 1, 6, 40, 576, 512, FP32, 0.0, "fresh", 1.0),
     "P65-G2-D7-E3-fp16": (1, 2, 2, 65, 7, 3, FP16, 0.0, "frozen", 1.0),
 }
 
@@ -99,7 +100,7 @@ def test_bad_operands_are_refused_by_name(native: bool) -> None:
         ((query, key, value.int(), position), "float32, bfloat16 or float16|of the dtype"),
         ((query, key.half(), value, position), "of the dtype|must be torch.float32"),
         ((query[:, :5], key, value, position), "no multiple"),
-        ((query, key, torch.randn(2, 2, 13, 264), position), "at most 256"),
+        ((query, key, torch.randn(2, 2, 13, 648), position), "at most 640"),
     ]
     for tensors, message in refused:
         with pytest.raises((OperatorError, RuntimeError), match=message):

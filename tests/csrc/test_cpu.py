@@ -81,6 +81,8 @@ SHAPES = {
     "G16-D96-Q1-page1": (16, 96, 96, 1, 1, FP32, 0.0),
     "G5-D256-Q3-page48": (5, 256, 256, 3, 48, FP32, 5.0),
     "G2-D64-E72-Q32-page16": (2, 64, 72, 32, 16, FP32, 0.0),
+    "G16-D576-E512-Q1-page16": (16, 576, 512, 1, 16, FP32, 0.0),
+    "G2-D640-Q2-page16-bf16": (2, 640, 640, 2, 16, BF16, 0.0),
     "G1-D7-E3-Q1-page3": (1, 7, 3, 1, 3, FP32, 0.0),
 }
 
@@ -240,9 +242,9 @@ def test_bad_operands_are_refused_by_name(
 
 
 def test_wide_heads_and_strides_are_refused() -> None:
-    pages = pools([20, 9], 264, 264, 4, FP32)
-    with pytest.raises(RuntimeError, match="at most 256"):
-        ops.decode_rows(torch.randn(1, 2, 1, 264), pages, Logits(1.0), False)
+    pages = pools([20, 9], 648, 648, 4, FP32)
+    with pytest.raises(RuntimeError, match="at most 640"):
+        ops.decode_rows(torch.randn(1, 2, 1, 648), pages, Logits(1.0), False)
     wrong = operands()
     wrong["value_PSE"] = wrong["value_PSE"].transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(RuntimeError, match="contiguous"):

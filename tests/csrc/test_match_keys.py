@@ -213,7 +213,7 @@ for run in (ops.match_keys, reference):
 
 def test_bad_operands_are_refused_by_name(run: Run) -> None:
     evicted, kept, allowed = matching.operands(2, 2, 5, 9, 16, FP32)
-    wide = torch.randn(2, 2, 5, 264)
+    wide = torch.randn(2, 2, 5, 648)
     refused: list[tuple[tuple[torch.Tensor, ...], str]] = [
         ((evicted[0], kept, allowed), "evicted_BHVD has 3 dimensions"),
         ((evicted, kept[..., :8], allowed), "kept_BHKD has shape .* but D is 16"),
@@ -222,7 +222,7 @@ def test_bad_operands_are_refused_by_name(run: Run) -> None:
         ((evicted, kept, allowed.int()), "allowed_BHK .*bool"),
         ((evicted.int(), kept.int(), allowed), "evicted_BHVD .*float32, bfloat16 or float16"),
         ((evicted, kept.half(), allowed), "kept_BHKD .*must be"),
-        ((wide, wide, allowed[..., :5]), "D is 264; at most 256"),
+        ((wide, wide, allowed[..., :5]), "D is 648; at most 640"),
     ]
     for tensors, message in refused:
         with pytest.raises((OperatorError, RuntimeError), match=message):

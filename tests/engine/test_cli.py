@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import families
 import helpers
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -97,6 +99,40 @@ def test_info_names_versions_devices_and_operators() -> None:
     assert "decode_step" in facts["operators"]["names"]
     assert facts["devices"]["cpu"].startswith(build_cpu.processor())
     assert "devices" in run("info")
+
+
+@pytest.mark.parametrize(
+    ("family", "parts", "token_bytes"),
+    [
+        ("llama", [(0, 2, "compressed", 2, 16, 256)], 768),
+        ("mistral-sliding", [(0, 2, "keeps its window", 2, 16, 256)], 0),
+        (
+            "jamba",
+            [
+                (0, 0, "keeps its state as it is", 0, 0, 0),
+                (1, 1, "compressed", 2, 16, 256),
+                (2, 2, "keeps its state as it is", 0, 0, 0),
+            ],
+            256,
+        ),
+        ("deepseek_v3", [(0, 2, "compressed", 1, 24, 96)], 288),
+    ],
+)
+def test_info_says_what_happens_to_a_model_by_its_config(
+    family: str, parts: list[tuple[Any, ...]], token_bytes: int, tmp_path: Path
+) -> None:
+    with torch.device("meta"):
+        families.tiny(family).config.save_pretrained(tmp_path)
+    found = json.loads(run("info", "--model", str(tmp_path), "--json"))
+    assert [tuple(part.values()) for part in found["parts"]] == parts
+    assert found["token_bytes"] == token_bytes and not found["refused"]
+    assert "what happens" in run("info", "--model", str(tmp_path))
+
+
+def test_info_says_why_a_model_is_refused(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        families.tiny("mamba").config.save_pretrained(tmp_path)
+    assert "is refused: no layer with attention" in run("info", "--model", str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import families
 import growing
 import pytest
 import torch
@@ -212,3 +213,20 @@ def test_a_retrieval_head_is_planned_with_the_keys_of_all_tokens(model: Any) -> 
 def test_a_head_that_does_not_fit_the_model_is_none_to_plan_with(model: Any) -> None:
     with pytest.raises(PlanError, match="no distilled head ships"):
         kvpress.attach(model, "specontext", memory=BASE + 400 * MIB, **TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("family", "what"),
+    [
+        ("jamba", "states of linear attention"),
+        ("llama4", "within chunks"),
+        ("gemma3n", "several layers read"),
+        ("gpt_oss", "learned sinks"),
+    ],
+)
+def test_what_is_not_planned_for_is_refused(family: str, what: str) -> None:
+    """Bytes that nobody counted beforehand would break the promise."""
+    if family not in families.FAMILIES:
+        pytest.skip("this transformers has no such family")
+    with pytest.raises(PlanError, match=what):
+        kvpress.attach(families.tiny(family), memory="64GiB", length=64)

@@ -159,10 +159,10 @@ def unsupported() -> list[Any]:
     return [
         pytest.param(
             lambda: helpers.tiny(
-                "qwen2", layer_types=["full_attention", "linear_attention", "conv"]
+                "qwen2", layer_types=["full_attention", "indexed_attention", "conv"]
             ),
-            "layer 1 of type 'linear_attention'",
-            id="linear-attention",
+            "layer 1 of type 'indexed_attention'",
+            id="indexed-attention",
         ),
         pytest.param(
             lambda: helpers.tiny("mistral", sliding_window=1),

@@ -38,7 +38,7 @@ def test_kept_positions_of_rows_that_do_not_exist_are_refused() -> None:
     _, _, cache = after("h2o", helpers.prompt(2, 40))
     assert len(cache.kept_positions(0, 1, 1)) == 20
     for place in ((3, 0, 0), (0, 2, 0), (0, 0, 2), (-1, 0, 0)):
-        with pytest.raises(CacheError, match="does not exist: allowed are 0 to"):
+        with pytest.raises(CacheError, match=r"does not exist.* allowed are 0"):
             cache.kept_positions(*place)
 
 

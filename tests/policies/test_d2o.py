@@ -648,7 +648,7 @@ def test_portions_respect_protected_tokens_and_bytes() -> None:
 
 
 def test_counts_need_fp32_and_room() -> None:
-    for model in (helpers.tiny().bfloat16(), helpers.tiny(head_dim=256)):
+    for model in (helpers.tiny().bfloat16(), helpers.tiny(head_dim=640)):
         with (
             kvpress.attach(model, "d2o:count_bias=true") as engine,
             pytest.raises(PolicyError, match="count_bias=false"),

@@ -222,7 +222,7 @@ def test_attention_equals_attention_over_the_unpacked_slots(recipe: str) -> None
         assert rows.aging is not None and rows.aging.parts
         query = torch.randn(2, 4, 1, state.key_width)
         position = rows.dense(POSITION).long()
-        out, weights = rows.attend(query, None, Logits(0.3), True)
+        out, _, weights = rows.attend(query, None, Logits(0.3), True)
         logits = query.view(2, 2, 2, -1) @ rows.dense(KEY).float().mT * 0.3
         exact = logits.masked_fill(position[:, :, None] < 0, -torch.inf).softmax(-1)
         # Products with codes are of 16 bits, relative to the largest factor (decode_rows/README).
@@ -231,7 +231,7 @@ def test_attention_equals_attention_over_the_unpacked_slots(recipe: str) -> None
         value = rows.dense(VALUE).float()
         wanted = (exact @ value).flatten(1, 2)
         assert float((out[:, :, 0] - wanted).abs().max()) < 2**-12 * float(value.abs().max())
-        part, _ = rows.attend(query[1:], [1], Logits(0.3), False)
+        part, *_ = rows.attend(query[1:], [1], Logits(0.3), False)
         torch.testing.assert_close(part, out[1:])
     assert cache.check_integrity()
 

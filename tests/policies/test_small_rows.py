@@ -176,7 +176,7 @@ def _attends_to_what_it_holds(state: Any) -> None:
     rows = state.store
     assert len({part.layout.slots for part in rows.aging.filled}) <= 2
     query = torch.randn(2, 9, 1, 64)
-    out, _ = rows.attend(query, None, Logits(0.1), False)
+    out, *_ = rows.attend(query, None, Logits(0.1), False)
     logits = query.view(2, 3, 3, -1) @ rows.dense(KEY).float().mT * 0.1
     empty = rows.dense(POSITION)[:, :, None] < 0
     value = rows.dense(VALUE).float()

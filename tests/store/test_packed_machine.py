@@ -301,7 +301,7 @@ class Packed(RuleBasedStateMachine):
     ) -> None:
         """Holes, and pages of nothing else, are not attended to."""
         query = torch.ones(store.sequences, store.heads, 1, WIDTHS[0])
-        out, weights = store.attend(query, None, Logits(0.3), True)
+        out, _, weights = store.attend(query, None, Logits(0.3), True)
         logits = (key @ query.flatten(0, 1).mT)[..., 0] * 0.3
         wanted = logits.masked_fill(position < 0, -torch.inf).softmax(-1)[:, None]
         some = store.counts > 0

@@ -97,8 +97,8 @@ def greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, new: int, cache: A
 def positions(cache: Any, sequence: int = 0) -> list[list[list[int]]]:
     """The kept positions of one sequence: [layer][head]."""
     return [
-        [cache.kept_positions(layer, sequence, head) for head in range(state.kind.heads)]
-        for layer, state in enumerate(cache.states)
+        [cache.kept_positions(state.kind.index, sequence, h) for h in range(state.kind.heads)]
+        for state in cache.states
     ]
 
 

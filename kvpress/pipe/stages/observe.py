@@ -6,8 +6,10 @@ from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from kvpress import ops
+from kvpress.formulas import sinks
 from kvpress.formulas.sums import Observation, step_sums
 from kvpress.ops import Logits, Noise, Reduction
 from kvpress.pipe.state.layer import Layer
@@ -50,12 +52,17 @@ def prompt_sums(
     softcap: float,
     map_BNX: Tensor | None = None,
     weight_BQ: Tensor | None = None,
+    sink_N: Tensor | None = None,
 ) -> Tensor:
     """Attention of a prompt chunk summed over its queries, or its largest: fp32 `[B, N, S]`.
 
     The chunk's own tokens are the last Q slots, in order. With a map: over its blocks. weight_BQ:
-    by which the weights of a query are multiplied before.
+    by which the weights of a query are multiplied before. sink_N: learned logits that take part in
+    every softmax.
     """
+    if sink_N is not None:
+        states = sinks.with_slot(query_BNQD, key_BHSD, position_BHS, sink_N, scaling)
+        query_BNQD, key_BHSD, position_BHS = states
     window, largest = observation.window, observation.kind == "max"
     sums_BNS = ops.attention_sums(
         query_BNQD,
@@ -66,6 +73,8 @@ def prompt_sums(
         Noise(observation.noise, observation.tau, observation.seed, layer),
         map_BNX,
     )
+    if sink_N is not None:
+        sums_BNS = sums_BNS[..., 1:]
     return sums_BNS if largest or observation.weight == 1.0 else sums_BNS * observation.weight
 
 
@@ -94,18 +103,16 @@ def observe(
 ) -> Slots:
     """The slots with what the policy asked to observe; what it accumulates is written back.
 
-    weights_bN1S: of the token that is number `seen_b` of its sequence, where they were asked for.
+    weights_bN1S: of the token that is number `seen_b` of its sequence, where they were asked for;
+    those of the layer's sinks first, if it has any.
     """
     rows, slots = layer.rows, stored(layer, group, seen_b)
     if request is not None and weights_bN1S is not None:
-        held = slots.position_BHS.shape[-1]
-        sums_BHS = step_sums(
-            weights_bN1S[:, :, 0, :held],
-            slots.position_BHS,
-            slots.seen_B,
-            layer.kind.index,
-            request,
-        )
+        first = int(layer.kind.sink)
+        position = F.pad(slots.position_BHS, (first, 0), value=sinks.POSITION)
+        weights_bNS = weights_bN1S[:, :, 0, : position.shape[-1]]
+        index, seen_B = layer.kind.index, slots.seen_B
+        sums_BHS = step_sums(weights_bNS, position, seen_B, index, request)[..., first:]
         slots = replace(slots, attention_BHS=sums_BHS)
     if layer.recipe.gathers:
         mass_BHS = layer.recipe.stage("accumulate").accumulate(slots).float()

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from kvpress.formulas import sinks
 from kvpress.ops import Logits
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.tokens import Tokens
@@ -25,38 +26,63 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention output of one new token of some sequences, and weights: 0 where nothing was read.
 
-    group: the sequences, None for all of them.
+    group: the sequences, None for all of them. What sinks take is no part of how pages are chosen:
+    what a step is certified to miss at most is then less than it was asked for, and is reported so.
     """
     rule, rows = layer.stores.retrieval, layer.rows.retrieving
     assert rule is not None and rows is not None, "only such rows are asked"
     counts = layer.rows.counts if group is None else layer.rows.counts_BH[list(group)].flatten()
     held: list[int] = counts.tolist()
     out, weights, found = rows.attend_some(_wanted(layer, rule, group, tokens, need_weights, held))
+    if tokens.sink_N is not None:
+        out, weights = sinks.taken((out, found.lse_bN[..., None], weights), tokens.sink_N)
+        lse_bN = sinks.with_sinks(found.lse_bN, tokens.sink_N)
+        found = found._replace(out_bN1E=out, lse_bN=lse_bN)
     layer.reads.add(found, sum(held), group)
     if rule.turn is not None:
         _remember(layer, group, tokens.query_bNQD[:, :, 0])
+    if rule.guess == "step" and group is None:
+        guess(layer, tokens.query_bNQD)
     return out, weights
 
 
 def foresee(layers: Sequence[Layer]) -> None:
     """Begins to load what the next step will read, where a head says so before the first layer."""
-    likely = [own for layer in layers for own in _likely(layer)]
+    likely = [own for layer in layers for own in _likely(layer, None)]
     if likely:
         bring_ahead(likely)
 
 
-def _likely(layer: Layer) -> list[Likely]:
-    """What a layer will most likely read that may have to be loaded."""
-    rule, drafts = layer.stores.retrieval, layer.context.recording.on
-    if rule is None or layer.store is None or not layer.store.streams or drafts:
-        return []  # drafted tokens attend to everything
+def guess(layer: Layer, query_BN1D: Tensor) -> None:
+    """Begins to load what a step of a layer would choose that had these queries."""
+    if len(query_BN1D) == len(layer.sequences) and layer.in_step:
+        likely = _likely(layer, query_BN1D)
+        if likely:
+            bring_ahead(likely)
+
+
+def loads(layer: Layer) -> bool:
+    """Whether the next step of a layer may have to load what it chooses."""
+    tiers, drafts = layer.context.tiers, layer.context.recording.on
+    if tiers is None or tiers.vault is None or drafts:  # drafted tokens attend to everything
+        return False
+    return layer.stores.retrieval is not None and layer.store is not None and layer.store.streams
+
+
+def _likely(layer: Layer, query_BN1D: Tensor | None) -> list[Likely]:
+    """What a layer will most likely read that may have to be loaded: by queries, or by a head."""
+    rule = layer.stores.retrieval
+    if rule is None or not loads(layer):
+        return []
     rows, foreseen = layer.rows, _foreseen(layer, rule, None)
-    if foreseen[0] is None or rows.retrieving is None:
+    by = foreseen[0] if query_BN1D is None else query_BN1D
+    if by is None or rows.retrieving is None:
         return []
     with rows.memory.lock:
-        seen_B = layer.sequences.seen_B.to(rows.device)
-        slots = [rule.slots(count) for count in rows.counts.tolist()]
-        wanted = Wanted(foreseen[0], None, _NO_LOGITS, False, slots, seen_B, rule.sink, rule.recent)
+        seen_B = layer.sequences.seen_B.to(rows.device) + 1  # the token to come is one of them
+        slots = [rule.slots(count + 1) - 1 for count in rows.counts.tolist()]
+        always, judges = (rule.sink, rule.recent), (rule.cells, rule.candidates)
+        wanted = Wanted(by, None, _NO_LOGITS, False, slots, seen_B, *always, *judges)
         return rows.retrieving.foresee(wanted.by_head(*foreseen))
 
 

@@ -11,7 +11,7 @@ from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.ledger import count_blocks
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.sparsity import Thresholds
-from kvpress.types import EMPTY
+from kvpress.types import EMPTY, MOST_CODED
 
 
 def choose(
@@ -30,7 +30,7 @@ def choose(
     if why:
         layer.context.ledger.note(f"Attention was computed in full for {why}.")
         return None
-    tau_N = limits.tau_LN[layer.kind.index]
+    tau_N = limits.tau_LN[layer.context.layers.index(layer)]
     map_bNX = block_map(tokens.query_bNQD, key_bHSD, tokens.scaling, tau_N, limits.local)
     blocks = Blocks(tokens.query_bNQD.shape[2], key_bHSD.shape[2])
     count_blocks(layer, computed_blocks(map_bNX), blocks.causal)
@@ -45,6 +45,8 @@ def _why_in_full(
         return "sliding-window layers"
     if tokens.softcap:
         return "layers with a cap on their logits"
+    if tokens.query_bNQD.shape[3] > MOST_CODED:
+        return f"heads of more than {MOST_CODED} channels"
     if layer.kind.slopes is not None:
         return "layers with ALiBi"
     if limits.tau_LN.shape[1] != tokens.query_bNQD.shape[1]:

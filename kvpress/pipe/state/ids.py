@@ -90,6 +90,11 @@ class SeenIds:
         self._parts, self.columns, self.ended = [], 0, False
 
 
+def text_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward pass that say its tokens, and no cache among them."""
+    return {name: given.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")}
+
+
 def ids_of(given: Mapping[str, Any]) -> Tensor | None:
     """The new columns of a forward pass, by its arguments; None where it has no tokens."""
     tokens, mask = given.get("input_ids"), given.get("attention_mask")

@@ -57,6 +57,7 @@ class Layer:
         self.evicted_in_prompt: set[int] = set()  # sequences, by the last prompt, before a trim
         self.blocks: tuple[Tensor, int] | None = None  # of prompts: computed per head [N], all
         self.reads = Reads()  # of decode steps, where they read some pages only
+        self.seen: Any = None  # by layers that read this one in the same pass; see sharing.py
         self._in_step: bool | None = None  # None: not known
 
     @property
@@ -104,7 +105,7 @@ class Layer:
     def fork(self, context: Context) -> Layer:
         """A copy for another cache. Both use the same pages until one of them writes to them."""
         other = copy.copy(self)
-        other.context, other.excess, other.reads = context, Excess(), Reads()
+        other.context, other.excess, other.reads, other.seen = context, Excess(), Reads(), None
         other.sequences = self.sequences.clone()
         if self.store is not None:
             with self.store.memory.lock:
@@ -220,9 +221,8 @@ class Layer:
     @property
     def bytes_held(self) -> int:
         """The storages of this layer, with what drafts attended to and queries that are kept."""
-        if self.store is None:
-            return 0
-        return self.store.memory.nbytes + self.sequences.nbytes + self.reads.nbytes
+        pages = 0 if self.store is None else self.store.memory.nbytes
+        return pages + self.sequences.nbytes + self.reads.nbytes
 
     def note_peak(self, more: int = 0) -> None:
         """To be called before this layer gives memory back, which now holds `more` bytes."""

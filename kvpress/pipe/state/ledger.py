@@ -22,7 +22,8 @@ def report(layer: Layer) -> LayerReport:
     if layer.store is None:
         return LayerReport(layer.kind.index, layer.kind.name, [], 0, 0)
     limit = torch.iinfo(torch.int64).max if layer.kind.window is None else layer.kind.window - 1
-    slot_bytes = (layer.key_width + layer.value_width) * layer.token_dtype.itemsize
+    apart = 0 if layer.kind.latent else layer.value_width  # transformers holds a latent once
+    slot_bytes = (layer.key_width + apart) * layer.token_dtype.itemsize
     tokens = int(layer.sequences.seen_B.clamp_max(limit).sum())
     return LayerReport(
         index=layer.kind.index,

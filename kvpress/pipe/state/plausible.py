@@ -115,7 +115,7 @@ def check_alike(layers: Sequence[Layer], layer: Layer) -> None:
     for name, (one, two) in same.items():
         if one != two:
             raise CacheError(f"Layers differ in {name}: {one} and {two}.")
-    for other in layers[: layer.kind.index]:
+    for other in layers[: layers.index(layer)]:
         shapes = [(x.kind.heads, x.key_width, x.value_width) for x in (other, layer) if x.store]
         if len(shapes) == 2 and shapes[0][:2] == shapes[1][:2] and shapes[0] != shapes[1]:
             raise CacheError(f"Layers differ in (KV heads, key and value width): {shapes}.")

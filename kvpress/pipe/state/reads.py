@@ -11,6 +11,7 @@ from kvpress import host
 from kvpress.host import lasting
 from kvpress.report.reads import ReadFigures
 from kvpress.store.found import Found
+from kvpress.store.moves import Moves
 
 _TOGETHER = 32  # steps that are added up at once: each by itself would cost as much as choosing
 
@@ -23,6 +24,7 @@ class Reads:
 
     def __init__(self) -> None:
         self.rows = self.held = self.boxes = self.short = self.turned = self.unsure = 0
+        self._moves = Moves()
         self._heads = 0  # query heads that were certified
         # Tokens and bytes read, the sum and the largest of certificates: fp64, on the host.
         self._sums = [0.0, 0.0, 0.0, 0.0]
@@ -36,6 +38,7 @@ class Reads:
         self.boxes += sum(looked.boxes for looked in found.looked)
         self.short += found.short
         self.unsure += found.unsure
+        self._moves = self._moves.plus(found.moves)
         self._heads += found.lse_bN.numel() if found.certified else 0
         self._steps.append(found.counted())
         self.last = (group, found)
@@ -84,6 +87,7 @@ class Reads:
             short=self.short,
             turned=self.turned,
             unsure=self.unsure,
+            **self._moves._asdict(),
         )
 
 

@@ -37,6 +37,7 @@ from kvpress.types import LayerKind
 NUMBERS = ("columns_seen", "evicted_at", "prompted_at", "padded_at")  # of a layer
 
 IDS = "ids"  # of the whole cache, [B, T]
+BESIDE = "states"  # what is no key, value or id
 
 _MOST_TOKENS = 2**31 - 1  # positions are int32
 _MOST_PAGE_SLOTS = 4096
@@ -50,6 +51,7 @@ class Restored(NamedTuple):
     layers: list[Layer]
     ids: SeenIds
     horizon: int | None  # new tokens that were announced
+    beside: dict[str, Tensor]  # what layers hold besides keys and values, by name
 
 
 @lasting
@@ -78,6 +80,7 @@ def restore(
             index = layer.kind.index
             _fill(layer, numbers, _take(contents, index), devices.get(index, devices[-1]))
             check_alike(layers, layer)
+        beside = _take(contents, BESIDE)
         ids = _ids(contents, layers[0], devices[-1])
     except (CacheFileError, TierError):
         raise
@@ -86,7 +89,7 @@ def restore(
             f"{path} has a right checksum, but what is in it cannot be: {error} Nothing was loaded."
             " Save the cache again."
         ) from error
-    return Restored(context, layers, ids, contents.facts["settings"]["horizon"])
+    return Restored(context, layers, ids, contents.facts["settings"]["horizon"], beside)
 
 
 def _context(settings: Any, context: Context) -> Context:
@@ -134,8 +137,8 @@ def _ids(contents: Contents, layer: Layer, device: torch.device) -> SeenIds:
     return SeenIds([ids.to(device, copy=True)] if columns else [], ended)
 
 
-def _take(contents: Contents, index: int) -> dict[str, Tensor]:
-    """The tensors of one layer, which then belong to nobody else."""
+def _take(contents: Contents, index: int | str) -> dict[str, Tensor]:
+    """The tensors of one layer, or of all that is beside them, which then belong to nobody else."""
     prefix = f"{index}."
     names = [name for name in contents.tensors if name.startswith(prefix)]
     return {name.removeprefix(prefix): contents.tensors.pop(name) for name in names}

@@ -100,11 +100,11 @@ class Early:
             with self._tiers.stalls:
                 arrived = own.arrived()
             self._coming.remove(own)
-            if arrived:
-                self._directory.arrive(own.id_A, own.at_A)
-                self._tiers.uses.brought += len(own.id_A)
-            else:
-                self._arena.give(own.at_A, self._size)
+            new_A = self._directory.at_P[own.id_A] == NOWHERE  # others may have brought them since
+            new_A &= arrived
+            self._directory.arrive(own.id_A[new_A], own.at_A[new_A])
+            self._tiers.uses.brought += int(new_A.sum())
+            self._arena.give(own.at_A[~new_A], self._size)
 
     def claim(self) -> Tensor:
         """The places of a half of the staging, for whoever copies to it at once."""
