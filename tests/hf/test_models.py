@@ -19,6 +19,11 @@ import kvpress
 from kvpress.errors import KVPressError, UnsupportedModelError
 
 PAGE = 16
+OF_OTHER_KINDS = [
+    *("jamba", "zamba2", "qwen3_next", "qwen3_5", "lfm2", "nemotron_h", "olmo_hybrid"),
+    *("kimi_linear", "deepseek_v2", "deepseek_v3", "minicpm3", "mistral4", "glm4_moe_lite"),
+    *("gpt_oss", "mimo_v2_flash", "granite_swa", "gemma3n", "gemma4-wide", "llama4"),
+]
 
 
 # ---- families that work; test_full.py has their tokens and logits without padding
@@ -37,6 +42,37 @@ def test_a_left_padded_batch_equals_transformers(family: str) -> None:
             given = model(ids, attention_mask=mask, position_ids=position).logits
     real = mask.bool()
     torch.testing.assert_close(given[real], logits[real], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", list(families.FAMILIES))
+def test_a_right_padded_prompt_has_the_logits_of_transformers(family: str) -> None:
+    model, (ids, mask) = families.tiny(family), helpers.padded([41, 30], "right")
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    with torch.no_grad():
+        expected = model(ids, **given).logits
+        with kvpress.attach(model, "full"):
+            ours = model(ids, **given).logits
+    real = mask.bool()
+    torch.testing.assert_close(ours[real], expected[real], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", [x for x in OF_OTHER_KINDS if x in families.FAMILIES])
+def test_beams_and_files_of_layers_of_other_kinds(family: str, tmp_path: Path) -> None:
+    model, (ids, mask) = families.tiny(family), helpers.padded([25, 18], "left")
+    beams = {"attention_mask": mask, "num_beams": 3, "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(ids, **beams)
+    more, place = helpers.prompt(2, 5, seed=7), torch.arange(35)[None]
+    with torch.no_grad(), kvpress.attach(model, "full") as engine:
+        assert torch.equal(model.generate(ids, **beams), expected)
+        cache = engine.new_cache()
+        model(helpers.prompt(2, 30), past_key_values=cache, position_ids=place[:, :30])
+        cache.save(tmp_path / "cache")
+        again = engine.load_cache(tmp_path / "cache")
+        both = [
+            model(more, past_key_values=x, position_ids=place[:, 30:]).logits
+            for x in (cache, again)
+        ]
+    assert torch.equal(*both)
 
 
 @pytest.mark.parametrize("family", list(families.FAMILIES))
