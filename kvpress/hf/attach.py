@@ -41,7 +41,7 @@ from kvpress.hf.spec import CacheSpec
 from kvpress.hf.support import INLINE, NAME, refuse_options
 from kvpress.hf.unwrap import set_implementation, text_model
 from kvpress.pipe.stages import retrieve
-from kvpress.pipe.state.ids import ids_of, text_of
+from kvpress.pipe.state.ids import ids_of, said_by, text_of
 
 
 class CacheMaker(Protocol):
@@ -169,8 +169,9 @@ class Attachment:
         if module is self._model:
             cache.outer = text_of(given)
         if module is self._modules[0]:
-            _look(cache, cache.outer or given)
-            cache.beside.begin(idle_rows(cache, cache.outer or given) if cache.beside else None)
+            said = said_by(cache.outer, given)
+            _look(cache, said)
+            cache.beside.begin(idle_rows(cache, said) if cache.beside else None)
         return (), given
 
     def _check(self, given: dict[str, Any]) -> None:
@@ -238,7 +239,7 @@ class Attachment:
         if module is self._modules[0]:
             UPDATED.forget()
             cache.beside.end()
-        cache.ids.note(cache.columns_seen, cache.outer or kwargs)
+        cache.ids.note(cache.columns_seen, said_by(cache.outer, kwargs))
         call = self._calls.of(cache) if cache.context.held else None
         if second_look.waits(cache, None if call is None else call.columns):
             inner = self._modules[0]

@@ -146,7 +146,7 @@ def check_mask(cache: EngineCache, given: dict[str, Any]) -> None:
 
 
 def idle_rows(cache: EngineCache, given: dict[str, Any]) -> Tensor | None:
-    """Which sequences have no token in a pass of a model with states: bool `[B]`; None: not known.
+    """Which sequences have no token in a pass of a model with states: bool `[B]`; None: none.
 
     Padding behind tokens of a sequence reaches its states as transformers lets it, which may not be
     as if it were alone: the report then says so.
@@ -156,6 +156,8 @@ def idle_rows(cache: EngineCache, given: dict[str, Any]) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.dim() != 2 or tokens is None:
         return None
     real_BQ = mask[:, -tokens.shape[1] :].bool()
+    if bool(real_BQ.all()):
+        return None
     idle_B, part_B = ~real_BQ.any(1), ~real_BQ.all(1)
     behind = cache.columns_seen > 0 or not bool(real_BQ[:, -1].all())
     moves = bool((part_B & ~idle_B).any()) or (cache.beside.chunked and bool(idle_B.any()))

@@ -120,7 +120,8 @@ class States:
     def settle(self) -> None:
         """Lets what could be taken back become final."""
         for layer in self._layers.values():
-            _trim(layer, 0)
+            if layer.record_past:
+                _trim(layer, 0)
 
     def check_crop(self, tokens: int) -> None:
         """Raises CacheError where the last tokens cannot be taken back."""

@@ -55,14 +55,7 @@ def test_queries_meet_latents_as_they_meet_expanded_keys(family: str) -> None:
 @pytest.mark.parametrize("recipe", ["full", "keyformer:budget=0.4+quant", "h2o:budget=0.5"])
 @pytest.mark.parametrize("family", LATENT)
 def test_a_padded_row_equals_the_row_alone(family: str, recipe: str) -> None:
-    model, lengths = helpers.sharp(family), [40, 17, 29]
-    ids, mask = helpers.padded(lengths, "left")
-    with kvpress.attach(model, recipe) as engine:
-        together = helpers.greedy(model, ids, mask, 8, engine.new_cache())
-        for row, length in enumerate(lengths):
-            alone, one = ids[row : row + 1, -length:], mask[row : row + 1, -length:]
-            tokens = helpers.greedy(model, alone, one, 8, engine.new_cache())
-            assert torch.equal(tokens[0], together[row])
+    helpers.check_padded_rows(helpers.sharp(family), recipe, [40, 17, 29])
 
 
 def test_rotated_keys_are_found_behind_the_latent() -> None:

@@ -59,14 +59,7 @@ def test_chunks_turns_and_windows_equal_transformers(model: Any) -> None:
 
 @pytest.mark.parametrize("recipe", ["full", "keyformer:budget=0.4", "streaming_llm:budget=16"])
 def test_a_padded_row_equals_the_row_alone(model: Any, recipe: str) -> None:
-    lengths = [40, 17, 29]
-    ids, mask = helpers.padded(lengths, "left")
-    with kvpress.attach(model, recipe) as engine:
-        together = helpers.greedy(model, ids, mask, 8, engine.new_cache())
-        for row, length in enumerate(lengths):
-            alone, one = ids[row : row + 1, -length:], mask[row : row + 1, -length:]
-            tokens = helpers.greedy(model, alone, one, 8, engine.new_cache())
-            assert torch.equal(tokens[0], together[row])
+    helpers.check_padded_rows(model, recipe, [40, 17, 29])
 
 
 def test_what_is_evicted_is_gone_for_all_readers(model: Any) -> None:

@@ -91,14 +91,7 @@ def test_turns_and_chunks_equal_transformers(family: str) -> None:
 @pytest.mark.parametrize("recipe", ["full", f"{RECIPE}+quant"])
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_a_padded_row_equals_the_row_alone(family: str, recipe: str) -> None:
-    model, lengths = helpers.sharp(family), [40, 17, 29]
-    ids, mask = helpers.padded(lengths, "left")
-    with kvpress.attach(model, recipe) as engine:
-        together = helpers.greedy(model, ids, mask, 8, engine.new_cache())
-        for row, length in enumerate(lengths):
-            alone, one = ids[row : row + 1, -length:], mask[row : row + 1, -length:]
-            tokens = helpers.greedy(model, alone, one, 8, engine.new_cache())
-            assert torch.equal(tokens[0], together[row])
+    helpers.check_padded_rows(helpers.sharp(family), recipe, [40, 17, 29])
 
 
 @pytest.mark.parametrize("family", HYBRIDS)

@@ -14,6 +14,7 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+import kvpress
 from kvpress.policy.loading import available
 
 
@@ -92,6 +93,17 @@ def greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, new: int, cache: A
         token = out.logits[:, -1].argmax(-1, keepdim=True)
         tokens.append(token)
     return torch.cat(tokens, dim=1)
+
+
+def check_padded_rows(model: Any, recipe: str, lengths: list[int]) -> None:
+    """That rows of a batch that is padded on the left say what they say alone."""
+    ids, mask = padded(lengths, "left")
+    with kvpress.attach(model, recipe) as engine:
+        together = greedy(model, ids, mask, 8, engine.new_cache())
+        for row, length in enumerate(lengths):
+            alone, one = ids[row : row + 1, -length:], mask[row : row + 1, -length:]
+            tokens = greedy(model, alone, one, 8, engine.new_cache())
+            assert torch.equal(tokens[0], together[row])
 
 
 def positions(cache: Any, sequence: int = 0) -> list[list[list[int]]]:

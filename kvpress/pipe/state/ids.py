@@ -95,6 +95,11 @@ def text_of(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: given.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")}
 
 
+def said_by(outer: dict[str, Any] | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Which arguments say the tokens of a pass: those of the model around it, if no ids came in."""
+    return given if outer is None or given.get("input_ids") is not None else outer
+
+
 def ids_of(given: Mapping[str, Any]) -> Tensor | None:
     """The new columns of a forward pass, by its arguments; None where it has no tokens."""
     tokens, mask = given.get("input_ids"), given.get("attention_mask")
