@@ -8,7 +8,7 @@
 
 Differs from the paper: pages are judged by bounds, as `quest` does; the paper's mean over the query
 heads of softmax scores is our largest bound relative to the best one of each head. With caps, what
-was chosen for the next step is loaded from then on; `guess=none` loads it when it is read.
+was chosen for the next step is loaded when it is read, unless `guess=step` loads it at once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FreeKV(Policy):
     recent: int = option(64, "last tokens that are always read", low=0)
     dense: int = option(2, "first layers that read everything", low=0, layers=True)
     guess: str | None = option(
-        "step", "step: the next step's pages are loaded at once; none: then", choices=["step"]
+        None, "step: the next step's pages are loaded at once; none: then", choices=["step"]
     )
 
     def retrieve(self, layer: int) -> Retrieval | None:

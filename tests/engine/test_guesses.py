@@ -34,7 +34,7 @@ GUESSES = {
 
 
 def with_guess(recipe: str, guess: str = "") -> str:
-    """The recipe whose first policy guesses; `none` of one that would by itself."""
+    """The recipe whose first policy guesses, as its entry says or as is given."""
     first, *rest = recipe.split("+")
     return "+".join([f"{first},{guess or GUESSES[first]}", *rest])
 
