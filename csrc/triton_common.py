@@ -65,10 +65,13 @@ def wide(*dtypes: torch.dtype) -> bool:
     return first not in _NARROW or any(dtype != first for dtype in dtypes)
 
 
-def noise_stream(seed: int, layer: int) -> int:
-    """The part of the noise's coordinates that a launch has in common, as int32."""
+def noise_stream(seed: int, layer: int, first: int) -> int:
+    """The part of the noise's coordinates that a launch has in common, as int32.
+
+    first: number in the model of the query head that a kernel counts as 0.
+    """
     seeded = noise._mix(noise._mix(seed) + (seed >> 32))
-    return noise._signed(noise._mix(seeded + layer * noise._ODD))
+    return noise._signed(noise._mix(seeded + layer * noise._ODD) + first * noise._ODD)
 
 
 @triton.jit

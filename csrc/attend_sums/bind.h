@@ -9,7 +9,7 @@ namespace {
 
 std::tuple<Tensor, Tensor> attend_sums(Tensor query, Tensor key, Tensor value, Tensor position, double scaling,
                                        double softcap, std::string noise, double tau, int64_t seed, int64_t layer,
-                                       std::optional<Tensor> map) {
+                                       int64_t first, std::optional<Tensor> map) {
   const char* op = "attend_sums";
   Shapes shapes(op);
   shapes.bind(query, "query_BNQD");
@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> attend_sums(Tensor query, Tensor key, Tensor value, T
   Tensor out = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['Q'], shapes['E']});
   Tensor sums = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['S']}, ScalarType::Float);
   AttentionSums a =
-      sums_of(op, shapes, queries, keys, positions, sums, scaling, softcap, noise_of(op, noise, tau, seed, layer));
+      sums_of(op, shapes, queries, keys, positions, sums, scaling, softcap, noise_of(op, noise, tau, seed, layer, first));
   a.value = values.heads;
   a.value_width = shapes['E'];
   a.out = out.data_ptr();

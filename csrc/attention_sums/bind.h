@@ -25,7 +25,7 @@ Reduction reduction_of(const char* op, Shapes& shapes, int64_t window, bool larg
 
 Tensor attention_sums(Tensor query, Tensor key, Tensor position, double scaling, double softcap, int64_t window,
                       bool largest, std::optional<Tensor> weight, std::string noise, double tau, int64_t seed,
-                      int64_t layer, std::optional<Tensor> map) {
+                      int64_t layer, int64_t first, std::optional<Tensor> map) {
   const char* op = "attention_sums";
   Shapes shapes(op);
   shapes.bind(query, "query_BNQD");
@@ -35,7 +35,7 @@ Tensor attention_sums(Tensor query, Tensor key, Tensor position, double scaling,
   const Strided queries(op, query, "query_BNQD"), keys(op, key, "key_BHSD");
   Tensor sums = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['S']}, ScalarType::Float);
   AttentionSums a =
-      sums_of(op, shapes, queries, keys, positions, sums, scaling, softcap, noise_of(op, noise, tau, seed, layer));
+      sums_of(op, shapes, queries, keys, positions, sums, scaling, softcap, noise_of(op, noise, tau, seed, layer, first));
   a.reduction = reduction_of(op, shapes, window, largest, weight, a.noise);
   a.map = map_of(op, shapes, map, softcap);
   kernels().attention_sums(a, threads());

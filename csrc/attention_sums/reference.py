@@ -68,7 +68,8 @@ def _prompt(operands: Operands) -> Prompt:
     query_heads, queries = query_BNQD.shape[1:3]
     heads, slots = key_BHSD.shape[1:3]
     query_BHGQD = torch.unflatten(query_BNQD.float(), 1, (heads, -1)) * logits.scaling
-    head_HG11 = torch.arange(query_heads, device=query_BNQD.device).view(heads, -1, 1, 1)
+    head_N = torch.arange(query_heads, device=query_BNQD.device) + operands.noise.first
+    head_HG11 = head_N.view(heads, -1, 1, 1)
     position_BHS = position_BHS.clamp_min(EMPTY)
     empty_BH11S = position_BHS[:, :, None, None] < 0
     computed_BNIJ = None if map_BNX is None else from_map(map_BNX, Blocks(queries, slots))

@@ -87,7 +87,7 @@ def _numbers(operands: Operands) -> tuple[Any, ...]:
     blocks = Blocks(query_BNQD.shape[2], key_BHSD.shape[2])
     offset_I = torch.tensor(blocks.offsets, dtype=torch.int32, device=query_BNQD.device)
     chosen = (position_BHS if map_BNX is None else map_BNX, offset_I)  # not read without a map
-    stream = noise_stream(noise.seed, noise.layer)
+    stream = noise_stream(noise.seed, noise.layer, noise.first)
     strides = (*query_BNQD.stride(), *key_BHSD.stride(), *position_BHS.stride())
     return (*chosen, blocks.offsets[-1], *logits, 1.0 / noise.tau, stream, *strides)
 

@@ -22,7 +22,7 @@ Tensor decode_step(const Tensor& query, const Tensor& key, const Tensor& value, 
                    const Tensor& value_pool, const Tensor& table, const Tensor& counts, const Tensor& position_pool,
                    const std::optional<Tensor>& mass_pool, const Tensor& seen, const Tensor& quota,
                    const Tensor& recent, const Tensor& sink, const std::string& rank, bool evict,
-                   const std::string& noise, double tau, int64_t seed, int64_t layer, double scaling, double softcap,
+                   const std::string& noise, double tau, int64_t seed, int64_t layer, int64_t first, double scaling, double softcap,
                    const std::vector<Tensor>& old, const std::vector<int64_t>& layouts) {
   const char* op = "decode_step";
   const PageTensors pages{key_pool, value_pool, table, counts};
@@ -43,7 +43,7 @@ Tensor decode_step(const Tensor& query, const Tensor& key, const Tensor& value, 
   a.counts = static_cast<int64_t*>(counts.data_ptr());
   a.bounds = bounds_of(op, shapes, bounds, rank_of(op, rank, evict && !mass_pool), 1);
   a.evict = evict;
-  a.noise = noise_of(op, noise, tau, seed, layer);
+  a.noise = noise_of(op, noise, tau, seed, layer, first);
   add_parts(op, a.attend, old, layouts);
   check_old(op, a);
   Memory memory(op);

@@ -172,7 +172,7 @@ class Step {
     for (int64_t s = 0; s < slots && noisy; s += kTile)
       read_positions(r, begin + s, std::min<int64_t>(kTile, slots - s), position + s);
     for (int m = 0; m < queries; m++) {
-      const uint32_t row = noise_row(o.seed, o.layer, r % heads() * a_.attend.group + m0 + m, of_query);
+      const uint32_t row = noise_row(o.seed, o.layer, o.first + r % heads() * a_.attend.group + m0 + m, of_query);
       float* y = kept_.row(r, m0 + m) + begin;
       ahead.fetch();
       if (noisy) draw_exponential(row, position, padded, noise);

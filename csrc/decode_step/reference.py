@@ -87,9 +87,10 @@ def _observe(
     mass_PS: Tensor, held: Held, weights_BNS: Tensor, seen_B: Tensor, noise: Noise
 ) -> None:
     """Adds what slots received of the new token to their masses."""
-    kind, tau, seed, layer = noise
+    kind, tau, seed, layer, first = noise
     observation = Observation(noise=kind, tau=tau, seed=seed)
-    sums_BHS = step_sums(weights_BNS, held.position_BHS, seen_B, layer, observation)
+    states = (weights_BNS, held.position_BHS, seen_B)
+    sums_BHS = step_sums(*states, layer, observation, first)
     mass_BHS = held.column(mass_PS) + sums_BHS
     address_BHS = held.address_RS.view(mass_BHS.shape)
     mass_PS.view(-1)[address_BHS[held.held_BHS]] = mass_BHS[held.held_BHS]

@@ -65,7 +65,7 @@ def _append(operands: Operands) -> None:
 def _finish(operands: Operands, logits_BN1S: Tensor | None, lse_BN1: Tensor) -> None:
     """Observes and evicts."""
     pages, (position, mass), bounds = operands.pages, operands.columns, operands.bounds
-    kind, tau, seed, layer = operands.noise
+    kind, tau, seed, layer, first = operands.noise
     rows, width, value_width = len(pages.table_RW), pages.key_PDS.shape[1], pages.value_PSE.shape[2]
     group = lse_BN1.numel() // rows
     block_g = triton.next_power_of_2(group)
@@ -73,7 +73,7 @@ def _finish(operands: Operands, logits_BN1S: Tensor | None, lse_BN1: Tensor) -> 
         finish_kernel[(rows,)](
             *(pages.key_PDS, pages.value_PSE, position, position if mass is None else mass),
             *(lse_BN1 if logits_BN1S is None else logits_BN1S, lse_BN1, pages.table_RW),
-            *(pages.counts_R, *bounds[:4], 1.0 / tau, noise_stream(seed, layer)),
+            *(pages.counts_R, *bounds[:4], 1.0 / tau, noise_stream(seed, layer, first)),
             pages.table_RW.shape[1],
             HEADS=operands.token.key_BH1D.shape[1],
             GROUP=group,

@@ -119,6 +119,7 @@ struct Noise {
   NoiseKind kind;
   double tau;
   int64_t seed, layer;
+  int64_t first;  // query head of the model that is the first one here
 };
 
 struct DecodeStep {

@@ -42,12 +42,17 @@ def over_group(sums_BNS: Tensor, heads: int, kind: Reduced = "sum") -> Tensor:
 
 
 def step_sums(
-    weights_BNS: Tensor, position_BHS: Tensor, seen_B: Tensor, layer: int, observation: Observation
+    weights_BNS: Tensor,
+    position_BHS: Tensor,
+    seen_B: Tensor,
+    layer: int,
+    observation: Observation,
+    first: int = 0,
 ) -> Tensor:
     """Attention of one decoded token, from its softmax weights, summed over the query group.
 
     Or its largest weight there. fp32 `[B, H, S]`. The logarithm of a weight is its logit up to a
-    constant, which a softmax ignores. Raises OperatorError for a maximum with noise.
+    constant, which a softmax ignores. first: number of the first query head in the model. Raises OperatorError for a maximum with noise.
     """
     batch, heads, slots = position_BHS.shape
     weights_BHGS = weights_BNS.reshape(batch, heads, -1, slots)
@@ -61,7 +66,8 @@ def step_sums(
     logits = weights_BHGS.log()
     if observation.noise != "none":
         group = weights_BHGS.shape[2]
-        head_HG1 = torch.arange(heads * group, device=logits.device).view(heads, group, 1)
+        head_N = torch.arange(heads * group, device=logits.device) + first
+        head_HG1 = head_N.view(heads, group, 1)
         position_BH1S = position_BHS[:, :, None]
         query_B111 = (seen_B - 1).view(-1, 1, 1, 1)
         if observation.noise == "frozen":

@@ -103,12 +103,17 @@ class Logits(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """The noise on logits whose weights are summed, and the temperature of their softmax."""
+    """The noise on logits whose weights are summed, and the temperature of their softmax.
+
+    first: the number that the first query head here has in the model, where other processes have
+    the rest: noise is drawn by the heads of the model.
+    """
 
     noise: NoiseKind
     tau: float
     seed: int
     layer: int
+    first: int = 0
 
 
 class Reduction(NamedTuple):

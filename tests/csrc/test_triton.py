@@ -264,7 +264,7 @@ def test_decode_steps_leave_the_same_rows_as_the_reference(run: Run, case: tuple
     for step in range(4):
         seen_B = torch.tensor([10, 24], device=DEVICE) + step
         bounds = Bounds(seen_B, quota_R, recent_R, sink_B, rank)
-        numbers = (evict, Noise(noise, tau, (5 << 32) + 12345, 3), Logits(0.3, softcap))
+        numbers = (evict, Noise(noise, tau, (5 << 32) + 12345, 3, 6), Logits(0.3, softcap))
         step_both(run, given, wanted, massive, group, bounds, *numbers)
     expected = [3, 9, 23, 23] if evict else [4, 13, 27, 23]
     assert given.counts_R.tolist() == expected
@@ -368,7 +368,7 @@ def test_attention_sums_equal_the_formula(run: Run, case: tuple[Any, ...]) -> No
     key = torch.randn(2, slots, 2, width, device=DEVICE).to(dtype).transpose(1, 2)
     position = torch.arange(slots, device=DEVICE).repeat(2, 2, 1)
     position[1, 0, : slots - new] = -1  # a row that evicted more than the others
-    numbers = (Logits(0.3, softcap), Reduction(window), Noise(noise, tau, (7 << 40) + 99, 5))
+    numbers = (Logits(0.3, softcap), Reduction(window), Noise(noise, tau, (7 << 40) + 99, 5, 4))
     given = run("attention_sums", query, key, position, *numbers)
     pytorch = implementation("attention_sums", "reference")(query, key, position, *numbers)
     within(given, pytorch, dense_sums(query, key, position, *numbers))

@@ -128,7 +128,8 @@ class Maker:
     def noise(self) -> Call:
         kind = self.random.choice(("none", "frozen", "fresh"))
         tau = self.random.choice((1.0, 1.0, 0.7))
-        return {"noise": kind, "tau": tau, "seed": self.random.getrandbits(40), "layer": 3}
+        seed, first = self.random.getrandbits(40), self.random.choice((0, 0, 5))
+        return {"noise": kind, "tau": tau, "seed": seed, "layer": 3, "first": first}
 
     def logits(self) -> Call:
         return {"scaling": 0.4, "softcap": self.random.choice((0.0, 0.0, 5.0))}
