@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,7 @@ from kvpress.hf.fitting import check_fit
 from kvpress.hf.foresight import head_of
 from kvpress.hf.identity import Identity
 from kvpress.hf.norms import check_projections
+from kvpress.hf.ranks import divided, ranks_of, refuse_parts
 from kvpress.hf.rotation_probe import rotations
 from kvpress.hf.spec import CacheSpec, Lease
 from kvpress.hf.support import check_model
@@ -55,6 +57,7 @@ def attach(
     device: str | int | None = None,
     host: str | int | None = None,
     disk: str | None = None,
+    timeout: float | None = None,
     **options: Any,
 ) -> Engine:
     """Attaches a policy to a transformers model; the engine is also a context manager.
@@ -69,11 +72,12 @@ def attach(
     that the process (on a GPU: the device) may hold, `"8GiB"`, weights included. Policy, budget,
     chunks of prompts and tiers are chosen for `batch` sequences of `length` tokens (None: the
     longest that the model takes), of which `new_tokens` are decoded (None: 256), as `engine.plan`
-    says; what would exceed it is refused. Every `generate()` or forward call of the model then uses
-    a compressed cache until `engine.detach()` or the end of the `with` block. Raises PolicyError,
-    BudgetError, PlanError, AttachError, UnsupportedModelError, or BackendError where an environment
-    variable forces what cannot run; the model is then untouched. options: none; those of a policy
-    belong into its specification, which the error writes out.
+    says; what would exceed it is refused. timeout: seconds until a silent one of the processes that
+    hold the model together is given up (None: KVPRESS_TIMEOUT, or 120). Every `generate()` or
+    forward call of the model then uses a compressed cache until `engine.detach()` or the end of the
+    `with` block. Raises PolicyError, BudgetError, PlanError, AttachError, UnsupportedModelError, or
+    BackendError where an environment variable forces what cannot run; the model is then untouched.
+    options: none; those of a policy belong into its specification, which the error writes out.
     """
     refuse_options(policy, options, (*_OPTIONS, "device", "host", "disk"))
     ops.refuse_settings()
@@ -81,7 +85,8 @@ def attach(
     wanted = planning.Wanted(memory, length, batch, new_tokens, device, host, disk)
     if not wanted.plans(policy):
         caps = Caps.parse(device, host, disk)
-        return Engine(model, parse(policy or ()), *stored, tokenizer, caps)
+        return Engine(model, parse(policy or ()), *stored, tokenizer, caps, timeout=timeout)
+    refuse_parts(model)
     plan = planning.plan_for(model, policy, wanted, stored)
     caps = wanted.caps(plan)
     return Engine(model, parse(plan.policy), *stored, tokenizer, caps, plan)
@@ -117,6 +122,7 @@ class Engine:
         tokenizer: Any = None,
         caps: Caps | None = None,
         plan: Plan | None = None,
+        timeout: float | None = None,
     ) -> None:
         if not isinstance(page_size, int) or not 1 <= page_size <= 4096:
             raise PolicyError(
@@ -128,7 +134,8 @@ class Engine:
                 " torch.bfloat16, torch.float16, or None for the model's own."
             )
         self.model, self.recipe, self.newest, self.plan = model, recipe, Newest(), plan
-        lease, shape = Lease(weights=Identity(model)), check_model(model)
+        lease, ranks = Lease(weights=Identity(model)), ranks_of(model, timeout)
+        shape = divided(model, check_model(model), ranks)
         check_layers(recipe, shape.kinds)
         check_division(recipe, sum(kind.window is None for kind in shape.kinds))
         check_fit(recipe, shape.kinds)
@@ -152,6 +159,7 @@ class Engine:
             tiers,
             head,
             plan,
+            ranks,
         )
         compresses = recipe.limits is not None or recipe.formats or recipe.sparsity is not None
         self._attachment: Attachment | None = Attachment(model, self.spec, self, compresses)
@@ -269,8 +277,15 @@ class Engine:
         return self.model.generate(*args, past_key_values=cache, **kwargs)
 
     def report(self, cache: EngineCache | None = None) -> Report:
-        """The ledger of a cache, by default the newest: slots, bytes, seconds per stage, notes."""
-        return (self.cache if cache is None else cache).report(self._model_name)
+        """The ledger of a cache, by default the newest: slots, bytes, seconds per stage, notes.
+
+        Where processes hold the model together, that of this one, and `ranks` says what each holds:
+        all of them ask for it at the same time. `cache.report()` asks nobody.
+        """
+        own = (self.cache if cache is None else cache).report(self._model_name)
+        if self.spec.ranks.alone:
+            return own
+        return replace(own, ranks=self.spec.ranks.objects(own.own_bytes))
 
     @property
     def _model_name(self) -> str:

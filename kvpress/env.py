@@ -14,6 +14,8 @@ VARIABLES = {
     "KVPRESS_CACHE": "folder for converted models and compiled operators (default: the user's cache"
     " folder + /kvpress)",
     "KVPRESS_BACKEND": "force one operator backend: reference, cpu or triton",
+    "KVPRESS_TIMEOUT": "seconds until a silent process is given up, where several hold a model"
+    " (default: 120)",
     "KVPRESS_PEERS": "the virtual environment of `kvpress bench peers` (default: .venv-peers)",
     "KVPRESS_CPU": f"the CPU instruction set to use at most: {', '.join(INSTRUCTION_SETS)}",
 }

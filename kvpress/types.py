@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 LEGEND = {
     "B": "sequence of a batch",
     "L": "layer",
@@ -57,7 +59,8 @@ class LayerKind:
     channels of a key of the model; 0: not known. latent: how many channels of a key are its value
     as well, from which those of the heads follow; 0: values are apart. readers: how many layers
     behind this one read its keys and values. sink: whether a learned logit of every query
-    head takes part in each softmax.
+    head takes part in each softmax. first, whole: where other processes have the rest of the heads,
+    which KV head of the layer is the first one here, and how many there are in all; 0: these.
     """
 
     index: int
@@ -70,6 +73,25 @@ class LayerKind:
     latent: int = 0
     readers: int = 0
     sink: bool = False
+    first: int = 0
+    whole: int = 0
+
+    @property
+    def divided(self) -> bool:
+        """Whether other processes have heads of this layer."""
+        return self.whole > self.heads
+
+    @property
+    def of_all(self) -> int:
+        """KV heads in all processes."""
+        return self.whole or self.heads
+
+    def own(self, every: Tensor, dim: int = 0) -> Tensor:
+        """What belongs to the heads here, of a tensor for all KV heads or query heads."""
+        if not self.divided:
+            return every
+        each = every.shape[dim] // self.whole
+        return every.narrow(dim, self.first * each, self.heads * each)
 
     @property
     def name(self) -> str:

@@ -28,7 +28,8 @@ class Random(Policy):
 
     def score(self, slots: Slots) -> Tensor:
         position_BHS = slots.position_BHS
-        head_H1 = torch.arange(position_BHS.shape[1], device=position_BHS.device)[:, None]
+        head_H = torch.arange(position_BHS.shape[1], device=position_BHS.device)
+        head_H1 = head_H[:, None] + slots.first
         return uniform(
             self.seed, slots.layer, head_H1, torch.full_like(head_H1, NO_QUERY), position_BHS
         )

@@ -11,6 +11,7 @@ at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from kvpress.policy import Budget, Observation, Policy, Slots, Step, option
 
 @dataclass(frozen=True, kw_only=True)
 class TOVA(Policy):
+    joins_heads: ClassVar[bool] = True
     budget: Budget = option(0.5, "kept: fraction (0.5, 0.5prompt), tokens per row, or bytes")
     sink: int = option(0, "first tokens that always stay", low=0)
     recent: int = option(1, "last tokens that always stay", low=0)
@@ -33,5 +35,6 @@ class TOVA(Policy):
         # Slot order must be the same in all heads: sort by position, average, and sort back.
         order_BHS = slots.position_BHS.argsort(dim=-1, stable=True)
         sorted_BHS = slots.observed_BHS.gather(-1, order_BHS)
-        mean_BHS = sorted_BHS.mean(1, keepdim=True).expand_as(sorted_BHS)
+        mean_B1S = slots.of_all_heads(sorted_BHS).mean(1, keepdim=True)
+        mean_BHS = mean_B1S[..., : sorted_BHS.shape[2]].expand_as(sorted_BHS)
         return mean_BHS.new_empty(mean_BHS.shape).scatter_(-1, order_BHS, mean_BHS)

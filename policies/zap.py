@@ -41,6 +41,7 @@ from kvpress.policy import (
 class Zap(Policy):
     accumulates: ClassVar[bool] = True
     accumulates_steps: ClassVar[bool] = False
+    joins_heads: ClassVar[bool] = True
     budget: Budget = option(
         None,
         "kept after prompts: fraction, tokens, or bytes; none: 0.5, or what the threshold says",
@@ -82,7 +83,8 @@ class Zap(Policy):
         new = int(unscored_BHS.sum(-1).max())
         # What is not scored yet is newer than all that is, and no row has lost any of it.
         newest_BHQ = position_BHS.topk(new, dim=-1).indices
-        key_BHQD, value_BHQE = (gather(x, newest_BHQ) for x in (slots.key_BHSD, slots.value_BHSD))
-        place_BHQ, weight_XH = position_BHS.gather(2, newest_BHQ), slots.calibrated["ridge_LXH"]
-        score_BHQ = ridge.predict(key_BHQD, value_BHQE, place_BHQ, slots.rotation, weight_XH)
+        every = (slots.key_BHSD, slots.value_BHSD, position_BHS)
+        of_all = [slots.of_all_heads(gather(x, newest_BHQ)) for x in every]
+        weight_XH = slots.calibrated["ridge_LXH"]
+        score_BHQ = ridge.predict(of_all[0], of_all[1], of_all[2], slots.rotation, weight_XH)
         return torch.where(unscored_BHS, mass_BHS.scatter(2, newest_BHQ, score_BHQ), mass_BHS)

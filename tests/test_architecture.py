@@ -24,7 +24,7 @@ POLICY_FILES = [*(ROOT / "policies" / f"{name}.py" for name in POLICIES), EXAMPL
 ROOMS = [
     {"errors", "host", "types"},
     {"env"},
-    {"formulas", "ops", "report"},
+    {"formulas", "ops", "report", "parallel"},
     {"policy", "store"},
     {"pipe.state"},
     {"pipe.stages"},
@@ -107,7 +107,7 @@ def test_no_module_imports_one_that_imports_it() -> None:
 
 def test_the_package_shows_few_entries() -> None:
     shown = {p.name for p in (ROOT / "kvpress").iterdir()} - {"__pycache__"}
-    assert len(shown) <= 16, sorted(shown)
+    assert len(shown) <= 17, sorted(shown)
 
 
 @each(ENGINE, module_name)
@@ -154,7 +154,7 @@ def test_policy_files_are_small_and_cite_their_source(path: Path) -> None:
     assert "Differs from the paper:" in doc
     code = [line for line in text.replace(doc, "").splitlines() if line.strip(' "')]
     # More where a method has 18 options, or three ways of choosing.
-    most = {"d2o": 72, "think": 88}.get(path.stem, 60)
+    most = {"d2o": 72, "think": 88, "zap": 62}.get(path.stem, 60)
     assert len([line for line in code if not line.strip().startswith("#")]) <= most
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kvpress.bench.common.ranks import writes
+
 from kvpress.errors import KVPressError
 
 Row = dict[str, Any]
@@ -87,7 +89,9 @@ def record_of(path: Path) -> Row | None:
 
 
 def append(path: Path, row: Row) -> None:
-    """Adds a line. Raises JournalError."""
+    """Adds a line, in the first of processes that measure together. Raises JournalError."""
+    if not writes():
+        return
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

@@ -6,6 +6,7 @@ Nothing here loads torch before a model is wanted.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ class Source:
     name: `demo`, a Hugging Face id, or a path. dtype: `auto` is the checkpoint's; None is float32
     on the CPU and `auto` elsewhere. device: None is a GPU if there is one. device_map: instead of a
     device, what accelerate takes, as a word or as JSON. revision: branch, tag or commit of the hub.
-    trust_remote_code: whether Python code that comes with the checkpoint may run.
+    trust_remote_code: whether Python code that comes with the checkpoint may run. tp: among how
+    many processes the heads are divided.
     """
 
     name: str = DEMO
@@ -37,11 +39,12 @@ class Source:
     device_map: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    tp: int | None = None
 
     @property
     def load_options(self) -> dict[str, Any]:
         """What a record says of loading besides name and dtype: what was asked for."""
-        names = ("device_map", "revision", "trust_remote_code")
+        names = ("device_map", "revision", "trust_remote_code", "tp")
         return {name: value for name in names if (value := getattr(self, name))}
 
     @property
@@ -71,10 +74,22 @@ class Source:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 self._place,
                 dtype=dtype if dtype == AUTO else getattr(torch, dtype),
-                device_map=where,
+                **self._places(where),
                 **self.hub,
             )
         return model.eval(), tokenizer
+
+    def _places(self, where: Any) -> dict[str, Any]:
+        """Onto which devices, or into which processes, `from_pretrained` reads weights."""
+        if self.tp is None:
+            return {"device_map": where}
+        distributed: Any = importlib.import_module("transformers.distributed")
+        return {"distributed_config": distributed.DistributedConfig(tp_size=self.tp)}
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether weights are read onto the CPU. Raises ModelError."""
+        return self._where() is None
 
     def _dtype(self) -> str:
         chosen = self.dtype

@@ -15,6 +15,7 @@ from kvpress.bench.common.command import command
 from kvpress.bench.common.models import Source
 from kvpress.bench.common.options import AsJson, ModelOptions, use_threads
 from kvpress.bench.common.output import say_if_nothing_was_measured
+from kvpress.bench.common.ranks import ParallelOptions
 from kvpress.bench.quality.options import (
     HarnessOptions,
     TaskOptions,
@@ -38,6 +39,7 @@ def evaluate(
     tasks: TaskOptions,
     harness: HarnessOptions,
     loading: ModelOptions,
+    parts: ParallelOptions,
     policy: Annotated[
         list[str],
         typer.Option(help="name:key=value,… or transformers-int4, …; repeat or join with commas."),
@@ -69,10 +71,11 @@ def evaluate(
     for name in names:
         check(name)
     use_threads(loading.threads)
+    source = parts.divided(loading.source)
     if harness.lm_eval is not None:
-        results = with_lm_eval(loading.source, names, harness.lm_eval.split(","), harness, out)
+        results = with_lm_eval(source, names, harness.lm_eval.split(","), harness, out)
     else:
-        results = with_our_tasks(loading.source, names, tasks, out)
+        results = with_our_tasks(source, names, tasks, out)
     show(results, as_json)
     say_if_nothing_was_measured(out, results.added)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from kvpress.bench.common.command import command
 from kvpress.bench.common.options import AsJson, PromptOptions, TieredOptions, use_threads
+from kvpress.bench.common.ranks import ParallelOptions
 from rich.console import Console
 
 from kvpress.report.tables import Fitted
@@ -50,6 +51,7 @@ def run(
     asking: PromptOptions,
     decoding: DecodingOptions,
     loading: TieredOptions,
+    parts: ParallelOptions,
     policy: Annotated[
         list[str], typer.Option(help="name:key=value,… ; repeat to compare.")
     ] = POLICIES,
@@ -88,8 +90,11 @@ def run(
     caps, text = loading.caps, asking.given(batch_file)
     talk = _session(session, asking, policy, text, batch_file)
     use_threads(loading.threads)
+    source = parts.divided(loading.source)
+    if talk is not None and source.tp is not None:
+        raise typer.BadParameter(f"--session {session} is the file of one process: leave out --tp.")
     with quiet() if as_json else console.status(f"Loading {loading.model} …"):
-        loaded, tokenizer = loading.source.load()
+        loaded, tokenizer = source.load()
     by_line, chat = batch_file is not None, asking.chat and talk is None
     named, prompts = _prompts(text, by_line, tokenizer, chat, prompt_tokens, question)
     warm_up(loaded)

@@ -143,15 +143,17 @@ def table(results: Sequence[Result]) -> Table:
     )
     for result in results:
         report = result.report
+        parts = report.ranks or [report.own_bytes]
+        held, full = (sum(x) for x in zip(*((x.held, x.full) for x in parts), strict=True))
         rows = [slots for layer in report.slots_kept for heads in layer for slots in heads]
         speed = result.tokens_per_second
         made.add_row(
             Text(result.policy),
             span(report.tokens_seen),
             span(rows),
-            size(report.bytes_full),
-            size(report.bytes_held),
-            f"{report.fraction:.1%}",
+            size(full),
+            size(held),
+            f"{held / full if full else 1.0:.1%}",
             f"{result.first_token_seconds:.2f}",
             "–" if speed is None else f"{speed:.2f}",
         )

@@ -16,6 +16,7 @@ from kvpress.bench.common.options import (
     chosen_device,
     use_threads,
 )
+from kvpress.bench.common.ranks import ParallelOptions
 from kvpress.bench.speed import options
 from rich.console import Console
 
@@ -29,6 +30,7 @@ POLICIES = ["full", "keyformer:budget=0.5", "keyformer:budget=0.2"]
 PREFILL_POLICIES = ["full", "keyformer:budget=0.5", "snapkv:budget=0.5,window=64"]
 STEP_POLICIES = ["streaming_llm:budget=1,sink=0", "h2o:budget=1", "keyformer:budget=1"]
 LONG, MIDDLE, SHORT = [8000], [4000], [1000]
+ONE = ParallelOptions()
 ALONE, TOGETHER = [1], [4]
 LAYER_POLICIES = [
     "full",
@@ -43,6 +45,7 @@ CASES = {"model": (POLICIES, LONG), "one-layer": (LAYER_POLICIES, [32_768])}
 def decode(
     grid: options.GridOptions,
     loading: TieredOptions,
+    parts: ParallelOptions,
     case: Annotated[str, typer.Option(help="model, or one-layer.")] = "model",
     policy: Annotated[
         list[str] | None,
@@ -75,7 +78,7 @@ def decode(
             " caps. kvpress bench tiers --case one-layer has caps."
         )
     usual_policies, usual_tokens = CASES[case]
-    setting = make_setting(loading, grid.cache_dtype, rounds, warmup)
+    setting = make_setting(loading, grid.cache_dtype, rounds, warmup, parts)
     name = "decode" if case == "model" else "layer"
     _run(name, setting, grid, policy or usual_policies, tokens or usual_tokens, batch)
 
@@ -84,6 +87,7 @@ def decode(
 def prefill(
     grid: options.GridOptions,
     loading: ModelOptions,
+    parts: ParallelOptions,
     policy: options.Policies = PREFILL_POLICIES,
     tokens: options.Lengths = LONG,
     batch: options.Batches = ALONE,
@@ -95,7 +99,7 @@ def prefill(
     Each round reads the prompts once with every candidate, each time into an empty cache. The
     engine's ledger adds what attention, scoring, selection and storing took.
     """
-    setting = make_setting(loading, grid.cache_dtype, rounds, warmup)
+    setting = make_setting(loading, grid.cache_dtype, rounds, warmup, parts)
     _run("prefill", setting, grid, policy, tokens, batch)
 
 
@@ -103,6 +107,7 @@ def prefill(
 def throughput(
     grid: options.GridOptions,
     loading: TieredOptions,
+    parts: ParallelOptions,
     policy: options.Policies = POLICIES,
     tokens: options.Lengths = SHORT,
     batch: options.Batches = TOGETHER,
@@ -111,7 +116,7 @@ def throughput(
     warmup: options.Warmup = 1,
 ) -> None:
     """Time whole generations of a batch of prompts, beside transformers' DynamicCache with SDPA."""
-    setting = make_setting(loading, grid.cache_dtype, rounds, warmup)
+    setting = make_setting(loading, grid.cache_dtype, rounds, warmup, parts)
     _run("throughput", replace(setting, new_tokens=new_tokens), grid, policy, tokens, batch)
 
 
@@ -155,7 +160,13 @@ def overhead(
     console.print(Fitted(table))
 
 
-def make_setting(loading: HubOptions, cache_dtype: str | None, rounds: int, warmup: int) -> Setting:
+def make_setting(
+    loading: HubOptions,
+    cache_dtype: str | None,
+    rounds: int,
+    warmup: int,
+    parts: ParallelOptions = ONE,
+) -> Setting:
     """Checks the names and sets the threads. Raises ModelError."""
     import torch
     from kvpress.bench.speed.setting import Setting
@@ -165,9 +176,9 @@ def make_setting(loading: HubOptions, cache_dtype: str | None, rounds: int, warm
         raise typer.BadParameter(f"--cache-dtype {cache_dtype}: allowed: {allowed}.")
     use_threads(loading.threads)
     caps = loading.caps if isinstance(loading, TieredOptions) else None
-    source = loading.source
+    source = parts.divided(loading.source)
     device = chosen_device(source.device).type
-    if source.device_map is None:
+    if source.device_map is None and source.tp is None:
         source = replace(source, device=device)
     return Setting(
         model=source.name,
@@ -181,6 +192,7 @@ def make_setting(loading: HubOptions, cache_dtype: str | None, rounds: int, warm
         rounds=rounds,
         warmup=warmup,
         caps=caps or None,
+        tp=source.tp,
     )
 
 

@@ -16,8 +16,8 @@ class Setting:
 
     threads: CPU threads. cap: bytes, for the largest batch and context. quality: the tasks that
     rows also have, and the contexts of each. device_map, revision, trust_remote_code: those of the
-    `Source`. caps: of tiers, as `attach` takes them. text: what prompts are parts of, by name and
-    hash.
+    `Source`, and tp. caps: of tiers, as `attach` takes them. text: what prompts are parts of, by
+    name and hash.
     """
 
     model: str
@@ -34,6 +34,7 @@ class Setting:
     revision: str | None = None
     trust_remote_code: bool = False
     caps: dict[str, Any] | None = None
+    tp: int | None = None
     text: dict[str, str] = field(default_factory=lambda: default_text().to_dict())
 
     @property
@@ -46,13 +47,13 @@ class Setting:
         plain = asdict(self)
         if not self.caps:
             del plain["caps"]  # rows that were measured before there were any stay comparable
-        for name in ("device_map", "revision", "trust_remote_code"):
+        for name in ("device_map", "revision", "trust_remote_code", "tp"):
             del plain[name]
         return {**plain, **self.source.load_options}
 
     @property
     def source(self) -> Source:
         """Where the model comes from."""
-        device = None if self.device_map else self.device
-        others = self.device_map, self.revision, self.trust_remote_code
+        device = None if self.device_map or self.tp else self.device
+        others = self.device_map, self.revision, self.trust_remote_code, self.tp
         return Source(self.model, self.dtype, device, *others)

@@ -27,8 +27,8 @@ std::tuple<Tensor, Tensor> attend_sums(Tensor query, Tensor key, Tensor value, T
   const Strided queries(op, query, "query_BNQD"), keys(op, key, "key_BHSD"), values(op, value, "value_BHSE");
   Tensor out = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['Q'], shapes['E']});
   Tensor sums = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['S']}, ScalarType::Float);
-  AttentionSums a =
-      sums_of(op, shapes, queries, keys, positions, sums, scaling, softcap, noise_of(op, noise, tau, seed, layer, first));
+  AttentionSums a = sums_of(op, shapes, queries, keys, positions, sums, scaling, softcap,
+                            noise_of(op, noise, tau, seed, layer, first));
   a.value = values.heads;
   a.value_width = shapes['E'];
   a.out = out.data_ptr();

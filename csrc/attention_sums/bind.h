@@ -34,8 +34,8 @@ Tensor attention_sums(Tensor query, Tensor key, Tensor position, double scaling,
   const Tensor positions = positions_of(op, shapes, position, true);
   const Strided queries(op, query, "query_BNQD"), keys(op, key, "key_BHSD");
   Tensor sums = torch::stable::new_empty(query, {shapes['B'], shapes['N'], shapes['S']}, ScalarType::Float);
-  AttentionSums a =
-      sums_of(op, shapes, queries, keys, positions, sums, scaling, softcap, noise_of(op, noise, tau, seed, layer, first));
+  AttentionSums a = sums_of(op, shapes, queries, keys, positions, sums, scaling, softcap,
+                            noise_of(op, noise, tau, seed, layer, first));
   a.reduction = reduction_of(op, shapes, window, largest, weight, a.noise);
   a.map = map_of(op, shapes, map, softcap);
   kernels().attention_sums(a, threads());

@@ -205,8 +205,8 @@ class RowSums {
     alignas(64) float noise[kKeyBlock];
     if (o.kind != NoiseKind::kNone) {
       const int64_t query = o.kind == NoiseKind::kFresh ? position_[a_.slots - a_.queries + some.q + i] : -1;
-      draw_exponential(noise_row(o.seed, o.layer, o.first + h_ * a_.group + some.g, query), position_ + k * kKeyBlock, slots,
-                       noise);
+      draw_exponential(noise_row(o.seed, o.layer, o.first + h_ * a_.group + some.g, query), position_ + k * kKeyBlock,
+                       slots, noise);
     }
     float& reference = some.reference[i * some.blocks + k];
     const bool attended = some.out && (plain() || divides());  // then they are exponentials already

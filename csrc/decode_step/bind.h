@@ -22,8 +22,8 @@ Tensor decode_step(const Tensor& query, const Tensor& key, const Tensor& value, 
                    const Tensor& value_pool, const Tensor& table, const Tensor& counts, const Tensor& position_pool,
                    const std::optional<Tensor>& mass_pool, const Tensor& seen, const Tensor& quota,
                    const Tensor& recent, const Tensor& sink, const std::string& rank, bool evict,
-                   const std::string& noise, double tau, int64_t seed, int64_t layer, int64_t first, double scaling, double softcap,
-                   const std::vector<Tensor>& old, const std::vector<int64_t>& layouts) {
+                   const std::string& noise, double tau, int64_t seed, int64_t layer, int64_t first, double scaling,
+                   double softcap, const std::vector<Tensor>& old, const std::vector<int64_t>& layouts) {
   const char* op = "decode_step";
   const PageTensors pages{key_pool, value_pool, table, counts};
   const ColumnTensors columns{position_pool, mass_pool};

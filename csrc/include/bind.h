@@ -196,7 +196,8 @@ Logits logits_of(const char* op, double scaling, double softcap) {
 
 Noise noise_of(const char* op, const std::string& noise, double tau, int64_t seed, int64_t layer, int64_t first) {
   if (!(tau >= kLeast && tau <= kMost)) refuse(op, "tau is ", tau, "; it must be positive (1e-6 to 1e6)");
-  return {one_of<NoiseKind>(op, "noise", noise, {"none", "frozen", "fresh"}), tau, seed, layer, int64_t(uint32_t(first))};
+  return {one_of<NoiseKind>(op, "noise", noise, {"none", "frozen", "fresh"}), tau, seed, layer,
+          int64_t(uint32_t(first))};
 }
 
 }  // namespace

@@ -52,7 +52,8 @@ def step_sums(
     """Attention of one decoded token, from its softmax weights, summed over the query group.
 
     Or its largest weight there. fp32 `[B, H, S]`. The logarithm of a weight is its logit up to a
-    constant, which a softmax ignores. first: number of the first query head in the model. Raises OperatorError for a maximum with noise.
+    constant, which a softmax ignores. first: number of the first query head in the model. Raises
+    OperatorError for a maximum with noise.
     """
     batch, heads, slots = position_BHS.shape
     weights_BHGS = weights_BNS.reshape(batch, heads, -1, slots)

@@ -86,7 +86,9 @@ class Attachment:
         self._hooks = [self._hook(module) for module in self._modules]
         self._generate = vars(model).get("generate")  # somebody else's
         if hasattr(model, "generate"):
-            way = Way(self._cache_for, self._calls, maker.newest, compresses, self._guard)
+            way = Way(
+                self._cache_for, self._calls, maker.newest, compresses, self._guard, spec.ranks
+            )
             vars(model)["generate"] = wrapped(model, way)
         self._guessing = self._begin_guessing()
 

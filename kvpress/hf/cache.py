@@ -196,7 +196,7 @@ class EngineCache(Cache):
         settings = cache_file.settings(self.context, self.horizon, self.ids.ended)
         facts = {**self.spec.facts(), "settings": settings}
         held = (self.states, self.ids, self.beside.tensors())
-        cache_file.save(path, *held, facts, self.spec.tiers)
+        cache_file.save(path, *held, facts, self.spec.tiers, self.spec.ranks)
 
     def load(self, path: str | Path, devices: cache_file.Devices, lazy: bool = False) -> None:
         """Becomes what another cache was when it was saved; see `engine.load_cache`.

@@ -6,6 +6,7 @@ checked in pipe/state/snapshot.py.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +17,7 @@ from kvpress.env import __version__
 from kvpress.errors import CacheFileError
 from kvpress.hf.spec import CacheSpec
 from kvpress.host import lasting
+from kvpress.parallel import ALONE, Ranks
 from kvpress.pipe.drafts import commit
 from kvpress.pipe.state.context import Context
 from kvpress.pipe.state.ids import SeenIds
@@ -39,13 +41,16 @@ def save(
     beside: Mapping[str, torch.Tensor],
     facts: Mapping[str, Any],
     tiers: Tiers | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Writes the layers of a cache to a file, with what tells which cache it is.
 
     ids: what the cache has seen. facts: `model`, `weights` and `policy`, which a reader must have
     too, and `settings`. beside: what layers hold besides keys and values, by name. tiers: where its
-    pages are; they go to a second file. Drafted tokens become final first.
+    pages are; they go to a second file. ranks: of which each writes a file of its own. Drafted
+    tokens become final first.
     """
+    path = part_of(path, ranks)
     for layer in layers:
         commit(layer)
     numbers = [layer_numbers(layer) for layer in layers]
@@ -81,6 +86,27 @@ def _tensors(
     return tensors
 
 
+def part_of(path: str | Path, ranks: Ranks) -> Path:
+    """The file of this process: `NAME.rank0of2.safetensors`; the path itself where it is alone."""
+    whole = sealed.real_path(path)
+    if ranks.alone:
+        return whole
+    return whole.with_name(f"{whole.stem}.rank{ranks.rank}of{ranks.size}{whole.suffix}")
+
+
+def present_part(path: str | Path, ranks: Ranks) -> Path:
+    """The same of a cache that was saved. Raises CacheFileError where others saved it."""
+    own, whole = part_of(path, ranks), sealed.real_path(path)
+    parts = sorted(whole.parent.glob(f"{glob.escape(whole.stem)}.rank*of*{whole.suffix}"))
+    if own.exists() or not (parts or whole.exists()):
+        return own
+    by = f"{parts[-1].stem.rpartition('of')[2]} processes" if parts else "one process"
+    raise CacheFileError(
+        f"{path} was saved by {by}, but here {ranks.size} hold the model: each has the heads that"
+        " are its own. Load it with as many processes as saved it."
+    )
+
+
 def settings(context: Context, horizon: int | None, ended: bool) -> dict[str, Any]:
     """What a saved cache needs besides its layers, as plain values.
 
@@ -109,7 +135,7 @@ def load(
     lazy: pages of tiers stay in the session's data file until they are wanted. Raises
     CacheFileError, and TierError where tiers have no room.
     """
-    tiers, kinds = context.tiers, spec.fingerprint.kinds
+    tiers, kinds, path = context.tiers, spec.fingerprint.kinds, present_part(path, spec.ranks)
     if lazy and (tiers is None or tiers.vault is None):
         raise CacheFileError(
             "lazy=True reads pages through the host: attach the engine with device= and host= or"
@@ -174,6 +200,7 @@ def layer_devices(model: torch.nn.Module) -> dict[int, torch.device]:
 
 _VERSIONS = {"format": FORMAT, "engine": __version__}
 _REMEDY = {
+    "part": "Each process loads its own file, of as many processes as saved it.",
     "format": "Save it again with this version of the engine.",
     "engine": "Save it again with this version of the engine, or install that one.",
     "model": "Load the model that it was made with.",

@@ -14,6 +14,7 @@ from torch import Tensor
 from kvpress import host
 from kvpress.errors import PolicyError
 from kvpress.hf.made_files import read_made, shipped_files
+from kvpress.hf.ranks import whole
 from kvpress.hf.support import Fingerprint
 from kvpress.policy.sparsity import Sparsity, Thresholds
 from kvpress.store import sealed
@@ -104,6 +105,7 @@ def identity(model: Any) -> str:
 
 def _sample(weight: Tensor) -> bytes:
     """Some elements of a weight; nothing of one that has no plain storage."""
+    weight = whole(weight)
     if type(weight) is not Tensor or weight.device.type == "meta" or not weight.numel():
         return b""
     step = max(1, weight.numel() // _SAMPLE)

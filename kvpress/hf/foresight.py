@@ -26,9 +26,9 @@ def head_of(recipe: Recipe, model: Any, shape: Fingerprint) -> RetrievalHead | N
         raise PolicyError(f"{recipe} asks for the heads {', '.join(names)}: one looks for a model.")
     head = load_head(names[0], model)
     for kind in asked:
-        if kind.heads != head.heads:
+        if head.heads not in (kind.heads, kind.of_all):
             raise PolicyError(
                 f"head={names[0]} has {head.heads} KV heads, but layer {kind.index} of this model"
-                f" has {kind.heads}. Use a head that was made for this model."
+                f" has {kind.of_all}. Use a head that was made for this model."
             )
     return head

@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from kvpress.errors import CacheError, InputError, UnsupportedModelError
+from kvpress.hf.agreeing import agreed
 from kvpress.hf.cache import EngineCache
 from kvpress.hf.calls import Call, Calls, EndedRows, Heard, Newest
 from kvpress.hf.guard import Guard
 from kvpress.hf.horizon import expected_new_tokens, prompt_length
+from kvpress.parallel import ALONE, Ranks
 
 CACHE_NAMES = ("cache", "past_key_values")  # of the argument: since transformers 5.24, and before
 
@@ -34,6 +36,7 @@ class Way(NamedTuple):
     newest: Newest
     compresses: bool  # whether anything is lost when a call uses no cache
     guard: Guard | None = None  # what holds calls to a plan
+    ranks: Ranks = ALONE  # the processes that hold the model together
 
 
 def wrapped(model: Any, way: Way) -> Callable[..., Any]:
@@ -47,6 +50,10 @@ def wrapped(model: Any, way: Way) -> Callable[..., Any]:
         asked = Asked(given, model.generation_config)
         if not _uses_cache(asked, way.compresses):
             return generate(**given)
+        if not way.ranks.alone:
+            seconds = asked("max_time")
+            given = agreed(way.ranks, given, asked.ids, seconds)
+            asked = Asked(given, model.generation_config)
         call, given = _prepared(model, way, asked)
         with way.calls.entered(call):
             out = generate(**given)

@@ -150,6 +150,10 @@ def _inside(name: str, tensor: Tensor, covered: bool) -> Iterator[tuple[str, Ten
         yield name, tensor.detach()
         return
     yield f"{name}:{type(tensor).__name__}", None
+    if hasattr(tensor, "to_local"):  # a part, of which other processes have the rest
+        yield f"{name} {tuple(tensor.shape)} {getattr(tensor, 'placements', ())}", None
+        yield name, tensor.to_local().detach()
+        return
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:
         names, context = flatten()

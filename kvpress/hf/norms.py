@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.formulas.norms import Norms
+from kvpress.hf.ranks import own_part
 from kvpress.hf.unwrap import text_model
 from kvpress.pipe.state.context import Context
 from kvpress.policy.recipe import Recipe
@@ -23,10 +24,14 @@ _PROJECTIONS = ("o_proj", "out_proj", "dense")
 def noted(model: Any, context: Context, recipe: Recipe) -> Iterator[None]:
     """Where a recipe needs it, every layer's hidden states are noted as they pass."""
 
+    kinds = [layer.kind for layer in context.layers]
+    columns = {kind.index: kind.queries * kind.width for kind in kinds}
+
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden_BQC: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         norm_BQ = hidden_BQC.detach().float().norm(dim=-1)
-        context.norms[module.layer_idx] = Norms(norm_BQ, _projection(module).weight.detach())
+        weight_CX = own_part(_projection(module).weight.detach(), columns[module.layer_idx])
+        context.norms[module.layer_idx] = Norms(norm_BQ, weight_CX)
 
     found = _attentions(model).values() if relative(recipe) else ()
     hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in found]

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvpress.formulas.rotation import Rotation
 from kvpress.hf.support import Fingerprint
 from kvpress.hf.wording import Wording
+from kvpress.parallel import ALONE, Ranks
 from kvpress.pipe.plan.plan import Plan
 from kvpress.pipe.state.context import Context, Ledger
 from kvpress.pipe.state.heap import Heap
@@ -49,7 +50,8 @@ class CacheSpec:
     prompt attention, where it is sparse. wording: what probes say, and how texts are
     written. calibrated: what policies need to know of the model. tiers: where old pages are,
     where they may be elsewhere than on the device. head: what says before the first layer which
-    tokens a step reads, where a policy asks one. plan: what was chosen for `memory=`.
+    tokens a step reads, where a policy asks one. plan: what was chosen for `memory=`. ranks: the
+    processes that hold the model together.
     """
 
     fingerprint: Fingerprint
@@ -64,6 +66,7 @@ class CacheSpec:
     tiers: Tiers | None = None
     head: RetrievalHead | None = None
     plan: Plan | None = None
+    ranks: Ranks = ALONE
 
     @property
     def compressed(self) -> int:
@@ -85,6 +88,7 @@ class CacheSpec:
             tiers=self.tiers,
             outlook=None if self.head is None else Outlook(self.head),
             heap=None if self.plan is None else Heap(),
+            ranks=self.ranks,
         )
 
     def notes(self) -> dict[str, None]:
@@ -105,9 +109,10 @@ class CacheSpec:
         if self.tiers is not None:
             weakref.finalize(cache, self.tiers.note_dropped).atexit = False
 
-    def facts(self) -> dict[str, str]:
+    def facts(self) -> dict[str, str | None]:
         """What a file and its reader must agree on."""
         return {
+            "part": None if self.ranks.alone else str(self.ranks),
             "model": str(self.fingerprint),
             "weights": self.lease.weights(),
             "policy": str(self.recipe),

@@ -20,7 +20,8 @@ from kvpress.pipe.stages import retrieve
 from kvpress.pipe.stages.absorb import merge_one
 from kvpress.pipe.stages.observe import observe, some
 from kvpress.pipe.state.layer import Layer
-from kvpress.pipe.state.measures import bounds_of, step
+from kvpress.pipe.state.measures import bounds_of, first_query, step
+from kvpress.pipe.state.together import evicting, evicts_together, ranks
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.store.base import KEY, MASS, POSITION
 
@@ -46,7 +47,7 @@ def _run(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
             known = layer.excess.most
             if known is None:
                 known = layer.excess.measure(layer.rows.counts, layer.sequences.quota_R)
-            over = known + 1
+            over = _over(layer, known + 1)
         if _is_apart(layer) and over == 0 and not layer.recipe.accumulates:
             return _run_apart(layer, tokens)
         observation = _fusable(layer, over)
@@ -61,6 +62,11 @@ def _run(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
         if due and layer.grows:
             grow(layer)
     return _run_stages(layer, group, tokens, due)
+
+
+def _over(layer: Layer, over: int) -> int:
+    """Slots that a row has too many at most: of all processes where evictions depend on others."""
+    return ranks(layer).most(over) if evicts_together(layer) else over
 
 
 def _is_apart(layer: Layer) -> bool:
@@ -83,6 +89,8 @@ def _fusable(layer: Layer, over: int) -> Observation | None:
         return None
     if recipe.formats and ops.backends()[layer.rows.device.type] != "cpu":
         return None  # elsewhere a victim among old slots is found by the stages
+    if over > 0 and evicts_together(layer):
+        return None  # the operator merges by the rows that are here
     if over > (0 if recipe.rank is None or layer.sequences.spans else 1):
         return None  # the operator protects first and last tokens only
     if (over > 0 or recipe.accumulates) and layer.rows.memory.shares:
@@ -100,7 +108,8 @@ def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observat
     rows.paging.reserve_one()
     pages, pools, bounds = rows.paging.operands(), rows.paging.pool.by_name, bounds_of(layer)
     columns = new(Columns, (pools[POSITION], pools[MASS] if recipe.gathers else None))
-    noise = observation.noise, observation.tau, observation.seed, layer.kind.index
+    place = layer.kind.index, first_query(layer, tokens)
+    noise = observation.noise, observation.tau, observation.seed, *place
     merges = evicts and recipe.merging is not None
     with layer.timed("decode attention"):
         out_BN1D = ops.decode_step(
@@ -170,7 +179,7 @@ def _run_stages(layer: Layer, group: list[int], tokens: Tokens, due: bool) -> Te
     with layer.timed("store"):
         layer.append(tokens, group, layer.sequences.seen_B[group] - 1)
     excess_bH = layer.rows.counts_BH[group] - layer.sequences.quota_BH[group]
-    evicts = due and bool((excess_bH > 0).any())
+    evicts = due and evicting(layer, bool((excess_bH > 0).any()))
     looks = evicts or layer.recipe.gathers
     request = layer.recipe.stage("observe").observe(step(layer, group[0], 1)) if looks else None
     with layer.timed("decode attention"):
@@ -183,5 +192,5 @@ def _run_stages(layer: Layer, group: list[int], tokens: Tokens, due: bool) -> Te
     return out_bN1D
 
 
-_SILENT, _NO_OLD = Noise("none", 1.0, 0, 0), Old([], [])
+_SILENT, _NO_OLD = Noise("none", 1.0, 0, 0, 0), Old([], [])
 _NOTHING = Observation()  # for steps that keep no mass: the operator then observes nothing

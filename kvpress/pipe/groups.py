@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.together import selecting
 from kvpress.pipe.state.tokens import Tokens
 
 
@@ -34,7 +35,8 @@ def groups_of(layer: Layer, new_B: Tensor, columns: int, padded: bool) -> list[G
     )  # prompts that start alike are one batch
     if bool(decodes_B.all()):
         state_BX = layer.sequences.decoded.tokens_B[:, None]  # rows of any length decode together
-    if not padded and bool((state_BX == state_BX[:1]).all()):
+    alike = bool((state_BX == state_BX[:1]).all())
+    if not padded and not selecting(layer, not alike):
         return [Group(list(range(len(new_B))), bool(decodes_B.all()))]
     together: dict[tuple[bool, int], list[int]] = {}
     for b, decoded in enumerate(layer.sequences.decoded.tokens_B.tolist()):

@@ -17,9 +17,11 @@ from kvpress.pipe.stages.allocate import compressed, set_quotas
 from kvpress.pipe.stages.observe import stored
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import geometry
+from kvpress.pipe.state.together import evicting, of_all
 from kvpress.policy.layer_shares import Division
 from kvpress.policy.recipe import Recipe
 from kvpress.policy.slots import Slots
+from kvpress.types import EMPTY
 
 _BUDGETS = "Layer budgets:"
 
@@ -47,7 +49,9 @@ def plan(layer: Layer, group: Sequence[int], slots: Slots) -> None:
     """Notes the demand of a layer that has attended, and bounds its rows for the time being."""
     assert slots.attention_BNS is not None, "a policy with demands observes"
     policy = layer.recipe.stage("share")
-    new_b = policy.demand(slots.attention_BNS, slots.position_BHS).double().cpu()
+    observed_BNS = of_all(layer, slots.attention_BNS)
+    position_BHS = of_all(layer, slots.position_BHS, EMPTY)
+    new_b = policy.demand(observed_BNS, position_BHS).double().cpu()
     rows, seen_b = list(group), layer.sequences.seen_B[list(group)].double()
     old_b = layer.sequences.demand_B[rows]  # of the chunks before: each counts by its tokens
     part_b = slots.new_tokens / seen_b
@@ -130,7 +134,7 @@ def _kept(layer: Layer, seen_b: Tensor) -> tuple[Tensor, Tensor]:
 def _evict(layer: Layer, group: list[int], continues_eviction: bool) -> None:
     """continues_eviction: whether the prompt evicted already, and the trim belongs to that."""
     excess_bH = layer.rows.counts_BH[group] - layer.sequences.quota_BH[group]
-    if bool((excess_bH > 0).any()):
+    if evicting(layer, bool((excess_bH > 0).any())):
         slots = stored(layer, group, layer.sequences.seen_B[group])
         evict(layer, group, slots, excess_bH, continues_eviction)
 

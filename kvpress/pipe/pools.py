@@ -21,6 +21,7 @@ from kvpress.pipe.stages.observe import stored
 from kvpress.pipe.stages.select import finite, protected, score
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import geometry
+from kvpress.pipe.state.together import evicting, of_all
 from kvpress.policy.pooling import thins
 from kvpress.policy.slots import Slots
 from kvpress.types import EMPTY
@@ -44,7 +45,7 @@ def compress(layer: Layer, group: Sequence[int]) -> None:
         other.mark_dirty()
         with other.rows.memory.lock:
             excess_bH = other.rows.counts_BH[rows] - other.sequences.quota_BH[rows]
-            if bool((excess_bH > 0).any()):
+            if evicting(other, bool((excess_bH > 0).any())):
                 evict(other, rows, slots, excess_bH, score_bHS=score_bHS)
             if other.stores.packs:
                 pack_due(other, dict(zip(rows, other.sequences.seen_B[rows].tolist(), strict=True)))
@@ -73,10 +74,17 @@ def compete(
 ) -> None:
     """Gives the rows of these layers quotas by the scores of their slots, sequence by sequence."""
     guarded = [protected(*of, group) for of in zip(layers, shown, strict=True)]
+    held = [slots.position_BHS != EMPTY for slots in shown]
+    held, guarded, scores = (_of_all(layers, x) for x in (held, guarded, scores))
     for i, b in enumerate(group):
-        held_XS = _rows([x.position_BHS[i] != EMPTY for x in shown])
+        held_XS = _rows([x[i] for x in held])
         open_XS = held_XS & ~_rows([x[i] for x in guarded])
         _compete(layers, _rows([x[i] for x in scores]), open_XS, held_XS.sum(-1).cpu(), b)
+
+
+def _of_all(layers: Sequence[Layer], parts: Sequence[Tensor]) -> list[Tensor]:
+    """What was found of the rows of every layer, with the rows of other processes."""
+    return [of_all(layer, part) for layer, part in zip(layers, parts, strict=True)]
 
 
 def _rows(parts: Sequence[Tensor]) -> Tensor:
@@ -100,13 +108,13 @@ def _compete(
     places = int((even - guarded_X).clamp_min(0).sum())
     own_X = (int(pool.least * even) - guarded_X).clamp_min(0)
     slots_X = guarded_X + by_score(score_XS, open_XS, places, own_X.to(open_XS.device)).cpu()
-    sizes = [layer.kind.heads for layer in layers]
+    sizes = [layer.kind.of_all for layer in layers]
     if limits.budget.unit == "bytes":
         slots_X = fit(slots_X.double().clamp_min(1), limits, seen, shape, sizes)
     slots_X = slots_X.clamp_min(1)
     parts = (torch.split(x, sizes) for x in (slots_X, portions(slots_X)))
     for layer, slots_R, portion_R in zip(layers, *parts, strict=True):
         # Of its own slots, as while decoding: what is protected twice now may be two tokens then.
-        write(layer, [b], [[limits.row(int(n)) for n in slots_R]])
+        write(layer, [b], [[limits.row(int(n)) for n in layer.kind.own(slots_R)]])
         if layer.grows:
-            set_portions(layer, [b], [portion_R.tolist()])
+            set_portions(layer, [b], [layer.kind.own(portion_R).tolist()])

@@ -15,7 +15,7 @@ from kvpress.formulas.sums import Observation, over_group
 from kvpress.pipe.prompt import candidates
 from kvpress.pipe.stages.observe import prompt_sums, stored
 from kvpress.pipe.state.layer import Layer
-from kvpress.pipe.state.measures import step
+from kvpress.pipe.state.measures import first_query, step
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
 from kvpress.types import EMPTY
@@ -98,6 +98,7 @@ def _weights(
         tokens.softcap,
         weight_BQ=weight_1Q,
         sink_N=tokens.sink_N,
+        first=first_query(layer, tokens),
     )
     return sums_1NK if norms is None else sums_1NK * output_norms(near[VALUE], norms.weight_CX)
 

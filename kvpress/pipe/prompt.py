@@ -7,6 +7,7 @@ one full layer. A prompt chunk or chat turn on top of stored tokens takes the sa
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ from kvpress.pipe.stages.observe import attend_and_sum, prompt_sums
 from kvpress.pipe.stages.select import finite, score, select
 from kvpress.pipe.stages.sparsify import choose
 from kvpress.pipe.state.layer import Layer
-from kvpress.pipe.state.measures import calibrated, step
+from kvpress.pipe.state.measures import calibrated, first_query, step
+from kvpress.pipe.state.together import evicting, evicts_together, of_all, selecting
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.pooling import thins
 from kvpress.policy.slots import Queries, Slots
@@ -92,18 +94,18 @@ def _attention_and_sums(
     fresh = key is tokens.key_bHQD  # nothing was stored before
     trains = torch.is_grad_enabled() and query.requires_grad
     map_bNX = choose(layer, tokens, key, position, trains)
-    index = layer.kind.index
+    index, first = layer.kind.index, first_query(layer, tokens)
     if request is not None and request.window is None and not trains:
         if map_bNX is not None:
             layer.context.ledger.note("Attention sums of prompts are of the blocks computed.")
         if fresh and request.kind == "sum" and tokens.sink_N is None:
             return attend_and_sum(
-                query, key, value, position, index, request, scaling, softcap, map_bNX
+                query, key, value, position, index, request, scaling, softcap, map_bNX, first
             )
         if map_bNX is not None:
             out_bNQD, _ = ops.attend_blocks(query, key, value, map_bNX, scaling)
             return out_bNQD, prompt_sums(
-                query, key, position, index, request, scaling, softcap, map_bNX
+                query, key, position, index, request, scaling, softcap, map_bNX, first=first
             )
     if map_bNX is not None:
         return ops.attend_blocks(query, key, value, map_bNX, scaling)[0], None
@@ -193,9 +195,9 @@ def _compress(layer: Layer, chunk: _Chunk, sums_BNS: Tensor | None) -> Survivors
         kept_BHS, counts_BH = stored_BHS, stored_BH
         if layer.recipe.defers:
             _score_for_later(layer, group, slots)
-        elif thins(layer.recipe.pool) or bool((stored_BH > layer.sequences.quota_BH[group]).any()):
+        elif thins(layer.recipe.pool) or selecting(layer, _is_over(layer, group, stored_BH)):
             kept_BHS, counts_BH = _select(layer, group, slots, stored_BH)
-    if bool((counts_BH < stored_BHS.shape[-1]).any()):
+    if evicting(layer, bool((counts_BH < stored_BHS.shape[-1]).any())):
         columns = compact(layer, group, slots, kept_BHS, counts_BH)
     return Survivors(tuple(group), columns, counts_BH, bool((counts_BH < stored_BH).any()))
 
@@ -208,10 +210,16 @@ def _select(
     if layer.recipe.pool is not None:
         compete([layer], [slots], [score_BHS], group)
     kept_BHS, counts_BH = select(layer, slots, score_BHS, group, stored_BH)
-    lost_b = (counts_BH < stored_BH).any(1).tolist()
-    lost = {b for b, some in zip(group, lost_b, strict=True) if some}
+    lost_b = (counts_BH < stored_BH).any(1, keepdim=True)
+    if evicts_together(layer):
+        lost_b = of_all(layer, lost_b).any(1)
+    lost = {b for b, some in zip(group, lost_b.flatten().tolist(), strict=True) if some}
     layer.evicted_in_prompt = layer.evicted_in_prompt | lost
     return kept_BHS, counts_BH
+
+
+def _is_over(layer: Layer, group: list[int], stored_BH: Tensor) -> bool:
+    return bool((stored_BH > layer.sequences.quota_BH[group]).any())
 
 
 def _score_for_later(layer: Layer, group: list[int], slots: Slots) -> None:
@@ -237,6 +245,7 @@ def _observe(layer: Layer, chunk: _Chunk, sums_BNS: Tensor | None) -> Slots:
             tokens.scaling,
             tokens.softcap,
             sink_N=tokens.sink_N,
+            first=first_query(layer, tokens),
         )
     attention_BHS = None
     if request is not None and sums_BNS is not None:
@@ -254,6 +263,8 @@ def _observe(layer: Layer, chunk: _Chunk, sums_BNS: Tensor | None) -> Slots:
         asked=_queries(layer, tokens),
         rotation=layer.rotation,
         calibrated=calibrated(layer),
+        gather=partial(of_all, layer),
+        first=layer.kind.first,
     )
     if layer.recipe.gathers_prompts:
         slots = _without_steps(layer, chunk.group, slots)

@@ -45,6 +45,8 @@ class Policy:
     accumulates: ClassVar[bool] = False
     # False: with prompts alone; slots that came while decoding have the mass 0 until the next one.
     accumulates_steps: ClassVar[bool] = True
+    # True: what is known of a row depends on other rows; see `Slots.of_all_heads`.
+    joins_heads: ClassVar[bool] = False
     # Value of the option `mode` -> options that are not given (none) and what they then are.
     modes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 

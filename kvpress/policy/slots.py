@@ -30,6 +30,10 @@ class Step(NamedTuple):
     horizon: int  # tokens that the caller expects to decode
 
 
+def _itself(own_BHX: Tensor) -> Tensor:
+    return own_BHX
+
+
 @dataclass(frozen=True)
 class Slots:
     """What the stages see of one layer: rows of slots, dense and padded with empty slots.
@@ -50,6 +54,15 @@ class Slots:
     asked: Queries | None = None  # where the policy needs "query", and while prompts are read
     rotation: Rotation | None = None  # how keys turn with positions, where the policy needs that
     calibrated: Mapping[str, Tensor] = field(default_factory=dict)  # what the policy must know
+    gather: Callable[[Tensor], Tensor] = _itself  # see `of_all_heads`
+    first: int = 0  # number of the first KV head in the layer: other processes may have the rest
+
+    def of_all_heads(self, own_BHX: Tensor) -> Tensor:
+        """A tensor with the KV heads that other processes have, too: `[B, H, ...]`.
+
+        For policies that say `joins_heads`: then all processes ask at the same time.
+        """
+        return self.gather(own_BHX)
 
     @property
     def key_BHSD(self) -> Tensor:

@@ -25,6 +25,15 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class RankBytes:
+    """What one of the processes holds that hold a model together."""
+
+    held: int
+    full: int
+    peak: int
+
+
+@dataclass(frozen=True)
 class Figures:
     """What `kvpress.report.Report` says, without how it is shown."""
 
@@ -41,11 +50,17 @@ class Figures:
     bytes_ids: int = 0
     bytes_states: int = 0  # of linear attention and convolutions, which no policy compresses
     tiers: TierFigures | None = None
+    ranks: list[RankBytes] = field(default_factory=list)  # of all processes, where there are others
 
     @property
     def slots_kept(self) -> list[list[list[int]]]:
         """Slots per layer, sequence and KV head."""
         return [layer.slots_kept for layer in self.layers]
+
+    @property
+    def own_bytes(self) -> RankBytes:
+        """What this process holds."""
+        return RankBytes(self.bytes_held, self.bytes_full, self.bytes_peak)
 
     @property
     def fraction(self) -> float:
@@ -68,6 +83,8 @@ class Figures:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and text, ready for JSON."""
         plain = asdict(self) | {"slots_kept": self.slots_kept, "fraction": self.fraction}
+        if not self.ranks:
+            del plain["ranks"]
         if not self.bytes_states:
             del plain["bytes_states"]
         if self.tiers is None:  # nothing is said of what is not there

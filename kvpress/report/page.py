@@ -47,6 +47,13 @@ def remarks(report: Figures) -> list[str]:
             f"Blocks of prompt attention computed: {report.density:.1%}, by layer and head"
             f" {min(shares):.1%} – {max(shares):.1%}."
         )
+    if report.ranks:
+        held = " + ".join(size(x.held) for x in report.ranks)
+        sums = [sum(x) for x in zip(*((x.held, x.full) for x in report.ranks), strict=True)]
+        made.append(
+            f"This is one of {len(report.ranks)} processes, which hold {held} = {size(sums[0])} of"
+            f" {size(sums[1])} together."
+        )
     if report.bytes_peak:
         made.append(f"Peak so far: {size(report.bytes_peak)}.")
     if report.bytes_states:

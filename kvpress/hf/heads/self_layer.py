@@ -18,6 +18,7 @@ from kvpress.errors import PolicyError
 from kvpress.formulas.rotation import Rotation
 from kvpress.hf.calibration import identity
 from kvpress.hf.heads.base import check_columns, floats, shape_of
+from kvpress.hf.ranks import parts_of
 from kvpress.hf.rotation_probe import rotations
 
 NAME = "self"
@@ -91,13 +92,16 @@ def load(model: Any, layer: int = 0) -> SelfHead:
             " beforehand. Use a head of another kind."
         )
     heads, queries, hidden = shape_of(model)
+    width = getattr(attention, "head_dim", None) or hidden // queries
+    here = parts_of(model)
+    heads, queries = heads // here, queries // here
     made = SelfHead(
         embedding=model.get_input_embeddings(),
         norm=getattr(first, "input_layernorm", None),
         attention=attention,
         rotation=rotations(model)[layer],
         heads=heads,
-        width=getattr(attention, "head_dim", None) or hidden // queries,
+        width=width,
         group=queries // heads,
         fingerprint=f"{NAME}@{layer}:{identity(model)}",
     )

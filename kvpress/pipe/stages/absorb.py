@@ -13,6 +13,7 @@ from kvpress.formulas.merging import Merging
 from kvpress.formulas.ranking import gather, kept_index
 from kvpress.ops import Bounds, Columns, Pages, Turning
 from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.together import evicting, of_all
 from kvpress.policy.slots import Slots
 from kvpress.store.base import KEY, POSITION, VALUE
 from kvpress.types import EMPTY
@@ -36,7 +37,7 @@ def compact(
         columns = {name: gather(slots.fetch(name), index_BHK) for name in layer.rows.rewritten}
     rule = layer.recipe.merging
     evicted_BHS = (slots.position_BHS != EMPTY) & ~kept_BHS
-    if rule is not None and bool(evicted_BHS.any()):
+    if rule is not None and evicting(layer, bool(evicted_BHS.any())):
         with layer.timed("merge"):
             part = rule._replace(memory=1.0, gain=0.0) if continues_eviction else rule
             columns |= _absorb(layer, group, slots, columns, evicted_BHS, counts_BH, part)
@@ -78,11 +79,7 @@ def _absorb(
     )
     real_BHV = lost_BHV & (target_BHV >= 0)
     target_BHV = target_BHV.clamp_min(0)
-    threshold_b = layer.sequences.threshold_B[own]
-    threshold_b = merging.next_threshold(rule, threshold_b, similarity_BHV, real_BHV)
-    layer.sequences.threshold_B[own] = threshold_b
-    merged_BHV = merging.merged(rule, threshold_b, similarity_BHV, real_BHV)
-
+    merged_BHV = _merged(layer, own, similarity_BHV, real_BHV, rule)
     shares = merging.shares(rule, similarity_BHV, target_BHV, merged_BHV, key_BHKD.shape[2])
     value_BHKE = shares.add(columns[VALUE], gather(slots.fetch(VALUE), index_BHV))
     own_BHKD, extra_BHKX = key_BHKD.tensor_split((width,), dim=-1)
@@ -98,6 +95,18 @@ def _absorb(
         bias_BHK1 = merging.add_counts(*counts)[..., None]
         extra_BHKX = torch.cat([extra_BHKX[..., :-1], bias_BHK1], dim=-1)
     return {KEY: torch.cat([own_BHKD, extra_BHKX], dim=-1), VALUE: value_BHKE}
+
+
+def _merged(
+    layer: Layer, group: list[int], similarity_BHV: Tensor, real_BHV: Tensor, rule: Merging
+) -> Tensor:
+    """Which evicted slots are merged: the rows of all processes have one threshold a sequence."""
+    every = of_all(layer, similarity_BHV), of_all(layer, real_BHV)
+    threshold_b = layer.sequences.threshold_B[group]
+    threshold_b = merging.next_threshold(rule, threshold_b, *every)
+    layer.sequences.threshold_B[group] = threshold_b
+    merged_BHV = merging.merged(rule, threshold_b, *every)
+    return layer.kind.own(merged_BHV, 1)[..., : real_BHV.shape[2]]
 
 
 def _evicted(slots: Slots, evicted_BHS: Tensor, rule: Merging) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,7 @@ def _plan(
     if key not in plans:
         if len(plans) > 64:
             plans.clear()  # of prompts that are gone
-        sizes = [other.kind.heads for other in layers]
+        sizes = [other.kind.of_all for other in layers]
         asked_X = _asked(layer, layers, limits, quota, seen)
         # Equal while there is room for everything, or for no more than protected tokens.
         slots_X = torch.full_like(asked_X, quota.slots).long()
@@ -123,7 +123,9 @@ def _plan(
             whole_X = asked_X * (limits.even(seen) / quota.slots) if decoding else asked_X
             slots_X = fit(whole_X, limits, seen, geometry(layer), sizes)
         parts = (torch.split(x, sizes) for x in (slots_X, portions(slots_X)))
-        plans[key] = [(n.tolist(), x.tolist()) for n, x in zip(*parts, strict=True)]
+        for other, n, x in zip(layers, *parts, strict=True):
+            own = other.kind.own
+            plans.setdefault(key, []).append((own(n).tolist(), own(x).tolist()))
     slots, portion = plans[key][layers.index(layer)]
     return slots, portion
 
@@ -154,7 +156,7 @@ def _asked(
     layer: Layer, layers: Sequence[Layer], limits: Limits, quota: Quota, seen: int
 ) -> Tensor:
     """What the policy allocates to all rows: fp64 `[X]`. Raises PolicyError."""
-    policy, heads = layer.recipe.stage("allocate"), tuple(other.kind.heads for other in layers)
+    policy, heads = layer.recipe.stage("allocate"), tuple(other.kind.of_all for other in layers)
     room = Room(quota.slots, seen, limits.least, heads, layer.context.calibrated_for(policy))
     given = policy.allocate(room)
     lists = given.tolist() if isinstance(given, Tensor) else [list(x) for x in given]

@@ -14,6 +14,7 @@ from kvpress.formulas.sums import Observation, step_sums
 from kvpress.ops import Logits, Noise, Reduction
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import calibrated
+from kvpress.pipe.state.together import of_all
 from kvpress.policy.slots import Slots
 from kvpress.store.base import MASS, POSITION
 
@@ -28,6 +29,7 @@ def attend_and_sum(
     scaling: float,
     softcap: float,
     map_BNX: Tensor | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention output of a whole prompt and its `prompt_sums` over all queries, in one pass."""
     out_BNQE, sums_BNQ = ops.attend_sums(
@@ -36,7 +38,7 @@ def attend_and_sum(
         value_BHQE,
         position_BHQ,
         Logits(scaling, softcap),
-        Noise(observation.noise, observation.tau, observation.seed, layer),
+        Noise(observation.noise, observation.tau, observation.seed, layer, first),
         map_BNX,
     )
     return out_BNQE, sums_BNQ if observation.weight == 1.0 else sums_BNQ * observation.weight
@@ -53,12 +55,13 @@ def prompt_sums(
     map_BNX: Tensor | None = None,
     weight_BQ: Tensor | None = None,
     sink_N: Tensor | None = None,
+    first: int = 0,
 ) -> Tensor:
     """Attention of a prompt chunk summed over its queries, or its largest: fp32 `[B, N, S]`.
 
     The chunk's own tokens are the last Q slots, in order. With a map: over its blocks. weight_BQ:
     by which the weights of a query are multiplied before. sink_N: learned logits that take part in
-    every softmax.
+    every softmax. first: number of the first query head in the model.
     """
     if sink_N is not None:
         states = sinks.with_slot(query_BNQD, key_BHSD, position_BHS, sink_N, scaling)
@@ -70,7 +73,7 @@ def prompt_sums(
         position_BHS,
         Logits(scaling, softcap),
         Reduction(query_BNQD.shape[2] if window is None else window, largest, weight_BQ),
-        Noise(observation.noise, observation.tau, observation.seed, layer),
+        Noise(observation.noise, observation.tau, observation.seed, layer, first),
         map_BNX,
     )
     if sink_N is not None:
@@ -91,6 +94,8 @@ def stored(layer: Layer, group: list[int], seen_b: Tensor) -> Slots:
         key_width=layer.key_width,
         rotation=layer.rotation,
         calibrated=calibrated(layer),
+        gather=partial(of_all, layer),
+        first=layer.kind.first,
     )
 
 
@@ -112,7 +117,9 @@ def observe(
         position = F.pad(slots.position_BHS, (first, 0), value=sinks.POSITION)
         weights_bNS = weights_bN1S[:, :, 0, : position.shape[-1]]
         index, seen_B = layer.kind.index, slots.seen_B
-        sums_BHS = step_sums(weights_bNS, position, seen_B, index, request)[..., first:]
+        before = layer.kind.first * (weights_bNS.shape[1] // layer.kind.heads)
+        given = (weights_bNS, position, seen_B, index, request, before)
+        sums_BHS = step_sums(*given)[..., first:]
         slots = replace(slots, attention_BHS=sums_BHS)
     if layer.recipe.gathers:
         mass_BHS = layer.recipe.stage("accumulate").accumulate(slots).float()

@@ -123,9 +123,12 @@ def _foreseen(layer: Layer, rule: Retrieval, group: Sequence[int] | None) -> For
     outlook = layer.context.outlook
     if rule.head is None or outlook is None or outlook.share_BHS is None:
         return None, 0.0, None
+    share_BHS = outlook.share_BHS
+    if share_BHS.shape[1] != layer.kind.heads:  # a head from a file knows those of all processes
+        share_BHS = layer.kind.own(share_BHS, 1)
     if group is None:
-        return outlook.share_BHS.to(layer.rows.device), rule.sure, outlook.memo
-    return outlook.share_BHS[list(group)].to(layer.rows.device), rule.sure, None
+        return share_BHS.to(layer.rows.device), rule.sure, outlook.memo
+    return share_BHS[list(group)].to(layer.rows.device), rule.sure, None
 
 
 def _earlier(layer: Layer, group: Sequence[int] | None, query_bND: Tensor, turn: float) -> Tensor:

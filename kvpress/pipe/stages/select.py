@@ -79,7 +79,7 @@ def _check_numbers(layer: Layer, slots: Slots, group: Sequence[int], score_BHS: 
         given.append(slots.mass_BHS)  # of steps before; otherwise the policy makes it
     finite_B = torch.stack([x.isfinite().flatten(1).all(1) for x in given if x is not None]).all(0)
     for b, found_H, finite in zip(group, found_BH.tolist(), finite_B.tolist(), strict=True):
-        heads = [head for head, found in enumerate(found_H) if found]
+        heads = [layer.kind.first + head for head, found in enumerate(found_H) if found]
         where = f"layer {layer.kind.index}, KV heads {heads}"
         if heads and finite:
             raise PolicyError(

@@ -30,7 +30,7 @@ def choose(
     if why:
         layer.context.ledger.note(f"Attention was computed in full for {why}.")
         return None
-    tau_N = limits.tau_LN[layer.context.layers.index(layer)]
+    tau_N = layer.kind.own(limits.tau_LN[layer.context.layers.index(layer)])
     map_bNX = block_map(tokens.query_bNQD, key_bHSD, tokens.scaling, tau_N, limits.local)
     blocks = Blocks(tokens.query_bNQD.shape[2], key_bHSD.shape[2])
     count_blocks(layer, computed_blocks(map_bNX), blocks.causal)
@@ -49,7 +49,7 @@ def _why_in_full(
         return f"heads of more than {MOST_CODED} channels"
     if layer.kind.slopes is not None:
         return "layers with ALiBi"
-    if limits.tau_LN.shape[1] != tokens.query_bNQD.shape[1]:
+    if len(layer.kind.own(limits.tau_LN[0])) != tokens.query_bNQD.shape[1]:
         return "layers whose number of query heads is not the model's"
     if tokens.query_bNQD.shape[2] < limits.least:
         return f"prompts of fewer than {limits.least:,} new tokens"

@@ -14,6 +14,7 @@ from kvpress.errors import CacheError
 from kvpress.formulas.norms import Norms
 from kvpress.formulas.rotation import Rotation
 from kvpress.host import lasting
+from kvpress.parallel import ALONE, Ranks
 from kvpress.pipe.state.drafting import Recording
 from kvpress.pipe.state.growth import Growth
 from kvpress.pipe.state.heap import Heap
@@ -76,6 +77,7 @@ class Context:
     norms: dict[int, Norms] = field(default_factory=dict)  # of layers that a probe passes
     held: set[int] = field(default_factory=set)  # whose prompts wait for all layers, or for a look
     pending: dict[int, list[tuple[list[int], Tensor, Tensor]]] = field(default_factory=dict)
+    ranks: Ranks = ALONE  # the processes that hold the model together
     dirty: int | None = None  # the layer in which a pass is under way, or failed
 
     def begin(self, notes: Mapping[str, None]) -> None:
@@ -132,7 +134,7 @@ class Context:
             return {}
         others = (layer.kind for layer in self.layers)
         place = sum(x.window is None and x.index < kind.index for x in others)
-        return {name: x[place] for name, x in whole.items()}
+        return {name: _own(name, x[place], kind) for name, x in whole.items()}
 
     def one_more(self, seen_B: Tensor) -> Tensor:
         """`seen_B + 1`, one tensor for all layers, since they see the same tokens."""
@@ -167,6 +169,13 @@ class Context:
         if self.ledger.noted_at != columns:
             self.ledger.noted_at = columns
             self.note_peak(more)
+
+
+def _own(name: str, given: Tensor, kind: LayerKind) -> Tensor:
+    """What belongs to the heads here; the letters of the name say which dimension counts heads."""
+    letters = name.rpartition("_")[2].replace("L", "")
+    place = max(letters.find("H"), letters.find("N"))
+    return given if place < 0 else kind.own(given, place)
 
 
 @lasting

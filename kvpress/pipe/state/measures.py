@@ -10,6 +10,7 @@ from kvpress.formulas.page_layout import PageLayout
 from kvpress.ops import Bounds
 from kvpress.ops.operands import new
 from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.budget import Geometry
 from kvpress.policy.slots import Step
 from kvpress.store.base import KEY
@@ -19,6 +20,12 @@ def step(layer: Layer, sequence: int, new_tokens: int) -> Step:
     """Where a sequence is when a policy is asked what it needs."""
     decoded = layer.sequences.decoded.of(sequence)
     return Step(layer.kind.index, decoded, new_tokens, layer.context.horizon)
+
+
+def first_query(layer: Layer, tokens: Tokens) -> int:
+    """The number in the model of the first query head here."""
+    first = layer.kind.first
+    return first and first * (tokens.query_bNQD.shape[1] // layer.kind.heads)
 
 
 def bounds_of(layer: Layer) -> Bounds:
@@ -40,7 +47,7 @@ def geometry(layer: Layer) -> Geometry:
     """What a budget in bytes must know of a layer."""
     return Geometry(
         layers=layer.context.compressed,
-        heads=layer.kind.heads,
+        heads=layer.kind.of_all,
         page_slots=layer.rows.page_slots,
         page_bytes=layer.rows.paging.page_bytes(),
         row_bytes=layer.rows.memory.row_bytes(),
