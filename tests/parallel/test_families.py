@@ -62,12 +62,14 @@ CAPS = {"device": "400KiB", "host": "8MiB"}
 def tiered_in_parts(
     rank: int, world: int, path: Path, ids: torch.Tensor, disk: Path
 ) -> ranks.Outcome:
-    options = {**CAPS, "disk": f"8MiB:{disk}"}
+    own = disk / str(rank)
+    own.mkdir(parents=True)
+    options = {**CAPS, "disk": f"8MiB:{own}"}
     return ranks.outcome(ranks.divided(path, world), "full", ids, 4, **options)
 
 
 def test_pages_go_to_tiers(tmp_path: Path) -> None:
-    """Each process has its caps, and a folder that they share."""
+    """Each process has its caps, and a folder of its own."""
     ranks.distributed()
     model, ids, disk = saved("llama", tmp_path), helpers.prompt(1, 900), tmp_path / "disk"
     alone = ranks.outcome(model, "full", ids, 4)
