@@ -73,6 +73,26 @@ class BackendError(KVPressError, RuntimeError):
     """A backend that was asked for and cannot run."""
 
 
+class ServingError(KVPressError, RuntimeError):
+    """A request that was not served to its end."""
+
+
+class RefusedError(ServingError):
+    """A request that cannot be taken now. retry_after: seconds after which it may be."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class TooLargeError(ServingError, ValueError):
+    """A request that could never be served: more tokens or bytes than there may be."""
+
+
+class DeadlineError(ServingError, TimeoutError):
+    """A request that took longer than it was given."""
+
+
 class ImportClashError(KVPressError, ImportError):
     """Another distribution owns the import name ``kvpress`` in this environment."""
 
