@@ -1,4 +1,4 @@
-"""The command line: `kvpress run`, `plan`, `eval`, `report`, `bench`, `policies`, and others."""
+"""The command line: `kvpress run`, `serve`, `plan`, `eval`, `report`, `bench`, and others."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from kvpress.bench.view.commands import view
 from kvpress.errors import KVPressError
 from kvpress.ops import versions
 from kvpress.report.tables import Fitted, new_table
+from kvpress.serve.command import serve
 
 app = typer.Typer(
     help="A KV-cache compression engine for Hugging Face models that really frees the bytes.",
@@ -38,6 +39,7 @@ app.add_typer(bench, name="bench")
 app.add_typer(calibrate, name="calibrate")
 distill.add_to(app)
 run.add_to(app)
+serve.add_to(app)
 plan.add_to(app)
 evaluate.add_to(app, "eval")
 report.add_to(app)
