@@ -47,7 +47,7 @@ def process(drain: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def test_sigterm_lets_requests_end_refuses_others_and_cancels_what_takes_too_long() -> None:
-    with process(2.5) as (server, url), httpx.Client(timeout=30, trust_env=False) as client:
+    with process(4.0) as (server, url), httpx.Client(timeout=30, trust_env=False) as client:
         found: dict[int, str] = {}
 
         def stream(seed: int) -> None:
@@ -56,14 +56,17 @@ def test_sigterm_lets_requests_end_refuses_others_and_cancels_what_takes_too_lon
                 f"{url}/v1/chat/completions", json=body, timeout=30, trust_env=False
             ).text
 
-        sizes = [30 + number for number in range(10)] + [2000]  # the last takes 20 s
+        sizes = [100 + number for number in range(10)] + [2000]  # the last takes 20 s
         threads = [threading.Thread(target=stream, args=(size,)) for size in sizes]
         for thread in threads:
             thread.start()
-        while "requests_running{" not in (page := client.get(f"{url}/metrics").text) or (
-            f'requests_running{{policy="some:budget=0.5"}} {len(sizes)}.0' not in page
-        ):
-            time.sleep(0.02)
+
+        def taken() -> bool:  # by the batcher, whether they still run or not
+            page = client.get(f"{url}/metrics").text
+            counts = re.findall(r"requests_(?:running|total)\{[^}]*\} (\d+)", page)
+            return sum(map(int, counts)) == len(sizes)
+
+        eventually(taken, 60.0)
         began = time.monotonic()
         server.send_signal(signal.SIGTERM)
         while client.get(f"{url}/ready").status_code != 503:
@@ -74,7 +77,7 @@ def test_sigterm_lets_requests_end_refuses_others_and_cancels_what_takes_too_lon
         for thread in threads:
             thread.join()
         assert server.wait(20) == 0
-        assert 1.5 < time.monotonic() - began < 15
+        assert 3.0 < time.monotonic() - began < 20
     for size in sizes[:-1]:
         stream_ = events(found[size])
         text = "".join(one["choices"][0]["delta"].get("content", "") for one in stream_[:-1])
@@ -90,7 +93,7 @@ def test_a_second_signal_ends_it_at_once(tokenizer: Any) -> None:
         server.server.handle_exit(signal.SIGINT, None)
         assert not server.server.should_exit  # it would drain for 5 s
         server.server.handle_exit(signal.SIGINT, None)
-        eventually(lambda: not server.service.feeds, 2.0)
+        eventually(lambda: not server.service.feeds)
 
 
 @pytest.mark.parametrize(
