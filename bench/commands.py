@@ -9,12 +9,13 @@ from kvpress.bench.peers.commands import peers
 from kvpress.bench.peers.positions_command import positions
 from kvpress.bench.plan.commands import peaks as plan
 from kvpress.bench.retrieval.commands import retrieval
+from kvpress.bench.serving.commands import serving
 from kvpress.bench.sparse.commands import sparse
 from kvpress.bench.speed.commands import decode, memory, overhead, prefill, throughput
 from kvpress.bench.tiers.commands import tiers
 
 bench = typer.Typer(help="Measure the operators and the engine.", no_args_is_help=True)
 TIMED = (decode, prefill, throughput, memory, tiers, sparse, retrieval, heads, ops, overhead)
-for command in (*TIMED, peers, positions):
+for command in (*TIMED, serving, peers, positions):
     command.add_to(bench)
 plan.add_to(bench, "plan")

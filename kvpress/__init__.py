@@ -20,6 +20,7 @@ from kvpress.errors import (
     BudgetError,
     CacheError,
     CacheFileError,
+    DeadlineError,
     ImportClashError,
     InputError,
     KVPressError,
@@ -27,13 +28,18 @@ from kvpress.errors import (
     OperatorError,
     PlanError,
     PolicyError,
+    RefusedError,
+    ServingError,
     TierError,
     TierIntegrityError,
     TierTimeoutError,
+    TooLargeError,
     UnsupportedModelError,
 )
 
 if TYPE_CHECKING:
+    from kvpress.batching.batcher import Batcher
+    from kvpress.batching.request import Sampling
     from kvpress.engine import Engine, attach, detach, engine_of
     from kvpress.hf.roles import spans_of
     from kvpress.policy.base import Policy
@@ -43,9 +49,11 @@ if TYPE_CHECKING:
 __all__ = [
     "AttachError",
     "BackendError",
+    "Batcher",
     "BudgetError",
     "CacheError",
     "CacheFileError",
+    "DeadlineError",
     "Engine",
     "ImportClashError",
     "InputError",
@@ -55,9 +63,13 @@ __all__ = [
     "PlanError",
     "Policy",
     "PolicyError",
+    "RefusedError",
+    "Sampling",
+    "ServingError",
     "TierError",
     "TierIntegrityError",
     "TierTimeoutError",
+    "TooLargeError",
     "UnsupportedModelError",
     "__version__",
     "attach",
@@ -69,6 +81,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Batcher": "batching.batcher",
+    "Sampling": "batching.request",
     "attach": "engine",
     "detach": "engine",
     "engine_of": "engine",

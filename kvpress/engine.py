@@ -17,6 +17,7 @@ from kvpress.hf import cache_file, calibration, learned, planning, roles
 from kvpress.hf.attach import Attachment
 from kvpress.hf.cache import EngineCache
 from kvpress.hf.calls import Newest
+from kvpress.hf.feeding import Feeding, alone_because
 from kvpress.hf.fitting import check_fit
 from kvpress.hf.foresight import head_of
 from kvpress.hf.identity import Identity
@@ -146,21 +147,8 @@ class Engine:
         said = wording(recipe, model, tokenizer)
         head = head_of(recipe, model, shape)
         tiers = make_tiers(model, recipe, shape, caps, cache_dtype)
-        self.spec = CacheSpec(
-            shape,
-            recipe,
-            page_size,
-            lease,
-            cache_dtype,
-            turns,
-            sparse,
-            said,
-            known,
-            tiers,
-            head,
-            plan,
-            ranks,
-        )
+        known_of_it = (turns, sparse, said, known, tiers, head, plan, ranks)
+        self.spec = CacheSpec(shape, recipe, page_size, lease, cache_dtype, *known_of_it)
         compresses = recipe.limits is not None or recipe.formats or recipe.sparsity is not None
         self._attachment: Attachment | None = Attachment(model, self.spec, self, compresses)
         _ENGINES[model] = ref(self)
@@ -209,9 +197,29 @@ class Engine:
         self.newest.passed(cache)
         return cache
 
-    def make(self, max_new_tokens: int | None = None) -> EngineCache:
-        """An empty cache that `engine.cache` does not show."""
-        return EngineCache(self.spec, max_new_tokens)
+    def make(self, max_new_tokens: int | None = None, recipe: Recipe | None = None) -> EngineCache:
+        """An empty cache that `engine.cache` does not show.
+
+        recipe: that of the engine with another budget; None: its own.
+        """
+        spec = self.spec if recipe is None else replace(self.spec, recipe=recipe)
+        return EngineCache(spec, max_new_tokens)
+
+    def feeding(self) -> Feeding:
+        """Passes of single texts and of many at once, for who batches texts himself.
+
+        Raises AttachError where the engine is detached.
+        """
+        calls = self._attached().calls
+        return Feeding(self.model, calls, alone_because(self.model, self.make()))
+
+    def _attached(self) -> Attachment:
+        """How it is attached. Raises AttachError where it is not."""
+        if self._attachment is None:
+            raise AttachError(
+                "The engine is detached. Attach it again: kvpress.attach(model, policy)."
+            )
+        return self._attachment
 
     def load_cache(self, path: str | Path, lazy: bool = False) -> EngineCache:
         """The cache that `cache.save(path)` wrote, to go on exactly where it was.
@@ -256,10 +264,7 @@ class Engine:
         ids then are the whole text. protect: of a new cache, see `new_cache`. Raises CacheError
         where the ids are not what the cache has seen.
         """
-        if self._attachment is None:
-            raise AttachError(
-                "The engine is detached. Attach it again: kvpress.attach(model, policy)."
-            )
+        self._attached()
         cache = past_key_values if cache is None else cache
         if cache is not None and not isinstance(cache, EngineCache):
             raise CacheError(

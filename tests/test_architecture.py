@@ -267,7 +267,7 @@ BENCH = [
     {"calibrate"},
     {"sparse", "distill"},
     {"speed", "retrieval"},
-    {"peers", "gpu", "plan", "tiers"},
+    {"peers", "gpu", "plan", "serving", "tiers"},
     {"view", "pages"},
     {"commands", "docs"},
 ]

@@ -14,6 +14,7 @@ from kvpress.bench.docs import (
     reference,
     retrieval,
     retrieval_heads,
+    serving,
     speed,
     stages,
     tiers,
@@ -32,6 +33,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     **plan.PARTS,
     **retrieval.PARTS,
     **retrieval_heads.PARTS,
+    **serving.PARTS,
 }
 PICTURES = ROOT / "docs" / "pictures"
 

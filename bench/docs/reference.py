@@ -14,7 +14,7 @@ from kvpress.policy import catalogue
 
 _CITED = re.compile(r" \((?:[^()]*(?:arXiv|\d{4})[^()]*)\)(?=\.)")
 # The packages of the engine, as data flows through them.
-_ROOMS = ("hf", "pipe", "policy", "store", "formulas", "ops", "report")
+_ROOMS = ("serve", "batching", "hf", "pipe", "policy", "store", "formulas", "ops", "report")
 _BACKENDS = {
     "reference.py": "PyTorch",
     "bind.h": "C++",

@@ -74,11 +74,12 @@ def _report(path: Path) -> Any:
     from kvpress.bench.common.journal import record_of
     from kvpress.bench.distill import report as heads
     from kvpress.bench.retrieval import report as retrieval
+    from kvpress.bench.serving import report as serving
     from kvpress.bench.sparse import report as sparse
     from kvpress.bench.tiers import report as tiers
 
     record = record_of(path) or {}
-    for made in (sparse, tiers, retrieval, heads):
+    for made in (sparse, tiers, retrieval, heads, serving):
         if record.get("bench") == made.KIND:
             return made.report(record)
     if _is_of_benchmarks(path):

@@ -1,1 +1,1 @@
-"""Many requests on one model: they join and leave the running ones at any step."""
+"""Many requests on one model: they come and go at any step."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from kvpress.batching.request import Completion, Drawn, Request, Usage
+from kvpress.policy.recipe import Recipe
 
 
 class Event(NamedTuple):
@@ -27,10 +29,22 @@ class Handle:
     """One request that was submitted. Any thread may use it.
 
     request: what was asked for. usage: as far as it is known; final once the request is over.
+    recipe: that of the engine, with the budget of the request. needed: bytes that it may come to
+    hold. family: what prompts must have in common to share a prefix.
     """
 
-    def __init__(self, number: int, request: Request, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        number: int,
+        request: Request,
+        wake: Callable[[], None],
+        recipe: Recipe | None = None,
+        needed: int = 0,
+        family: str = "",
+    ) -> None:
         self.number, self.request, self.usage = number, request, Usage(len(request.ids))
+        self.recipe, self.needed, self.family = recipe, needed, family
+        self.submitted_at = time.monotonic()
         self.is_cancelled = False
         self.is_paused = False
         self._wake, self._changed = wake, threading.Condition()
@@ -43,15 +57,16 @@ class Handle:
     def __iter__(self) -> Iterator[int]:
         """The tokens, as they are drawn. Raises the error that ended the request."""
         place = 0
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: len(self._drawn) > place or self._end is not None)
-                if len(self._drawn) <= place:
-                    break
-                token = self._drawn[place].token
+        while (token := self._token(place)) is not None:
             place += 1
             yield token
         self._completion()
+
+    def _token(self, place: int) -> int | None:
+        """The token at a place, when it is there; None: there is none."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._drawn) > place or self._end is not None)
+            return self._drawn[place].token if len(self._drawn) > place else None
 
     def result(self, timeout: float | None = None) -> Completion:
         """The whole completion. Raises the error that ended it, TimeoutError where it takes longer.
@@ -108,6 +123,16 @@ class Handle:
         """Draws no more tokens until it goes on; a reader that is slow holds up nobody else."""
         self.is_paused = paused
         self._wake()
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was submitted."""
+        return time.monotonic() - self.submitted_at
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it takes longer than it may."""
+        return self.request.timeout is not None and self.age > self.request.timeout
 
     @property
     def done(self) -> bool:

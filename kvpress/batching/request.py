@@ -5,43 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvpress.errors import InputError
+from kvpress.hf.sampling import Drawn, Sampling
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. None: as the generation config of the model says.
-
-    temperature: 0 takes the likeliest token. seed: the same tokens whoever else is served; None: of
-    the system. logprobs: so many of the likeliest tokens are told with each one drawn, 0 the drawn
-    one alone; None: none. min_new_tokens: before that many the text does not end.
-    """
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_new_tokens: int | None = None
-    seed: int | None = None
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        """Raises InputError for a value out of range."""
-        ranges = {
-            "temperature": (0.0, 100.0),
-            "top_p": (0.0, 1.0),
-            "top_k": (0, 2**31),
-            "min_p": (0.0, 1.0),
-            "repetition_penalty": (1e-3, 1e3),
-            "min_new_tokens": (0, 2**31),
-            "seed": (0, 2**63 - 1),
-            "logprobs": (0, 20),
-        }
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise InputError(f"{name}={value} is not allowed. Allowed: {low} to {high}.")
+__all__ = ["Completion", "Drawn", "Request", "Sampling", "Usage"]
 
 
 @dataclass(frozen=True)
@@ -65,26 +31,15 @@ class Request:
     timeout: float | None = None
 
 
-class Drawn(NamedTuple):
-    """A token that was drawn.
-
-    logprob: of it, before sampling options; None where they were not asked for. top: the likeliest
-    tokens and theirs.
-    """
-
-    token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
 @dataclass
 class Usage:
     """What a request took so far. Seconds count from its submission; None: not yet.
 
     cached_tokens: of the prompt, that were not read anew because a prefix was known. slots_kept: of
-    all KV heads and layers. slots_full: what would be kept without a policy. bytes_held: of keys,
-    values and what belongs to them; bytes_peak: the most at any time. first_token_seconds: when the
-    first token was drawn. seconds: when it was over. preempted: how often its rows were put aside.
+    all KV heads and layers. slots_full: if none were evicted. bytes_held: of keys and values, and
+    what belongs to them; bytes_full: of transformers' own cache; bytes_peak: the most at any time.
+    first_token_seconds: when the first token was drawn. seconds: when it was over. preempted: how
+    often its rows were put aside.
     """
 
     prompt_tokens: int = 0
@@ -93,6 +48,7 @@ class Usage:
     slots_kept: int = 0
     slots_full: int = 0
     bytes_held: int = 0
+    bytes_full: int = 0
     bytes_peak: int = 0
     queue_seconds: float | None = None
     first_token_seconds: float | None = None

@@ -22,6 +22,7 @@ from kvpress.hf.attention import attention
 from kvpress.hf.cache import EngineCache
 from kvpress.hf.calls import Calls, Newest
 from kvpress.hf.compat import uncompiled
+from kvpress.hf.foresight import look
 from kvpress.hf.generation import CACHE_NAMES, Way, cache_name, wrapped
 from kvpress.hf.guard import Guard
 from kvpress.hf.guessing import Guessing, guessed
@@ -39,9 +40,9 @@ from kvpress.hf.masks import (
 )
 from kvpress.hf.spec import CacheSpec
 from kvpress.hf.support import INLINE, NAME, refuse_options
+from kvpress.hf.together import Together
 from kvpress.hf.unwrap import set_implementation, text_model
-from kvpress.pipe.stages import retrieve
-from kvpress.pipe.state.ids import ids_of, said_by, text_of
+from kvpress.pipe.state.ids import said_by, text_of
 
 
 class CacheMaker(Protocol):
@@ -70,7 +71,7 @@ class Attachment:
         self._before = (model.config._attn_implementation, self._text.config._attn_implementation)
         self._passing: EngineCache | None = None  # of a pass without a cache
         self._guessing: Guessing | None = None
-        self._calls = Calls()
+        self.calls = Calls()
         self._guard = None if spec.plan is None else Guard(spec.plan)
         self._set_implementation(model, self._name, self._name)
         if model.config._attn_implementation != self._name:
@@ -87,16 +88,15 @@ class Attachment:
         self._generate = vars(model).get("generate")  # somebody else's
         if hasattr(model, "generate"):
             way = Way(
-                self._cache_for, self._calls, maker.newest, compresses, self._guard, spec.ranks
+                self._cache_for, self.calls, maker.newest, compresses, self._guard, spec.ranks
             )
             vars(model)["generate"] = wrapped(model, way)
         self._guessing = self._begin_guessing()
 
     def _begin_guessing(self) -> Guessing | None:
         """Guesses queries where a policy asks for it. Raises UnsupportedModelError."""
-        name = self._cache_names[id(self._modules[0])]
         try:
-            layers = guessed(self._spec)
+            layers, name = guessed(self._spec), self._cache_names[id(self._modules[0])]
             return Guessing(self._model, layers, self._maker.make(), name) if layers else None
         except BaseException:
             self.remove()
@@ -144,6 +144,9 @@ class Attachment:
         self._check(given)
         passed = [given.pop(name) for name in CACHE_NAMES if name in given]
         cache = next((cache for cache in passed if cache is not None), None)
+        if isinstance(cache, Together):
+            cache.begin(self._spec.lease, given if module is self._modules[0] else None)
+            return (), {**given, self._cache_names[id(module)]: cache}
         use_cache = given.get("use_cache")
         config = self._model.config.get_text_config(decoder=True)
         if cache is None and not (config.use_cache if use_cache is None else use_cache):
@@ -156,7 +159,7 @@ class Attachment:
             self._guard.check(cache, given)
         if module is self._model:
             begin(cache)
-            call = self._calls.of(cache)
+            call = self.calls.of(cache)
             cache.context.recording.announce(None if call is None else call.begin(given))
         else:  # perhaps a part of the same pass
             cache.check_whole()
@@ -171,9 +174,7 @@ class Attachment:
         if module is self._model:
             cache.outer = text_of(given)
         if module is self._modules[0]:
-            said = said_by(cache.outer, given)
-            _look(cache, said)
-            cache.beside.begin(idle_rows(cache, said) if cache.beside else None)
+            _begin_layers(cache, said_by(cache.outer, given))
         return (), given
 
     def _check(self, given: dict[str, Any]) -> None:
@@ -225,7 +226,7 @@ class Attachment:
         cache = self._maker.make()
         if place is not None:
             cache = become(cache, place)
-        if not self._calls.any:  # passes inside a generate(), guidance for one, replace nothing
+        if not self.calls.any:  # passes inside a generate(), guidance for one, replace nothing
             self._maker.newest.passed(cache)
         return cache
 
@@ -234,6 +235,8 @@ class Attachment:
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         cache = kwargs.get(self._cache_names[id(module)])
+        if isinstance(cache, Together) and module is self._modules[0]:
+            cache.end(kwargs)
         if not isinstance(cache, EngineCache):
             return None
         if cache.latest is not None:
@@ -242,7 +245,7 @@ class Attachment:
             UPDATED.forget()
             cache.beside.end()
         cache.ids.note(cache.columns_seen, said_by(cache.outer, kwargs))
-        call = self._calls.of(cache) if cache.context.held else None
+        call = self.calls.of(cache) if cache.context.held else None
         if second_look.waits(cache, None if call is None else call.columns):
             inner = self._modules[0]
             second_look.look_again(inner, cache, self._cache_names[id(inner)])
@@ -254,14 +257,9 @@ class Attachment:
         return _without(cache, output) if cache is self._passing else None
 
 
-def _look(cache: EngineCache, given: dict[str, Any]) -> None:
-    """Lets a retrieval head look at the tokens of a pass before its first layer does."""
-    outlook = cache.context.outlook
-    new_BQ = None if outlook is None else ids_of(given)
-    if outlook is None or new_BQ is None:
-        return
-    outlook.look(cache.ids, new_BQ, cache.columns_seen)
-    retrieve.foresee(cache.states)
+def _begin_layers(cache: EngineCache, said: dict[str, Any]) -> None:
+    look(cache, said)
+    cache.beside.begin(idle_rows(cache, said) if cache.beside else None)
 
 
 def _takes_positions(module: Any) -> bool:

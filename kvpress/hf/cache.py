@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from kvpress.errors import CacheError
-from kvpress.hf import cache_file, cache_report
+from kvpress.hf import cache_report, keeping
 from kvpress.hf.cache_layer import EngineLayer
 from kvpress.hf.compat import uncompiled
 from kvpress.hf.refused import refuse_pickling, refuse_tensors
@@ -24,6 +24,7 @@ from kvpress.pipe.drafts import commit
 from kvpress.pipe.state.crop import check_crop, is_croppable
 from kvpress.pipe.state.ids import SeenIds
 from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.snapshot import Restored
 from kvpress.report import Report
 
 
@@ -55,6 +56,12 @@ class EngineCache(Cache):
     def columns_seen(self) -> int:
         """The logical length: columns of the batch, padding included."""
         return self._engine_layers[0].state.columns_seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: keys, values, states, and the ids that were seen."""
+        held = sum(state.bytes_held for state in self.states)
+        return held + self.beside.nbytes + self.ids.nbytes
 
     def expect(self, new_tokens: int) -> None:
         """Says how many tokens the caller will decode: the horizon of policies with a schedule."""
@@ -183,27 +190,13 @@ class EngineCache(Cache):
 
     __reduce_ex__ = refuse_pickling
 
-    def save(self, path: str | Path) -> None:
-        """Writes the cache to a safetensors file, whole or not at all.
+    save = keeping.save
+    load = keeping.load
+    contents = keeping.contents
+    restore = keeping.restore
 
-        `engine.load_cache` reads it; pages of tiers go to a second file, `path.ID.pages`. It names
-        the model as it is: save before weights change. Tokens that could still be taken back become
-        final. Raises CacheError if a forward pass was interrupted, the engine is gone or weights
-        show no bytes, CacheFileError if a file cannot be written, TierError if one cannot be read.
-        """
-        self.check_whole()
-        self.beside.settle()
-        settings = cache_file.settings(self.context, self.horizon, self.ids.ended)
-        facts = {**self.spec.facts(), "settings": settings}
-        held = (self.states, self.ids, self.beside.tensors())
-        cache_file.save(path, *held, facts, self.spec.tiers, self.spec.ranks)
-
-    def load(self, path: str | Path, devices: cache_file.Devices, lazy: bool = False) -> None:
-        """Becomes what another cache was when it was saved; see `engine.load_cache`.
-
-        devices: where layers are. Raises CacheFileError, TierError; nothing changes then.
-        """
-        found = cache_file.load(path, self.spec, self.context, devices, lazy)
+    def take_over(self, found: Restored, devices: keeping.Devices, path: str | Path) -> None:
+        """Holds what a file, or what was put aside, has given. devices: where layers are."""
         beside = self.beside.restored(found.beside, found.layers[0], devices, path)
         self.context, self.ids, self.horizon = found.context, found.ids, found.horizon
         self.spec = replace(

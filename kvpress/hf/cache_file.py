@@ -51,10 +51,7 @@ def save(
     tokens become final first.
     """
     path = part_of(path, ranks)
-    for layer in layers:
-        commit(layer)
-    numbers = [layer_numbers(layer) for layer in layers]
-    known = {**_VERSIONS, **facts, "layers": numbers}
+    known = {**_VERSIONS, **facts, **_described(layers)}
     if tiers is None:
         sealed.write(path, _tensors(layers, ids, beside), known)
         tidy(sealed.real_path(path))  # those of a session that was there before
@@ -70,6 +67,24 @@ def save(
             f"{path} cannot be written: {error}. Nothing was changed. Free some space, or give the"
             " path of a file in a folder that exists and may be written to."
         ) from error
+
+
+def contents(
+    layers: Sequence[Layer],
+    ids: SeenIds,
+    beside: Mapping[str, torch.Tensor],
+    settings: Mapping[str, Any],
+) -> sealed.Contents:
+    """What a file would hold, in tensors of their own on the host; not of caches with tiers."""
+    known = {"settings": settings, **_described(layers)}
+    return sealed.Contents(known, _tensors(layers, ids, beside))
+
+
+def _described(layers: Sequence[Layer]) -> dict[str, Any]:
+    """The numbers of layers. Drafted tokens become final first."""
+    for layer in layers:
+        commit(layer)
+    return {"layers": [layer_numbers(layer) for layer in layers]}
 
 
 def _tensors(

@@ -23,7 +23,7 @@ from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.types import LayerKind
 
-_TAG = "kvpress_layer"  # the attribute by which a returned key tensor names its cache layer
+TAG = "kvpress_layer"  # the attribute by which a returned key tensor names its cache layer
 
 
 class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -62,27 +62,28 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             return self._update_inline(key_states, value_states)
         if self.state.kind.latent:
             return self._update_latent(key_states, value_states)
-        self._check(key_states, value_states)
-        self.is_initialized = True
-        self.waiting = value_states
-        setattr(key_states, _TAG, self)
+        self.take(key_states, value_states)
+        setattr(key_states, TAG, self)
         return key_states, value_states
+
+    def take(self, key: Tensor, value: Tensor) -> None:
+        """Notes the keys and values for which `attend` comes next. Raises CacheError."""
+        self._check(key, value)
+        self.is_initialized = True
+        self.waiting = value
 
     def _update_latent(self, latent: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
         """Takes latents, and what turns: the model expands them before attention."""
         key = joined(latent, turned)
-        self._check(key, latent)
-        self.is_initialized = True
-        self.waiting, self.latents = latent, key
+        self.take(key, latent)
+        self.latents = key
         UPDATED.took(self)
         return latent, turned
 
     def _update_inline(self, key: Tensor, value: Tensor) -> tuple[Keys, Tensor]:
         copies = max(1, key.shape[1] // self.state.kind.heads)  # of a KV head, one per query head
         own_key, own_value = key[:, ::copies], value[:, ::copies]
-        self._check(own_key, own_value)
-        self.is_initialized = True
-        self.waiting = own_value
+        self.take(own_key, own_value)
 
         def attends(query: Tensor, valid_BQ: Tensor | None, scaling: float) -> Tensor:
             return self.attend(query, own_key, own_value, valid_BQ, scaling, 0.0)
@@ -229,7 +230,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 def tagged_layer(key: Tensor) -> EngineLayer | None:
     """The cache layer that returned this key tensor, if it is one of ours."""
-    return getattr(key, _TAG, None)
+    return getattr(key, TAG, None)
 
 
 def _seen_before(state: Layer, batch: int) -> Tensor:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from kvpress.errors import PolicyError
+from kvpress.hf.cache import EngineCache
 from kvpress.hf.heads.loading import load_head
 from kvpress.hf.support import Fingerprint
+from kvpress.pipe.stages import retrieve
+from kvpress.pipe.state.ids import ids_of
 from kvpress.policy.heads import RetrievalHead
 from kvpress.policy.recipe import Recipe
 
@@ -32,3 +36,13 @@ def head_of(recipe: Recipe, model: Any, shape: Fingerprint) -> RetrievalHead | N
                 f" has {kind.of_all}. Use a head that was made for this model."
             )
     return head
+
+
+def look(cache: EngineCache, given: Mapping[str, Any]) -> None:
+    """Lets a retrieval head, if there is one, look at the tokens of a pass before its layers do."""
+    outlook = cache.context.outlook
+    new_BQ = None if outlook is None else ids_of(given)
+    if outlook is None or new_BQ is None:
+        return
+    outlook.look(cache.ids, new_BQ, cache.columns_seen)
+    retrieve.foresee(cache.states)

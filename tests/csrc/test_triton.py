@@ -327,13 +327,14 @@ def dense_sums(
     query: torch.Tensor, key: torch.Tensor, position: torch.Tensor, *numbers: Any
 ) -> torch.Tensor:
     """`attention_sums` in float64 with the engine's uniform numbers, by the Q×S matrix."""
-    (scaling, softcap), (window, largest, weight), (noise, tau, seed, layer) = numbers
+    (scaling, softcap), (window, largest, weight), (noise, tau, seed, layer, first) = numbers
     (_, query_heads, new, _), (_, heads, slots, _) = query.shape, key.shape
     group = query_heads // heads
     x = query.unflatten(1, (heads, group)).double() @ key.double()[:, :, None].mT * scaling
     x = torch.tanh(x / softcap) * softcap if softcap else x
     if noise != "none":
-        head = torch.arange(query_heads, device=DEVICE).view(1, heads, group, 1, 1)
+        head = torch.arange(first, first + query_heads, device=DEVICE)
+        head = head.view(1, heads, group, 1, 1)
         own = position[:, :, None, slots - new :, None]
         own = torch.full_like(own, engine_noise.NO_QUERY) if noise == "frozen" else own
         u = engine_noise.uniform(seed, layer, head, own, position[:, :, None, None])
@@ -486,7 +487,7 @@ def test_noise_is_that_of_the_engine_bit_for_bit(run: Run, seed: int) -> None:
     common = importlib.import_module("kvpress.csrc.triton_common")
     head, query, keys = 7, -1, 1 << 14
     out = torch.empty(keys, device=DEVICE)
-    args = (out, common.noise_stream(seed, 11), head, query, common.noise_row)
+    args = (out, common.noise_stream(seed, 11, 0), head, query, common.noise_row)
     triton.jit(draw_kernel)[(1,)](*args, common.uniform, BLOCK=keys, **common.FUSED)
     places = (torch.tensor(head), torch.tensor(query), torch.arange(keys))
     places = tuple(place.to(DEVICE) for place in places)
