@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 
 from kvpress.batching.handle import Handle
 from kvpress.batching.stepper import Stepper
@@ -98,3 +99,4 @@ class Loop:
                 self.lock.notify_all()  # who waits for the last request to end
                 self.lock.wait(_LOOKS if self.is_busy else None)
             self._news = False
+        self._stepper.counts.last_step_at = time.monotonic()  # who rested is not stuck

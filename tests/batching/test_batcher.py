@@ -195,6 +195,15 @@ def test_requests_that_could_never_fit_are_refused_at_once() -> None:
         assert own.submit(IDS[:4], max_new_tokens=2).result(20).tokens
 
 
+def test_who_rested_long_is_not_taken_for_stuck() -> None:
+    with Batcher(schedules.model(), "full") as own:
+        own.submit(IDS, max_new_tokens=2).result(20)
+        assert own.drain(20)
+        own._stepper.counts.last_step_at -= 1000
+        own._loop.wake()
+        assert wait_for(lambda: time.monotonic() - own._stepper.counts.last_step_at < 100)
+
+
 def test_draining_ends_what_runs_and_takes_nobody() -> None:
     with Batcher(schedules.model(), "full") as own:
         handle = own.submit(IDS, max_new_tokens=20)
