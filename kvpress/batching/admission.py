@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -11,6 +12,9 @@ from kvpress.batching.parking import Parking
 from kvpress.batching.prefixes import Prefixes
 from kvpress.batching.reserving import Reserving
 from kvpress.batching.text import Text
+from kvpress.errors import CacheError
+
+_LOG = logging.getLogger("kvpress")
 
 
 class Admission:
@@ -82,7 +86,11 @@ class Admission:
         return self.reserving.fits(needed)
 
     def _put_aside(self, text: Text, running: list[Text]) -> None:
-        text.park(self.parking)
+        try:
+            text.park(self.parking)
+        except (CacheError, OSError) as error:  # a disk that is full: it goes on, others wait
+            _LOG.warning("A request could not be put aside: %s", error)
+            return
         running.remove(text)
         self.reserving.give_back(text.reserved)
         self.aside.append(text)

@@ -25,7 +25,7 @@ def moment(stepper: Stepper, loop: Loop) -> Stats:
         prompt_tokens=counts.prompt_tokens,
         cached_tokens=counts.cached_tokens,
         generated_tokens=counts.generated_tokens,
-        bytes_held=sum(text.cache.nbytes for text in running) + stepper.prefixes.nbytes,
+        bytes_held=counts.bytes_held,
         bytes_promised=reserving.promised,
         bytes_capacity=reserving.cap,
         bytes_full=sum(reserving.full(len(text.ids)) for text in running),

@@ -1,4 +1,4 @@
-"""Prefixes that several prompts begin with: read once, and shared page by page from then on."""
+"""Prefixes that several prompts begin with: read once, and copied from then on."""
 
 from __future__ import annotations
 
@@ -21,11 +21,21 @@ class Known(NamedTuple):
     nbytes: int
 
 
+def apart(cache: EngineCache) -> EngineCache:
+    """A copy of a cache; both then have pages of their own."""
+    copied = cache.fork()
+    cache.unshare()
+    copied.unshare()
+    return copied
+
+
 class Prefixes:
     """Caches behind first chunks of prompts that came more than once, the least used go first.
 
     What a cache holds behind k chunks depends on their tokens alone: prompts that begin alike go on
-    from a fork. They take room of the cap only where no request wants it.
+    from a copy. Each has pages of its own: a pool that several grow is nobody's to give back, so
+    that what a request may come to hold could not be foreseen. They take room of the cap only where
+    no request wants it.
 
     most: bytes of all of them. nbytes: that they hold.
     """
@@ -51,7 +61,7 @@ class Prefixes:
         return self._known[found]
 
     def note(self, start: str, ids: Sequence[int], fed: int, cache: EngineCache) -> None:
-        """To be called behind each chunk of a prompt: keeps a fork if the prefix came before."""
+        """To be called behind each chunk of a prompt: keeps a copy if the prefix came before."""
         if not self._most or fed % self._chunk or fed >= len(ids):
             return
         key = self._keys(start, ids)[fed // self._chunk - 1]
@@ -62,12 +72,15 @@ class Prefixes:
             if len(self._met) > _REMEMBERED:
                 self._met.popitem(last=False)
             return
-        nbytes = cache.nbytes
-        while self._known and self.nbytes + nbytes > self._most:
+        expected = cache.nbytes
+        while self._known and self.nbytes + expected > self._most:
             self.drop()
-        if self.nbytes + nbytes <= self._most and self._reserving.fits(nbytes):
+        if self.nbytes + expected > self._most or not self._reserving.fits(expected):
+            return
+        copied = apart(cache)
+        if self._reserving.fits(nbytes := copied.nbytes):
             self._reserving.promise(nbytes)
-            self._known[key] = Known(cache.fork(), fed, nbytes)
+            self._known[key] = Known(copied, fed, nbytes)
             self.nbytes += nbytes
 
     def drop(self) -> bool:

@@ -60,6 +60,7 @@ class Counts:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    bytes_held: int = 0
     steps: int = 0
     step_seconds: float = 0.0
     last_step_at: float = field(default_factory=time.monotonic)

@@ -14,12 +14,16 @@ from torch import Tensor
 
 from kvpress.batching.admission import Admission
 from kvpress.batching.handle import Event, Handle
-from kvpress.batching.leaving import end_waiting, late, leaves
+from kvpress.batching.leaving import end_waiting, leaves
+from kvpress.batching.prefixes import apart
+from kvpress.batching.served import Served
 from kvpress.batching.stats import Counts
 from kvpress.batching.text import Text
 from kvpress.engine import Engine
 from kvpress.errors import ServingError
 from kvpress.hf.drawing import Drawer
+
+_BYTES_EVERY = 0.1  # seconds
 
 
 class Pace(NamedTuple):
@@ -52,9 +56,10 @@ class Stepper:
         self.engine, self.pace, self.admission, self.counts = engine, pace, admission, Counts()
         self.order, self.prefixes = admission.order, admission.prefixes
         self.reserving, self.parking = admission.reserving, admission.parking
-        self.running: list[Text] = []
         self._decode, self._feeding = decode, engine.feeding()
-        self._config = engine.model.generation_config
+        self._served = Served(admission, self.counts, self._feeding)
+        self.running = self._served.running
+        self._config, self._noted = engine.model.generation_config, 0.0
 
     def step(self) -> bool:
         """Does what there is to do. False: nothing is, until a request comes or goes on."""
@@ -64,14 +69,23 @@ class Stepper:
         tokens = self._read() + self._advance()
         if tokens:
             self.counts.step(time.perf_counter() - begun, tokens)
+        self._note_bytes()
         return tokens > 0
+
+    def _note_bytes(self) -> None:
+        """Counts what is held, for who asks from other threads: pools change while this one runs.
+
+        It costs each text as much as a layer of a step: no more often than needed.
+        """
+        if not self.running or time.perf_counter() - self._noted > _BYTES_EVERY:
+            self.counts.bytes_held, self._noted = self.nbytes, time.perf_counter()
 
     @property
     def nbytes(self) -> int:
         """Bytes that all caches hold now, those of prefixes as well."""
         return sum(text.cache.nbytes for text in self.running) + self.prefixes.nbytes
 
-    # Who comes
+    # Who comes, who goes
 
     def _admit(self) -> None:
         while len(self.running) < self.pace.most_running:
@@ -81,7 +95,7 @@ class Stepper:
             if coming is None:
                 return
             if isinstance(coming, Text):
-                self._resume(coming)
+                self._served.resume(coming)
             else:
                 self._start(coming)
 
@@ -90,82 +104,35 @@ class Stepper:
             self.counts.preempted += more
             self._feeding.forget()
 
-    def _resume(self, text: Text) -> None:
-        """Takes a request back that was put aside."""
-        self._bring_back(text)
-        try:
-            text.resume(self.parking)
-        except Exception as error:
-            self._fail(text, error)
-
-    def _bring_back(self, text: Text) -> None:
-        """Counts a request that was put aside among those that are served again."""
-        if text in self.admission.aside:
-            self.admission.aside.remove(text)
-        self.reserving.promise(text.reserved)
-        self.running.append(text)
-
     def _start(self, handle: Handle) -> None:
-        """Gives a new request a cache: a fork of what its first chunks left, or an empty one."""
+        """Gives a new request a cache: a copy of what its first chunks left, or an empty one."""
         self.order.take(handle)
         request = handle.request
         try:
             own = (request.sampling, self._config, len(request.ids), request.ends)
             make = partial(self.engine.make, request.max_new_tokens, handle.recipe)
             text = Text(handle, make, Drawer(*own, self._feeding.device), self._decode)
+            known = self.prefixes.longest(handle.family, request.ids)
+            if known is not None:
+                text.begin(apart(known.cache), known.tokens)
         except Exception as error:
             self.counts.failed += 1
             handle.deliver(Event(error=error))
             return
-        known = self.prefixes.longest(handle.family, request.ids)
-        if known is not None:
-            text.begin(known.cache.fork(), known.tokens)
-            self.counts.cached_tokens += known.tokens
-        self.reserving.promise(handle.needed)
-        self.running.append(text)
+        self.counts.cached_tokens += text.fed
+        self._served.add(text)
         self.counts.tell("queue_seconds", text.usage.queue_seconds or 0.0)
-
-    # Who goes
 
     def _drop_ended(self) -> None:
         """Ends what was cancelled, or took longer than it may."""
         for handle in [x for x in self.order if leaves(x)]:
             self.order.drop(handle)
             end_waiting(handle, self.counts)
-        for text in [x for x in self.admission.aside if leaves(x.handle)]:
-            self._bring_back(text)
-            text.forget(self.parking)
-        for text in [x for x in self.running if leaves(x.handle)]:
-            if text.handle.is_cancelled:
-                self._end(text, "cancelled")
-            else:
-                self._fail(text, late(text.handle))
-
-    def _end(self, text: Text, reason: str) -> None:
-        self._leave(text)
-        if reason == "cancelled":
-            self.counts.cancelled += 1
-        else:
-            self.counts.finished += 1
-        text.end(reason)
-
-    def _fail(self, text: Text, error: Exception) -> None:
-        self._leave(text)
-        self.counts.failed += 1
-        text.fail(error)
-
-    def _leave(self, text: Text) -> None:
-        self.running.remove(text)
-        self._feeding.forget()  # what is held is free at once, not with the next step
-        self.reserving.give_back(text.reserved)
+        self._served.drop_ended()
 
     def fail_all(self, error: Exception) -> None:
         """Ends everything that is served or waits."""
-        for text in list(self.admission.aside):
-            self._bring_back(text)
-            text.forget(self.parking)
-        for text in list(self.running):
-            self._fail(text, error)
+        self._served.fail_all(error)
         for handle in list(self.order):
             self.order.drop(handle)
             end_waiting(handle, self.counts, error)
@@ -185,13 +152,12 @@ class Stepper:
         try:
             logits_V = self._feeding.read(text.cache, ids, len(text.request.ids))
         except Exception as error:
-            self._fail(text, error)
+            self._served.fail(text, error)
             return len(ids)
         text.fed += len(ids)
         self.counts.prompt_tokens += len(ids)
         if text.is_read:
-            self._draw(text, logits_V, None)
-            self.counts.tell("first_token_seconds", text.usage.first_token_seconds or 0.0)
+            self._draw([text], logits_V[None], {})
         elif not text.cache.context.held:
             self.prefixes.note(text.handle.family, text.request.ids, text.fed, text.cache)
         return len(ids)
@@ -207,31 +173,42 @@ class Stepper:
         except Exception as error:
             lost = ServingError(f"A decode step of {len(texts)} requests failed: {error}")
             lost.__cause__ = error
+            self.counts.tell("step_errors", 1)
             for text in texts:
-                self._fail(text, lost)
+                self._served.fail(text, lost)
             return len(texts)
-        likeliest = logits_BV.max(dim=-1)
-        plain, wrong = likeliest.indices.tolist(), likeliest.values.isnan().tolist()
-        for number, text in enumerate(texts):
+        for text in texts:
             text.fed += 1
-            if number in failed:
-                self._fail(text, failed[number])
-            elif wrong[number]:
-                self._fail(text, ServingError("The model gave logits that are no numbers (NaN)."))
-            else:
-                self._draw(text, logits_BV[number], plain[number])
+        self._draw(texts, logits_BV, failed)
         return len(texts)
 
-    def _draw(self, text: Text, logits_V: Tensor, plain: int | None) -> None:
-        """Draws the next token of a text, and ends it where that is its last one."""
+    def _draw(self, texts: list[Text], logits_BV: Tensor, failed: dict[int, Exception]) -> None:
+        """Draws the next token of every text, and ends those whose last one it is.
+
+        failed: texts whose logits mean nothing, by place, and why.
+        """
+        likeliest = logits_BV.max(dim=-1)  # a NaN is larger than all others
+        tokens, wrong = likeliest.indices.tolist(), likeliest.values.isnan().tolist()
+        for number, text in enumerate(texts):
+            error = failed.get(number)
+            if error is None and wrong[number]:
+                error = ServingError("The model gave logits that are no numbers (NaN).")
+            if error is None:
+                self._draw_one(text, logits_BV[number], tokens[number])
+            else:
+                self._served.fail(text, error)
+
+    def _draw_one(self, text: Text, logits_V: Tensor, likeliest: int) -> None:
         before, text.last_at = text.last_at, time.monotonic()
         try:
-            reason = text.take(logits_V, plain)
+            reason = text.take(logits_V, likeliest)
         except Exception as error:
-            self._fail(text, error)
+            self._served.fail(text, error)
             return
         self.counts.generated_tokens += 1
         if text.usage.completion_tokens > 1:
             self.counts.tell("token_seconds", text.last_at - before)
+        else:
+            self.counts.tell("first_token_seconds", text.usage.first_token_seconds or 0.0)
         if reason is not None:
-            self._end(text, reason)
+            self._served.end(text, reason)

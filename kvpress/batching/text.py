@@ -58,15 +58,9 @@ class Text:
         end = min(self.fed + size, len(self.request.ids))
         return self.ids[self.fed : end]
 
-    def take(self, logits_V: Tensor, plain: int | None = None) -> str | None:
-        """Draws a token and hands it out. Returns why the text ends with it; None: it goes on.
-
-        plain: the likeliest token, where somebody has looked already.
-        """
-        if plain is not None and self.drawer.is_plain:
-            drawn = Drawn(plain)
-        else:
-            drawn = self.drawer.draw(self.ids, logits_V)
+    def take(self, logits_V: Tensor, likeliest: int) -> str | None:
+        """Draws a token and hands it out. Returns why the text ends with it; None: it goes on."""
+        drawn = Drawn(likeliest) if self.drawer.is_plain else self.drawer.draw(self.ids, logits_V)
         self.ids.append(drawn.token)
         usage = self.usage
         usage.completion_tokens += 1

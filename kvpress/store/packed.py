@@ -15,7 +15,7 @@ from kvpress.store.base import KEY, MASS, PAGE, POSITION, VALUE, Column, Survivo
 from kvpress.store.boxes import box_columns, boxes_of, check_boxes
 from kvpress.store.fields import Fields, check_positions
 from kvpress.store.memory import PageMemory
-from kvpress.store.paging import Paging
+from kvpress.store.paging import Paging, check_pages
 from kvpress.store.table import PageTable
 from kvpress.types import EMPTY
 
@@ -194,6 +194,7 @@ class PackedRows:
     def unshare(self) -> None:
         """Gives every row pages of its own."""
         if self.paging.pool.lent:
+            self.paging.move_out()
             self.paging.own(*self.paging.table.held_RW.nonzero().unbind(1))
 
     # Files and checks
@@ -214,7 +215,7 @@ class PackedRows:
                 f"Rows hold {self.counts.tolist()} old slots, which are no whole pages."
             )
         # Pages of a row stand in any order.
-        self.paging.check_integrity(table.head_R[:, None].expand(-1, table.pages_RW.shape[1]))
+        check_pages(self.paging, table.head_R[:, None].expand(-1, table.pages_RW.shape[1]))
         check_positions(self.dense(POSITION), self.held)
         check_boxes(self.paging)
         return True

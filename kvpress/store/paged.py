@@ -18,7 +18,7 @@ from kvpress.ops import Logits
 from kvpress.store.base import POSITION, Column, Survivors
 from kvpress.store.fields import Fields, check_positions
 from kvpress.store.memory import PageMemory
-from kvpress.store.paging import Paging
+from kvpress.store.paging import Paging, check_pages
 from kvpress.store.rows import Layouts, Rows
 from kvpress.store.table import PageTable
 
@@ -206,6 +206,6 @@ class PagedRows(Rows):
         """
         table = self.paging.table
         place_W = host.arange(table.pages_RW.shape[1])
-        self.paging.check_integrity(table.head_R[:, None] * 2**32 + place_W)
+        check_pages(self.paging, table.head_R[:, None] * 2**32 + place_W)
         check_positions(self.dense(POSITION), self.counts)
         return True

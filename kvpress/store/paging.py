@@ -167,6 +167,25 @@ class Paging:
         self.pool.lent, self.table.spare = True, 0
         return chosen
 
+    def move_out(self) -> None:
+        """Leaves a pool that others use as well, for one with exactly the pages that rows hold."""
+        if len(self.pool.members) == 1:
+            return
+        live_A, index_A, place_P = self._live()
+        held = {name: self.pages(name).index_select(0, index_A) for name in self.columns}
+        self._move_to(len(live_A))
+        for name, pages in held.items():
+            self.pages(name).copy_(pages)
+        self.pool.lent = True  # rows may share pages
+        self.table.set_pages(self.table.renumbered(place_P))
+
+    def _live(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The pages that rows hold, here and on the device, and where each comes to lie."""
+        live_A = torch.unique(self.owned_pages())
+        place_P = host.zeros(self.pool.pages)
+        place_P[live_A] = host.arange(len(live_A))
+        return live_A, live_A.to(self.table.device), place_P
+
     def _move_to(self, pages: int) -> None:
         """Leaves the pool for a new one of so many pages."""
         self.pool.leave(self)
@@ -180,10 +199,7 @@ class Paging:
 
     def state(self) -> dict[str, Tensor]:
         """The table and as many pages as it needs: tensors on the host."""
-        live_A = torch.unique(self.owned_pages())
-        place_P = host.zeros(self.pool.pages)
-        place_P[live_A] = host.arange(len(live_A))
-        index_A = live_A.to(self.table.device)
+        _, index_A, place_P = self._live()
         pages = {
             f"page.{name}": self.pages(name).index_select(0, index_A).cpu() for name in self.columns
         }
@@ -200,25 +216,26 @@ class Paging:
         self.pool.lent = True  # rows may share pages
         table.load(state)
 
-    def check_integrity(self, place_RW: Tensor) -> None:
-        """Raises CacheError if a page is lost, rows share one that cannot, or slots do not fit.
-
-        place_RW: a number for each page of each row: rows that share one must have it at the same.
-        """
-        members = list(self.pool.members)  # none of them may end meanwhile
-        pages, free = self.pool.pages, self.pool.free_pages()
-        used = set(torch.cat([member.owned_pages() for member in members]).tolist())
-        if sorted([*used, *free]) != list(range(pages)):
-            raise CacheError(
-                f"{pages} pages, but {len(used)} in use and {len(free)} free do not add up."
-            )
-        table = self.table
-        pages_A, places_A = self.owned_pages().tolist(), place_RW[table.held_RW].tolist()
-        if len(set(pages_A)) != len(set(zip(pages_A, places_A, strict=True))):
-            raise CacheError("Rows of different heads, or different parts of rows, share a page.")
-        if bool((table.counts > table.owned * table.page_slots).any()):
-            raise CacheError("A row holds more slots than its pages have room for.")
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.pool.members.add(self)
+
+
+def check_pages(paging: Paging, place_RW: Tensor) -> None:
+    """Raises CacheError if a page is lost, rows share one that cannot, or slots do not fit.
+
+    place_RW: a number for each page of each row: rows that share one must have it at the same.
+    """
+    members = list(paging.pool.members)  # none of them may end meanwhile
+    pages, free = paging.pool.pages, paging.pool.free_pages()
+    used = set(torch.cat([member.owned_pages() for member in members]).tolist())
+    if sorted([*used, *free]) != list(range(pages)):
+        raise CacheError(
+            f"{pages} pages, but {len(used)} in use and {len(free)} free do not add up."
+        )
+    table = paging.table
+    pages_A, places_A = paging.owned_pages().tolist(), place_RW[table.held_RW].tolist()
+    if len(set(pages_A)) != len(set(zip(pages_A, places_A, strict=True))):
+        raise CacheError("Rows of different heads, or different parts of rows, share a page.")
+    if bool((table.counts > table.owned * table.page_slots).any()):
+        raise CacheError("A row holds more slots than its pages have room for.")

@@ -15,6 +15,7 @@ import kvpress
 from kvpress.batching.request import Request
 from kvpress.batching.stepper import Stepper
 from kvpress.errors import CacheFileError
+from kvpress.hf.cache import EngineCache
 from kvpress.store.tiers.caps import Caps
 
 RECIPES = {
@@ -106,6 +107,23 @@ def test_files_are_private_and_damage_is_told(tmp_path: Path) -> None:
                 one.handle.result(0)
         else:
             assert one.handle.result(0).reason == "length"
+
+
+def test_a_disk_that_is_full_makes_others_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise CacheFileError("No space left on device.")
+
+    monkeypatch.setattr(EngineCache, "save", full)
+    with kvpress.attach(schedules.model(), "full") as engine:
+        planned = asked()
+        disk = Caps.parse("1MiB", None, f"1GiB:{tmp_path}")
+        assert disk is not None
+        own = schedules.made(engine, caps=caps(engine, planned, disk=disk.disk))
+        schedules.run(own, planned, steps=2000)
+    assert own.stepper.counts.preempted == 0
+    assert {one.handle.result(0).reason for one in planned if one.handle} == {"length"}
 
 
 def test_who_leaves_while_aside_frees_its_place() -> None:
