@@ -12,6 +12,7 @@
 #include "decode_chosen/bind.h"
 #include "decode_rows/bind.h"
 #include "decode_step/bind.h"
+#include "decode_steps/bind.h"
 #include "estimate_blocks/bind.h"
 #include "gather_slots/bind.h"
 #include "join_parts/bind.h"
@@ -30,6 +31,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvpress, CPU, library) {
   library.impl("decode_rows", TORCH_BOX(&kvpress::decode_rows));
   library.impl("decode_chosen", TORCH_BOX(&kvpress::decode_chosen));
   library.impl("decode_step", TORCH_BOX(&kvpress::decode_step));
+  library.impl("decode_steps", TORCH_BOX(&kvpress::decode_steps));
   library.impl("absorb_step", TORCH_BOX(&kvpress::absorb_step));
   library.impl("attention_sums", TORCH_BOX(&kvpress::attention_sums));
   library.impl("attend_sums", TORCH_BOX(&kvpress::attend_sums));

@@ -8,6 +8,7 @@
 #include "copy_ranges/cpu.h"
 #include "decode_rows/cpu.h"
 #include "decode_step/cpu.h"
+#include "decode_steps/cpu.h"
 #include "estimate_blocks/cpu.h"
 #include "gather_slots/cpu.h"
 #include "join_parts/cpu.h"
@@ -25,7 +26,7 @@ namespace kvpress::KERNEL_ISA {
 constexpr Kernels with(decltype(Kernels::estimate_blocks) estimate) {
   return {decode_rows, attend_parts, decode_step, absorb_step,    attention_sums, estimate,     attend_blocks,
           match_keys,  copy_slots,   pack_pages,  channel_scores, join_parts,     read_records, page_bounds,
-          score_pages, choose_pages, missed_mass, search_pages,   score_cells,    copy_ranges};
+          score_pages, choose_pages, missed_mass, search_pages,   score_cells,    copy_ranges,  decode_steps};
 }
 
 extern const Kernels kernels;

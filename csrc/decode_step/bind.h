@@ -18,6 +18,56 @@ void check_old(const char* op, const DecodeStep& a) {
   }
 }
 
+// The tensors of a step, but for old slots.
+struct StepTensors {
+  const Tensor &query, &key, &value;
+  PageTensors pages;
+  ColumnTensors columns;
+  BoundTensors bounds;
+};
+
+// A step whose operands were checked, but for old slots and for memory that two of them share. It owns the copies of
+// tensors that lie in no order that kernels read.
+struct StepOperands {
+  Shapes shapes;
+  Strided query, key, value;
+  DecodeStep step{};
+
+  StepOperands(const char* op, const StepTensors& x, const std::string& rank, bool evict, const Noise& noise,
+               const Logits& logits)
+      : shapes(bound(op, x)), query(op, x.query, "query_BN1D"), key(op, x.key, "key_BH1D"),
+        value(op, x.value, "value_BH1E") {
+    step.attend = rows_of(op, shapes, query, x.pages, logits, true);
+    if (step.attend.heads != shapes['H'])
+      refuse(op, "key_BH1D has ", shapes['H'], " heads, table_RW has ", step.attend.heads);
+    step.attend.queries = 1;
+    step.key = key.heads;
+    step.value = value.heads;
+    step.columns = columns_of(op, shapes, x.columns);
+    step.counts = static_cast<int64_t*>(x.pages.counts.data_ptr());
+    step.bounds = bounds_of(op, shapes, x.bounds, rank_of(op, rank, evict && !x.columns.mass), 1);
+    step.evict = evict;
+    step.noise = noise;
+  }
+
+ private:
+  static Shapes bound(const char* op, const StepTensors& x) {
+    Shapes shapes(op);
+    shapes.bind(x.query, "query_BN1D");
+    shapes.bind(x.key, "key_BH1D");
+    shapes.bind(x.value, "value_BH1E");
+    return shapes;
+  }
+};
+
+// What a step reads and writes, but for old slots.
+void add(Memory& memory, const StepTensors& x) {
+  add(memory, x.pages, x.columns, x.bounds);
+  memory.reads(x.query, "query_BN1D");
+  memory.reads(x.key, "key_BH1D");
+  memory.reads(x.value, "value_BH1E");
+}
+
 Tensor decode_step(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_pool,
                    const Tensor& value_pool, const Tensor& table, const Tensor& counts, const Tensor& position_pool,
                    const std::optional<Tensor>& mass_pool, const Tensor& seen, const Tensor& quota,
@@ -25,38 +75,25 @@ Tensor decode_step(const Tensor& query, const Tensor& key, const Tensor& value, 
                    const std::string& noise, double tau, int64_t seed, int64_t layer, int64_t first, double scaling,
                    double softcap, const std::vector<Tensor>& old, const std::vector<int64_t>& layouts) {
   const char* op = "decode_step";
-  const PageTensors pages{key_pool, value_pool, table, counts};
-  const ColumnTensors columns{position_pool, mass_pool};
-  const BoundTensors bounds{seen, quota, recent, sink};
-  Shapes shapes(op);
-  shapes.bind(query, "query_BN1D");
-  shapes.bind(key, "key_BH1D");
-  shapes.bind(value, "value_BH1E");
-  const Strided queries(op, query, "query_BN1D"), keys(op, key, "key_BH1D"), values(op, value, "value_BH1E");
-  DecodeStep a{};
-  a.attend = rows_of(op, shapes, queries, pages, logits_of(op, scaling, softcap), true);
-  if (a.attend.heads != shapes['H']) refuse(op, "key_BH1D has ", shapes['H'], " heads, table_RW has ", a.attend.heads);
-  a.attend.queries = 1;
-  a.key = keys.heads;
-  a.value = values.heads;
-  a.columns = columns_of(op, shapes, columns);
-  a.counts = static_cast<int64_t*>(counts.data_ptr());
-  a.bounds = bounds_of(op, shapes, bounds, rank_of(op, rank, evict && !mass_pool), 1);
-  a.evict = evict;
-  a.noise = noise_of(op, noise, tau, seed, layer, first);
+  const StepTensors tensors{query,
+                            key,
+                            value,
+                            {key_pool, value_pool, table, counts},
+                            {position_pool, mass_pool},
+                            {seen, quota, recent, sink}};
+  const Logits logits = logits_of(op, scaling, softcap);
+  StepOperands given(op, tensors, rank, evict, noise_of(op, noise, tau, seed, layer, first), logits);
+  DecodeStep& a = given.step;
   add_parts(op, a.attend, old, layouts);
   check_old(op, a);
   Memory memory(op);
-  add(memory, pages, columns, bounds);
-  memory.reads(query, "query_BN1D");
-  memory.reads(key, "key_BH1D");
-  memory.reads(value, "value_BH1E");
+  add(memory, tensors);
   for (size_t i = 0; i < old.size(); i++) {
     const bool written = i % kPartTensors >= 5;
     written ? memory.writes(old[i], "old slots") : memory.reads(old[i], "old slots");
   }
   memory.check();
-  Tensor out = empty(op, {shapes['B'], shapes['N'], 1, shapes['E']}, query.scalar_type());
+  Tensor out = empty(op, {given.shapes['B'], given.shapes['N'], 1, given.shapes['E']}, query.scalar_type());
   a.attend.out = out.data_ptr();
   kernels().decode_step(a, threads());
   return out;

@@ -281,6 +281,7 @@ struct Kernels {
   void (*search_pages)(const struct SearchPages&, const Threads&);
   void (*score_cells)(const struct ScoreCells&, const Threads&);
   void (*copy_ranges)(const CopyRanges&, const Threads&);
+  void (*decode_steps)(const DecodeStep*, int64_t count, const Threads&);
 };
 
 }  // namespace kvpress

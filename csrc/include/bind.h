@@ -138,16 +138,23 @@ struct Strided {
 // Memory that an operator writes must be no other operand's.
 class Memory {
  public:
-  explicit Memory(const char* op) : op_(op) {}
+  explicit Memory(const char* op) : op_(op) { spans_.reserve(48); }
 
   void writes(const Tensor& x, const char* name) { add(x, name, true); }
   void reads(const Tensor& x, const char* name) { add(x, name, false); }
 
-  void check() const {
-    for (size_t i = 0; i < used_; i++)
-      for (size_t j = i + 1; j < used_; j++)
-        if ((span_[i].written || span_[j].written) && span_[i].begin < span_[j].end && span_[j].begin < span_[i].end)
-          refuse(op_, span_[i].name, " and ", span_[j].name, " share memory, which is written; give them their own");
+  // In the order of memory, what overlaps with anything before it overlaps with what reaches farthest.
+  void check() {
+    std::sort(spans_.begin(), spans_.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+    const Span none{0, 0, "", false};
+    const Span *any = &none, *written = &none;
+    for (const Span& span : spans_) {
+      const Span* other = span.written ? any : written;
+      if (span.begin < other->end)
+        refuse(op_, other->name, " and ", span.name, " share memory, which is written; give them their own");
+      if (span.end > any->end) any = &span;
+      if (span.written && span.end > written->end) written = &span;
+    }
   }
 
  private:
@@ -163,12 +170,11 @@ class Memory {
     uintptr_t last = 0;
     for (size_t i = 0; i < sizes.size(); i++) last += uintptr_t(sizes[i] - 1) * uintptr_t(strides[i]);
     const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr());
-    span_[used_++] = {begin, begin + (last + 1) * uintptr_t(x.element_size()), name, written};
+    spans_.push_back({begin, begin + (last + 1) * uintptr_t(x.element_size()), name, written});
   }
 
   const char* op_;
-  size_t used_ = 0;
-  Span span_[48];
+  std::vector<Span> spans_;
 };
 
 // The place of a word among those that are allowed.

@@ -101,7 +101,28 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         sink_N: Tensor | None = None,
     ) -> Tensor:
         """The attention output `[B, N, Q, D]` of the tokens that `update` took, once."""
+        valid_BQ = None if valid_BQ is None else valid_BQ.cpu()
         shared = self.waiting is None and self.state.seen is not None
+        tokens = self.taken(query, key, value, valid_BQ, (scaling, softcap, sink_N), shared)
+        if shared:
+            return attend_again(self.state, tokens)
+        if self.state.kind.readers:
+            UPDATED.shared = True
+        return run_layer(self.state, tokens, valid_BQ)
+
+    def taken(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        valid_BQ: Tensor | None,
+        how: tuple[float, float, Tensor | None],
+        shared: bool = False,
+    ) -> Tokens:
+        """The tokens that `update` took, with their queries, as the pipe takes them: once.
+
+        how: scaling, cap and sinks. shared: their keys are those of an earlier layer.
+        """
         if self.waiting is not value and not shared:
             again = "a second time" if self.waiting is None else "with other values"
             raise CacheError(
@@ -110,17 +131,12 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 " which this engine does not support. Use another model."
             )
         self.waiting = None
-        valid_BQ = None if valid_BQ is None else valid_BQ.cpu()
-        tokens, slopes = Tokens(query, key, value, scaling, softcap, sink_N), self.state.kind.slopes
+        tokens, slopes = Tokens(query, key, value, *how), self.state.kind.slopes
         if slopes is not None:
             tokens = with_positions(tokens, slopes, _seen_before(self.state, len(key)), valid_BQ)
         if counts_tokens(self.state.recipe):
             tokens = with_counts(tokens)
-        if shared:
-            return attend_again(self.state, tokens)
-        if self.state.kind.readers:
-            UPDATED.shared = True
-        return run_layer(self.state, tokens, valid_BQ)
+        return tokens
 
     def check_attended(self) -> None:
         """Raises CacheError if keys were taken that the engine's attention function never saw."""
@@ -204,28 +220,9 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         given = (key.shape, value.shape[3], key.dtype)
         if given == self._accepted:  # as usual: a decode step like the one before
             return
-        self._check_shapes(key, value)
+        _check_shapes(self.state, key, value)
         if key.shape[2] == 1 and self.state.store is not None:
             self._accepted = given
-
-    def _check_shapes(self, key: Tensor, value: Tensor) -> None:
-        store, kind = self.state.store, self.state.kind
-        if key.dtype not in FLOATS:
-            raise CacheError(
-                f"Layer {kind.index} got keys of {key.dtype}. Allowed: torch.float32,"
-                " torch.bfloat16, torch.float16. Was the model changed while an engine is attached?"
-            )
-        allowed = (key.shape[0], kind.heads, key.shape[3], value.shape[3], key.dtype)
-        if store is not None:
-            widths = self.state.key_width, self.state.value_width
-            allowed = (store.sequences, kind.heads, *widths, self.state.token_dtype)
-        given = (*key.shape[:2], key.shape[3], value.shape[3], key.dtype)
-        if given != allowed:
-            raise CacheError(
-                f"Layer {kind.index} got (batch, KV heads, key width, value width, dtype) ="
-                f" {given}, but this cache holds {allowed}. Make a new cache with"
-                " engine.new_cache() for another model or batch."
-            )
 
 
 def tagged_layer(key: Tensor) -> EngineLayer | None:
@@ -236,3 +233,24 @@ def tagged_layer(key: Tensor) -> EngineLayer | None:
 def _seen_before(state: Layer, batch: int) -> Tensor:
     """Real tokens that each of `batch` sequences has seen: int64, on the host."""
     return host.zeros(batch) if state.store is None else state.sequences.seen_B
+
+
+def _check_shapes(state: Layer, key: Tensor, value: Tensor) -> None:
+    """Raises CacheError for keys and values that a layer cannot take."""
+    store, kind = state.store, state.kind
+    if key.dtype not in FLOATS:
+        raise CacheError(
+            f"Layer {kind.index} got keys of {key.dtype}. Allowed: torch.float32,"
+            " torch.bfloat16, torch.float16. Was the model changed while an engine is attached?"
+        )
+    allowed = (key.shape[0], kind.heads, key.shape[3], value.shape[3], key.dtype)
+    if store is not None:
+        widths = state.key_width, state.value_width
+        allowed = (store.sequences, kind.heads, *widths, state.token_dtype)
+    given = (*key.shape[:2], key.shape[3], value.shape[3], key.dtype)
+    if given != allowed:
+        raise CacheError(
+            f"Layer {kind.index} got (batch, KV heads, key width, value width, dtype) ="
+            f" {given}, but this cache holds {allowed}. Make a new cache with"
+            " engine.new_cache() for another model or batch."
+        )

@@ -1,8 +1,8 @@
 """One forward pass over texts of different ages: each row belongs to a cache of its own.
 
 Projections and MLPs take all rows at once, which is what decoding many texts together saves. Only
-attention is done text by text, by the layer of the cache that holds it: so every policy, whatever
-it stores and observes, does what it does for that text alone, and a text that fails fails alone.
+attention is done for each text over what its own cache holds: so every policy, whatever it stores
+and observes, does what it does for that text alone, and a text that fails fails alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from kvpress.hf.inline import Keys
 from kvpress.hf.latent import UPDATED, joined
 from kvpress.hf.spec import Lease
 from kvpress.pipe.state.ids import columns_of
+from kvpress.pipe.steps import run_layers
+
+Token = tuple[Tensor, Tensor, Tensor]  # query, key, value of one text
+_How = tuple[float, float, Tensor | None]  # scaling, cap and sinks
 
 
 class TogetherLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -80,21 +84,49 @@ class TogetherLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     ) -> Tensor:
         """The attention output `[B, N, Q, E]`, each row over what its own cache holds."""
         takes, self.waiting = self.waiting is value, None
-        outputs: list[Tensor | None] = []
-        queries, keys, values = (torch.split(x, 1) for x in (query, key, value))
+        own = list(zip(*(torch.split(x, 1) for x in (query, key, value)), strict=True))
+        how = scaling, softcap, sink_N
+        if takes and not self.state.kind.readers:
+            found = self._run_together(own, how)
+        else:
+            found = self._run_one_by_one(own, how, takes)
+        for number, out in found.items():
+            if isinstance(out, Exception):  # of this text alone: the others go on
+                self._failed[number] = out
+        empty = query.new_zeros(1, *query.shape[1:3], value.shape[3])
+        numbers = range(len(self._layers))
+        return torch.cat([empty if n in self._failed else found[n] for n in numbers])
+
+    def _run_together(self, own: list[Token], how: _How) -> dict[int, Any]:
+        """The outputs of all texts, in as few operator calls as they need; or their errors."""
+        found: dict[int, Any] = {}
+        tokens = {}
         for number, layer in enumerate(self._layers):
-            outputs.append(None)
             if number in self._failed:
                 continue
             try:
-                own = queries[number], keys[number], values[number]
+                query, key, value = own[number]
+                layer.take(key, value)
+                tokens[number] = layer.taken(query, key, value, None, how)
+            except Exception as error:
+                found[number] = error
+        states = [self._layers[number].state for number in tokens]
+        return found | dict(zip(tokens, run_layers(states, list(tokens.values())), strict=True))
+
+    def _run_one_by_one(self, own: list[Token], how: _How, takes: bool) -> dict[int, Any]:
+        """The same where layers read keys of other layers."""
+        found: dict[int, Any] = {}
+        for number, layer in enumerate(self._layers):
+            if number in self._failed:
+                continue
+            try:
+                query, key, value = own[number]
                 if takes:
-                    layer.take(own[1], own[2])
-                outputs[-1] = layer.attend(*own, None, scaling, softcap, sink_N)
-            except Exception as error:  # of this text alone: the others go on
-                self._failed[number] = error
-        empty = query.new_zeros(1, *query.shape[1:3], value.shape[3])
-        return torch.cat([empty if out is None else out for out in outputs])
+                    layer.take(key, value)
+                found[number] = layer.attend(query, key, value, None, *how)
+            except Exception as error:
+                found[number] = error
+        return found
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As if all texts were as long as the longest; there are no masks."""
@@ -119,6 +151,8 @@ class Together(Cache):
     """
 
     def __init__(self, caches: Sequence[EngineCache]) -> None:
+        if len({id(cache) for cache in caches}) < len(caches):
+            raise CacheError("A cache is given twice: it takes one token in a pass.")
         for cache in caches:
             if cache.beside or cache.batch_size != 1 or not cache.columns_seen:
                 raise CacheError(

@@ -6,7 +6,7 @@ They take the fields of the `Operands` of their folder, by place or by name.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -57,6 +57,37 @@ def decode_step(*operands: Any, **named: Any) -> Tensor:
     except RuntimeError as error:
         _refused(error)
     return out
+
+
+def decode_steps(*operands: Any, **named: Any) -> Tensor:
+    """Decode steps of one layer in several caches at once; see csrc/decode_steps."""
+    out: Tensor = _call("decode_steps", operands, named)
+    return out
+
+
+def decode_together(steps: Sequence[tuple[Any, ...]]) -> Tensor:
+    """`decode_steps`, from the operands of `decode_step` for each: outputs `[T, N, 1, E]`.
+
+    Raises OperatorError, before anything is written, also for steps with old slots, and unless they
+    have rank, logits, kind and place of the noise in common, and all a mass or none.
+    """
+    flat = _operator("decode_step")[1]
+    fields = zip(*(flat(*step) for step in steps), strict=True)
+    *tensors, rank, evict, noise, tau, seed, layer, first, scaling, softcap, old, _ = fields
+    common = [set(values) for values in (rank, noise, layer, first, scaling, softcap)]
+    if any(old) or any(len(values) > 1 for values in common):
+        raise OperatorError(f"kvpress::decode_steps: steps that are not alike: {common}")
+    if tensors[8][0] is None:
+        tensors[8] = ()  # no masses
+    return decode_steps(
+        tensors[:3],
+        tensors[3:7],
+        tensors[7:9],
+        (*tensors[9:], rank[0]),
+        [int(x) for x in evict],
+        (noise[0], tau, seed, layer[0], first[0]),
+        (scaling[0], softcap[0]),
+    )
 
 
 def decode_chosen(*operands: Any, **named: Any) -> tuple[Tensor, ...]:

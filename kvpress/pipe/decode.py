@@ -5,6 +5,8 @@ Where what a policy adds up and ranks by is declared, the whole step is one oper
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,13 @@ from kvpress.pipe.state.tokens import Tokens
 from kvpress.store.base import KEY, MASS, POSITION
 
 
+class Fused(NamedTuple):
+    """A step that is one operator call. operands: of `decode_step`; evicts: whether it evicts."""
+
+    operands: tuple[Any, ...]
+    evicts: bool
+
+
 def run_decode(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
     """Attention output `[b, N, 1, D]` of one new token per sequence; rows end at their quotas.
 
@@ -39,29 +48,35 @@ def run_decode(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
 
 def _run(layer: Layer, group: list[int] | None, tokens: Tokens) -> Tensor:
     if group is None:
-        layer.count_decoded(1)
-        over = 0
-        if _is_due(layer, 0):
-            if layer.grows:
-                grow(layer)
-            known = layer.excess.most
-            if known is None:
-                known = layer.excess.measure(layer.rows.counts, layer.sequences.quota_R)
-            over = _over(layer, known + 1)
-        if _is_apart(layer) and over == 0 and not layer.recipe.accumulates:
-            return _run_apart(layer, tokens)
-        observation = _fusable(layer, over)
-        if observation is not None:
-            run = _run_fused if tokens.sink_N is None else _run_fused_with_sinks
-            return run(layer, tokens, over > 0, observation)
-        group = list(range(len(layer.sequences)))
-        due = over > 0
-    else:
-        layer.count_decoded(1, group)
-        due = _is_due(layer, group[0])
-        if due and layer.grows:
-            grow(layer)
+        begun = begin_step(layer, tokens)
+        return run_fused(layer, begun) if isinstance(begun, Fused) else begun
+    layer.count_decoded(1, group)
+    due = _is_due(layer, group[0])
+    if due and layer.grows:
+        grow(layer)
     return _run_stages(layer, group, tokens, due)
+
+
+def begin_step(layer: Layer, tokens: Tokens) -> Fused | Tensor:
+    """One new token of every sequence: the operator call that is left to do, or the output."""
+    layer.count_decoded(1)
+    over = 0
+    if _is_due(layer, 0):
+        if layer.grows:
+            grow(layer)
+        known = layer.excess.most
+        if known is None:
+            known = layer.excess.measure(layer.rows.counts, layer.sequences.quota_R)
+        over = _over(layer, known + 1)
+    if _is_apart(layer) and over == 0 and not layer.recipe.accumulates:
+        return _run_apart(layer, tokens)
+    observation = _fusable(layer, over)
+    if observation is None:
+        return _run_stages(layer, list(range(len(layer.sequences))), tokens, over > 0)
+    if tokens.sink_N is not None:
+        return _run_fused_with_sinks(layer, tokens, over > 0, observation)
+    fused = _fused(layer, tokens, over > 0, observation)
+    return _run_merging(layer, fused) if fused.evicts and layer.recipe.merging else fused
 
 
 def _over(layer: Layer, over: int) -> int:
@@ -103,29 +118,36 @@ def _fusable(layer: Layer, over: int) -> Observation | None:
     return observation
 
 
-def _run_fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observation) -> Tensor:
+def _fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observation) -> Fused:
+    """The operator call of a step. Where slots are merged it evicts none."""
     rows, recipe = layer.rows, layer.recipe
     rows.paging.reserve_one()
     pages, pools, bounds = rows.paging.operands(), rows.paging.pool.by_name, bounds_of(layer)
     columns = new(Columns, (pools[POSITION], pools[MASS] if recipe.gathers else None))
     place = layer.kind.index, first_query(layer, tokens)
-    noise = observation.noise, observation.tau, observation.seed, *place
-    merges = evicts and recipe.merging is not None
+    noise = new(Noise, (observation.noise, observation.tau, observation.seed, *place))
+    drops = evicts and recipe.merging is None
+    # Tokens are a Token, then Logits, then what the operator knows nothing of.
+    operands = tokens[:3], pages, columns, bounds, drops, noise, tokens[3:5], rows.old()
+    return Fused(operands, evicts)
+
+
+def run_fused(layer: Layer, fused: Fused) -> Tensor:
+    """The output of a step that is one operator call."""
     with layer.timed("decode attention"):
-        out_BN1D = ops.decode_step(
-            tokens[:3],  # tokens are a Token, then Logits, then what the operator knows nothing of
-            pages,
-            columns,
-            bounds,
-            evicts and not merges,
-            new(Noise, noise),
-            tokens[3:5],
-            rows.old(),
-        )
-    if merges:
-        with layer.timed("merge"):
-            merge_one(layer, pages, columns, bounds)
-    layer.count_step(evicts)
+        out_BN1D = ops.decode_step(*fused.operands)
+    layer.count_step(fused.evicts)
+    return out_BN1D
+
+
+def _run_merging(layer: Layer, fused: Fused) -> Tensor:
+    """The same where what is evicted is merged into what stays."""
+    with layer.timed("decode attention"):
+        out_BN1D = ops.decode_step(*fused.operands)
+    _, pages, columns, bounds, *_ = fused.operands
+    with layer.timed("merge"):
+        merge_one(layer, pages, columns, bounds)
+    layer.count_step(fused.evicts)
     return out_BN1D
 
 
@@ -139,7 +161,9 @@ def _run_fused_with_sinks(
     stored_bH1D = key_bH1D.to(layer.rows.columns[KEY].dtype).float()
     query_bHGD = query_bN1D.float().view(len(key_bH1D), key_bH1D.shape[1], -1, key_bH1D.shape[3])
     own_bN1 = (query_bHGD * stored_bH1D).sum(-1).view_as(before_bN1) * tokens.scaling
-    out_bN1D = _run_fused(layer, tokens, evicts, observation)
+    fused = _fused(layer, tokens, evicts, observation)
+    merges = evicts and layer.recipe.merging is not None
+    out_bN1D = (_run_merging if merges else run_fused)(layer, fused)
     found = (out_bN1D, torch.logaddexp(before_bN1, own_bN1), None)
     return sinks.taken(found, tokens.sink_N)[0]
 

@@ -32,12 +32,12 @@ def run_layer(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor:
     real. One new token of a sequence that has seen others is a decode step, everything else is a
     prompt. Raises BudgetError before anything changes.
     """
-    if torch.is_inference_mode_enabled() and not _is_step(layer, tokens, valid_BQ):
+    if torch.is_inference_mode_enabled() and not is_step(layer, tokens, valid_BQ):
         return _pass_outside(layer, tokens, valid_BQ)
     return _pass(layer, tokens, valid_BQ)
 
 
-def _is_step(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> bool:
+def is_step(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> bool:
     """Whether this is a decode step that makes next to nothing that lasts.
 
     Leaving inference mode costs such a step a tenth; the few places where it makes something do so

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from kvpress import ops
-from kvpress.ops import Bounds, Columns, Logits, Noise, Pages, Reduction, Token
+from kvpress.errors import OperatorError
+from kvpress.ops import Bounds, Columns, Logits, Noise, Old, Pages, Reduction, Token
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 rows_reference = ops.implementation("decode_rows", "reference")
@@ -127,6 +128,19 @@ def test_a_row_does_not_depend_on_its_batch_or_the_threads() -> None:
     torch.set_num_threads(threads)
 
 
+def columns(pages: Pages, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of `seen` tokens and masses of all slots; memory that holds no slot is NaN."""
+    page = pages.key_PDS.shape[2]
+    position = torch.full((len(pages.key_PDS), page), -7, dtype=torch.int32)
+    mass = torch.full(position.shape, torch.nan)
+    for row, count in enumerate(pages.counts_R.tolist()):
+        slot_S = torch.arange(count)
+        page_S = pages.table_RW[row].long()[slot_S // page]
+        position[page_S, slot_S % page] = torch.randperm(seen)[:count].int()
+        mass[page_S, slot_S % page] = torch.rand(count)
+    return position, mass
+
+
 # id: storage, page, mass, evict, rank, noise, tau, softcap
 STEPS = {
     "mass-fresh": (FP32, 16, True, True, "mass", "fresh", 1.0, 0.0),
@@ -143,13 +157,7 @@ STEPS = {
 def test_decode_steps_equal_the_reference(step: tuple[Any, ...]) -> None:
     dtype, page, massive, evict, rank, noise, tau, softcap = step
     key, value, table, counts = pools([40, 17, 0, 33], 32, 48, page, dtype)
-    position = torch.full((key.shape[0], page), -7, dtype=torch.int32)
-    mass = torch.full((key.shape[0], page), torch.nan)
-    for row, count in enumerate(counts.tolist()):
-        slot_S = torch.arange(count)
-        page_S = table[row].long()[slot_S // page]
-        position[page_S, slot_S % page] = torch.randperm(50)[:count].int()
-        mass[page_S, slot_S % page] = torch.rand(count)
+    position, mass = columns(Pages(key, value, table, counts), 50)
     quota, recent = torch.tensor([40, 17, 2, 60]), torch.tensor([3, 20, 1, 9])
     sink = torch.tensor([2, 5])
     sides = [[x.clone() for x in (key, value, position, mass, table, counts)] for _ in range(2)]
@@ -170,6 +178,55 @@ def test_decode_steps_equal_the_reference(step: tuple[Any, ...]) -> None:
         for given, wanted in zip(*sides, strict=True):
             loose = 1e-4 if given is sides[0][3] else 0.0
             torch.testing.assert_close(given, wanted, rtol=loose, atol=loose, equal_nan=True)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_steps_of_several_caches_equal_those_of_each(step: tuple[Any, ...], threads: int) -> None:
+    dtype, page, massive, evict, rank, noise, tau, softcap = step
+    sides: list[list[tuple[Any, ...]]] = [[], []]
+    for number, length in enumerate((40, 700, 1, 33, 90)):  # texts of different ages
+        pages = pools([length, length // 2], 32, 48, page, dtype)
+        position, mass = columns(pages, length)
+        token = Token(torch.randn(1, 6, 1, 32), torch.randn(1, 2, 1, 32), torch.randn(1, 2, 1, 48))
+        seen, quota = torch.tensor([length + 1]), torch.tensor([length, 4])
+        bounds = Bounds(seen, quota, torch.tensor([3, 1]), torch.tensor([2]), rank)
+        numbers = Noise(noise, tau + number / 10, number, 3, 6), Logits(0.2, softcap)
+        for side in sides:
+            held = Pages(*(x.clone() for x in pages))
+            beside = Columns(position.clone(), mass.clone() if massive else None)
+            side.append((token, held, beside, bounds, evict and number != 2, *numbers, Old()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    together = ops.decode_together(sides[0])
+    torch.set_num_threads(before)
+    assert torch.equal(together, torch.cat([ops.decode_step(*one) for one in sides[1]]))
+    for one, other in zip(*sides, strict=True):
+        for x, y in zip((*one[1], *one[2]), (*other[1], *other[2]), strict=True):
+            assert x is y is None or torch.equal(x.nan_to_num(), y.nan_to_num())
+
+
+def test_steps_that_are_not_alike_are_refused_and_change_nothing() -> None:
+    def step(**bounds: Any) -> tuple[Any, ...]:
+        position = torch.randperm(48).view(-1, 16).int()
+        token = Token(torch.randn(1, 2, 1, 8), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8))
+        long = {"seen_B": [50], "quota_R": [4], "recent_R": [1], "sink_B": [0]} | bounds
+        stays = Bounds(*(torch.tensor(x) for x in long.values()), "position")
+        held = (pools([20], 8, 8, 16, FP32)._replace(), Columns(position[:2], None))
+        return token, *held, stays, True, Noise("none", 1.0, 0, 0), Logits(1.0), Old()
+
+    one, other = step(), step()
+    before = one[1].key_PDS.clone()
+    wrong = {
+        "not alike": [one, (*other[:6], Logits(2.0), Old())],
+        "share memory": [one, (other[0], one[1], *other[2:])],
+        "has seen 0 tokens": [one, step(seen_B=[0])],
+        "other heads": [one, (Token(torch.randn(1, 3, 1, 8), *other[0][1:]), *other[1:])],
+    }
+    for message, steps in wrong.items():
+        with pytest.raises(OperatorError, match=message):
+            ops.decode_together(steps)
+    assert torch.equal(one[1].key_PDS.nan_to_num(), before.nan_to_num())
 
 
 @pytest.mark.parametrize("noise", ["none", "frozen", "fresh"])

@@ -173,6 +173,37 @@ def decode_step(make: Maker) -> Call:
     return {**call, "rank": make.random.choice(ranks), **make.noise(), **make.logits(), **old}
 
 
+def decode_steps(make: Maker) -> Call:
+    heads, mass, steps = make.size(1, 2), make.flag(), []
+    query_heads, width, value_width = heads * make.size(1, 3), make.size(7, 8), make.size(1, 6)
+    for _ in range(make.size(1, 2, 3)):
+        pools = make.pages(heads, 1, (width,))
+        pools["value_PSE"] = make.floats(*pools["value_PSE"].shape[:2], value_width)
+        token = {
+            "queries": make.floats(1, query_heads, 1, width, dtype=torch.float32),
+            "keys": make.floats(1, heads, 1, width),
+            "values": make.floats(1, heads, 1, value_width),
+        }
+        columns = make.columns(pools, mass)
+        noise, evict = make.noise(), {"evict": int(make.flag())}
+        steps.append({**token, **pools, **columns, **make.books(1, heads), **evict, **noise})
+    names = {"key_PDS": "key_pools", "value_PSE": "value_pools", "table_RW": "tables"}
+    names |= {"counts_R": "counts", "position_PS": "positions", "mass_PS": "masses"}
+    names |= {"seen_B": "seen", "quota_R": "quotas", "recent_R": "recents", "sink_B": "sinks"}
+    alike = {"noise": make.noise()["noise"], "layer": 3, "first": 0}
+    lists = {
+        names.get(name, name): [step[name] for step in steps]
+        for name in (steps[0] if steps else {})
+        if name not in alike
+    }
+    if not steps:
+        lists = {name: [] for name in leaves(operands_of("decode_steps"))}
+    if not mass:
+        lists["masses"] = []
+    rank = make.random.choice(("mass", "mass_per_age", "position") if mass else ("position",))
+    return {**lists, **alike, "rank": rank, **make.logits()}
+
+
 def absorb_step(make: Maker) -> Call:
     batch, heads, _ = make.heads()
     make.dtype = torch.float32
@@ -516,6 +547,7 @@ MAKERS: dict[str, Callable[[Maker], Call]] = {
             decode_rows,
             attend_parts,
             decode_step,
+            decode_steps,
             absorb_step,
             attention_sums,
             attend_sums,

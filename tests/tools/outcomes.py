@@ -23,18 +23,26 @@ def reference(name: str) -> Any:
 
 def outcome(name: str, run: Any, call: calls.Call) -> Any:
     """The results and the operands after a call, or its refusal."""
-    call = copy.deepcopy({k: v.detach() if is_leaf(v) else v for k, v in call.items()})
+    call = copy.deepcopy({name: detached(value) for name, value in call.items()})
     try:
         results = run(*calls.operands(name, call))
     except OperatorError as error:
         return error
     if isinstance(results, Attended):
         return results
-    return results, [x for x in call.values() if isinstance(x, torch.Tensor)]
+    every = [x for value in call.values() for x in (value if is_list(value) else [value])]
+    return results, [x for x in every if isinstance(x, torch.Tensor)]
 
 
-def is_leaf(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and x.requires_grad
+def is_list(x: Any) -> bool:
+    return isinstance(x, (list, tuple))
+
+
+def detached(x: Any) -> Any:
+    """The same without gradients, which operators that write refuse to have."""
+    if isinstance(x, list):
+        return [detached(entry) for entry in x]
+    return x.detach() if isinstance(x, torch.Tensor) and x.requires_grad else x
 
 
 def step_over_old(*given: Any) -> Any:
