@@ -11,6 +11,7 @@ import pytest
 import schedules
 import torch
 from schedules import CHUNK
+from session_memory import resident
 
 import kvpress
 from kvpress.batching.request import Request, Sampling
@@ -333,12 +334,13 @@ def alive() -> int:
     return sum(type(x) is EngineCache and bool(x.columns_seen) for x in gc.get_objects())
 
 
-def test_hundreds_of_requests_leave_nothing() -> None:
-    before = alive()
+@pytest.mark.parametrize("requests", [10_000, 500])
+def test_requests_leave_nothing(requests: int) -> None:
+    before, sizes = alive(), list[int]()
     with kvpress.attach(schedules.model(), "snapkv:budget=24,window=4") as engine:
         own = schedules.made(engine, Pace(CHUNK, 256, 24), 2_000_000)
         draw, number = random.Random(0), 0
-        while number < 500:
+        while number < requests:
             for _ in range(draw.randrange(0, 12)):
                 ids = tuple(draw.choices(range(3, helpers.VOCAB), k=draw.randrange(1, 40)))
                 handle = own.desk.handle(number, Request(ids, draw.randrange(1, 4)), lambda: None)
@@ -347,9 +349,12 @@ def test_hundreds_of_requests_leave_nothing() -> None:
                 if draw.random() < 0.1:
                     handle.cancel()
             own.stepper.step()
+            if number > 300:  # everything that is made once was
+                sizes.append(resident("VmRSS"))
         while own.stepper.step():
             pass
         assert own.stepper.nbytes == 0
         counts = own.stepper.counts
         assert counts.finished + counts.cancelled == number
     assert alive() <= before
+    assert sizes[-1] - sizes[0] < 24 << 20

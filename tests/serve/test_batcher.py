@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import helpers
 import pytest
 from serving import Running, chat, events, eventually, serving, tiny_tokenizer
+from session_memory import resident
 
 import kvpress
+from kvpress.pipe.state.heap import trim
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +107,23 @@ def test_health_and_metrics_are_those_of_the_batcher(real: Running) -> None:
     assert float(drawn.split()[-1]) == before + 5
     counted = next(x for x in lines if x.startswith("kvpress_first_token_seconds_count{"))
     assert float(counted.split()[-1]) >= 1
+
+
+@pytest.mark.parametrize("requests", [1000, 300])
+def test_requests_leave_no_memory_behind(requests: int, real: Running) -> None:
+    def ask(number: int) -> None:
+        """A short chat; every fourth has another prompt, every second streams."""
+        text = f"{number % 4} asks for more"
+        answer = real.chat(text, max_tokens=3, stream=number % 2 == 0)
+        assert answer.status_code == 200
+
+    before, sizes = real.batcher.stats().finished, list[int]()
+    for _ in range(2):  # in the first half buffers grow to what eight requests at once need
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(ask, range(requests // 2)))
+        gc.collect()
+        trim()
+        sizes.append(resident("VmRSS"))
+    assert real.batcher.stats().finished == before + requests
+    eventually(lambda: real.batcher.stats().bytes_held == real.batcher.stats().bytes_prefixes)
+    assert sizes[1] - sizes[0] < 12 << 20
