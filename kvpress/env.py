@@ -15,7 +15,7 @@ VARIABLES = {
     " folder + /kvpress)",
     "KVPRESS_BACKEND": "force one operator backend: reference, cpu or triton",
     "KVPRESS_TIMEOUT": "seconds until a silent process is given up, where several hold a model"
-    " (default: 120)",
+    " or share a run (default: 120)",
     "KVPRESS_PEERS": "the virtual environment of `kvpress bench peers` (default: .venv-peers)",
     "KVPRESS_CPU": f"the CPU instruction set to use at most: {', '.join(INSTRUCTION_SETS)}",
 }

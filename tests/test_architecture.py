@@ -263,6 +263,7 @@ def test_no_tensor_depends_on_the_defaults_of_the_process(path: Path) -> None:
 # A package of bench imports only from its own line and from the lines above it.
 BENCH = [
     {"common"},
+    {"shards"},
     {"operators", "quality", "run"},
     {"calibrate"},
     {"sparse", "distill"},

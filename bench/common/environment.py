@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         "backends": dict(ops.backends()),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
+
+
+def machine(facts: Mapping[str, Any]) -> str:
+    """What decides times, of an environment: the GPU, or the processor where there is none."""
+    return str(facts["device"] if facts["device"] != "cpu" else facts["cpu"])
 
 
 def _commit() -> str | None:

@@ -100,7 +100,9 @@ def append(path: Path, row: Row) -> None:
 
 
 def drop_broken_line(path: Path) -> None:
-    """Takes away what a process that died had written of its last line."""
+    """Takes away what a process that died had written of its last line; only one process does."""
+    if not writes():
+        return
     text = path.read_text(encoding="utf-8")
     if not text.endswith("\n"):
         path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")

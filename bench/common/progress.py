@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvpress.bench.common.ranks import writes
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,7 +24,7 @@ def bar() -> Progress:
         *columns,
         TimeRemainingColumn(),
         console=_STDERR,
-        disable=not _STDERR.is_terminal,
+        disable=not (_STDERR.is_terminal and writes()),
         # By default only the last 30 seconds count, in which no round of a long prompt may end.
         speed_estimate_period=_LONGEST,
     )

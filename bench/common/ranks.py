@@ -34,6 +34,7 @@ class ParallelOptions:
         Raises BadParameter where others than that many were started, AttachError where none was.
         """
         if self.tp is None or self.tp == 1:
+            refuse_idle_processes("Say what they are for: --tp, or --shards of kvpress eval.")
             return source
         device = "cpu" if source.on_cpu else "cuda"
         parallel.start(device)
@@ -43,10 +44,29 @@ class ParallelOptions:
                 f"--tp {self.tp}, but torchrun started {started.size} processes. Start as many:"
                 f" torchrun --nproc-per-node {self.tp} -m kvpress ..."
             )
-        if started.rank:
-            sys.stdout.flush()
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        silence_others()
         return replace(source, tp=self.tp, device=None)
+
+
+def started_by_torchrun() -> bool:
+    """Whether torchrun, or what does as it does, says which of its processes this is."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def refuse_idle_processes(advice: str) -> None:
+    """Raises BadParameter where several were started, each of which would do and write it all."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if started_by_torchrun() and size != "1":
+        raise typer.BadParameter(
+            f"torchrun started {size} processes, and each would do all of it. {advice}"
+        )
+
+
+def silence_others() -> None:
+    """Nothing more is printed where this is not the first of the processes that were joined."""
+    if not writes():
+        sys.stdout.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def writes() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,15 +15,15 @@ from kvpress.bench.common.command import command
 from kvpress.bench.common.models import Source
 from kvpress.bench.common.options import AsJson, ModelOptions, use_threads
 from kvpress.bench.common.output import say_if_nothing_was_measured
-from kvpress.bench.common.ranks import ParallelOptions
+from kvpress.bench.common.ranks import ParallelOptions, writes
 from kvpress.bench.quality.options import (
     HarnessOptions,
     TaskOptions,
     metadata_of,
     refuse_idle,
     split_policies,
-    stored_as,
 )
+from kvpress.bench.shards.options import ShardOptions
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def evaluate(
     harness: HarnessOptions,
     loading: ModelOptions,
     parts: ParallelOptions,
+    sharing: ShardOptions,
     policy: Annotated[
         list[str],
         typer.Option(help="name:key=value,… or transformers-int4, …; repeat or join with commas."),
@@ -71,45 +72,37 @@ def evaluate(
     for name in names:
         check(name)
     use_threads(loading.threads)
-    source = parts.divided(loading.source)
+    sharing.check(parts, loading.device_map)
+    source = loading.source if sharing.shared else parts.divided(loading.source)
     if harness.lm_eval is not None:
         results = with_lm_eval(source, names, harness.lm_eval.split(","), harness, out)
     else:
-        results = with_our_tasks(source, names, tasks, out)
+        results = with_our_tasks(source, names, tasks, out, sharing, loading.threads)
+    if sharing.shards and not writes():
+        return
     show(results, as_json)
     say_if_nothing_was_measured(out, results.added)
 
 
 def with_our_tasks(
-    source: Source, names: Sequence[str], tasks: TaskOptions, out: Path | None
+    source: Source,
+    names: Sequence[str],
+    tasks: TaskOptions,
+    out: Path | None,
+    sharing: ShardOptions,
+    threads: int | None,
 ) -> Results:
     """Runs our suites, or the tasks in files, with every policy."""
-    from kvpress.bench.common.text import default_text, read_text
-    from kvpress.bench.quality import files, ratios
-    from kvpress.bench.quality.fill import fill
-    from kvpress.bench.quality.reading import How
-    from kvpress.bench.quality.sample import Writer
-    from kvpress.bench.quality.system import LocalSystem
+    from kvpress.bench.quality import worker
+    from kvpress.bench.quality.fill import fill_by
+    from kvpress.bench.quality.results import Results
+    from kvpress.bench.shards.teams import team
 
-    tasks.check()
-    asked = ratios.at_ratios(names, ratios.numbers(tasks.ratio or ()))
-    dtype, plans_for = stored_as(tasks.cache_dtype, asked), planned(tasks)
-    taken = default_text() if tasks.text is None else read_text(tasks.text)
-    loaded, tokenizer, results = begin(
-        source,
-        out,
-        text=taken.to_dict() if tasks.files is None else None,
-        files=None if tasks.files is None else files.identity(tasks.files),
-        seed=tasks.seed,
-        stepwise=tasks.stepwise,
-        generate=tasks.generate or None,  # not named where not asked for, as in older files
-        cache_dtype=tasks.cache_dtype,
-        protect_system=tasks.protect_system or None,
-    )
-    writer, plans = Writer(tokenizer, taken.content), plans_for(loaded)
-    how = How(tasks.seed, tasks.stepwise, tasks.generate, asked)
-    systems = partial(LocalSystem, loaded, cache_dtype=dtype, protects=tasks.protect_system)
-    fill(results, list(asked), systems, writer, plans, how)
+    load = worker.prepared(source, names, tasks)
+    apart = partial(worker.begun, source, names, tasks)
+    with team(sharing, source, threads, load, apart) as shared:
+        results = Results(*shared.head, out if writes() else None)
+        fill_by(shared, results)
     return results
 
 
@@ -140,28 +133,12 @@ def with_lm_eval(
 
 def begin(source: Source, out: Path | None, **settings: Any) -> tuple[Any, Any, Results]:
     """The model, its tokenizer, and results that go on from a file. Raises ResultsError."""
-    from kvpress.bench.common.environment import environment
     from kvpress.bench.quality.results import Results
+    from kvpress.bench.quality.worker import head_of
 
     with errors.status(f"Loading {source.name} …"):
         loaded, tokenizer = source.load()
-    dtype = str(loaded.dtype).removeprefix("torch.")
-    head = {"model": source.name, "dtype": dtype, **source.load_options, **settings}
-    return loaded, tokenizer, Results(head, environment(loaded.device), out)
-
-
-def planned(tasks: TaskOptions) -> Callable[[Any], list[Any]]:
-    """What is to be run on a model. Raises what can be known before there is one."""
-    from kvpress.bench.quality import files, suites
-
-    lengths, samples = tasks.length or (), tasks.samples
-    protocols = suites.PROTOCOLS if tasks.protocol == "both" else (tasks.protocol,)
-    if tasks.files is None:
-        names = tasks.names or [suites.OFFLINE]
-        plans = suites.plans(names, protocols, tasks.quick, lengths, samples)
-        return lambda model: plans
-    entries = files.read(tasks.files, tasks.names, protocols)
-    return lambda model: files.plans(entries, lengths, samples, files.positions(model))
+    return loaded, tokenizer, Results(*head_of(source, loaded, **settings), out)
 
 
 def show(results: Results, as_json: bool) -> None:

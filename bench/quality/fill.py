@@ -11,6 +11,7 @@ from kvpress.bench.quality.results import Cell, Results
 from kvpress.bench.quality.sample import Writer
 from kvpress.bench.quality.suites import Plan
 from kvpress.bench.quality.system import System
+from kvpress.bench.shards.work import NO_HEAD, Alone, Head, Team
 
 
 def fill(
@@ -22,13 +23,29 @@ def fill(
     how: How = PLAIN,
 ) -> None:
     """Runs the cells that the results do not hold yet; the full cache is asked in any case."""
-    systems = {name: system_of(name) for name in names}
-    reference = systems.get(run.FULL) or system_of(run.FULL)
+    fill_by(Alone(contexts(names, system_of, writer, plans, how)), results)
+
+
+def fill_by(team: Team, results: Results) -> None:
+    """The same by one process or several."""
     with bar() as shown:
-        total = sum(plan.samples for plan in plans) * (len(systems) + 1)
-        task = shown.add_task("", total=total)
+        task = shown.add_task("", total=sum(map(len, team.units)))
 
         def on_cell(cell: Cell) -> None:
             shown.update(task, advance=1, description=f"{cell.task} {cell.tokens} {cell.policy}")
 
-        run.evaluate(reference, list(systems.values()), writer, plans, results, how, on_cell)
+        run.complete(team, results, on_cell)
+
+
+def contexts(
+    names: Sequence[str],
+    system_of: Callable[[str], System],
+    writer: Writer,
+    plans: Sequence[Plan],
+    how: How = PLAIN,
+    head: Head = NO_HEAD,
+) -> run.Contexts:
+    """The work: every policy on every context, beside the full cache."""
+    systems = {name: system_of(name) for name in names}
+    reference = systems.get(run.FULL) or system_of(run.FULL)
+    return run.Contexts(reference, list(systems.values()), writer, plans, how, head)

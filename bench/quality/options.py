@@ -19,6 +19,7 @@ _OF_OUR_TASKS = frozenset(
     {
         *("suite", "files", "protocol", "quick", "length", "samples"),
         *("text", "stepwise", "generate", "seed", "ratio", "cache_dtype", "protect_system"),
+        *("ray", "shards"),
     }
 )
 _OF_MADE_CONTEXTS = frozenset({"quick", "text", "seed"})  # files have contexts of their own

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from kvpress.bench.quality.metrics import leaked, matched, score
@@ -15,6 +15,8 @@ from kvpress.bench.quality.results import Cell, Results
 from kvpress.bench.quality.sample import Extraction, Question, Sample, TaskError, Writer
 from kvpress.bench.quality.suites import VISIBLE, Plan
 from kvpress.bench.quality.system import System
+from kvpress.bench.shards.errors import ShardError
+from kvpress.bench.shards.work import NO_HEAD, Alone, Head, Team, Unit, in_order
 from torch import Tensor
 
 FULL = "full"  # the policy that the others are compared with
@@ -35,17 +37,59 @@ def evaluate(
     reference: the full cache, with which answers are compared; it also answers without a context.
     It may be one of the systems.
     """
-    names = (*(system.name for system in systems), BLIND)
-    for plan in plans:
-        for index in range(plan.samples):
-            fill = _filler(reference, systems, writer, plan, index, how)
-            for name in names:
-                cell = _empty(plan, index, name, how.ratios.get(name))
-                if cell.key not in results:
-                    cell = fill(cell)
-                    results.add(cell)
-                on_cell(cell)
-            del fill  # and with it what the layers handed over, before the next context is read
+    complete(Alone(Contexts(reference, systems, writer, plans, how)), results, on_cell)
+
+
+def complete(
+    team: Team, results: Results, on_cell: Callable[[Cell], None] = lambda _: None
+) -> None:
+    """Adds the cells that the results do not hold yet, in the order of one process.
+
+    A cell whose processes died, however often it was tried, is kept with an error.
+    """
+    todo = []
+    for number, cells in enumerate(team.units):
+        left = [place for place, cell in enumerate(cells) if cell.key not in results]
+        for place in set(range(len(cells))) - set(left):
+            on_cell(cells[place])
+        if left:
+            todo.append(Unit(number, tuple(left)))
+    agreed = team.agreed(todo)
+    for found in in_order(agreed, team.results(agreed)):
+        cell: Cell = found.value
+        if found.lost is not None:
+            cell = _failed(team.units[found.unit][found.part], ShardError(found.lost))
+        results.add(cell)
+        on_cell(cell)
+
+
+class Contexts:
+    """The work of an evaluation: a unit is a context, of which each policy makes a cell."""
+
+    def __init__(
+        self,
+        reference: System,
+        systems: Sequence[System],
+        writer: Writer,
+        plans: Sequence[Plan],
+        how: How = PLAIN,
+        head: Head = NO_HEAD,
+    ) -> None:
+        names = (*(system.name for system in systems), BLIND)
+        places = [(plan, index) for plan in plans for index in range(plan.samples)]
+        self.head = head
+        self.units = [
+            [_empty(*place, name, how.ratios.get(name)) for name in names] for place in places
+        ]
+        self._fillers = [
+            partial(_filler, reference, systems, writer, *place, how) for place in places
+        ]
+
+    def do(self, unit: int, parts: Sequence[int]) -> Iterator[Cell]:
+        """Some cells of a context, which is read once by each policy."""
+        fill = self._fillers[unit]()  # with what the layers hand over; gone when this ends
+        for part in parts:
+            yield fill(self.units[unit][part])
 
 
 def _empty(plan: Plan, index: int, policy: str, ratio: float | None) -> Cell:
@@ -89,7 +133,7 @@ def _filler(
     try:
         sample = _sample(writer, plan, index, how.seed)
     except TaskError as error:  # the other samples go on
-        return functools.partial(_failed, error=error)
+        return partial(_failed, error=error)
     by_name = {system.name: system for system in systems}
     known = Reading(reference, sample, how.stepwise)
     blind = replace(sample, context=writer.prefix, protect=())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from kvpress.bench.common.command import command
@@ -17,15 +18,18 @@ from kvpress.bench.common.options import (
     use_threads,
 )
 from kvpress.bench.common.ranks import ParallelOptions
+from kvpress.bench.shards.options import RayOptions
 from kvpress.bench.speed import options
 from rich.console import Console
 
 from kvpress.report.tables import Fitted, new_table
 
 if TYPE_CHECKING:
+    from kvpress.bench.common.journal import Row
+    from kvpress.bench.speed.rows import Cell
     from kvpress.bench.speed.setting import Setting
 
-console = Console()
+console, errors = Console(), Console(stderr=True)
 POLICIES = ["full", "keyformer:budget=0.5", "keyformer:budget=0.2"]
 PREFILL_POLICIES = ["full", "keyformer:budget=0.5", "snapkv:budget=0.5,window=64"]
 STEP_POLICIES = ["streaming_llm:budget=1,sink=0", "h2o:budget=1", "keyformer:budget=1"]
@@ -46,6 +50,7 @@ def decode(
     grid: options.GridOptions,
     loading: TieredOptions,
     parts: ParallelOptions,
+    sharing: RayOptions,
     case: Annotated[str, typer.Option(help="model, or one-layer.")] = "model",
     policy: Annotated[
         list[str] | None,
@@ -78,9 +83,10 @@ def decode(
             " caps. kvpress bench tiers --case one-layer has caps."
         )
     usual_policies, usual_tokens = CASES[case]
-    setting = make_setting(loading, grid.cache_dtype, rounds, warmup, parts)
+    setting = partial(make_setting, loading, grid.cache_dtype, rounds, warmup, parts)
     name = "decode" if case == "model" else "layer"
-    _run(name, setting, grid, policy or usual_policies, tokens or usual_tokens, batch)
+    shown = policy or usual_policies, tokens or usual_tokens, batch
+    _run(name, setting, grid, *shown, sharing.over(parts))
 
 
 @command("kvpress bench prefill --tokens 2000 --policy full --policy snapkv:budget=0.2")
@@ -88,6 +94,7 @@ def prefill(
     grid: options.GridOptions,
     loading: ModelOptions,
     parts: ParallelOptions,
+    sharing: RayOptions,
     policy: options.Policies = PREFILL_POLICIES,
     tokens: options.Lengths = LONG,
     batch: options.Batches = ALONE,
@@ -99,8 +106,8 @@ def prefill(
     Each round reads the prompts once with every candidate, each time into an empty cache. The
     engine's ledger adds what attention, scoring, selection and storing took.
     """
-    setting = make_setting(loading, grid.cache_dtype, rounds, warmup, parts)
-    _run("prefill", setting, grid, policy, tokens, batch)
+    setting = partial(make_setting, loading, grid.cache_dtype, rounds, warmup, parts)
+    _run("prefill", setting, grid, policy, tokens, batch, sharing.over(parts))
 
 
 @command("kvpress bench throughput --batch 8 --new-tokens 32")
@@ -108,6 +115,7 @@ def throughput(
     grid: options.GridOptions,
     loading: TieredOptions,
     parts: ParallelOptions,
+    sharing: RayOptions,
     policy: options.Policies = POLICIES,
     tokens: options.Lengths = SHORT,
     batch: options.Batches = TOGETHER,
@@ -116,8 +124,9 @@ def throughput(
     warmup: options.Warmup = 1,
 ) -> None:
     """Time whole generations of a batch of prompts, beside transformers' DynamicCache with SDPA."""
-    setting = make_setting(loading, grid.cache_dtype, rounds, warmup, parts)
-    _run("throughput", replace(setting, new_tokens=new_tokens), grid, policy, tokens, batch)
+    given = loading, grid.cache_dtype, rounds, warmup, parts
+    setting = partial(make_setting, *given, new_tokens=new_tokens)
+    _run("throughput", setting, grid, policy, tokens, batch, sharing.over(parts))
 
 
 @command("kvpress bench memory --tokens 8000 --cap 4GiB")
@@ -135,8 +144,8 @@ def memory(
     ] = None,
 ) -> None:
     """Measure peak and held bytes, each candidate in a process of its own."""
-    setting = make_setting(loading, grid.cache_dtype, rounds=1, warmup=0)
-    setting = replace(setting, cap=None if cap is None else _bytes(cap))
+    most = None if cap is None else _bytes(cap)
+    setting = partial(make_setting, loading, grid.cache_dtype, rounds=1, warmup=0, cap=most)
     _run("memory", setting, grid, policy, tokens, batch)
 
 
@@ -166,8 +175,9 @@ def make_setting(
     rounds: int,
     warmup: int,
     parts: ParallelOptions = ONE,
+    **others: Any,
 ) -> Setting:
-    """Checks the names and sets the threads. Raises ModelError."""
+    """Checks the names and sets the threads. others: fields of the setting. Raises ModelError."""
     import torch
     from kvpress.bench.speed.setting import Setting
 
@@ -193,6 +203,7 @@ def make_setting(
         warmup=warmup,
         caps=caps or None,
         tp=source.tp,
+        **others,
     )
 
 
@@ -207,21 +218,57 @@ def _bytes(text: str) -> int:
 
 def _run(
     name: str,
-    setting: Setting,
+    setting: partial[Setting],
     given: options.GridOptions,
     policies: Sequence[str],
     lengths: Sequence[int],
     batches: Sequence[int],
+    actors: int | None = None,
 ) -> None:
-    """Fills the grid and prints its tables."""
+    """Fills the grid and prints its tables. setting: made in the processes that measure."""
     from kvpress.bench.common import report
     from kvpress.bench.common.candidates import BASELINE
     from kvpress.bench.speed import benches, grid, layer, run, scores
 
     baseline = [] if name == layer.NAME else [BASELINE]
     names = [*baseline, *dict.fromkeys(options.with_budgets(policies, given.budget or ()))]
-    quality = scores.QualityOptions() if given.with_eval else None
-    made = run.run(setting, grid.cells(name, lengths, batches), names, quality, given.out)
+    cells = grid.cells(name, lengths, batches)
+    if actors is not None:
+        made = _run_shared(setting, cells, names, given, actors)
+    else:
+        quality = scores.QualityOptions() if given.with_eval else None
+        made = run.run(setting(), cells, names, quality, given.out)
     for sheet in benches.sheets_of(made):
         console.print(report.table(sheet))
     console.print(benches.BENCHES[name].LEGEND)
+
+
+def _run_shared(
+    setting: partial[Setting],
+    cells: Sequence[Cell],
+    names: Sequence[str],
+    given: options.GridOptions,
+    actors: int,
+) -> list[Row]:
+    """The rows, from actors of Ray: no more of them than there are cells."""
+    from kvpress.bench.common.output import check_writable
+    from kvpress.bench.shards.teams import actors_of
+    from kvpress.bench.speed import shared
+
+    check_writable("--out", given.out)
+    if given.with_eval:
+        raise typer.BadParameter(
+            "--with-eval cannot be used with --ray. Leave it out, and measure quality with"
+            " kvpress eval --ray."
+        )
+    if actors > len(cells):
+        said = (
+            f"--ray {actors}: {len(cells)} actors run, one for each size; candidates of one size"
+            " are timed side by side."
+        )
+        errors.print(said, highlight=False, soft_wrap=True)
+    loading: HubOptions = setting.args[0]
+    work = partial(shared.begun, setting, cells, names)
+    count = min(actors, len(cells))
+    with actors_of(count, loading.source, loading.threads, work) as team:
+        return shared.run(team, names, given.out)

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
+from kvpress.bench.common.environment import machine
 from kvpress.bench.common.journal import Journal, Row
+from kvpress.bench.shards.work import Head
 from kvpress.bench.speed.rows import Cell
 from kvpress.bench.speed.setting import Setting
 
@@ -36,22 +38,12 @@ def fill(
     measured again, so that its ratios are of one run.
     """
     rows = []
+    head = Head(setting.to_dict(), dict(facts))
     for cell in wanted:
-        identities = {name: _identity(cell, name, setting, facts) for name in candidates}
-        found = [journal.find(identity) for identity in identities.values()]
-        known = [row for row in found if row is not None]
-        if len(known) < len(found):
+        known = find(journal, cell, candidates, head)
+        if known is None:
             scores = quality() if quality is not None else {}
-            measured = measure(cell, candidates)
-            known = [
-                {
-                    **identity,
-                    **measured[name],
-                    "quality": scores.get((name, cell.tokens), []),
-                    "environment": dict(facts),
-                }
-                for name, identity in identities.items()
-            ]
+            known = made(cell, measure(cell, candidates), head, scores)
             for row in known:
                 journal.add(row)
         rows += known
@@ -59,11 +51,36 @@ def fill(
     return rows
 
 
-def _identity(cell: Cell, name: str, setting: Setting, facts: Mapping[str, Any]) -> Row:
+def find(journal: Journal, cell: Cell, candidates: Sequence[str], head: Head) -> list[Row] | None:
+    """The rows of a cell that the journal holds, if it holds all of them."""
+    found = [journal.find(_identity(cell, name, head)) for name in candidates]
+    known = [row for row in found if row is not None]
+    return known if len(known) == len(found) else None
+
+
+def made(
+    cell: Cell,
+    measured: Mapping[str, Row],
+    head: Head,
+    scores: Mapping[tuple[str, int], list[Row]],
+) -> list[Row]:
+    """Rows of what was measured, by candidate; scores: see `Quality`."""
+    return [
+        {
+            **_identity(cell, name, head),
+            **row,
+            "quality": scores.get((name, cell.tokens), []),
+            "environment": dict(head.environment),
+        }
+        for name, row in measured.items()
+    ]
+
+
+def _identity(cell: Cell, name: str, head: Head) -> Row:
     """What tells rows apart: a row of another machine or with other settings is not this one."""
     return {
         **cell._asdict(),
         "candidate": name,
-        "settings": setting.to_dict(),
-        "machine": facts["device"] if facts["device"] != "cpu" else facts["cpu"],
+        "settings": head.settings,
+        "machine": machine(head.environment),
     }
