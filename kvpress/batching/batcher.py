@@ -36,8 +36,8 @@ class Batcher:
     begun. most_running, most_waiting: requests. most_context, most_new: tokens of a request; None:
     what the model takes. share_prefixes: among requests of one `"tenant"`, of `"all"`, or `"none"`.
     patience: seconds for which smaller requests overtake one that finds no room. tokenizer: for
-    stop texts. options: those of `attach`. Raises what `attach` raises, UnsupportedModelError for a
-    generation config that is not honoured.
+    stop texts. desk: checks requests. options: those of `attach`. Raises what `attach` raises,
+    UnsupportedModelError for a generation config that is not honoured.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Batcher:
         except BaseException:
             self.engine.detach()
             raise
-        self._desk, self._stepper, self._most_waiting = made.desk, made.stepper, most_waiting
+        self.desk, self._stepper, self.most_waiting = made.desk, made.stepper, most_waiting
         self.most_context, self.most_new = made.desk.most
         self._numbers, self._drains = itertools.count(), False
         self._loop = Loop(made.stepper)
@@ -84,6 +84,11 @@ class Batcher:
     def policy(self) -> str:
         """The policy, written out."""
         return str(self.engine.recipe)
+
+    @property
+    def shared_chunk(self) -> int:
+        """Tokens of the parts in which prompts that begin alike are shared; 0: they are not."""
+        return self._stepper.prefixes.shared_chunk
 
     def __enter__(self) -> Batcher:
         return self
@@ -120,7 +125,7 @@ class Batcher:
         """
         known = ends_of(self.model.generation_config) if ends is None else tuple(ends)
         request = Request(
-            self._desk.ids(ids),
+            self.desk.ids(ids),
             max_new_tokens,
             sampling or Sampling(),
             (stop,) if isinstance(stop, str) else tuple(stop),
@@ -130,7 +135,7 @@ class Batcher:
             priority,
             timeout,
         )
-        handle = self._desk.handle(next(self._numbers), request, self._loop.wake)
+        handle = self.desk.handle(next(self._numbers), request, self._loop.wake)
         with self._loop.lock:
             self._check_open()
             self._loop.put(handle)
@@ -143,7 +148,7 @@ class Batcher:
         if self._loop.closing or self._drains:
             raise ServingError("The batcher is closing and takes no more requests.")
         waiting = self._loop.arriving + len(self._stepper.order)
-        if waiting >= self._most_waiting:
+        if waiting >= self.most_waiting:
             self._stepper.counts.refused += 1
             raise RefusedError(
                 f"{waiting} requests wait already, as many as may (most_waiting). Try again later.",

@@ -10,9 +10,9 @@ import torch
 from kvpress.batching.handle import Handle
 from kvpress.batching.request import Request
 from kvpress.batching.reserving import Reserving
-from kvpress.engine import Engine
 from kvpress.errors import InputError, TooLargeError
 from kvpress.policy.rebudget import with_budget
+from kvpress.policy.recipe import Recipe
 
 
 class Most(NamedTuple):
@@ -25,16 +25,22 @@ class Most(NamedTuple):
 class Desk:
     """Makes a handle of what is asked for, or says why not.
 
-    share: among whose requests prefixes are shared: `tenant`, `all` or `none`. reads: whether there
-    is a tokenizer for stop texts.
+    It holds no weights, so that a copy can check requests in another process. recipe: the
+    policies. vocabulary: how many ids the model has. share: among whose requests prefixes are
+    shared: `tenant`, `all` or `none`. reads: whether there is a tokenizer for stop texts.
     """
 
     def __init__(
-        self, engine: Engine, reserving: Reserving, most: Most, share: str, reads: bool
+        self,
+        recipe: Recipe,
+        vocabulary: int,
+        reserving: Reserving,
+        most: Most,
+        share: str,
+        reads: bool,
     ) -> None:
-        self.most, self._engine, self._reserving = most, engine, reserving
-        self._share, self._reads = share, reads
-        self._vocabulary = engine.model.get_input_embeddings().weight.shape[0]
+        self.most, self._recipe, self._reserving = most, recipe, reserving
+        self._share, self._reads, self._vocabulary = share, reads, vocabulary
 
     def ids(self, given: Sequence[int] | torch.Tensor) -> tuple[int, ...]:
         """The ids of a prompt. Raises InputError for anything else."""
@@ -57,7 +63,7 @@ class Desk:
     def handle(self, number: int, request: Request, wake: Callable[[], None]) -> Handle:
         """The handle of a request. Raises InputError, TooLargeError, BudgetError, PolicyError."""
         self._check(request)
-        own = self._engine.recipe
+        own = self._recipe
         if request.budget is not None:
             own = with_budget(own, request.budget)
         prompt, new = len(request.ids), request.max_new_tokens

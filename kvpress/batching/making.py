@@ -73,7 +73,8 @@ def make(
     def text(ids: list[int]) -> str:
         return str(tokenizer.decode(ids))
 
+    vocabulary = engine.model.get_input_embeddings().weight.shape[0]
     return Made(
-        Desk(engine, reserving, limits, share, tokenizer is not None),
+        Desk(engine.recipe, vocabulary, reserving, limits, share, tokenizer is not None),
         Stepper(engine, pace, Admission(reserving, prefixes, parking, pace.patience), text),
     )

@@ -49,6 +49,11 @@ class Prefixes:
     def __len__(self) -> int:
         return len(self._known)
 
+    @property
+    def shared_chunk(self) -> int:
+        """Tokens of a part; 0: nothing is kept."""
+        return self._chunk if self._most else 0
+
     def longest(self, start: str, ids: Sequence[int]) -> Known | None:
         """The longest known prefix of a prompt, not all of it. start: what else must be alike."""
         found = None

@@ -88,8 +88,16 @@ class AddressOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LimitOptions:
-    """How much is served, and how long."""
+    """How much is served, by how many, and how long."""
 
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            help="Processes that hold the model each, on Ray: 4, or as many as the work asks for:"
+            " 1-4. --device, --host-bytes, --disk, --threads and --most-… are of each.",
+            show_default="none: this process holds it",
+        ),
+    ] = None
     chunk: Annotated[int, typer.Option(help="Tokens of a prompt read at once.", min=16)] = 512
     most_running: Annotated[int, typer.Option(help="Requests served side by side.", min=1)] = 256
     most_waiting: Annotated[
@@ -139,17 +147,15 @@ def serve(
     """
     from kvpress.policy.loading import parse
 
-    _check_packages()
+    _check_packages(limits.replicas)
     parse(policy)  # refuse a wrong policy, a wrong key or a port in use before a model is loaded
     keys = _keys(address)
     bound = _bound(address)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would fight the model's
     _log_to_stderr()
-    use_threads(loading.threads)
     log = logging.getLogger("kvpress.serve")
     log.info("loading %s", loading.model)
-    model, tokenizer = loading.source.load()
-    batcher = made_batcher(model, tokenizer, policy, **loading.caps, **limits.of_batcher)
+    batcher, tokenizer = loaded(loading, policy, limits)
     name = address.name or loading.model
     if address.name is None and Path(loading.model).is_dir():
         name = Path(loading.model).resolve().name  # clients need not know folders
@@ -160,6 +166,21 @@ def serve(
     host, port = bound.getsockname()[:2]
     log.info("serving %s with %s on %s port %s", name, policy, host, port)
     run(service, bound, limits.drain)
+
+
+def loaded(loading: HeldOptions, policy: str, limits: LimitOptions) -> tuple[Batcher, Any]:
+    """The batcher, of one model or of its replicas, and the tokenizer."""
+    options = {**loading.caps, **limits.of_batcher}
+    if limits.replicas is None:
+        use_threads(loading.threads)
+        model, tokenizer = loading.source.load()
+        return made_batcher(model, tokenizer, policy, **options), tokenizer
+
+    from kvpress.serve.replicas.making import counts, made_fleet
+    from kvpress.serve.replicas.plan import Plan
+
+    plan = Plan(loading.source, policy, options, loading.threads)
+    return made_fleet(plan, counts(limits.replicas))
 
 
 def made_batcher(model: Any, tokenizer: Any, policy: str, **options: Any) -> Batcher:
@@ -190,13 +211,17 @@ def made_service(
     )
 
 
-def _check_packages() -> None:
-    """Raises ServingError where a package of the extra is missing."""
+def _check_packages(replicas: str | None = None) -> None:
+    """Raises ServingError where a package of the extra is missing, or replicas cannot be."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ServingError(
             f"kvpress serve needs {', '.join(missing)}: pip install 'kvpress-engine[serve]'."
         )
+    if replicas is not None:
+        from kvpress.serve.replicas.making import counts
+
+        counts(replicas)
 
 
 def _keys(address: AddressOptions) -> Keys:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -39,6 +40,22 @@ COUNTERS = {
 OUTCOMES = ("finished", "cancelled", "failed", "refused")
 
 
+REPLICAS = {
+    "replicas_alive": ("alive", "Replicas that serve."),
+    "replicas_starting": ("starting", "Replicas that are being started, or started again."),
+    "replicas_wanted": ("wanted", "Replicas that the work of this moment asks for."),
+}
+REPLICA_COUNTERS = {
+    "replica_restarts": ("restarts", "Replicas that were lost and started again."),
+    "requests_moved": ("moved", "Requests that began anew on another replica."),
+}
+EACH = {
+    "replica_bytes_held": ("bytes_held", "Bytes of keys and values that a replica holds."),
+    "replica_bytes_promised": ("bytes_promised", "Bytes that its requests may come to hold."),
+    "replica_requests": ("requests", "Requests that it serves, or that wait there."),
+}
+
+
 class Metrics:
     """The figures of one server. Those of the batcher are asked for when somebody reads them."""
 
@@ -55,6 +72,8 @@ class Metrics:
         self._step_errors = self._counter("step_errors", "Steps of the model that raised an error.")
         self._left = self._counter("client_disconnects", "Clients that left before their answer.")
         self._registry.register(_Numbers(batcher, self._invalid))
+        if hasattr(batcher, "replicas"):
+            self._registry.register(_OfReplicas(batcher))
         batcher.observe(self._observe)
 
     def _counter(self, name: str, text: str) -> Counter:
@@ -111,3 +130,27 @@ class _Numbers(Collector):
             ended.add_metric([policy, outcome], getattr(stats, outcome))
         ended.add_metric([policy, "invalid"], self._invalid[0])
         yield ended
+
+
+class _OfReplicas(Collector):
+    """The numbers of a batcher that has replicas."""
+
+    def __init__(self, batcher: Any) -> None:
+        self._batcher = batcher
+
+    def collect(self) -> Iterator[Metric]:
+        labels, policy = ["policy"], self._batcher.policy
+        replicas = self._batcher.replicas
+        for name, (field, text) in REPLICAS.items():
+            gauge = GaugeMetricFamily(f"kvpress_{name}", text, labels=labels)
+            gauge.add_metric([policy], getattr(replicas, field))
+            yield gauge
+        for name, (field, text) in REPLICA_COUNTERS.items():
+            counter = CounterMetricFamily(f"kvpress_{name}", text, labels=labels)
+            counter.add_metric([policy], getattr(replicas, field))
+            yield counter
+        for name, (field, text) in EACH.items():
+            gauge = GaugeMetricFamily(f"kvpress_{name}", text, labels=["policy", "replica"])
+            for one in replicas.each:
+                gauge.add_metric([policy, str(one.number)], getattr(one, field))
+            yield gauge

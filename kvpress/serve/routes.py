@@ -155,8 +155,13 @@ class Routes:
     async def _health(self, call: Call) -> Response:
         service = self._service
         healthy = await asyncio.to_thread(lambda: service.healthy)
-        facts = {"model": service.name, "policy": service.batcher.policy}
-        said = {"status": "ok" if healthy else "dead", **facts}
+        said: dict[str, Any] = {"status": "ok" if healthy else "dead"}
+        said |= {"model": service.name, "policy": service.batcher.policy}
+        replicas = service.replicas
+        if replicas is not None:
+            said["replicas"] = {"alive": replicas.alive, "starting": replicas.starting}
+            if healthy and replicas.starting:
+                said["status"] = "degraded"  # others serve meanwhile
         return as_json(said, 200 if healthy else 503)
 
     async def _ready(self, call: Call) -> Response:

@@ -10,6 +10,7 @@ from kvpress.serve.feed import Feed
 from kvpress.serve.keys import Keys
 from kvpress.serve.metrics import Metrics
 from kvpress.serve.problems import Problem, dead, stopping, wrong
+from kvpress.serve.replicas.summing import Replicas
 from kvpress.serve.texts import Texts
 
 LONGEST_STEP = 30.0  # seconds after which a model that has work and makes no step counts as stuck
@@ -66,6 +67,12 @@ class Service:
             return self.batcher.stats().alive
         except Exception:  # whatever it is, nothing can be expected of it
             return False
+
+    @property
+    def replicas(self) -> Replicas | None:
+        """How its replicas are; None: this process holds the model."""
+        found: Replicas | None = getattr(self.batcher, "replicas", None)
+        return found
 
     @property
     def healthy(self) -> bool:
