@@ -15,6 +15,7 @@ from kvpress.errors import (
     ServingError,
     TooLargeError,
 )
+from kvpress.serve.replicas.wire import Lost
 
 TYPES = {
     400: "invalid_request_error",
@@ -83,6 +84,12 @@ def dead() -> Problem:
     return Problem(503, message, code="unavailable")
 
 
+def restarting() -> Problem:
+    """No replica serves; they are started again without anybody's help."""
+    message = "No replica of the model serves just now. They are being started; come again."
+    return Problem(503, message, code="unavailable", retry_after=10)
+
+
 def failed(ident: str) -> Problem:
     """Something that nobody expected. ident: what the log calls it."""
     message = f"The server failed. Its log says more under {ident}."
@@ -107,6 +114,8 @@ def of(error: BaseException, ident: str, alive: bool = True) -> Problem:
         return wrong("kvpress", str(error), "invalid_budget")
     if isinstance(error, InputError):
         return Problem(400, "The model cannot take this prompt.", code="invalid_prompt")
+    if isinstance(error, Lost):
+        return Problem(503, str(error), code="replica_lost")
     if not alive:
         return dead()
     if isinstance(error, ServingError):

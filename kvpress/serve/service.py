@@ -9,7 +9,7 @@ from kvpress.serve.contract import Batcher
 from kvpress.serve.feed import Feed
 from kvpress.serve.keys import Keys
 from kvpress.serve.metrics import Metrics
-from kvpress.serve.problems import Problem, dead, stopping, wrong
+from kvpress.serve.problems import Problem, dead, restarting, stopping, wrong
 from kvpress.serve.replicas.summing import Replicas
 from kvpress.serve.texts import Texts
 
@@ -88,7 +88,10 @@ class Service:
         if self.draining:
             raise stopping()
         if not self.alive:
-            raise dead()
+            raise self._gone()
+
+    def _gone(self) -> Problem:
+        return dead() if self.replicas is None else restarting()
 
     def check_model(self, name: str) -> None:
         """Raises Problem for a model that is not here."""
@@ -101,7 +104,7 @@ class Service:
         alive = self.alive
         for feed in list(self.feeds):
             if not alive:
-                feed.fail(dead())
+                feed.fail(self._gone())
             elif feed.late(now, self.limits.timeout):
                 feed.cancel()
                 feed.given_up.set()

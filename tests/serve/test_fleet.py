@@ -13,9 +13,11 @@ from serving import chat, events, eventually, serving
 from kvpress.batching.handle import Event, Handle
 from kvpress.batching.request import Drawn, Request
 from kvpress.errors import DeadlineError, RefusedError, ServingError, TooLargeError
+from kvpress.serve.problems import Problem
 from kvpress.serve.replicas import dispatch, keeper, member
 from kvpress.serve.replicas.scaling import Scaling
 from kvpress.serve.replicas.wire import Command, Lost, portable
+from kvpress.serve.service import Service
 
 LONG = "a long answer, of which nothing may be said twice. " * 5
 
@@ -294,6 +296,12 @@ def test_a_replica_that_cannot_be_started_again_is_tried_again(
         with pytest.raises(ServingError, match="No replica serves"):
             submit(fakes, 1)
         assert not fakes.fleet.stats().alive
+        service = Service(*[None] * 6)  # type: ignore[arg-type]
+        service.batcher = fakes.fleet
+        with pytest.raises(Problem, match="being started") as absent:
+            service.check_open()
+        assert (absent.value.status, absent.value.headers) == (503, {"retry-after": "10"})
+        assert not service.healthy
         fakes.whole(1)
         assert submit(fakes, 1)[0].result(20).tokens == tokens(tokenizer, WORDS)
         assert fakes.fleet.replicas.restarts == 3
@@ -362,7 +370,7 @@ def test_the_server_over_replicas(tokenizer: Any) -> None:
                 got = b""
                 while b'"error"' not in got:
                     got += stream.recv(4096)
-                assert b"unavailable" in got
+                assert b"replica_lost" in got and b"Replica 0" in got
             eventually(lambda: server.get("/health").json()["status"] == "degraded")
             assert server.get("/health").status_code == server.get("/ready").status_code == 200
             assert server.chat(max_tokens=5).status_code == 200

@@ -18,6 +18,7 @@ from kvpress.serve.replicas.wire import Command, Facts, Lost, News
 
 _WAIT = 1.0  # seconds that a replica waits for news before it says that there are none
 _STORE = 100 << 20  # bytes of Ray's object store: messages are small, and go past it
+_ATTEMPTS = 3  # to start it: its own processes have 30 s for that, too few on a busy machine
 _GOODBYE = 10.0  # seconds in which a replica ends in order
 
 
@@ -43,20 +44,18 @@ class Cluster:
         if not self._own:
             return
         given: dict[str, Any] = {"log_to_driver": log, "logging_level": "WARNING"}
-        if not os.environ.get("RAY_ADDRESS"):
+        address, attempts = os.environ.get("RAY_ADDRESS"), 1
+        if not address:
             given |= {"include_dashboard": False, "object_store_memory": _STORE, "address": "local"}
-        for last in (False, False, True):
+            attempts = _ATTEMPTS
+        for attempt in range(attempts):
             try:
                 self._ray.init(**given)
                 return
-            except Exception as error:  # its own processes have 30 s to start: too few at times
+            except Exception as error:
                 self._ray.shutdown()
-                if last or isinstance(error, ValueError):
-                    where = os.environ.get("RAY_ADDRESS") or "this machine"
-                    raise ServingError(
-                        f"Ray could not be started or reached on {where}: {error} Start it"
-                        " yourself (ray start --head) and set RAY_ADDRESS=auto, or try again."
-                    ) from error
+                if attempt == attempts - 1:
+                    raise ServingError(_unreachable(address, error)) from error
 
     def has(self, name: str) -> float:
         """How much of a resource all nodes have: `CPU`, `GPU`."""
@@ -103,7 +102,7 @@ class RayLink:
 
     def tell(self, commands: Sequence[Command]) -> None:
         """Sends commands. What a lost replica is told is forgotten: `hear` says that it is lost."""
-        with contextlib.suppress(self._ray.exceptions.RayError):
+        with contextlib.suppress(Exception):  # whatever it is, a caller cannot help it
             self._tell.remote(next(self._places), commands)
 
     def hear(self, timeout: float) -> News:
@@ -134,6 +133,18 @@ class RayLink:
         except errors.RayError as error:
             said = str(error).strip().splitlines() or [""]
             raise Lost(f"its process has ended: {type(error).__name__}, {said[0]}") from None
+
+
+def _unreachable(address: str | None, error: Exception) -> str:
+    """What to do where Ray does not answer."""
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    if address is None:
+        return f"Ray could not be started: {said[0]} Free some memory or cores, and try again."
+    return (
+        f"RAY_ADDRESS={address}: Ray could not be reached: {said[0]} Start it with ray start"
+        " --head, give all nodes the same token (RAY_AUTH_MODE=token), or unset RAY_ADDRESS so that"
+        " it is started here."
+    )
 
 
 def cpus_each(all_cpus: float, replicas: int, threads: int | None) -> float:

@@ -12,7 +12,7 @@ from kvpress.errors import RefusedError, ServingError
 from kvpress.serve.replicas.member import Member, Ticket
 from kvpress.serve.replicas.routing import Router
 from kvpress.serve.replicas.summing import Outcomes
-from kvpress.serve.replicas.wire import Told
+from kvpress.serve.replicas.wire import Lost, Told
 
 _LOG = logging.getLogger("kvpress.serve")
 MOST_MOVES = 1  # times that a request begins anew, because the replica that had it was lost
@@ -99,8 +99,11 @@ class Dispatch:
         for ticket in tickets:
             drawn, number = len(ticket.handle.drawn), member.number
             if ticket.handle.is_cancelled or drawn or ticket.moves >= MOST_MOVES:
-                said = f"Replica {number}, which served this request, was lost ({reason})"
-                error = ServingError(f"{said} after {drawn} tokens. Send the request again.")
+                said = (
+                    f"Replica {number}, which served this request, was lost after {drawn} tokens."
+                )
+                error = Lost(f"{said} Send the request again.")
+                error.__cause__ = reason
                 self._hand_out(ticket, member, _ended(ticket, error))
             else:
                 ticket.moves += 1

@@ -16,7 +16,7 @@ _KNOWN = {"builtins", "kvpress", "torch"}  # packages whose errors every process
 
 
 class Lost(ServingError):
-    """A replica of which nothing can be expected any more."""
+    """A replica of which nothing can be expected any more, or a request that ended with it."""
 
 
 class Facts(NamedTuple):
