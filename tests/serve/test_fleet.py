@@ -394,9 +394,9 @@ def test_an_end_is_handed_out_once(tokenizer: Any) -> None:
     with Fakes(tokenizer, 1) as fakes:
         fakes.hold(0)
         (handle,) = submit(fakes, 1)
-        ticket, own = fakes.fleet._dispatch.tickets[handle.number]
+        ticket, _ = fakes.fleet._dispatch.tickets[handle.number]
         for _ in range(2):
-            fakes.fleet._dispatch._hand_out(ticket, own, Event(error=ServingError("once")))
-        fakes.fleet._dispatch._hand_out(ticket, own, Event((Drawn(1),)))
+            fakes.fleet._dispatch._hand_out(ticket, Event(error=ServingError("once")))
+        fakes.fleet._dispatch._hand_out(ticket, Event((Drawn(1),)))
         assert fakes.fleet.stats().failed == 1 and not handle.drawn
         assert isinstance(fakes.links[0][0], Link)

@@ -6,8 +6,10 @@ import contextlib
 import importlib
 import importlib.util
 import itertools
+import logging
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +18,8 @@ from kvpress.serve.replicas.plan import Plan
 from kvpress.serve.replicas.replica import Replica
 from kvpress.serve.replicas.wire import Command, Facts, Lost, News
 
+_LOG = logging.getLogger("kvpress.serve")
+_SOON = 120.0  # seconds after which it is said that Ray may have no place for a replica
 _WAIT = 1.0  # seconds that a replica waits for news before it says that there are none
 _STORE = 100 << 20  # bytes of Ray's object store: messages are small, and go past it
 _ATTEMPTS = 3  # to start it: its own processes have 30 s for that, too few on a busy machine
@@ -93,10 +97,13 @@ class RayLink:
 
     def start(self, given_up: Callable[[], bool]) -> Facts:
         """Waits until its model is loaded. Raises what loading raises, Lost."""
-        asked = self._actor.start.remote()
+        asked, began, said = self._actor.start.remote(), time.monotonic(), False
         while not self._ray.wait([asked], timeout=0.2)[0]:
             if given_up():
                 raise Lost("it was given up before its model was loaded")
+            if not said and time.monotonic() - began > _SOON:
+                said = True
+                _LOG.warning("a replica does not serve after %g s: see ray status", _SOON)
         facts: Facts = self._answer(asked)
         return facts
 

@@ -29,7 +29,7 @@ class Dispatch:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.members: dict[int, Member] = {}
-        self.tickets: dict[int, tuple[Ticket, Member | None]] = {}
+        self.tickets: dict[int, tuple[Ticket, Member]] = {}
         self.outcomes = Outcomes()
         self.router = Router()
 
@@ -69,10 +69,10 @@ class Dispatch:
     def change(self, number: int) -> None:
         """Tells a replica that a caller has cancelled or paused a request, or lets it go on."""
         with self.lock:
-            ticket, member = self.tickets.get(number, (None, None))
-            command = ticket.change() if ticket is not None and member is not None else None
-            if command is not None and member is not None:
-                member.tell(command)
+            found = self.tickets.get(number)
+            command = found[0].change() if found is not None else None
+            if found is not None and command is not None:
+                found[1].tell(command)
 
     def tell(self, member: Member, told: Told) -> None:
         """Hands out what a replica said of a request. Stale news are nobody's."""
@@ -89,7 +89,7 @@ class Dispatch:
             ticket.settle(told.usage)
             if event.completion is not None:
                 event = event._replace(completion=event.completion._replace(usage=told.usage))
-        self._hand_out(ticket, member, event)
+        self._hand_out(ticket, event)
 
     def lose(self, member: Member, reason: BaseException) -> None:
         """Of a replica that is lost: what had no token yet begins anew, the rest ends."""
@@ -104,7 +104,7 @@ class Dispatch:
                 )
                 error = Lost(f"{said} Send the request again.")
                 error.__cause__ = reason
-                self._hand_out(ticket, member, _ended(ticket, error))
+                self._hand_out(ticket, _ended(ticket, error))
             else:
                 ticket.moves += 1
                 moved += self._again(ticket, member)
@@ -121,35 +121,35 @@ class Dispatch:
                 self.outcomes.moved += 1
             return True
         except ServingError as error:
-            self._hand_out(ticket, member, _ended(ticket, error))
+            self._hand_out(ticket, _ended(ticket, error))
             return False
 
     def end_late(self) -> None:
         """Ends what is far behind its timeout: its replica says nothing."""
         with self.lock:
-            waiting = [pair for pair in self.tickets.values() if pair[0].handle.is_late]
-        for ticket, member in waiting:
+            late_ones = [one for one, _ in self.tickets.values() if one.handle.is_late]
+        for ticket in late_ones:
             handle = ticket.handle
             if handle.age > (handle.request.timeout or 0.0) + _GRACE:
                 handle.cancel()
-                self._hand_out(ticket, member, Event(error=late(handle)))
+                self._hand_out(ticket, Event(error=late(handle)))
 
     def end_all(self, error: BaseException) -> None:
         """Ends everything."""
         with self.lock:
-            waiting = list(self.tickets.values())
-        for ticket, member in waiting:
-            self._hand_out(ticket, member, Event(error=error))
+            tickets = [one for one, _ in self.tickets.values()]
+        for ticket in tickets:
+            self._hand_out(ticket, Event(error=error))
 
-    def _hand_out(self, ticket: Ticket, member: Member | None, event: Event) -> None:
+    def _hand_out(self, ticket: Ticket, event: Event) -> None:
         """Gives a caller an event, and counts a request that is over."""
         handle = ticket.handle
         if event.ends:
             with self.lock:
-                if self.tickets.pop(handle.number, None) is None:
+                found = self.tickets.pop(handle.number, None)
+                if found is None:
                     return  # it is over already
-                if member is not None:
-                    member.release(ticket)
+                found[1].release(ticket)
                 self._count(event)
                 self.changed.notify_all()
             if handle.usage.seconds is None:
