@@ -47,7 +47,9 @@ class Answer:
     @property
     def usage(self) -> dict[str, Any]:
         """What it took."""
-        return usage(self.usages, self.asked.choices, self._service.batcher.policy)
+        recipe = self._handles[0].recipe  # with the budget that was asked for
+        policy = self._service.batcher.policy if recipe is None else str(recipe)
+        return usage(self.usages, self.asked.choices, policy)
 
     async def said(self) -> AsyncGenerator[Said, None]:
         """Its parts as they come. Raises the error that ended one of its choices."""

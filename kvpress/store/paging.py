@@ -87,17 +87,26 @@ class Paging:
             self.own(row_A, next_page[row_A])
         missing = (table.pages_for(counts) - table.owned).clamp_min_(0)
         total = int(missing.sum())
-        if total == 0:
-            return
-        fresh, owned = self.pool.take(total, self.most_pages), table.owned + missing
-        wider = max(0, int(owned.max()) - table.pages_RW.shape[1])
-        pages_RW = torch.nn.functional.pad(table.pages_RW, (0, wider))  # a copy, also by 0
-        # Rows of unequal length need their pages in different steps: nothing here is done row by
-        # row. Page a of the new ones, counted over all rows, stands behind those that its row has.
-        row_A = torch.repeat_interleave(missing)
-        before_R = missing.cumsum(0) - missing
-        place_A = host.arange(total) + (table.owned - before_R)[row_A]
-        pages_RW[row_A, place_A] = host.tensor(fresh, dtype=torch.int32)
+        if total:
+            fresh = host.tensor(self.pool.take(total, self.most_pages), dtype=torch.int32)
+            self._hand_out(fresh, missing)
+
+    def _hand_out(self, fresh_A: Tensor, missing: Tensor) -> None:
+        """Gives pages to rows: the first of them to the first row that misses some, and so on."""
+        table, owned = self.table, self.table.owned + missing
+        each, rows = len(fresh_A) // len(missing), table.pages_RW
+        if bool((missing == each).all()) and bool((owned == rows.shape[1] + each).all()):
+            # As mostly where rows are of one length: a few steps of one text must not cost more.
+            pages_RW = torch.cat([rows, fresh_A.view(len(missing), each)], dim=1)
+        else:
+            wider = max(0, int(owned.max()) - rows.shape[1])
+            pages_RW = torch.nn.functional.pad(rows, (0, wider))  # a copy, also by 0
+            # Rows of unequal length need their pages in different steps: nothing here is done row
+            # by row. Page a of the new ones, counted over all rows, stands behind those of its row.
+            row_A = torch.repeat_interleave(missing)
+            before_R = missing.cumsum(0) - missing
+            place_A = host.arange(len(fresh_A)) + (table.owned - before_R)[row_A]
+            pages_RW[row_A, place_A] = fresh_A
         table.owned = owned
         table.set_pages(pages_RW)
 
