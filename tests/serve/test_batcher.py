@@ -69,7 +69,8 @@ def test_usage_says_what_was_kept(real: Running) -> None:
     )
     assert 0 < less["slots_kept"] < half["slots_kept"] < half["slots_full"]
     assert 0 < less["bytes_held"] < half["bytes_held"]
-    assert (half["policy"], less["policy"]) == ("h2o:budget=0.5", "h2o:budget=0.25")
+    assert half["policy"].startswith("h2o:budget=0.5,")
+    assert less["policy"].startswith("h2o:budget=0.25,")
     assert half["fraction"] == pytest.approx(0.5, abs=0.02)
 
 
