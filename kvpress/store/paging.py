@@ -89,26 +89,7 @@ class Paging:
         total = int(missing.sum())
         if total:
             fresh = host.tensor(self.pool.take(total, self.most_pages), dtype=torch.int32)
-            self._hand_out(fresh, missing)
-
-    def _hand_out(self, fresh_A: Tensor, missing: Tensor) -> None:
-        """Gives pages to rows: the first of them to the first row that misses some, and so on."""
-        table, owned = self.table, self.table.owned + missing
-        each, rows = len(fresh_A) // len(missing), table.pages_RW
-        if bool((missing == each).all()) and bool((owned == rows.shape[1] + each).all()):
-            # As mostly where rows are of one length: a few steps of one text must not cost more.
-            pages_RW = torch.cat([rows, fresh_A.view(len(missing), each)], dim=1)
-        else:
-            wider = max(0, int(owned.max()) - rows.shape[1])
-            pages_RW = torch.nn.functional.pad(rows, (0, wider))  # a copy, also by 0
-            # Rows of unequal length need their pages in different steps: nothing here is done row
-            # by row. Page a of the new ones, counted over all rows, stands behind those of its row.
-            row_A = torch.repeat_interleave(missing)
-            before_R = missing.cumsum(0) - missing
-            place_A = host.arange(len(fresh_A)) + (table.owned - before_R)[row_A]
-            pages_RW[row_A, place_A] = fresh_A
-        table.owned = owned
-        table.set_pages(pages_RW)
+            _hand_out(table, fresh, missing)
 
     def own(self, row_A: Tensor, place_A: Tensor) -> None:
         """Copies those of some pages, by their places in rows, that have other users.
@@ -248,3 +229,23 @@ def check_pages(paging: Paging, place_RW: Tensor) -> None:
         raise CacheError("Rows of different heads, or different parts of rows, share a page.")
     if bool((table.counts > table.owned * table.page_slots).any()):
         raise CacheError("A row holds more slots than its pages have room for.")
+
+
+def _hand_out(table: PageTable, fresh_A: Tensor, missing: Tensor) -> None:
+    """Gives pages to rows: the first of them to the first row that misses some, and so on."""
+    owned = table.owned + missing
+    each, rows = len(fresh_A) // len(missing), table.pages_RW
+    if bool((missing == each).all()) and bool((owned == rows.shape[1] + each).all()):
+        # As mostly where rows are of one length: a few steps of one text must not cost more.
+        pages_RW = torch.cat([rows, fresh_A.view(len(missing), each)], dim=1)
+    else:
+        wider = max(0, int(owned.max()) - rows.shape[1])
+        pages_RW = torch.nn.functional.pad(rows, (0, wider))  # a copy, also by 0
+        # Rows of unequal length need their pages in different steps: nothing here is done row
+        # by row. Page a of the new ones, counted over all rows, stands behind those of its row.
+        row_A = torch.repeat_interleave(missing)
+        before_R = missing.cumsum(0) - missing
+        place_A = host.arange(len(fresh_A)) + (table.owned - before_R)[row_A]
+        pages_RW[row_A, place_A] = fresh_A
+    table.owned = owned
+    table.set_pages(pages_RW)
