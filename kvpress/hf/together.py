@@ -24,7 +24,7 @@ from kvpress.hf.spec import Lease
 from kvpress.pipe.state.ids import columns_of
 from kvpress.pipe.steps import run_layers
 
-Token = tuple[Tensor, Tensor, Tensor]  # query, key, value of one text
+_Token = tuple[Tensor, Tensor, Tensor]  # query, key, value of one text
 _How = tuple[float, float, Tensor | None]  # scaling, cap and sinks
 
 
@@ -97,7 +97,7 @@ class TogetherLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         numbers = range(len(self._layers))
         return torch.cat([empty if n in self._failed else found[n] for n in numbers])
 
-    def _run_together(self, own: list[Token], how: _How) -> dict[int, Any]:
+    def _run_together(self, own: list[_Token], how: _How) -> dict[int, Any]:
         """The outputs of all texts, in as few operator calls as they need; or their errors."""
         found: dict[int, Any] = {}
         tokens = {}
@@ -113,7 +113,7 @@ class TogetherLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         states = [self._layers[number].state for number in tokens]
         return found | dict(zip(tokens, run_layers(states, list(tokens.values())), strict=True))
 
-    def _run_one_by_one(self, own: list[Token], how: _How, takes: bool) -> dict[int, Any]:
+    def _run_one_by_one(self, own: list[_Token], how: _How, takes: bool) -> dict[int, Any]:
         """The same where layers read keys of other layers."""
         found: dict[int, Any] = {}
         for number, layer in enumerate(self._layers):

@@ -74,15 +74,15 @@ def decode_together(steps: Sequence[tuple[Any, ...]]) -> Tensor:
     flat = _operator("decode_step")[1]
     fields = zip(*(flat(*step) for step in steps), strict=True)
     *tensors, rank, evict, noise, tau, seed, layer, first, scaling, softcap, old, _ = fields
-    common = [set(values) for values in (rank, noise, layer, first, scaling, softcap)]
+    masses = tensors[8]
+    lacks = [mass is None for mass in masses]
+    common = [set(values) for values in (rank, noise, layer, first, scaling, softcap, lacks)]
     if any(old) or any(len(values) > 1 for values in common):
         raise OperatorError(f"kvpress::decode_steps: steps that are not alike: {common}")
-    if tensors[8][0] is None:
-        tensors[8] = ()  # no masses
     return decode_steps(
         tensors[:3],
         tensors[3:7],
-        tensors[7:9],
+        (tensors[7], () if lacks[0] else masses),
         (*tensors[9:], rank[0]),
         [int(x) for x in evict],
         (noise[0], tau, seed, layer[0], first[0]),

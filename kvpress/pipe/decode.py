@@ -75,8 +75,7 @@ def begin_step(layer: Layer, tokens: Tokens) -> Fused | Tensor:
         return _run_stages(layer, list(range(len(layer.sequences))), tokens, over > 0)
     if tokens.sink_N is not None:
         return _run_fused_with_sinks(layer, tokens, over > 0, observation)
-    fused = _fused(layer, tokens, over > 0, observation)
-    return _run_merging(layer, fused) if fused.evicts and layer.recipe.merging else fused
+    return _fused(layer, tokens, over > 0, observation)
 
 
 def _over(layer: Layer, over: int) -> int:
@@ -133,20 +132,13 @@ def _fused(layer: Layer, tokens: Tokens, evicts: bool, observation: Observation)
 
 
 def run_fused(layer: Layer, fused: Fused) -> Tensor:
-    """The output of a step that is one operator call."""
+    """The output of a step that is one operator call, and one more where it merges."""
     with layer.timed("decode attention"):
         out_BN1D = ops.decode_step(*fused.operands)
-    layer.count_step(fused.evicts)
-    return out_BN1D
-
-
-def _run_merging(layer: Layer, fused: Fused) -> Tensor:
-    """The same where what is evicted is merged into what stays."""
-    with layer.timed("decode attention"):
-        out_BN1D = ops.decode_step(*fused.operands)
-    _, pages, columns, bounds, *_ = fused.operands
-    with layer.timed("merge"):
-        merge_one(layer, pages, columns, bounds)
+    if fused.evicts and layer.recipe.merging is not None:
+        _, pages, columns, bounds, *_ = fused.operands
+        with layer.timed("merge"):
+            merge_one(layer, pages, columns, bounds)
     layer.count_step(fused.evicts)
     return out_BN1D
 
@@ -161,9 +153,7 @@ def _run_fused_with_sinks(
     stored_bH1D = key_bH1D.to(layer.rows.columns[KEY].dtype).float()
     query_bHGD = query_bN1D.float().view(len(key_bH1D), key_bH1D.shape[1], -1, key_bH1D.shape[3])
     own_bN1 = (query_bHGD * stored_bH1D).sum(-1).view_as(before_bN1) * tokens.scaling
-    fused = _fused(layer, tokens, evicts, observation)
-    merges = evicts and layer.recipe.merging is not None
-    out_bN1D = (_run_merging if merges else run_fused)(layer, fused)
+    out_bN1D = run_fused(layer, _fused(layer, tokens, evicts, observation))
     found = (out_bN1D, torch.logaddexp(before_bN1, own_bN1), None)
     return sinks.taken(found, tokens.sink_N)[0]
 

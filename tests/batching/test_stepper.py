@@ -14,6 +14,7 @@ from schedules import CHUNK
 from session_memory import resident
 
 import kvpress
+from kvpress import ops
 from kvpress.batching.request import Request, Sampling
 from kvpress.batching.stepper import Pace, Stepper
 from kvpress.batching.text import Text
@@ -251,6 +252,24 @@ def test_a_pass_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ServingError, match="step of 2 requests failed: no memory"):
             one.handle.result(0)
     assert told.count("step_errors") == 1 and own.stepper.nbytes == 0
+
+
+@pytest.mark.parametrize("recipe", ["full", "h2o:budget=0.5", "keyformer:budget=0.5"])
+def test_texts_that_decode_together_take_one_operator_call_per_layer(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, alone = list[int](), list[int]()
+    together, single = ops.decode_together, ops.decode_step
+    monkeypatch.setattr(
+        ops, "decode_together", lambda steps: texts.append(len(steps)) or together(steps)
+    )
+    monkeypatch.setattr(ops, "decode_step", lambda *x: alone.append(1) or single(*x))
+    with kvpress.attach(schedules.model(), recipe) as engine:
+        planned = [schedules.Planned(Request(tuple(range(3, 30 + 9 * n)), 6), 0) for n in range(3)]
+        schedules.run(schedules.made(engine, Pace(512)), planned)
+        layers = len(engine.new_cache().states)
+    assert not alone
+    assert texts == [3] * layers * 5  # the first of six tokens follows from the prompt
 
 
 def spoil(cache: EngineCache, error: Exception | None, patch: pytest.MonkeyPatch) -> None:

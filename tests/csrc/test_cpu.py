@@ -217,8 +217,10 @@ def test_steps_that_are_not_alike_are_refused_and_change_nothing() -> None:
 
     one, other = step(), step()
     before = one[1].key_PDS.clone()
+    massive = Columns(other[2].position_PS, torch.rand(other[2].position_PS.shape))
     wrong = {
         "not alike": [one, (*other[:6], Logits(2.0), Old())],
+        "are not alike": [one, (*other[:2], massive, *other[3:])],
         "share memory": [one, (other[0], one[1], *other[2:])],
         "has seen 0 tokens": [one, step(seen_B=[0])],
         "other heads": [one, (Token(torch.randn(1, 3, 1, 8), *other[0][1:]), *other[1:])],
