@@ -59,7 +59,7 @@ class Stepper:
         self._decode, self._feeding = decode, engine.feeding()
         self._served = Served(admission, self.counts, self._feeding)
         self.running = self._served.running
-        self._config, self._noted = engine.model.generation_config, 0.0
+        self._config, self._noted = engine.model.generation_config, (0, 0.0)  # texts, when
 
     def step(self) -> bool:
         """Does what there is to do. False: nothing is, until a request comes or goes on."""
@@ -77,8 +77,9 @@ class Stepper:
 
         It costs each text as much as a layer of a step: no more often than needed.
         """
-        if not self.running or time.perf_counter() - self._noted > _BYTES_EVERY:
-            self.counts.bytes_held, self._noted = self.nbytes, time.perf_counter()
+        before, number, now = self._noted[0], len(self.running), time.perf_counter()
+        if not number or number != before or now - self._noted[1] > _BYTES_EVERY:
+            self.counts.bytes_held, self._noted = self.nbytes, (number, now)
 
     @property
     def nbytes(self) -> int:
