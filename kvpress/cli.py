@@ -84,6 +84,11 @@ def policies(
         )
         table.add_row(Text(entry.name), Text(entry.summary), Text(options), end_section=True)
     console.print(Fitted(table))
+    if named := catalogue.named():
+        table = new_table(("named recipe", "what it is", "measured, question hidden"))
+        for line in named:
+            table.add_row(*map(Text, line))
+        console.print(Fitted(table))
 
 
 @app.command(epilog="Example: kvpress build")

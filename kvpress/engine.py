@@ -35,7 +35,7 @@ from kvpress.pipe.plan.plan import Plan
 from kvpress.policy.base import Policy
 from kvpress.policy.layer_counts import check_layers
 from kvpress.policy.loading import parse, refuse_options
-from kvpress.policy.recipe import Recipe
+from kvpress.policy.recipe import Recipe, needs_rotation
 from kvpress.report import Report
 from kvpress.store.tiers.caps import Caps
 
@@ -140,7 +140,7 @@ class Engine:
         check_layers(recipe, shape.kinds)
         check_division(recipe, sum(kind.window is None for kind in shape.kinds))
         check_fit(recipe, shape.kinds)
-        turns = tuple(rotations(model)) if recipe.needs_rotation else ()
+        turns = tuple(rotations(model)) if needs_rotation(recipe) else ()
         sparse = calibration.thresholds(recipe.sparsity, model, shape)
         known = learned.calibrated(recipe, model, shape)
         check_projections(model, shape.kinds, recipe)

@@ -39,7 +39,8 @@ class Section(NamedTuple):
         asked = f"question {self.group.protocol}"
         model = known_as(str(self.settings.get("model")))
         spared = ", system prompt protected" if self.settings.get("protect_system") else ""
-        return f"{self.group.tokens:,} tokens, {asked}, {model}, stored in {stored}{spared}"
+        sought = ", budgets by bytes" if self.settings.get("by_bytes") else ""
+        return f"{self.group.tokens:,} tokens, {asked}, {model}, stored in {stored}{spared}{sought}"
 
     @property
     def ratios(self) -> list[float]:

@@ -14,12 +14,12 @@ from kvpress.policy.loading import available
 
 def replaced_by() -> dict[str, list[str]]:
     """The installed policies that replace each stage, as combining them goes by."""
-    found: dict[str, list[str]] = {stage.name: [] for stage in STAGES}
+    found: dict[str, list[str]] = {stage.method: [] for stage in STAGES}
     for name, cls in available().items():
         own = stages_of(cls())
-        for stage in (stage.name for stage in STAGES):
-            if stage in own:
-                found[stage].append(name)
+        for stage in STAGES:
+            if stage.name in own:
+                found[stage.method].append(name)
     return found
 
 

@@ -18,7 +18,16 @@ _OF_LM_EVAL = frozenset({"task_folder", "limit", "metadata", "chat", "max_new_to
 _OF_OUR_TASKS = frozenset(
     {
         *("suite", "files", "protocol", "quick", "length", "samples"),
-        *("text", "stepwise", "generate", "seed", "ratio", "cache_dtype", "protect_system"),
+        *(
+            "text",
+            "stepwise",
+            "generate",
+            "seed",
+            "ratio",
+            "by_bytes",
+            "cache_dtype",
+            "protect_system",
+        ),
         *("ray", "shards"),
     }
 )
@@ -75,6 +84,14 @@ class TaskOptions:
             show_default="budgets as given",
         ),
     ] = None
+    by_bytes: Annotated[
+        bool,
+        typer.Option(
+            "--by-bytes",
+            help="--ratio is of all bytes held, against bfloat16: budgets are sought that hold so"
+            " many of a context.",
+        ),
+    ] = False
     protect_system: Annotated[
         bool, typer.Option("--protect-system", help="Never evict a system prompt; of task system.")
     ] = False
@@ -97,6 +114,12 @@ class TaskOptions:
             raise typer.BadParameter(
                 "--protect-system changes nothing without the task system, the only one with a"
                 " system prompt. Add --suite system, or leave it out."
+            )
+        if self.by_bytes and (not self.ratio or len(self.length or ()) != 1 or self.files):
+            raise typer.BadParameter(
+                "--by-bytes seeks the budgets of ratios for contexts of one length, since bytes"
+                " that are not of slots weigh more in short ones. Give --ratio and one --length,"
+                " without --files."
             )
 
 

@@ -105,7 +105,7 @@ def _empty(plan: Plan, index: int, policy: str, ratio: float | None) -> Cell:
     )
 
 
-def _sample(writer: Writer, plan: Plan, index: int, seed: int) -> Sample:
+def sample_of(writer: Writer, plan: Plan, index: int, seed: int) -> Sample:
     """The same for both protocols, and for every policy. Raises TaskError."""
     place = zlib.crc32(f"{plan.task.name} {plan.tokens} {index} {seed}".encode())
     sample = plan.task.make(writer, random.Random(place), plan.tokens, index)
@@ -131,7 +131,7 @@ def _filler(
 ) -> Callable[[Cell], Cell]:
     """What fills the cells of one sample; it keeps what the full cache answers."""
     try:
-        sample = _sample(writer, plan, index, how.seed)
+        sample = sample_of(writer, plan, index, how.seed)
     except TaskError as error:  # the other samples go on
         return partial(_failed, error=error)
     by_name = {system.name: system for system in systems}

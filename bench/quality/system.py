@@ -176,7 +176,7 @@ def _attends_once_in_full(recipe: Recipe) -> bool:
 
     A second pass runs the model again, which no record of another policy's layers can stand for.
     """
-    return recipe.sparsity is None and not recipe.probes
+    return recipe.sparsity is None and not recipe.looks
 
 
 def _ends(model: Any) -> frozenset[int]:

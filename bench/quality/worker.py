@@ -13,7 +13,7 @@ from kvpress.bench.quality import files, ratios, suites
 from kvpress.bench.quality.fill import contexts
 from kvpress.bench.quality.options import TaskOptions, stored_as
 from kvpress.bench.quality.reading import How
-from kvpress.bench.quality.run import Contexts
+from kvpress.bench.quality.run import Contexts, sample_of
 from kvpress.bench.quality.sample import Writer
 from kvpress.bench.quality.system import LocalSystem
 from kvpress.bench.shards.work import Head
@@ -25,19 +25,30 @@ def prepared(source: Source, names: Sequence[str], tasks: TaskOptions) -> Callab
     Raises, before there is a model, what can be known without one.
     """
     tasks.check()
-    asked = ratios.at_ratios(names, ratios.numbers(tasks.ratio or ()))
+    wanted = ratios.numbers(tasks.ratio or ())
+    asked = ratios.at_ratios(names, wanted)
     dtype, plans_for = stored_as(tasks.cache_dtype, asked), planned(tasks)
     text = default_text() if tasks.text is None else read_text(tasks.text)
 
     def load() -> Contexts:
         model, tokenizer = source.load()
-        how = How(tasks.seed, tasks.stepwise, tasks.generate, asked)
         systems = partial(LocalSystem, model, cache_dtype=dtype, protects=tasks.protect_system)
         head = head_of(source, model, **settings_of(tasks, text))
-        writer = Writer(tokenizer, text.content)
-        return contexts(list(asked), systems, writer, plans_for(model), how, head)
+        writer, plans, chosen = Writer(tokenizer, text.content), plans_for(model), asked
+        if tasks.by_bytes:
+            shown = sample_of(writer, plans[0], 0, tasks.seed)
+            chosen = ratios.by_bytes(names, wanted, partial(_share, systems, shown.context))
+        how = How(tasks.seed, tasks.stepwise, tasks.generate, chosen)
+        return contexts(list(chosen), systems, writer, plans, how, head)
 
     return load
+
+
+def _share(system_of: Callable[[str], LocalSystem], context: Sequence[int], policy: str) -> float:
+    """The bytes that a policy holds of a context, of those of the full cache in bfloat16."""
+    system = system_of(policy)
+    found = system.bytes(system.read(context))
+    return found.held / found.bf16
 
 
 def begun(source: Source, names: Sequence[str], tasks: TaskOptions) -> Contexts:
@@ -53,6 +64,7 @@ def settings_of(tasks: TaskOptions, text: Text) -> dict[str, Any]:
         "seed": tasks.seed,
         "stepwise": tasks.stepwise,
         "generate": tasks.generate or None,  # not named where not asked for, as in older files
+        "by_bytes": tasks.by_bytes or None,
         "cache_dtype": tasks.cache_dtype,
         "protect_system": tasks.protect_system or None,
     }

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from kvpress.formulas import sinks
 from kvpress.types import EMPTY
 
+_ADDED = 8  # channels at most that the engine adds to queries and keys
 BLOCK_ELEMENTS = 1 << 24  # largest mask or logit block of the general path
 _QUERIES = 256  # that share a mask where rows are whole: few see much less than the last of them
 
@@ -35,6 +36,11 @@ def prompt_attention(
     if sink_N is not None:
         states = (query_BNQD, key_BHSD, value_BHSD)
         return _with_sinks(states, position_BHS, scaling, window, sink_N)
+    width = value_BHSD.shape[-1]
+    if 0 < query_BNQD.shape[-1] - width <= _ADDED:  # PyTorch's fused attention takes no others
+        value = F.pad(value_BHSD, (0, query_BNQD.shape[-1] - width))
+        states = (query_BNQD, key_BHSD, value, position_BHS)
+        return prompt_attention(*states, scaling, softcap, window)[..., :width]
     plain = position_BHS is None and slots == new and (window is None or slots <= window)
     if plain and not softcap:
         grouped = query_BNQD.shape[1] != key_BHSD.shape[1]

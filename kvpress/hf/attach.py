@@ -166,7 +166,7 @@ class Attachment:
         check_mask(cache, given)
         if id(module) in self._counts_places and not cache.context.looks:
             check_places(cache, given)
-        if self._spec.recipe.probes and not cache.context.looks:
+        if self._spec.recipe.looks and not cache.context.looks:
             second_look.check_room(self._model, cache, given)
         merges = not getattr(config, "output_router_logits", False) and not cache.context.looks
         if module is self._model and merges and len(cache.context.protect) < 2:

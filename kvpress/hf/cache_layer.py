@@ -16,7 +16,7 @@ from kvpress.hf.selecting import batch_repeat_interleave, batch_select_indices, 
 from kvpress.ops.shapes import FLOATS
 from kvpress.pipe.forward import run_layer
 from kvpress.pipe.sharing import attend_again
-from kvpress.pipe.state.channels import counts_tokens, with_counts, with_positions
+from kvpress.pipe.state.channels import biased, with_biases, with_positions
 from kvpress.pipe.state.context import Context
 from kvpress.pipe.state.crop import crop, is_croppable
 from kvpress.pipe.state.layer import Layer
@@ -134,8 +134,8 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         tokens, slopes = Tokens(query, key, value, *how), self.state.kind.slopes
         if slopes is not None:
             tokens = with_positions(tokens, slopes, _seen_before(self.state, len(key)), valid_BQ)
-        if counts_tokens(self.state.recipe):
-            tokens = with_counts(tokens)
+        if biased(self.state.recipe):
+            tokens = with_biases(tokens)
         return tokens
 
     def check_attended(self) -> None:

@@ -176,7 +176,7 @@ def counts_places(recipe: Recipe) -> bool:
     Probes stand behind the last token; what undoes the rotation undoes that of the number.
     """
     turns = any("rotation" in recipe.stage(name).needs for name in ("prune", "score"))
-    return recipe.probes or turns
+    return recipe.looks or turns
 
 
 def check_places(cache: EngineCache, given: dict[str, Any]) -> None:

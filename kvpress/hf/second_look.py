@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,11 +16,12 @@ from kvpress.errors import CacheError, PolicyError
 from kvpress.hf.cache import EngineCache
 from kvpress.hf.norms import noted
 from kvpress.host import lasting
-from kvpress.pipe.pools import compress
+from kvpress.pipe.pools import compress, end, finish, over, settle
 from kvpress.pipe.probe import start_look
 from kvpress.pipe.state.sequences import Sequences
 from kvpress.policy.probes import Probe, Text
 
+_FITTED = "Rows that were fitted to what all slots gave:"
 LEAST_ROOM = 64  # positions behind a prompt, at least, that probes need
 _LOG = logging.getLogger("kvpress")
 
@@ -62,8 +64,9 @@ def look_again(model: Any, cache: EngineCache, name: str) -> None:
     seen_B = first.sequences.seen_B
     new = sorted(cache.context.held)  # not those that only decoded beside them
     probes = {b: _probes(model, cache, first.sequences, b) for b in new}
-    for state in states:
-        start_look(state, new)
+    if cache.spec.recipe.probes:
+        for state in states:
+            start_look(state, new)
     rounds = max((len(own) for own in probes.values()), default=0)
     try:
         with noted(model, cache.context, cache.spec.recipe):
@@ -71,20 +74,60 @@ def look_again(model: Any, cache: EngineCache, name: str) -> None:
                 _LOG.info("Second look at %d tokens: %d of %d", int(seen_B.max()), i + 1, rounds)
                 _read(model, cache, name, {b: own[i] for b, own in probes.items() if i < len(own)})
                 cache.beside.copy_from(before)
+        if cache.spec.recipe.fit is None:
+            compress(first, new)
+        else:
+            _fit(model, cache, name, new)
+            cache.beside.copy_from(before)
     except BaseException:  # half a look is none: the cache says so from now on
         cache.context.dirty = first.kind.index
         raise
     finally:
-        cache.context.looks = {}
+        cache.context.looks, cache.context.fitting = {}, False
     for state in states:
         own = state.sequences
         own.looked_B = own.looked_B.clone()
         own.looked_B[new] = own.seen_B[new]
-    compress(first, new)
+
+
+def _fit(model: Any, cache: EngineCache, name: str, new: Sequence[int]) -> None:
+    """Reads what slots are fitted to; in every layer what stays is selected and fitted first."""
+    first = next(state for state in cache.states if state.kind.window is None)
+    context = cache.context
+    settle(first, new)
+    if not over(first, new):
+        finish(first, new)
+        return
+    references = {b: _reference(model, cache, first.sequences, b) for b in new}
+    context.fitting, context.fitted = True, Counter()
+    _read(model, cache, name, references)
+    end(first)
+    context.ledger.withdraw(_FITTED)
+    rows = ", ".join(f"{n} {what}" for what, n in sorted(context.fitted.items()))
+    context.ledger.note(f"{_FITTED} {rows or 'none'}.")
 
 
 def _probes(model: Any, cache: EngineCache, own: Sequences, b: int) -> Sequence[Probe]:
     """What the policy wants to be read behind a sequence. Raises PolicyError if it cannot be."""
+    text = _text(model, cache, own, b)
+    probes = cache.spec.recipe.stage("probes").probes(text)
+    for probe in probes:
+        _check(cache, probe, text)
+    return probes
+
+
+def _reference(model: Any, cache: EngineCache, own: Sequences, b: int) -> Probe:
+    """What the slots of a sequence are fitted to. Raises PolicyError if it cannot be read."""
+    text = _text(model, cache, own, b)
+    rule = cache.spec.recipe.fit
+    assert rule is not None, "only recipes that fit read a reference"
+    probe = Probe(rule.reference(text.ids, text.room), 0, len(text.ids))
+    _check(cache, probe, text)
+    return probe
+
+
+def _text(model: Any, cache: EngineCache, own: Sequences, b: int) -> Text:
+    """A sequence as policies are shown it. Raises CacheError if its ids are not known."""
     seen, looked, sinks = (int(x[b]) for x in (own.seen_B, own.looked_B, own.sink_B))
     ids_T = cache.ids.all()[b]
     ids = ids_T[cache.ids.real()[b]].tolist()
@@ -93,18 +136,18 @@ def _probes(model: Any, cache: EngineCache, own: Sequences, b: int) -> Sequence[
             f"{cache.spec.recipe} reads every prompt a second time, but the ids of sequence {b} are"
             " not known. Pass input_ids to the model, not embeddings."
         )
-    limit, recipe = positions(model), cache.spec.recipe
+    limit, said = positions(model), cache.spec.wording
     room = 2**31 if limit is None else limit - seen
-    said = cache.spec.wording
-    text = Text(ids, min(max(looked, sinks), seen), said.texts, room, partial(said.words, ids))
-    probes = recipe.stage("probes").probes(text)
-    for probe in probes:
-        if not 0 <= probe.first < probe.last <= seen or not 0 < len(probe.ids) <= room:
-            raise PolicyError(
-                f"{recipe} wants to read {len(probe.ids)} tokens about tokens {probe.first} to"
-                f" {probe.last} of {seen}, with {room} positions left; that is not possible."
-            )
-    return probes
+    return Text(ids, min(max(looked, sinks), seen), said.texts, room, partial(said.words, ids))
+
+
+def _check(cache: EngineCache, probe: Probe, text: Text) -> None:
+    seen = len(text.ids)
+    if not 0 <= probe.first < probe.last <= seen or not 0 < len(probe.ids) <= text.room:
+        raise PolicyError(
+            f"{cache.spec.recipe} wants to read {len(probe.ids)} tokens about tokens {probe.first}"
+            f" to {probe.last} of {seen}, with {text.room} positions left; that is not possible."
+        )
 
 
 def _read(model: Any, cache: EngineCache, name: str, probes: dict[int, Probe]) -> None:

@@ -48,9 +48,9 @@ def check_tiers(recipe: Recipe, shape: Fingerprint) -> None:
             "device=, host=, disk=: all layers of this model are sliding-window layers, which keep"
             " their window on the device. Leave the caps out."
         )
-    if recipe.merging is not None or recipe.shares:
+    if recipe.merging is not None or recipe.fit is not None or recipe.shares:
         raise PolicyError(
-            f"{recipe} merges into stored slots, or trims layers later, but pages in other tiers"
+            f"{recipe} changes stored slots, or trims layers later, but pages in other tiers"
             " are never written again. Leave device=, host= and disk= out, or use a policy that"
             " drops."
         )

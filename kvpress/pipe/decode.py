@@ -25,6 +25,7 @@ from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import bounds_of, first_query, step
 from kvpress.pipe.state.together import evicting, evicts_together, ranks
 from kvpress.pipe.state.tokens import Tokens
+from kvpress.policy.recipe import adds_attention
 from kvpress.store.base import KEY, MASS, POSITION
 
 
@@ -99,7 +100,7 @@ def _fusable(layer: Layer, over: int) -> Observation | None:
     recipe = layer.recipe
     if layer.kind.sink and (layer.kind.window is None or recipe.gathers):
         return None  # the operator gives no LSE, by which sinks take their share
-    if _is_apart(layer) or (recipe.gathers and not recipe.adds_attention):
+    if _is_apart(layer) or (recipe.gathers and not adds_attention(recipe)):
         return None
     if recipe.formats and ops.backends()[layer.rows.device.type] != "cpu":
         return None  # elsewhere a victim among old slots is found by the stages

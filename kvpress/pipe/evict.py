@@ -7,8 +7,10 @@ from torch import Tensor
 from kvpress.formulas.ranking import drop_one
 from kvpress.pipe.stages.absorb import compact
 from kvpress.pipe.stages.observe import some
+from kvpress.pipe.stages.refit import refit
 from kvpress.pipe.stages.select import finite, protected, score, select
 from kvpress.pipe.state.layer import Layer
+from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.slots import Slots
 from kvpress.store import Survivors
 
@@ -20,15 +22,18 @@ def evict(
     excess_bH: Tensor,
     continues_eviction: bool = False,
     score_bHS: Tensor | None = None,
+    reference: Tokens | None = None,
 ) -> None:
     """Brings every row back to its quota: by one overwrite each where one slot is over.
 
     continues_eviction: whether this is a part of the eviction before, for thresholds of merging.
-    score_bHS: where the slots were scored already.
+    score_bHS: where the slots were scored already. reference: of one sequence, tokens to whose
+    queries what stays is fitted.
     """
     layer.evicted_at = layer.columns_seen
     recipe = layer.recipe
     ordinary = recipe.merging is None and not recipe.stage("select").overrides("select")
+    ordinary = ordinary and reference is None
     with layer.timed("select"):
         given_bHS = score(layer, slots) if score_bHS is None else score_bHS
         if ordinary and int(excess_bH.max()) == 1:
@@ -42,5 +47,8 @@ def evict(
         given_bHS = finite(layer, slots, group, given_bHS)
         kept_BHS, counts_bH = select(layer, slots, given_bHS, group, layer.rows.counts_BH[group])
     columns = compact(layer, group, slots, kept_BHS, counts_bH, continues_eviction)
+    if reference is not None:
+        stays_bHS = protected(layer, slots, group)
+        columns |= refit(layer, reference, slots, kept_BHS, stays_bHS, columns)
     with layer.timed("store"):
         layer.keep(Survivors(tuple(group), columns, counts_bH))

@@ -170,9 +170,9 @@ def _run_groups(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor
 
 
 def _hold(layer: Layer, prompts: list[int]) -> None:
-    """Keeps prompts whole until the last layer has them, or until they were looked at again."""
+    """Keeps prompts whole until all layers have them, or something was read behind them."""
     layer.context.held |= set(prompts)
-    if not layer.recipe.probes and layer is compressed(layer)[-1]:
+    if not layer.recipe.looks and layer is compressed(layer)[-1]:
         compress(layer, prompts)
 
 

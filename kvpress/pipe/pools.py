@@ -21,7 +21,8 @@ from kvpress.pipe.stages.observe import stored
 from kvpress.pipe.stages.select import finite, protected, score
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import geometry
-from kvpress.pipe.state.together import evicting, of_all
+from kvpress.pipe.state.together import evicting, of_all, ranks
+from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.pooling import thins
 from kvpress.policy.slots import Slots
 from kvpress.types import EMPTY
@@ -32,23 +33,58 @@ def compress(layer: Layer, group: Sequence[int]) -> None:
     """Brings the rows of some sequences in all layers to their quotas, the scores being known."""
     if not group or layer.limits is None:
         return
+    settle(layer, group)
+    finish(layer, group)
+
+
+def finish(layer: Layer, group: Sequence[int]) -> None:
+    """Brings the rows of some sequences in all layers to the quotas that they have."""
+    for other in compressed(layer):
+        bring(other, list(group))
+    end(layer)
+
+
+def over(layer: Layer, group: Sequence[int]) -> bool:
+    """Whether some row of these sequences, in any layer and process, is above its quota."""
+    rows = list(group)
+    pairs = ((x.rows.counts_BH[rows], x.sequences.quota_BH[rows]) for x in compressed(layer))
+    return ranks(layer).any(any(bool((held > quota).any()) for held, quota in pairs))
+
+
+@torch.no_grad()
+def settle(layer: Layer, group: Sequence[int]) -> None:
+    """Gives the rows of some sequences their quotas, where they compete for them."""
+    if layer.recipe.pool is None:
+        return
     layers, rows = compressed(layer), list(group)
     shown = [stored(other, rows, other.sequences.seen_B[rows]) for other in layers]
     scores = [_scores(*of, rows) for of in zip(layers, shown, strict=True)]
-    if layer.recipe.pool is not None:
-        parts = [slice(i, i + 1) for i in range(len(layers))]
-        if layer.recipe.pool.scope == "model":
-            parts = [slice(None)]
-        for part in parts:
-            compete(layers[part], shown[part], scores[part], rows)
-    for other, slots, score_bHS in zip(layers, shown, scores, strict=True):
-        other.mark_dirty()
-        with other.rows.memory.lock:
-            excess_bH = other.rows.counts_BH[rows] - other.sequences.quota_BH[rows]
-            if evicting(other, bool((excess_bH > 0).any())):
-                evict(other, rows, slots, excess_bH, score_bHS=score_bHS)
-            if other.stores.packs:
-                pack_due(other, dict(zip(rows, other.sequences.seen_B[rows].tolist(), strict=True)))
+    parts = [slice(i, i + 1) for i in range(len(layers))]
+    if layer.recipe.pool.scope == "model":
+        parts = [slice(None)]
+    for part in parts:
+        compete(layers[part], shown[part], scores[part], rows)
+
+
+@torch.no_grad()
+def bring(layer: Layer, rows: list[int], reference: Tokens | None = None) -> None:
+    """Brings the rows of some sequences in a layer to their quotas.
+
+    reference: of one sequence, tokens to whose queries what stays is fitted.
+    """
+    slots = stored(layer, rows, layer.sequences.seen_B[rows])
+    score_bHS = _scores(layer, slots, rows)
+    layer.mark_dirty()
+    with layer.rows.memory.lock:
+        excess_bH = layer.rows.counts_BH[rows] - layer.sequences.quota_BH[rows]
+        if evicting(layer, bool((excess_bH > 0).any())):
+            evict(layer, rows, slots, excess_bH, score_bHS=score_bHS, reference=reference)
+        if layer.stores.packs:
+            pack_due(layer, dict(zip(rows, layer.sequences.seen_B[rows].tolist(), strict=True)))
+
+
+def end(layer: Layer) -> None:
+    """Says that all layers are at their quotas."""
     layer.context.pending.clear()
     layer.context.held, layer.context.dirty = set(), None
 
@@ -60,9 +96,10 @@ def _scores(layer: Layer, slots: Slots, group: list[int]) -> Tensor:
         return finite(layer, slots, group, score(layer, slots))
     score_bHS = torch.full_like(slots.position_BHS, -torch.inf, dtype=torch.float32)
     for some, position_bHS, given_bHS in pending:
-        where = [group.index(b) for b in some]
-        wanted_bHS = slots.position_BHS[where]
-        score_bHS[where] = matched(given_bHS, position_bHS, wanted_bHS, -torch.inf)
+        both = [b for b in some if b in group]
+        given, where = [some.index(b) for b in both], [group.index(b) for b in both]
+        found = (given_bHS[given], position_bHS[given], slots.position_BHS[where])
+        score_bHS[where] = matched(*found, -torch.inf)
     return score_bHS
 
 

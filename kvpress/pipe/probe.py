@@ -12,6 +12,7 @@ from kvpress.formulas.attention import prompt_attention
 from kvpress.formulas.norms import output_norms
 from kvpress.formulas.ranking import matched
 from kvpress.formulas.sums import Observation, over_group
+from kvpress.pipe.pools import bring
 from kvpress.pipe.prompt import candidates
 from kvpress.pipe.stages.observe import prompt_sums, stored
 from kvpress.pipe.state.layer import Layer
@@ -25,13 +26,18 @@ SINKS = 4  # first tokens that every softmax sees
 
 @torch.no_grad()
 def run_probe(layer: Layer, group: Sequence[int], tokens: Tokens) -> Tensor:
-    """Attention output `[b, N, Q, D]` of a probe of some sequences, of which nothing is stored."""
-    rows, outs = list(group), []
-    with layer.timed("second look"):
-        for i, b in enumerate(rows):
-            own = tokens.of(i)
+    """Attention output `[b, N, Q, D]` of a probe of some sequences, of which nothing is stored.
+
+    Where slots are fitted to it, it attends to what then stays: later layers see what they will.
+    """
+    outs = []
+    for i, b in enumerate(group):
+        own, fits = tokens.of(i), layer.context.fitting and layer.kind.window is None
+        if fits:
+            bring(layer, [b], own)
+        with layer.timed("second look"):
             seen = None
-            if layer.kind.window is None:
+            if layer.kind.window is None and not fits:
                 near = _near(layer, b, own)
                 _observe(layer, b, own, near)
                 seen = near if layer.context.looks[b].alone else None

@@ -18,6 +18,7 @@ from kvpress.policy.options import option
 from kvpress.policy.pooling import Calibrated, Pool, Room
 from kvpress.policy.probes import Probe, Text, repetitions
 from kvpress.policy.recipe import Recipe
+from kvpress.policy.refit import Refit
 from kvpress.policy.retrieval import Retrieval
 from kvpress.policy.slots import Need, Queries, Slots, Step
 from kvpress.policy.sparsity import Sparsity
@@ -44,6 +45,7 @@ __all__ = [
     "Queries",
     "Rank",
     "Recipe",
+    "Refit",
     "Retrieval",
     "Room",
     "Rotation",

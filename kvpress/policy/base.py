@@ -23,6 +23,7 @@ from kvpress.policy.layer_shares import Division
 from kvpress.policy.options import as_text, coerce, option_types
 from kvpress.policy.pooling import Calibrated, Pool, Room
 from kvpress.policy.probes import Probe, Text
+from kvpress.policy.refit import Refit
 from kvpress.policy.retrieval import Retrieval
 from kvpress.policy.slots import Need, Slots, Step
 from kvpress.policy.sparsity import Sparsity
@@ -61,6 +62,9 @@ class Policy:
         pool, limits = self.compete(), self.limits
         if pool is not None:
             pool.check()
+        fit = self.absorb()
+        if isinstance(fit, Refit):
+            fit.check()
         for retrieval in (self.retrieve(0), self.retrieve(_FAR)):
             if retrieval is not None:
                 retrieval.check()
@@ -169,8 +173,13 @@ class Policy:
         """
         return keep_top(score_BHS, slots.position_BHS, protected_BHS, keep_BH)
 
-    def absorb(self) -> Merging | None:
-        """The rule by which evicted slots are merged into kept ones. Default: they are dropped."""
+    def absorb(self) -> Merging | Refit | None:
+        """What becomes of evicted slots: how they are merged into kept ones, or how kept ones are
+        fitted to what all gave. Default: they are dropped.
+
+        For a fit a prompt is held whole until it has passed all layers. A part of it is then read
+        again behind it; in every layer, first, what stays is selected and fitted to its queries.
+        """
         return None
 
     @property
@@ -223,9 +232,10 @@ class Policy:
 
 def stages_of(policy: Policy) -> set[str]:
     """The stages that a policy replaces."""
-    stages = {stage.name for stage in STAGES if policy.overrides(stage.name)}
+    stages = {stage.name for stage in STAGES if policy.overrides(stage.method)}
     if policy.compete() is None:
         stages.discard("compete")
+    stages.discard("absorb" if isinstance(policy.absorb(), Refit) else "refit")
     if policy.rank is not None:
         stages.add("score")
     if policy.accumulates:

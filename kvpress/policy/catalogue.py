@@ -7,7 +7,7 @@ import sys
 from typing import NamedTuple
 
 from kvpress.policy.base import Policy
-from kvpress.policy.loading import available
+from kvpress.policy.loading import available, recipes
 from kvpress.policy.options import as_text
 
 
@@ -31,6 +31,20 @@ def markdown() -> str:
         options = ", ".join(f"`{name}={default}`" for name, (default, _) in entry.options.items())
         lines.append(f"| `{entry.name}` | {entry.summary} | {options or 'none'} |")
     return "\n".join(lines)
+
+
+def named() -> list[tuple[str, str, str]]:
+    """Named recipes: how each is written, what it is, and what was measured of it."""
+    return [
+        (
+            f"{name}:ratio={entry.ratio:g}",
+            entry.recipe,
+            f"{entry.score:g} % of the full cache's answers at {entry.bytes:g} % of its bytes"
+            f" ({entry.measured})",
+        )
+        for name, entries in recipes().items()
+        for entry in entries
+    ]
 
 
 def _entry(name: str, cls: type[Policy]) -> Entry:

@@ -16,6 +16,7 @@ from typing import Any
 from kvpress.errors import BudgetError, PolicyError, did_you_mean
 from kvpress.policy.base import Policy
 from kvpress.policy.corrections import meant
+from kvpress.policy.named import Named, named, recipe_of
 from kvpress.policy.options import as_text, option_types
 from kvpress.policy.recipe import Recipe
 
@@ -96,8 +97,22 @@ def available() -> dict[str, type[Policy]]:
     return {name: _find(name) for name in sorted({*_ours(), *(e.name for e in _entry_points())})}
 
 
+def recipes() -> Mapping[str, tuple[Named, ...]]:
+    """Recipes with a name of their own, as `best:ratio=16`, by these names."""
+    return named(PACKAGE)
+
+
 def _parse_text(spec: str) -> tuple[Policy, ...]:
-    return tuple(_parse_one(part) for part in spec.split("+"))
+    return tuple(policy for part in spec.split("+") for policy in _parse_part(part))
+
+
+def _parse_part(part: str) -> tuple[Policy, ...]:
+    """A policy, or those of a named recipe."""
+    name, options = _split(part)
+    known = recipes().get(name)
+    if known is not None:
+        return _parse_text(recipe_of(name, known, options))
+    return (load_policy(name, **options),)
 
 
 def _corrected(spec: str, same: bool = False) -> str | None:
@@ -115,7 +130,8 @@ def _corrected(spec: str, same: bool = False) -> str | None:
     return better
 
 
-def _parse_one(part: str) -> Policy:
+def _split(part: str) -> tuple[str, dict[str, str]]:
+    """The name and the options of a policy. Raises PolicyError."""
     head, colon, tail = part.strip().rpartition(":")
     name, text = (head, tail) if colon and "=" in tail else (part.strip(), "")
     name = name.removesuffix(":")
@@ -132,7 +148,7 @@ def _parse_one(part: str) -> Policy:
         if key in options:
             raise PolicyError(f"Option {key!r} of policy {name!r} is given twice. Give it once.")
         options[key] = value
-    return load_policy(name, **options)
+    return name, options
 
 
 def _find(name: str) -> type[Policy]:

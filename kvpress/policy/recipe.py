@@ -11,6 +11,7 @@ from kvpress.policy.base import Policy, stages_of
 from kvpress.policy.budget import Limits
 from kvpress.policy.formats import Packing
 from kvpress.policy.pooling import Pool
+from kvpress.policy.refit import Refit
 from kvpress.policy.slots import Need
 from kvpress.policy.sparsity import Sparsity
 from kvpress.policy.stages import STAGES
@@ -58,6 +59,8 @@ class Recipe:
             )
         if self.pool is not None and self.limits:
             self.pool.check_beside(self.limits)
+        if self.fit is not None:
+            self.fit.check_beside(self.limits, self.formats, str(self))
 
     @functools.cached_property
     def _owners(self) -> dict[str, Policy]:
@@ -130,7 +133,18 @@ class Recipe:
     @functools.cached_property
     def defers(self) -> bool:
         """Whether a prompt is held whole until it has passed all layers, and only then scored."""
-        return self.probes or (self.pool is not None and self.pool.scope == "model")
+        return self.looks or (self.pool is not None and self.pool.scope == "model")
+
+    @functools.cached_property
+    def looks(self) -> bool:
+        """Whether something is read behind a prompt: to score its slots, or to fit them."""
+        return self.probes or self.fit is not None
+
+    @functools.cached_property
+    def fit(self) -> Refit | None:
+        """By which rule the slots that stay are fitted, if they are."""
+        rule = self.stage("refit").absorb()
+        return rule if isinstance(rule, Refit) else None
 
     @functools.cached_property
     def needs(self) -> frozenset[Need]:
@@ -140,7 +154,8 @@ class Recipe:
     @functools.cached_property
     def merging(self) -> Merging | None:
         """By which rule evicted slots are merged into kept ones, if they are."""
-        return self.stage("absorb").absorb()
+        rule = self.stage("absorb").absorb()
+        return rule if isinstance(rule, Merging) else None
 
     @functools.cached_property
     def sparsity(self) -> Sparsity | None:
@@ -174,17 +189,6 @@ class Recipe:
         own = self.packing.window if self.packing and guards else 0
         return max(self.stage("prune").watched, own)
 
-    @property
-    def needs_rotation(self) -> bool:
-        """Whether some stage must know how keys turn with their positions."""
-        turns = self.merging is not None and self.merging.keys == "unrotated"
-        return turns or any("rotation" in self.stage(name).needs for name in ("prune", "score"))
-
-    @functools.cached_property
-    def adds_attention(self) -> bool:
-        """Whether the mass is the plain sum of the observed attention, which kernels can keep."""
-        return self.gathers and not self.stage("accumulate").overrides("accumulate")
-
     @functools.cached_property
     def rank(self) -> Rank | None:
         """What ranks the slots, where that and the usual selection are all there is to it."""
@@ -198,6 +202,17 @@ class Recipe:
 
 
 _DEFAULT = Policy()
+
+
+def needs_rotation(recipe: Recipe) -> bool:
+    """Whether some stage must know how keys turn with their positions."""
+    turns = recipe.merging is not None and recipe.merging.keys == "unrotated"
+    return turns or any("rotation" in recipe.stage(name).needs for name in ("prune", "score"))
+
+
+def adds_attention(recipe: Recipe) -> bool:
+    """Whether the mass is the plain sum of the observed attention, which kernels can keep."""
+    return recipe.gathers and not recipe.stage("accumulate").overrides("accumulate")
 
 
 class Newest(Policy):

@@ -6,11 +6,20 @@ from typing import NamedTuple
 
 
 class Stage(NamedTuple):
-    """A method of `Policy`. beside: stages that must not be replaced with it, and why."""
+    """A question that one policy answers. not_beside: what must not be replaced with it, and why.
+
+    asked: the method of `Policy` that answers, where it is not the one of this name.
+    """
 
     name: str
     not_beside: tuple[str, ...] = ()
     why: str = ""
+    asked: str = ""
+
+    @property
+    def method(self) -> str:
+        """The method of `Policy` that answers."""
+        return self.asked or self.name
 
 
 _PACKED = (
@@ -24,6 +33,10 @@ _DIVIDED = (
 _HELD = (
     "compresses layers only once a prompt has passed all of them, which merging, and budgets by the"
     " demand of layers, do in their own way. Combine it with policies that drop"
+)
+_FITTED = (
+    "fits the slots that stay once a prompt has passed all layers, which merging, budgets by the"
+    " demand of layers, and retrieval do not wait for. Combine it with policies that drop"
 )
 _BOXED = (
     "merges into slots, or trims layers later, whose pages it also judges by their keys: what is in"
@@ -40,6 +53,7 @@ STAGES = (
     Stage("score"),
     Stage("select"),
     Stage("absorb"),
+    Stage("refit", ("share", "absorb", "retrieve"), _FITTED, asked="absorb"),
     Stage("prune", ("absorb", "share"), _PACKED),
     Stage("pack", ("absorb", "share"), _PACKED),
     Stage("retrieve", ("absorb", "share"), _BOXED),

@@ -206,7 +206,7 @@ class Fake:
 
 
 def test_rules_are_shown_one_by_one_beside_what_was_told(writer: Writer) -> None:
-    sample = run._sample(writer, suites.Plan(TASKS["system"], 700, 1, "hidden"), 0, 0)
+    sample = run.sample_of(writer, suites.Plan(TASKS["system"], 700, 1, "hidden"), 0, 0)
     code = sample.extractions[0].secret
     full = Fake("full", 1.0, writer, f"it is {code[:3]}")
     results, plan = Results({}, {}, None), suites.Plan(TASKS["system"], 700, 1, "hidden")
@@ -301,3 +301,26 @@ def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(
     done = CliRunner().invoke(app, ["eval", "--model", "/no/model", *options])
     said = " ".join(f"{done.output} {done.exception}".replace("│", " ").split())
     assert message in said and "/no/model" not in said
+
+
+def test_budgets_by_bytes_are_the_largest_that_hold_no_more() -> None:
+    tried: list[str] = []
+
+    def share(policy: str) -> float:
+        """Slots in 4 bits, and what does not depend on the budget."""
+        tried.append(policy)
+        return 0.3 * float(policy.partition("budget=")[2].partition("+")[0]) + 0.01
+
+    made = ratios.by_bytes(["full", "h2o+quant", "h2o:budget=0.5"], [4, 16], share)
+    assert list(made.values()) == [None, 4, 16, None]
+    full, quarter, least, given = made
+    assert (full, given) == ("full", "h2o:budget=0.5")
+    assert 0.97 * 0.25 <= share(quarter) <= 0.25 and quarter.endswith("+quant")
+    assert 0.97 / 16 <= share(least) <= 1 / 16
+    assert len(tried) < 16
+
+
+def test_a_policy_that_never_holds_so_little_is_refused() -> None:
+    with pytest.raises(BudgetError, match="16th"):
+        ratios.by_bytes(["h2o"], [16], lambda policy: 0.1)
+    assert ratios.by_bytes(["h2o"], [4], lambda policy: 0.1) == {"h2o:budget=1.0": 4}

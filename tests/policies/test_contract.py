@@ -25,8 +25,13 @@ PROMPT, NEW, BUDGET = 61, 12, 29
 WIDE = {"initializer_range": 0.3}
 EXAMPLE = "value_norm"
 FILES = {EXAMPLE: str(Path(__file__).parents[1] / "tools" / f"{EXAMPLE}.py")}
-# Those that divide the budget of others, or must know a model beforehand, have tests of their own.
-OTHERS = {"adakv", *(name for name, cls in available().items() if helpers.must_know(cls()))}
+# Those that divide the budget of others, fit what they leave, or must know a model beforehand, have
+# tests of their own.
+OTHERS = {
+    "adakv",
+    "matching",
+    *(name for name, cls in available().items() if helpers.must_know(cls())),
+}
 POLICIES = sorted({*available(), EXAMPLE} - OTHERS)
 EMBEDDED = [x for x in POLICIES if x != EXAMPLE and not load_policy(x).overrides("probes")]
 EVICTING = [name for name in POLICIES if load_policy(FILES.get(name, name)).limits is not None]

@@ -43,6 +43,7 @@ def recipes() -> dict[str, str]:
         "adakv": "snapkv:window=8+adakv",
         "d2o": "d2o:budget=0.4",
         "kvzip": "kvzip:instruction=,further=,chunk=40",
+        "matching": "snapkv:window=8+matching",
         "snapkv": "snapkv:window=8",
     }
     own = [n for n, cls in available().items() if not must_know(cls()) and n != "sale"]

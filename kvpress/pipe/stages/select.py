@@ -10,6 +10,7 @@ from torch import Tensor
 from kvpress.errors import PolicyError
 from kvpress.formulas.ranking import protect
 from kvpress.pipe.state.layer import Layer
+from kvpress.policy.recipe import adds_attention
 from kvpress.policy.slots import Slots
 from kvpress.types import EMPTY
 
@@ -75,7 +76,7 @@ def _check_numbers(layer: Layer, slots: Slots, group: Sequence[int], score_BHS: 
     """
     found_BH = (score_BHS.isnan() & (slots.position_BHS != EMPTY)).any(-1)
     given = [slots.key_BHSD, slots.value_BHSD, slots.attention_BHS]
-    if layer.recipe.adds_attention:
+    if adds_attention(layer.recipe):
         given.append(slots.mass_BHS)  # of steps before; otherwise the policy makes it
     finite_B = torch.stack([x.isfinite().flatten(1).all(1) for x in given if x is not None]).all(0)
     for b, found_H, finite in zip(group, found_BH.tolist(), finite_B.tolist(), strict=True):

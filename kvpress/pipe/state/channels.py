@@ -18,26 +18,31 @@ _BASE = 256
 CHANNELS = 2  # a position as 256·a + b: half precision holds integers up to 256 exactly
 
 
-def check_counts(dtypes: Set[torch.dtype], key_width: int) -> None:
-    """Raises PolicyError where a channel cannot hold the logarithm, or there is no room for it.
+def check_biases(recipe: Recipe, dtypes: Set[torch.dtype], key_width: int) -> None:
+    """Raises PolicyError where a channel cannot hold biases, or there is no room for it.
 
     key_width: channels of keys with that one. Half precision would round away what is added to
-    slots that hold many tokens already.
+    slots that hold many tokens already; biases that are fitted are written once.
     """
-    if dtypes != {torch.float32} or key_width > MOST_WIDTH:
+    if key_width > MOST_WIDTH:
+        raise PolicyError(
+            f"{recipe} keeps biases in a channel of keys: that needs keys of at most"
+            f" {MOST_WIDTH - 1} channels, here are {key_width - 1}. Do without"
+            " (count_bias=false, bias=false)."
+        )
+    if recipe.merging is not None and dtypes != {torch.float32}:
         raise PolicyError(
             f"Merged tokens are counted in a channel of keys: that needs float32, here are"
-            f" {', '.join(sorted(map(str, dtypes)))}, keys of at most {MOST_WIDTH - 1} channels,"
-            f" here are {key_width - 1}. Do not count them (count_bias=false)."
+            f" {', '.join(sorted(map(str, dtypes)))}. Do not count them (count_bias=false)."
         )
 
 
-def with_counts(tokens: Tokens) -> Tokens:
+def with_biases(tokens: Tokens) -> Tokens:
     """The tokens with one more channel in queries and keys. Raises PolicyError with a softcap."""
     if tokens.softcap:
         raise PolicyError(
-            f"This model caps its logits at {tokens.softcap}, and with them the effect of counts."
-            " Do not count merged tokens on this model (count_bias=false)."
+            f"This model caps its logits at {tokens.softcap}, and with them the effect of biases."
+            " Do not count merged tokens (count_bias=false), or fit values alone (bias=false)."
         )
     query_BNQ1, key_BHQ1 = tokens.query_bNQD[..., :1], tokens.key_bHQD[..., :1]
     query_BNQ1 = torch.full_like(query_BNQ1, 1 / tokens.scaling)
@@ -72,9 +77,10 @@ def with_positions(
 
 def extra(kind: LayerKind, recipe: Recipe) -> int:
     """How many channels stand in stored keys behind the model's."""
-    return (CHANNELS if kind.slopes else 0) + counts_tokens(recipe)
+    return (CHANNELS if kind.slopes else 0) + biased(recipe)
 
 
-def counts_tokens(recipe: Recipe) -> bool:
-    """Whether the last channel of a key is the logarithm of its number of tokens."""
-    return recipe.merging is not None and recipe.merging.counts
+def biased(recipe: Recipe) -> bool:
+    """Whether the last channel of a stored key is added to its logits."""
+    counts = recipe.merging is not None and recipe.merging.counts
+    return counts or (recipe.fit is not None and recipe.fit.bias is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -74,6 +75,8 @@ class Context:
     heap: Heap | None = None  # what grows there was promised to take so much; None: it was not
     protect: list[Ranges] = field(default_factory=list)  # of all sequences, or of each
     looks: dict[int, Probe] = field(default_factory=dict)  # that are read just now, by sequence
+    fitting: bool = False  # to what is read just now
+    fitted: Counter[str] = field(default_factory=Counter)  # rows by what is fitted of them
     norms: dict[int, Norms] = field(default_factory=dict)  # of layers that a probe passes
     held: set[int] = field(default_factory=set)  # whose prompts wait for all layers, or for a look
     pending: dict[int, list[tuple[list[int], Tensor, Tensor]]] = field(default_factory=dict)
@@ -87,7 +90,7 @@ class Context:
         self.ledger.bytes_peak, self.ledger.prompt_seconds = 0, 0.0
         self.recording = Recording()
         self.newest = self.dirty = self.growth = None
-        self.protect, self.looks, self.held = [], {}, set()
+        self.protect, self.looks, self.held, self.fitting = [], {}, set(), False
         if self.outlook is not None:
             self.outlook.clear()
 

@@ -14,6 +14,7 @@ STAGES = (
     "observe",
     "select",
     "merge",
+    "refit",
     "store",
     "format",
     "decode attention",

@@ -46,8 +46,8 @@ class Stores:
         """An empty store for tokens like these. Raises PolicyError where it cannot count them."""
         batch, heads, _, key_width = key_BHQD.shape
         columns = self.columns(key_BHQD.dtype, key_width, value_BHQD.shape[-1])
-        if channels.counts_tokens(self.recipe):
-            channels.check_counts({key_BHQD.dtype, columns[KEY].dtype}, key_width)
+        if channels.biased(self.recipe):
+            channels.check_biases(self.recipe, {key_BHQD.dtype, columns[KEY].dtype}, key_width)
         return self.empty(columns, batch, heads, key_BHQD.device)
 
     def empty(
