@@ -324,3 +324,23 @@ def test_a_policy_that_never_holds_so_little_is_refused() -> None:
     with pytest.raises(BudgetError, match="16th"):
         ratios.by_bytes(["h2o"], [16], lambda policy: 0.1)
     assert ratios.by_bytes(["h2o"], [4], lambda policy: 0.1) == {"h2o:budget=1.0": 4}
+
+
+def test_bytes_are_asked_for_at_one_length(tiny_model: Path) -> None:
+    given = ["eval", "--model", str(tiny_model), "--suite", "copy", "--by-bytes"]
+    for more in ([], ["--ratio", "4"], ["--ratio", "4", "--length", "256", "--length", "512"]):
+        result = CliRunner().invoke(app, [*given, *more])
+        assert result.exit_code == 2 and "one --length" in " ".join(result.output.split())
+
+
+def test_an_evaluation_by_bytes_holds_what_was_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "by-bytes.jsonl"
+    given = ["eval", "--model", str(tiny_model), "--suite", "copy", "--protocol", "hidden"]
+    given += ["--length", "512", "--samples", "1", "--ratio", "4", "--by-bytes"]
+    given += ["--cache-dtype", "bfloat16", "--policy", "h2o", "--out", str(out)]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0, result.output
+    head, *cells = map(json.loads, out.read_text().splitlines())
+    (own,) = [cell for cell in cells if cell["policy"].startswith("h2o")]
+    assert head["settings"]["by_bytes"] is True and own["ratio"] == 4
+    assert 0.85 * 0.25 <= own["bytes_held"] / own["bytes_bf16"] <= 0.25

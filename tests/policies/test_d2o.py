@@ -19,7 +19,7 @@ from kvpress.formulas import merging
 from kvpress.formulas.merging import Merging
 from kvpress.hf.attach import begin
 from kvpress.ops import Logits, Noise, Reduction
-from kvpress.pipe.state.channels import with_counts
+from kvpress.pipe.state.channels import with_biases
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.budget import Geometry
 from kvpress.policy.layer_shares import Division
@@ -301,7 +301,7 @@ def test_count_bias_makes_merging_equal_tokens_lossless() -> None:
     """Property 13: attention to a slot of two equal tokens is attention to both."""
     query, key, value = torch.randn(1, 2, 1, 8), torch.randn(1, 1, 3, 8), torch.randn(1, 1, 3, 8)
     key[:, :, 2], value[:, :, 2] = key[:, :, 1], value[:, :, 1]
-    new = with_counts(Tokens(query, key, value, 0.4, 0.0))
+    new = with_biases(Tokens(query, key, value, 0.4, 0.0))
     both, merged_BHV = torch.tensor([[[1]]]), torch.ones(1, 1, 1, dtype=torch.bool)
     bias = merging.add_counts(
         new.key_bHQD[:, :, :2, -1], new.key_bHQD[:, :, 2:, -1], both, merged_BHV
