@@ -21,7 +21,7 @@ from kvpress.hf.feeding import Feeding, alone_because
 from kvpress.hf.fitting import check_fit
 from kvpress.hf.foresight import head_of
 from kvpress.hf.identity import Identity
-from kvpress.hf.norms import check_projections
+from kvpress.hf.norms import check_projections, output_grams
 from kvpress.hf.ranks import divided, ranks_of, refuse_parts
 from kvpress.hf.rotation_probe import rotations
 from kvpress.hf.spec import CacheSpec, Lease
@@ -147,7 +147,8 @@ class Engine:
         said = wording(recipe, model, tokenizer)
         head = head_of(recipe, model, shape)
         tiers = make_tiers(model, recipe, shape, caps, cache_dtype)
-        known_of_it = (turns, sparse, said, known, tiers, head, plan, ranks)
+        grams = output_grams(model, shape.kinds, recipe)
+        known_of_it = (turns, sparse, said, known, tiers, head, plan, ranks, grams)
         self.spec = CacheSpec(shape, recipe, page_size, lease, cache_dtype, *known_of_it)
         compresses = recipe.limits is not None or recipe.formats or recipe.sparsity is not None
         self._attachment: Attachment | None = Attachment(model, self.spec, self, compresses)

@@ -1,14 +1,20 @@
 """Evict tokens at random: the floor that every method must beat.
 
-1. Each (layer, KV head, position) draws one uniform number from the seed, once and for all.
+1. Each (layer, KV head, position) draws one uniform number from the seed, once and for all: what
+   stays is a fair sample of all tokens. `draw=fresh` draws anew at every eviction: later tokens,
+   which were drawn less often, are more likely to be there.
 2. The largest numbers stay; the last `recent` tokens are protected.
 
-Differs from the paper: there is no paper.
+With `protect=` for the prompt and a budget in tokens it is the baseline of arXiv 2609.03430, by
+which policies that evict while decoding are to be judged.
+
+Differs from the paper: which of both draws it means is not known here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,12 +30,16 @@ class Random(Policy):
     interval: int = option(
         1, "decoded tokens between evictions; 0 evicts after prompts only", low=0
     )
+    draw: Literal["frozen", "fresh"] = option(
+        "frozen", "once per token, or at every eviction", choices=("frozen", "fresh")
+    )
     seed: int = option(0, "of the draw", low=0)
 
     def score(self, slots: Slots) -> Tensor:
         position_BHS = slots.position_BHS
         head_H = torch.arange(position_BHS.shape[1], device=position_BHS.device)
         head_H1 = head_H[:, None] + slots.first
-        return uniform(
-            self.seed, slots.layer, head_H1, torch.full_like(head_H1, NO_QUERY), position_BHS
-        )
+        when = torch.full_like(head_H1, NO_QUERY)
+        if self.draw == "fresh":
+            when = slots.seen_B[:, None, None]
+        return uniform(self.seed, slots.layer, head_H1, when, position_BHS)

@@ -19,14 +19,18 @@ class Norms(NamedTuple):
     weight_CX: Tensor
 
 
-def output_norms(value_BHSE: Tensor, weight_CX: Tensor) -> Tensor:
+def grams(weight_CX: Tensor, width: int) -> Tensor:
+    """WᵀW of the columns W of each query head: fp32 `[N, E, E]`. width: E, channels of a value."""
+    weight_CNE = weight_CX.float().view(len(weight_CX), -1, width)
+    return torch.einsum("cne,cnf->nef", weight_CNE, weight_CNE)
+
+
+def output_norms(value_BHSE: Tensor, gram_NEF: Tensor) -> Tensor:
     """|W v| of every slot and query head, W being the columns of that head: fp32 `[B, N, S]`.
 
     From the Gram matrices WᵀW, which are as small as a head is.
     """
     batch, heads, slots, width = value_BHSE.shape
-    weight_CNE = weight_CX.float().view(len(weight_CX), -1, width)
-    gram_NEF = torch.einsum("cne,cnf->nef", weight_CNE, weight_CNE)
     gram_HGEF = gram_NEF.view(heads, -1, width, width)
     value = value_BHSE.float()
     turned = torch.einsum("bhse,hgef->bhgsf", value, gram_HGEF)

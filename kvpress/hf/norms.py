@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvpress.errors import PolicyError, UnsupportedModelError
-from kvpress.formulas.norms import Norms
+from kvpress.formulas.norms import Norms, grams
 from kvpress.hf.ranks import own_part
 from kvpress.hf.unwrap import text_model
 from kvpress.pipe.state.context import Context
@@ -49,11 +49,25 @@ def relative(recipe: Recipe) -> bool:
     return request is not None and request.relative
 
 
+def output_grams(model: Any, kinds: Iterable[LayerKind], recipe: Recipe) -> tuple[Tensor, ...]:
+    """WᵀW of the output projections of all layers, where a recipe needs them; see `grams`."""
+    if "output" not in recipe.needs:
+        return ()
+    found = _attentions(model)
+    return tuple(
+        grams(
+            own_part(_projection(found[kind.index]).weight.detach(), kind.queries * kind.width),
+            kind.width,
+        )
+        for kind in kinds
+    )
+
+
 def check_projections(model: Any, kinds: Iterable[LayerKind], recipe: Recipe) -> None:
-    """Raises PolicyError or UnsupportedModelError where what a recipe observes cannot be had."""
-    if not relative(recipe):
+    """Raises PolicyError or UnsupportedModelError where a recipe cannot have what it needs."""
+    if not relative(recipe) and "output" not in recipe.needs:
         return
-    if not recipe.probes:
+    if relative(recipe) and not recipe.probes:
         raise PolicyError(
             f"{recipe} observes attention relative to hidden states, which are known of probes"
             " alone. Replace `probes` too, or observe without `relative`."

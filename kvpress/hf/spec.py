@@ -51,7 +51,8 @@ class CacheSpec:
     written. calibrated: what policies need to know of the model. tiers: where old pages are,
     where they may be elsewhere than on the device. head: what says before the first layer which
     tokens a step reads, where a policy asks one. plan: what was chosen for `memory=`. ranks: the
-    processes that hold the model together.
+    processes that hold the model together. grams: of the output projection of every layer, where a
+    policy needs it.
     """
 
     fingerprint: Fingerprint
@@ -67,6 +68,7 @@ class CacheSpec:
     head: RetrievalHead | None = None
     plan: Plan | None = None
     ranks: Ranks = ALONE
+    grams: tuple[Tensor, ...] = ()
 
     @property
     def compressed(self) -> int:
@@ -89,6 +91,7 @@ class CacheSpec:
             outlook=None if self.head is None else Outlook(self.head),
             heap=None if self.plan is None else Heap(),
             ranks=self.ranks,
+            grams=self.grams,
         )
 
     def notes(self) -> dict[str, None]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpress.formulas.attention import prompt_attention
-from kvpress.formulas.norms import output_norms
+from kvpress.formulas.norms import grams, output_norms
 from kvpress.formulas.ranking import matched
 from kvpress.formulas.sums import Observation, over_group
 from kvpress.pipe.pools import bring
@@ -106,7 +106,10 @@ def _weights(
         sink_N=tokens.sink_N,
         first=first_query(layer, tokens),
     )
-    return sums_1NK if norms is None else sums_1NK * output_norms(near[VALUE], norms.weight_CX)
+    if norms is None:
+        return sums_1NK
+    gram_NEF = grams(norms.weight_CX, near[VALUE].shape[-1])
+    return sums_1NK * output_norms(near[VALUE], gram_NEF)
 
 
 def _near(layer: Layer, b: int, tokens: Tokens) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from kvpress.pipe.stages.observe import attend_and_sum, prompt_sums
 from kvpress.pipe.stages.select import finite, score, select
 from kvpress.pipe.stages.sparsify import choose
 from kvpress.pipe.state.layer import Layer
-from kvpress.pipe.state.measures import calibrated, first_query, step
+from kvpress.pipe.state.measures import calibrated, first_query, gram, step
 from kvpress.pipe.state.together import evicting, evicts_together, of_all, selecting
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.pooling import thins
@@ -262,6 +262,7 @@ def _observe(layer: Layer, chunk: _Chunk, sums_BNS: Tensor | None) -> Slots:
         key_width=layer.key_width,
         asked=_queries(layer, tokens),
         rotation=layer.rotation,
+        gram_NEF=gram(layer),
         calibrated=calibrated(layer),
         gather=partial(of_all, layer),
         first=layer.kind.first,

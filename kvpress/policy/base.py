@@ -148,10 +148,11 @@ class Policy:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What `score`, `prune` and `probes` must be shown besides slots and ids. Default: nothing.
+        """What `score`, `select`, `prune` and `probes` must be shown besides. Default: nothing.
 
-        "query": the queries of the prompt. "rotation": how keys turn with their positions. "words":
-        the tokens of a text as they are written, which needs the tokenizer.
+        "query": the queries of the prompt. "rotation": how keys turn with their positions.
+        "output": the output projection. "words": the tokens of a text as they are written, which
+        needs the tokenizer.
         """
         return frozenset()
 

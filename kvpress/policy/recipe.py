@@ -148,8 +148,8 @@ class Recipe:
 
     @functools.cached_property
     def needs(self) -> frozenset[Need]:
-        """What the score must be shown besides the slots."""
-        return self.stage("score").needs
+        """What scores and selections must be shown besides the slots."""
+        return self.stage("score").needs | self.stage("select").needs
 
     @functools.cached_property
     def merging(self) -> Merging | None:

@@ -8,9 +8,10 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from kvpress.formulas.norms import output_norms
 from kvpress.formulas.rotation import Rotation
 
-Need = Literal["query", "rotation", "words"]
+Need = Literal["query", "rotation", "words", "output"]
 
 
 class Queries(NamedTuple):
@@ -53,6 +54,7 @@ class Slots:
     attention_BNS: Tensor | None = None  # what was observed of a prompt, for every query head
     asked: Queries | None = None  # where the policy needs "query", and while prompts are read
     rotation: Rotation | None = None  # how keys turn with positions, where the policy needs that
+    gram_NEF: Tensor | None = None  # WᵀW of the output projection, where the policy needs that
     calibrated: Mapping[str, Tensor] = field(default_factory=dict)  # what the policy must know
     gather: Callable[[Tensor], Tensor] = _itself  # see `of_all_heads`
     first: int = 0  # number of the first KV head in the layer: other processes may have the rest
@@ -73,6 +75,13 @@ class Slots:
     def value_BHSD(self) -> Tensor:
         """The values of all slots."""
         return self.fetch("value")
+
+    @property
+    def output_norms_BNS(self) -> Tensor:
+        """|W v| of the values, W being what a query head has of the output projection: fp32."""
+        if self.gram_NEF is None:
+            raise LookupError('No projection is known: say needs = frozenset({"output"}).')
+        return output_norms(self.value_BHSD, self.gram_NEF.to(self.position_BHS.device))
 
     @property
     def queries(self) -> Queries:

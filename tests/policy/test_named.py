@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def test_a_named_recipe_is_what_its_file_says() -> None:
 def test_a_ratio_between_two_gets_the_stronger_one() -> None:
     entries = recipes()["best"]
     assert [e.ratio for e in entries] == sorted({e.ratio for e in entries})
-    for weaker, stronger in zip(entries, entries[1:], strict=False):
+    for weaker, stronger in pairwise(entries):
         between = (weaker.ratio + stronger.ratio) / 2
         assert str(parse(f"best:ratio={between}")) == str(parse(stronger.recipe))
 

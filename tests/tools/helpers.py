@@ -41,6 +41,9 @@ def recipes() -> dict[str, str]:
     """
     small = {
         "adakv": "snapkv:window=8+adakv",
+        "chunkkv": "snapkv:window=8+chunkkv",
+        "compactor": "compactor:sink=2",
+        "criticalkv": "snapkv:window=8+criticalkv",
         "d2o": "d2o:budget=0.4",
         "kvzip": "kvzip:instruction=,further=,chunk=40",
         "matching": "snapkv:window=8+matching",

@@ -80,6 +80,7 @@ class Context:
     norms: dict[int, Norms] = field(default_factory=dict)  # of layers that a probe passes
     held: set[int] = field(default_factory=set)  # whose prompts wait for all layers, or for a look
     pending: dict[int, list[tuple[list[int], Tensor, Tensor]]] = field(default_factory=dict)
+    grams: tuple[Tensor, ...] = ()  # of the output projection of every layer, where needed
     ranks: Ranks = ALONE  # the processes that hold the model together
     dirty: int | None = None  # the layer in which a pass is under way, or failed
 

@@ -43,6 +43,11 @@ def calibrated(layer: Layer) -> Mapping[str, Tensor]:
     return layer.context.calibrated_at(layer.recipe.stage("score"), layer.kind)
 
 
+def gram(layer: Layer) -> Tensor | None:
+    """WᵀW of the output projection, where scores or selections must know it."""
+    return layer.context.grams[layer.kind.index] if layer.context.grams else None
+
+
 def geometry(layer: Layer) -> Geometry:
     """What a budget in bytes must know of a layer."""
     return Geometry(

@@ -23,7 +23,8 @@ def of_all(layer: Layer, own: Tensor, fill: float = 0.0) -> Tensor:
 
 def evicts_together(layer: Layer) -> bool:
     """Whether evictions of rows depend on each other: what is merged does, and joint scores."""
-    joint = layer.recipe.merging is not None or layer.recipe.stage("score").joins_heads
+    stages = (layer.recipe.stage(name) for name in ("score", "select"))
+    joint = layer.recipe.merging is not None or any(stage.joins_heads for stage in stages)
     return joint and not ranks(layer).alone
 
 
