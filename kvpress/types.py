@@ -45,6 +45,7 @@ EMPTY = -1  # the position of a slot that holds no token
 MOST_WIDTH = 640  # channels of a head
 MOST_CODED = 256  # of one whose products with codes must fit into 16 and 32 bits: old pages
 
+Turned = Literal["none", "values", "both"]  # what a Hadamard matrix turned
 Rank = Literal["mass", "mass_per_age", "position"]  # what slots are ranked by
 NoiseKind = Literal["none", "frozen", "fresh"]  # drawn never, once per key, per query and key
 Reduced = Literal["sum", "max"]  # what weights of several queries become

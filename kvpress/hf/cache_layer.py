@@ -16,7 +16,14 @@ from kvpress.hf.selecting import batch_repeat_interleave, batch_select_indices, 
 from kvpress.ops.shapes import FLOATS
 from kvpress.pipe.forward import run_layer
 from kvpress.pipe.sharing import attend_again
-from kvpress.pipe.state.channels import biased, with_biases, with_positions
+from kvpress.pipe.state.channels import (
+    biased,
+    turned_back,
+    turns,
+    with_biases,
+    with_positions,
+    with_turns,
+)
 from kvpress.pipe.state.context import Context
 from kvpress.pipe.state.crop import crop, is_croppable
 from kvpress.pipe.state.layer import Layer
@@ -105,10 +112,10 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         shared = self.waiting is None and self.state.seen is not None
         tokens = self.taken(query, key, value, valid_BQ, (scaling, softcap, sink_N), shared)
         if shared:
-            return attend_again(self.state, tokens)
+            return turned_back(attend_again(self.state, tokens), self.state.recipe)
         if self.state.kind.readers:
             UPDATED.shared = True
-        return run_layer(self.state, tokens, valid_BQ)
+        return turned_back(run_layer(self.state, tokens, valid_BQ), self.state.recipe)
 
     def taken(
         self,
@@ -132,6 +139,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
         self.waiting = None
         tokens, slopes = Tokens(query, key, value, *how), self.state.kind.slopes
+        tokens = with_turns(tokens, turns(self.state.recipe))
         if slopes is not None:
             tokens = with_positions(tokens, slopes, _seen_before(self.state, len(key)), valid_BQ)
         if biased(self.state.recipe):

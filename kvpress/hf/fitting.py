@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvpress.errors import PolicyError
+from kvpress.formulas.hadamard import LEAST, block
 from kvpress.hf.sinks import check_sinks
+from kvpress.pipe.state.channels import turns
 from kvpress.policy.recipe import Recipe
 from kvpress.types import MOST_CODED, LayerKind
 
@@ -15,6 +17,7 @@ def check_fit(recipe: Recipe, kinds: Sequence[LayerKind]) -> None:
     _check_slopes(recipe, any(kind.slopes for kind in kinds))
     check_sinks(recipe, any(kind.sink for kind in kinds))
     _check_wide(recipe, kinds)
+    _check_turns(recipe, kinds)
     _check_readers(recipe, any(kind.readers for kind in kinds))
 
 
@@ -27,6 +30,19 @@ def _check_wide(recipe: Recipe, kinds: Sequence[LayerKind]) -> None:
             f" heads of at most {MOST_CODED} channels; layer {wide[0].index} of this model has"
             f" {wide[0].width}. Use a policy that evicts."
         )
+
+
+def _check_turns(recipe: Recipe, kinds: Sequence[LayerKind]) -> None:
+    """Raises PolicyError for heads whose channels cannot be turned."""
+    what = turns(recipe)
+    for kind in kinds if what != "none" else ():
+        if kind.window is None and (kind.latent or block(kind.width) < LEAST):
+            raise PolicyError(
+                f"{recipe}: rotate={what} turns channels in blocks of a power of two, at least"
+                f" {LEAST}, of keys and values that are stored apart; those of layer {kind.index}"
+                f" have {kind.width} channels{' of a latent' if kind.latent else ''}. Leave rotate"
+                " out."
+            )
 
 
 def _check_readers(recipe: Recipe, readers: bool) -> None:

@@ -21,6 +21,7 @@ from kvpress.hf.foresight import look
 from kvpress.hf.inline import Keys
 from kvpress.hf.latent import UPDATED, joined
 from kvpress.hf.spec import Lease
+from kvpress.pipe.state.channels import turned_back
 from kvpress.pipe.state.ids import columns_of
 from kvpress.pipe.steps import run_layers
 
@@ -111,7 +112,11 @@ class TogetherLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             except Exception as error:
                 found[number] = error
         states = [self._layers[number].state for number in tokens]
-        return found | dict(zip(tokens, run_layers(states, list(tokens.values())), strict=True))
+        outputs = run_layers(states, list(tokens.values()))
+        for number, state, out in zip(tokens, states, outputs, strict=True):
+            good = not isinstance(out, Exception)
+            found[number] = turned_back(out, state.recipe) if good else out
+        return found
 
     def _run_one_by_one(self, own: list[_Token], how: _How, takes: bool) -> dict[int, Any]:
         """The same where layers read keys of other layers."""

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from kvpress.formulas.attention import prompt_attention
+from kvpress.formulas.hadamard import turned
 from kvpress.formulas.norms import grams, output_norms
 from kvpress.formulas.ranking import matched
 from kvpress.formulas.sums import Observation, over_group
 from kvpress.pipe.pools import bring
 from kvpress.pipe.prompt import candidates
 from kvpress.pipe.stages.observe import prompt_sums, stored
+from kvpress.pipe.state.channels import turns
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import first_query, step
 from kvpress.pipe.state.tokens import Tokens
@@ -108,8 +110,9 @@ def _weights(
     )
     if norms is None:
         return sums_1NK
-    gram_NEF = grams(norms.weight_CX, near[VALUE].shape[-1])
-    return sums_1NK * output_norms(near[VALUE], gram_NEF)
+    value = near[VALUE] if turns(layer.recipe) == "none" else turned(near[VALUE])
+    gram_NEF = grams(norms.weight_CX, value.shape[-1])
+    return sums_1NK * output_norms(value, gram_NEF)
 
 
 def _near(layer: Layer, b: int, tokens: Tokens) -> dict[str, Tensor]:

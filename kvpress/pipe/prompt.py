@@ -16,6 +16,7 @@ from torch import Tensor
 from kvpress import host, ops
 from kvpress.formulas import sinks
 from kvpress.formulas.attention import prompt_attention
+from kvpress.formulas.hadamard import turned
 from kvpress.formulas.sums import Observation, over_group
 from kvpress.pipe.layer_budgets import plan
 from kvpress.pipe.pools import compete
@@ -23,6 +24,7 @@ from kvpress.pipe.stages.absorb import compact
 from kvpress.pipe.stages.observe import attend_and_sum, prompt_sums
 from kvpress.pipe.stages.select import finite, score, select
 from kvpress.pipe.stages.sparsify import choose
+from kvpress.pipe.state.channels import turns
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import calibrated, first_query, gram, step
 from kvpress.pipe.state.together import evicting, evicts_together, of_all, selecting
@@ -262,6 +264,7 @@ def _observe(layer: Layer, chunk: _Chunk, sums_BNS: Tensor | None) -> Slots:
         key_width=layer.key_width,
         asked=_queries(layer, tokens),
         rotation=layer.rotation,
+        turned=turns(layer.recipe),
         gram_NEF=gram(layer),
         calibrated=calibrated(layer),
         gather=partial(of_all, layer),
@@ -291,4 +294,6 @@ def _queries(layer: Layer, tokens: Tokens) -> Queries | None:
         return None
     if bool(layer.rows.counts.any()):
         layer.context.ledger.note("Prompts in several parts: the last part's queries scored all.")
-    return Queries(tokens.query_bNQD, tokens.scaling, tokens.softcap)
+    query = tokens.query_bNQD
+    query = turned(query) if turns(layer.recipe) == "both" else query  # back
+    return Queries(query, tokens.scaling, tokens.softcap)

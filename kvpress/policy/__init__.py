@@ -23,7 +23,7 @@ from kvpress.policy.retrieval import Retrieval
 from kvpress.policy.slots import Need, Queries, Slots, Step
 from kvpress.policy.sparsity import Sparsity
 from kvpress.policy.stages import STAGES
-from kvpress.types import EMPTY, NoiseKind, Rank
+from kvpress.types import EMPTY, NoiseKind, Rank, Turned
 
 __all__ = [
     "EMPTY",
@@ -53,6 +53,7 @@ __all__ = [
     "Sparsity",
     "Step",
     "Text",
+    "Turned",
     "Window",
     "expected",
     "gather",

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvpress.errors import PolicyError
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.formulas.rotation import Rotation
-from kvpress.types import EMPTY
+from kvpress.types import EMPTY, Turned
 
 _RAW_SLOTS, _SLOTS = 32, 64  # of a page of old slots: as they came, and quantised
 _UNIT = 128  # bits of a key channel in a page: kernels read as many at once
@@ -30,6 +31,8 @@ class Packing(NamedTuple):
     Keys in groups of tokens, one step per channel; values in groups of channels, one step per token
     (KIVI, Liu et al., ICML 2024, arXiv 2402.02750). bound: rows whose attention output moves by
     more than this share, on average over the last `window` queries, get 8 bits; None: never.
+    rotate: whether the layer's values, or its keys behind their positions and its queries too, are
+    turned by a Hadamard matrix before anything is stored; outputs are turned back.
     """
 
     key_bits: int = 16
@@ -38,6 +41,15 @@ class Packing(NamedTuple):
     value_group: int = 64
     bound: float | None = None
     window: int = 0
+    rotate: Turned = "none"
+
+    def check_beside(self, prunes: bool, recipe: str) -> None:
+        """Raises PolicyError where channels are left out that no longer are those of the model."""
+        if self.rotate != "none" and prunes:
+            raise PolicyError(
+                f"{recipe} leaves channels out, but rotate={self.rotate} makes each of them a mix"
+                " of all. Leave one of the two out."
+            )
 
 
 class Channels(NamedTuple):

@@ -59,6 +59,8 @@ class Recipe:
             )
         if self.pool is not None and self.limits:
             self.pool.check_beside(self.limits)
+        if self.packing is not None:
+            self.packing.check_beside(self.stage("prune").overrides("prune"), str(self))
         if self.fit is not None:
             self.fit.check_beside(self.limits, self.formats, str(self))
 

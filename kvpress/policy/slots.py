@@ -8,8 +8,10 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from kvpress.formulas.hadamard import turned
 from kvpress.formulas.norms import output_norms
 from kvpress.formulas.rotation import Rotation
+from kvpress.types import Turned
 
 Need = Literal["query", "rotation", "words", "output"]
 
@@ -52,6 +54,7 @@ class Slots:
     mass_BHS: Tensor | None = None  # fp32: what the policy accumulated so far; 0 for new tokens
     key_width: int | None = None  # channels of keys, where the store keeps more than the model's
     attention_BNS: Tensor | None = None  # what was observed of a prompt, for every query head
+    turned: Turned = "none"  # what the store keeps turned; see `Packing`
     asked: Queries | None = None  # where the policy needs "query", and while prompts are read
     rotation: Rotation | None = None  # how keys turn with positions, where the policy needs that
     gram_NEF: Tensor | None = None  # WᵀW of the output projection, where the policy needs that
@@ -69,12 +72,14 @@ class Slots:
     @property
     def key_BHSD(self) -> Tensor:
         """The keys of all slots, rotated at their own positions."""
-        return self.fetch("key")[..., : self.key_width]
+        key_BHSD = self.fetch("key")[..., : self.key_width]
+        return turned(key_BHSD) if self.turned == "both" else key_BHSD
 
     @property
     def value_BHSD(self) -> Tensor:
         """The values of all slots."""
-        return self.fetch("value")
+        value_BHSD = self.fetch("value")
+        return value_BHSD if self.turned == "none" else turned(value_BHSD)
 
     @property
     def output_norms_BNS(self) -> Tensor:

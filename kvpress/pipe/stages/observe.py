@@ -12,6 +12,7 @@ from kvpress import ops
 from kvpress.formulas import sinks
 from kvpress.formulas.sums import Observation, step_sums
 from kvpress.ops import Logits, Noise, Reduction
+from kvpress.pipe.state.channels import turns
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import calibrated, gram
 from kvpress.pipe.state.together import of_all
@@ -93,6 +94,7 @@ def stored(layer: Layer, group: list[int], seen_b: Tensor) -> Slots:
         mass_BHS=rows.dense(MASS, part) if layer.recipe.accumulates else None,
         key_width=layer.key_width,
         rotation=layer.rotation,
+        turned=turns(layer.recipe),
         gram_NEF=gram(layer),
         calibrated=calibrated(layer),
         gather=partial(of_all, layer),

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from kvpress import host
 from kvpress.errors import PolicyError
+from kvpress.formulas.hadamard import turned
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.recipe import Recipe
-from kvpress.types import MOST_WIDTH, LayerKind
+from kvpress.types import MOST_WIDTH, LayerKind, Turned
 
 _BASE = 256
 
@@ -50,6 +51,27 @@ def with_biases(tokens: Tokens) -> Tokens:
         query_bNQD=torch.cat([tokens.query_bNQD, query_BNQ1], dim=-1),
         key_bHQD=torch.cat([tokens.key_bHQD, torch.zeros_like(key_BHQ1)], dim=-1),
     )
+
+
+def turns(recipe: Recipe) -> Turned:
+    """What of a layer's tokens is turned before it is stored; see `Packing`."""
+    return "none" if recipe.packing is None else recipe.packing.rotate
+
+
+def with_turns(tokens: Tokens, what: Turned) -> Tokens:
+    """The tokens with values, or everything, turned: products of queries and keys stay."""
+    if what == "none":
+        return tokens
+    tokens = tokens._replace(value_bHQD=turned(tokens.value_bHQD))
+    if what == "values":
+        return tokens
+    states = (turned(tokens.query_bNQD), turned(tokens.key_bHQD), tokens.value_bHQD)
+    return tokens.with_states(*states)
+
+
+def turned_back(out_BNQE: Tensor, recipe: Recipe) -> Tensor:
+    """The attention output over values as they came."""
+    return out_BNQE if turns(recipe) == "none" else turned(out_BNQE)
 
 
 def with_positions(
