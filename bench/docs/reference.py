@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from kvpress.bench.docs.stages import replaced_by
 from kvpress.bench.docs.tables import ROOT, code, escaped, text_table
 
 from kvpress import env, types
 from kvpress.policy import catalogue
 
-_CITED = re.compile(r" \((?:[^()]*(?:arXiv|\d{4})[^()]*)\)(?=\.)")
 # The packages of the engine, as data flows through them.
 _ROOMS = ("serve", "batching", "hf", "pipe", "policy", "store", "formulas", "ops", "report")
+_GROUPS = {
+    "Choose what stays": ("score", "select"),
+    "Divide the budget among heads and layers": ("allocate", "compete", "share"),
+    "Let it stand for what went": ("absorb",),
+    "Store it smaller": ("prune", "pack"),
+    "Read a part of it in a step": ("retrieve",),
+    "Read prompts sooner": ("sparsify",),
+}
 _BACKENDS = {
     "reference.py": "PyTorch",
     "bind.h": "C++",
@@ -24,9 +33,17 @@ _BACKENDS = {
 
 
 def policies() -> str:
-    """Name and sentence; the paper is named in docs/policies.md."""
-    lines = ((code(e.name), _CITED.sub("", e.summary)) for e in catalogue.entries())
-    return text_table(("policy", "what it does"), lines)
+    """Their names, by what they do; docs/policies.md says what each is."""
+    found, named = replaced_by(), set[str]()
+    lines = []
+    for title, stages in _GROUPS.items():
+        names = sorted({name for stage in stages for name in found[stage]} - named)
+        named.update(names)
+        lines.append(f"{title}: {', '.join(map(code, names))}.")
+    rest = sorted(entry.name for entry in catalogue.entries() if entry.name not in named)
+    lines.append(f"Nothing of it: {', '.join(map(code, rest))}.")
+    wrapped = (textwrap.fill(x, 110, initial_indent="- ", subsequent_indent="  ") for x in lines)
+    return "\n".join(wrapped)
 
 
 def options() -> str:
