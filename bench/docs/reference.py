@@ -41,7 +41,7 @@ def policies() -> str:
         named.update(names)
         lines.append(f"{title}: {', '.join(map(code, names))}.")
     rest = sorted(entry.name for entry in catalogue.entries() if entry.name not in named)
-    lines.append(f"Nothing of it: {', '.join(map(code, rest))}.")
+    lines.append(f"Keep everything: {', '.join(map(code, rest))}.")
     wrapped = (textwrap.fill(x, 110, initial_indent="- ", subsequent_indent="  ") for x in lines)
     return "\n".join(wrapped)
 

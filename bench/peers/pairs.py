@@ -39,6 +39,10 @@ class Pair(NamedTuple):
 _POOLED = "votes are averaged over neighbours there; here the largest counts"
 _WORDS = "the words before the repetition"
 _TEMPLATE = "the chat template's tokens, which go first there"
+_CHANNELS = "channels that never change are divided by zero there"
+_CHUNKS = "whole chunks stay there, even if counts differ; protected tokens are part of a chunk"
+_SUMMED = "absolute values are summed there; the norm here is Euclidean"
+_SKETCHED = "random sketches, unscaled logits and z-scores over all heads there"
 PAIRS = (
     Pair("KnormPress", "knorm", "layer 0: equal tokens have equal norms, and rounding breaks ties"),
     Pair("ExpectedAttentionPress", "expected_attention"),
@@ -51,6 +55,13 @@ PAIRS = (
     Pair("KVzipPress", f"kvzip:instruction={THEIRS}", _TEMPLATE),
     Pair("KVzipPress:n_sink={prefix}", "kvzip:sink={prefix}", _WORDS),
     Pair("KVzipPress:n_sink={prefix}", f"kvzip:sink={{prefix}},instruction={THEIRS}"),
+    Pair("KeyDiffPress", "keydiff"),
+    Pair("CURPress", "cur", "a last window that is not full is padded with zeros there"),
+    Pair("LagKVPress", "lagkv", _CHANNELS),
+    Pair("ChunkKVPress(SnapKVPress)", "snapkv:window=64,pool=5+chunkkv", f"{_POOLED}; {_CHUNKS}"),
+    Pair("ChunkKVPress(KnormPress)", "knorm+chunkkv", _CHUNKS),
+    Pair("CriticalKVPress(SnapKVPress)", "snapkv:window=64,pool=5+criticalkv", _SUMMED),
+    Pair("CompactorPress", "compactor", _SKETCHED),
 )
 
 
