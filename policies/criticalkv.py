@@ -44,6 +44,6 @@ class CriticalKV(Policy):
         guarded_BH = (protected_BHS & held_BHS).sum(-1)
         by_score_BH = torch.minimum(keep_BH, guarded_BH + (self.first * keep_BH).long())
         best_BHS = keep_top(score_BHS, slots.position_BHS, protected_BHS, by_score_BH)
-        norm_BNS = slots.output_norms_BNS
-        norm_BHS = norm_BNS.unflatten(1, (score_BHS.shape[1], -1)).mean(2)
+        batch, heads, width = score_BHS.shape
+        norm_BHS = slots.output_norms_BNS.reshape(batch, heads, -1, width).mean(2)
         return keep_top((score_BHS + LEAST) * norm_BHS, slots.position_BHS, best_BHS, keep_BH)

@@ -42,7 +42,8 @@ class LagKV(Policy):
         parts = (position_BHS.shape[2] - self.sink) // self.lag
         if parts > 1:
             columns = (gather(x, order_BHS) for x in (slots.key_BHSD, slots.value_BHSD))
-            made = sum(self._apart(x.float(), parts) for x in columns) / 2
+            key, value = (self._apart(x.float(), parts) for x in columns)
+            made = (key + value) / 2
             rank = made if self.cross else made.argsort(-1).argsort(-1) / self.lag
             count_BH1 = (position_BHS != EMPTY).sum(-1, keepdim=True) - self.sink
             end = self.sink + (parts - 1) * self.lag
@@ -55,11 +56,12 @@ class LagKV(Policy):
     def _apart(self, column_BHSX: Tensor, parts: int) -> Tensor:
         """How much each slot of all partitions but the last stands out: `[B, H, P - 1, lag]`."""
         part_BHSX = column_BHSX[:, :, self.sink : self.sink + parts * self.lag]
-        of_BHPSX = part_BHSX.unflatten(2, (parts, self.lag))
+        of_BHPSX = part_BHSX.reshape(*part_BHSX.shape[:2], parts, self.lag, -1)
         least, most = of_BHPSX[:, :, 1:].aminmax(dim=3, keepdim=True)
         used = (most > least).expand_as(of_BHPSX[:, :, 1:])
         shown = ((of_BHPSX[:, :, :-1] - least) / (most - least)).where(used, 0.0)
         count = used.sum(-1)
         mean = shown.sum(-1) / count.clamp_min(1)
         square = (shown - mean[..., None]).square().where(used, 0.0).sum(-1)
-        return (square / (count - 1).clamp_min(1)).sqrt().softmax(-1)
+        apart: Tensor = (square / (count - 1).clamp_min(1)).sqrt().softmax(-1)
+        return apart

@@ -39,8 +39,8 @@ def prompt_attention(
     width = value_BHSD.shape[-1]
     if 0 < query_BNQD.shape[-1] - width <= _ADDED:  # PyTorch's fused attention takes no others
         value = F.pad(value_BHSD, (0, query_BNQD.shape[-1] - width))
-        states = (query_BNQD, key_BHSD, value, position_BHS)
-        return prompt_attention(*states, scaling, softcap, window)[..., :width]
+        how = (position_BHS, scaling, softcap, window)
+        return prompt_attention(query_BNQD, key_BHSD, value, *how)[..., :width]
     plain = position_BHS is None and slots == new and (window is None or slots <= window)
     if plain and not softcap:
         grouped = query_BNQD.shape[1] != key_BHSD.shape[1]

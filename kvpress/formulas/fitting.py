@@ -143,8 +143,10 @@ def least_squares(factor_MK: Tensor, wanted_ME: Tensor, own_KE: Tensor, ridge: f
 def _solve(square_XX: Tensor, wanted_XE: Tensor) -> Tensor:
     factor_XX, failed = torch.linalg.cholesky_ex(square_XX)
     if bool(failed):  # rounding made it indefinite: it has a ridge, but a tiny one
-        return torch.linalg.lstsq(square_XX, wanted_XE).solution
-    return torch.cholesky_solve(wanted_XE, factor_XX)
+        made: Tensor = torch.linalg.lstsq(square_XX, wanted_XE).solution
+        return made
+    made = torch.cholesky_solve(wanted_XE, factor_XX)
+    return made
 
 
 def _largest(factor_MK: Tensor) -> float:

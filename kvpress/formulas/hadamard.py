@@ -26,7 +26,8 @@ def turned(column_XD: Tensor) -> Tensor:
     """The last dimension turned; turned twice it is what it was, up to rounding."""
     size = block(column_XD.shape[-1])
     matrix = _matrix(size, column_XD.dtype, column_XD.device)
-    return (column_XD.unflatten(-1, (-1, size)) @ matrix).flatten(-2)
+    made: Tensor = column_XD.reshape(*column_XD.shape[:-1], -1, size) @ matrix
+    return made.flatten(-2)
 
 
 @cache
@@ -35,4 +36,5 @@ def _matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     made = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while len(made) < size:
         made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
-    return (made / size**0.5).to(device=device, dtype=dtype)
+    unit: Tensor = (made / size**0.5).to(device=device, dtype=dtype)
+    return unit

@@ -23,7 +23,8 @@ def leverage(key_BHSD: Tensor, held_BHS: Tensor, ridge: float) -> Tensor:
     mean_BH1 = diagonal_BHD.mean(-1, keepdim=True)
     diagonal_BHD.add_((ridge * mean_BH1).where(mean_BH1 > 0, 1.0))
     solved_BHDS = torch.linalg.solve(square_BHDD, apart_BHSD.mT)
-    return (apart_BHSD * solved_BHDS.mT).sum(-1).float()
+    found_BHS: Tensor = (apart_BHSD * solved_BHDS.mT).sum(-1).float()
+    return found_BHS
 
 
 def within_blocks(
@@ -33,9 +34,10 @@ def within_blocks(
 
     Softmax over the block, summed over its queries, averaged over the query group.
     """
-    query_BHGQD = query_BNQD.float().unflatten(1, (key_BHQD.shape[1], -1))
+    batch, heads, tokens, width = key_BHQD.shape
+    query_BHGQD = query_BNQD.float().reshape(batch, heads, -1, tokens, width)
     key_BH1QD, made = key_BHQD.float()[:, :, None], []
-    for start in range(0, key_BHQD.shape[2], block):
+    for start in range(0, tokens, block):
         part = slice(start, start + block)
         logits = query_BHGQD[..., part, :] @ key_BH1QD[..., part, :].mT * scaling
         if softcap:

@@ -114,8 +114,7 @@ class TogetherLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         states = [self._layers[number].state for number in tokens]
         outputs = run_layers(states, list(tokens.values()))
         for number, state, out in zip(tokens, states, outputs, strict=True):
-            good = not isinstance(out, Exception)
-            found[number] = turned_back(out, state.recipe) if good else out
+            found[number] = turned_back(out, state.recipe) if isinstance(out, Tensor) else out
         return found
 
     def _run_one_by_one(self, own: list[_Token], how: _How, takes: bool) -> dict[int, Any]:

@@ -63,8 +63,8 @@ def refit(
 
 def _queries(layer: Layer, reference: Tokens, head: int) -> Tensor:
     """The queries of all query heads of a KV head, those of one query head in turn: `[M, D]`."""
-    query_HGQD = reference.query_bNQD[0].unflatten(0, (layer.kind.heads, -1))
-    return query_HGQD[head].flatten(0, 1)
+    group = reference.query_bNQD.shape[1] // layer.kind.heads
+    return reference.query_bNQD[0, head * group : (head + 1) * group].flatten(0, 1)
 
 
 def _sinks(layer: Layer, reference: Tokens, head: int) -> Tensor | None:
