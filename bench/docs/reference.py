@@ -46,6 +46,12 @@ def policies() -> str:
     return "\n".join(wrapped)
 
 
+def recipes() -> str:
+    """Named recipes, and what was measured of each."""
+    lines = ((code(a), code(b), escaped(c)) for a, b, c in catalogue.named())
+    return text_table(("written", "what it is", "measured, question hidden"), lines)
+
+
 def options() -> str:
     """A section for each policy: its sentence with the paper, and a table of its options."""
     parts = []
@@ -127,6 +133,7 @@ def _first_sentence(path: Path) -> str:
 
 PARTS: Mapping[str, Callable[[], str]] = {
     "policies": policies,
+    "recipes": recipes,
     "policy-options": options,
     "environment": environment,
     "packages": packages,
