@@ -10,7 +10,8 @@ Differs from the paper: values wait for the tokens of a group, as keys do; of sh
 attention output moves by more than this share on average over the last 32 queries are kept at 8
 bits, since a few heads of some models do not stand fewer. `rotate` spreads large channels over all
 (Hadamard, as QuaRot, arXiv 2404.00456): values lose a quarter of their error at no bytes; keys,
-whose steps are per channel, gain less.
+whose steps are per channel, gain less. Recent slots are stored turned, too: exact but for rounding,
+which in half precision is one more of each value.
 """
 
 from __future__ import annotations

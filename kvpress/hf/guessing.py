@@ -26,6 +26,7 @@ from kvpress.hf.cache import EngineCache
 from kvpress.hf.compat import uncompiled
 from kvpress.hf.spec import CacheSpec
 from kvpress.pipe.stages import retrieve
+from kvpress.pipe.state.channels import turned_query
 
 _TOKENS = 3  # of the pass that proves it
 _CLOSE = 1e-3  # of the largest channel, by which the proof may be off: kernels may sum in any order
@@ -108,7 +109,8 @@ def _guess(
         return
     query_BN1D = following.queries(hidden_BQC, given)
     if query_BN1D is not None:
-        retrieve.guess(cache.states[following.number], query_BN1D)
+        state = cache.states[following.number]
+        retrieve.guess(state, turned_query(query_BN1D, state.recipe))
 
 
 class _Pass:

@@ -16,7 +16,6 @@ from torch import Tensor
 from kvpress import host, ops
 from kvpress.formulas import sinks
 from kvpress.formulas.attention import prompt_attention
-from kvpress.formulas.hadamard import turned
 from kvpress.formulas.sums import Observation, over_group
 from kvpress.pipe.layer_budgets import plan
 from kvpress.pipe.pools import compete
@@ -24,7 +23,7 @@ from kvpress.pipe.stages.absorb import compact
 from kvpress.pipe.stages.observe import attend_and_sum, prompt_sums
 from kvpress.pipe.stages.select import finite, score, select
 from kvpress.pipe.stages.sparsify import choose
-from kvpress.pipe.state.channels import turns
+from kvpress.pipe.state.channels import turned_query, turns
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import calibrated, first_query, gram, step
 from kvpress.pipe.state.together import evicting, evicts_together, of_all, selecting
@@ -294,6 +293,5 @@ def _queries(layer: Layer, tokens: Tokens) -> Queries | None:
         return None
     if bool(layer.rows.counts.any()):
         layer.context.ledger.note("Prompts in several parts: the last part's queries scored all.")
-    query = tokens.query_bNQD
-    query = turned(query) if turns(layer.recipe) == "both" else query  # back
-    return Queries(query, tokens.scaling, tokens.softcap)
+    query_bNQD = turned_query(tokens.query_bNQD, layer.recipe)  # back
+    return Queries(query_bNQD, tokens.scaling, tokens.softcap)

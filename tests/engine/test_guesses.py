@@ -20,6 +20,8 @@ from torch import Tensor
 
 import kvpress
 from kvpress.errors import PolicyError, TierError, UnsupportedModelError
+from kvpress.formulas.hadamard import turned
+from kvpress.pipe.stages import retrieve
 from kvpress.store.steps import Steps
 from kvpress.store.tiers.directory import NOWHERE
 from kvpress.store.tiers.early import Early
@@ -438,3 +440,19 @@ def test_models_whose_queries_do_not_follow_are_refused(family: str, reason: str
 def test_guesses_that_cannot_be_are_refused(recipe: str, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         kvpress.attach(tiered.model(), recipe)
+
+
+def test_guesses_are_turned_as_the_stored_keys_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where keys are stored turned, a plain query would choose pages in another basis."""
+    model = helpers.sharp("llama", head_dim=16)
+    asked: list[Tensor] = []
+    monkeypatch.setattr(retrieve, "guess", lambda state, query: asked.append(query))
+    found = {}
+    for rotate in ("none", "both"):
+        asked.clear()
+        recipe = f"quest:dense=0,read=160,{LAYER}+quant:key_bits=16,value_bits=16,rotate={rotate}"
+        run(model, recipe, new=1, device="512KiB", host="64MiB")
+        found[rotate] = list(asked)
+    # Of the second layer, which the first one has not read any page for.
+    assert len(found["none"]) == len(found["both"]) > 0
+    torch.testing.assert_close(found["both"][0], turned(found["none"][0]))

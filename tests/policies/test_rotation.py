@@ -126,6 +126,38 @@ def test_large_channels_cost_less_and_bytes_are_the_same() -> None:
     assert len(set(list(held.values())[1:])) == 1
 
 
+@torch.no_grad()
+def test_packed_slots_are_off_by_half_a_step_of_their_codes_at_most() -> None:
+    model, ids = helpers.sharp("llama", head_dim=16), helpers.prompt(1, PROMPT)
+    stored = {}
+    for recipe in (f"{EXACT},rotate=both", "quant:residual=0,guard=none,rotate=both"):
+        with kvpress.attach(model, recipe) as engine:
+            cache = engine.new_cache()
+            model(ids, past_key_values=cache)
+            stored[recipe] = cache.states[0].rows.dense_by_position([0])[VALUE]
+    exact, packed = stored.values()
+    old = (packed != exact).any(-1, keepdim=True)  # all but those that wait for a page
+    step = (exact.amax(-1, keepdim=True) - exact.amin(-1, keepdim=True)) / 15
+    assert float(old.float().mean()) > 0.4
+    assert bool(((packed - exact).abs() <= 0.51 * step + 1e-2).all())
+
+
+@torch.no_grad()
+def test_the_guard_judges_turned_codes() -> None:
+    model, ids = helpers.tiny(head_dim=16, initializer_range=0.3), helpers.prompt(1, 150)
+    found = {}
+    for rotate in ("none", "both"):
+        for bound in (0.0, 1e9):
+            recipe = f"quant:key_bits=2,value_bits=2,residual=8,guard={bound},rotate={rotate}"
+            with kvpress.attach(model, recipe) as engine:
+                cache = engine.new_cache()
+                model(ids, past_key_values=cache)
+                wide = cache.states[0].store.aging.decided.format_R.tolist()
+                found[rotate, bound] = set(map(bool, wide))
+    for rotate in ("none", "both"):
+        assert found[rotate, 0.0] == {True} and found[rotate, 1e9] == {False}
+
+
 def test_batches_of_requests_and_tiers_turn_too() -> None:
     model, ids = helpers.sharp("llama", head_dim=16), helpers.prompt(1, PROMPT)
     recipe = "quant:key_bits=4,value_bits=4,rotate=both"

@@ -69,6 +69,11 @@ def with_turns(tokens: Tokens, what: Turned) -> Tokens:
     return tokens.with_states(*states)
 
 
+def turned_query(query_BNQD: Tensor, recipe: Recipe) -> Tensor:
+    """Queries as they meet stored keys, or back: it is the same."""
+    return turned(query_BNQD) if turns(recipe) == "both" else query_BNQD
+
+
 def turned_back(out_BNQE: Tensor, recipe: Recipe) -> Tensor:
     """The attention output over values as they came."""
     return out_BNQE if turns(recipe) == "none" else turned(out_BNQE)
