@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from kvpress.formulas import sinks
 from kvpress.types import EMPTY
 
-_ADDED = 8  # channels at most that the engine adds to queries and keys
+_ADDED = 3  # channels at most that the engine adds to queries and keys: a bias, a position
 BLOCK_ELEMENTS = 1 << 24  # largest mask or logit block of the general path
 _QUERIES = 256  # that share a mask where rows are whole: few see much less than the last of them
 

@@ -76,7 +76,7 @@ def test_the_report_is_an_object_a_dictionary_and_a_table() -> None:
     assert data["slots_kept"] == report.slots_kept
     assert data["fraction"] == pytest.approx(report.bytes_held / report.bytes_full)
     assert set(data["stages"]) == {
-        "prefill attention", "second look", "observe", "select", "merge", "store", "format",
+        "prefill attention", "second look", "observe", "select", "merge", "refit", "store", "format",
         "decode attention",
     }  # fmt: skip
     idle = {"second look", "merge", "format"}

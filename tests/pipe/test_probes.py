@@ -394,4 +394,4 @@ def test_what_cannot_be_looked_at_again_is_refused_before_anything_changes() -> 
 @dataclass(frozen=True, kw_only=True)
 class Merges(Policy):
     def absorb(self) -> Merging:
-        return Merging()
+        return Merging(1.0, 0.0, 0.0)
