@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from kvpress.bench.calibrate.watch import Given, watching
 from torch import Tensor
 
 import kvpress
-from kvpress.errors import PolicyError
+from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.formulas import ridge
+from kvpress.formulas.rotation import Rotation
 from kvpress.hf.rotation_probe import rotations
 from kvpress.pipe.state.layer import Layer
 from kvpress.store.base import KEY, MASS, POSITION, VALUE
@@ -50,6 +52,49 @@ def regressions(
             found.append(ridge.sums(feature_BTX[0].cpu(), known_LHT[place]))
         total = [a.plus(b) for a, b in zip(total, found, strict=True)] if total else found
     return torch.stack([ridge.solve(x) for x in total])
+
+
+def queries(model: Any, tokenizer: Any, texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The queries of every layer with a budget, their rotation undone: what they are on average.
+
+    Their mean, `[L, N, D]`, and the mean lengths of the pairs that turn, `[L, N, F]`, in fp32; of
+    all tokens of all texts. Raises UnsupportedModelError where nobody knows how keys turn, and
+    where layers differ in shape.
+    """
+    turns, found = rotations(model), list[tuple[Tensor, Tensor]]()
+    for ids_1T in texts:
+        given = list[Tensor]()
+
+        def see(own: Given, _out_BNQE: Tensor, given: list[Tensor] = given) -> None:
+            given.append(own.query_BNQD)
+
+        with kvpress.attach(model, PLAIN, tokenizer=tokenizer) as engine, torch.no_grad():
+            cache = engine.new_cache()
+            with watching(see):
+                model(input_ids=ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            kept = [x.kind.index for x in cache.states if x.kind.window is None]
+        if len(given) != len(turns):
+            raise UnsupportedModelError(f"Of {len(turns)} layers {len(given)} show their queries.")
+        sums = [_of_queries(given[layer], turns[layer]) for layer in kept]
+        found = [_plus(*pair) for pair in zip(found, sums, strict=True)] if found else sums
+    if len({(x.shape, y.shape) for x, y in found}) > 1:
+        raise UnsupportedModelError("Queries of this model's layers differ in shape.")
+    tokens = sum(ids_1T.shape[1] for ids_1T in texts)
+    mean, length = (torch.stack(x).float() / tokens for x in zip(*found, strict=True))
+    return mean, length
+
+
+def _of_queries(query_1NTD: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+    """The sums over tokens of queries, and of the lengths of their pairs: fp64."""
+    if rotation is None:
+        return query_1NTD[0].double().sum(1), query_1NTD.new_zeros(query_1NTD.shape[1], 0).double()
+    position_T = torch.arange(query_1NTD.shape[2], device=query_1NTD.device)
+    plain_1NTD = rotation.turn(query_1NTD, -position_T)
+    return plain_1NTD[0].double().sum(1), rotation.lengths(plain_1NTD)[0].double().sum(1)
+
+
+def _plus(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return a[0] + b[0], a[1] + b[1]
 
 
 def _layers(

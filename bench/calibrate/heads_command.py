@@ -43,7 +43,8 @@ def heads(
     """Find how many slots every layer and head needs, and what predicts which ones.
 
     The model repeats each text; what that attends to are the scores. Use the file with
-    `heads:calibration=FILE` beside any policy that scores, and with `zap:calibration=FILE`.
+    `heads:calibration=FILE` beside any policy that scores, with `zap:calibration=FILE`, and with
+    `triattention:calibration=FILE`.
     """
     from kvpress.bench.calibrate import texts
 
@@ -98,9 +99,9 @@ def _look(model: Any, tokenizer: Any, ids: list[Any], found: Any, out: Path) -> 
 
 
 def _finish(model: Any, tokenizer: Any, ids: list[Any], found: Any, out: Path) -> Any:
-    """Makes shares and regressions of the scores of all texts, and writes them instead of these."""
+    """Makes of the scores of all texts what policies read, and writes that instead of them."""
     import torch
-    from kvpress.bench.calibrate.heads import regressions
+    from kvpress.bench.calibrate.heads import queries, regressions
 
     from kvpress.errors import UnsupportedModelError
     from kvpress.formulas.shares import curves
@@ -111,6 +112,7 @@ def _finish(model: Any, tokenizer: Any, ids: list[Any], found: Any, out: Path) -
     try:
         with errors.status("Finding what predicts them …"):
             made["ridge_LXH"] = regressions(model, tokenizer, ids, known).float()
+            made["query_LND"], made["length_LNF"] = queries(model, tokenizer, ids)
     except UnsupportedModelError as error:
         errors.print(f"Without predictions from keys and values: {error}")
     learned.write(out, model, KIND, found._replace(tensors=made, finished=True))

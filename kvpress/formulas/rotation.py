@@ -37,6 +37,11 @@ class Rotation:
         means = cos_BPF.mean(1)[:, None], sin_BPF.mean(1)[:, None]
         return self._turned(unit_1DD.expand(len(by_BP), -1, -1), *means)
 
+    def lengths(self, key_XD: Tensor) -> Tensor:
+        """The lengths of the pairs that turn, which no turn changes: fp32 `[..., F]`."""
+        a_XF, b_XF = self._pairs(key_XD.float()[..., self._turning])
+        return torch.hypot(a_XF, b_XF)
+
     def _angles(self, by_X: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the pairs turned."""
         # In fp32, as models do it: then the angles are theirs to the last bit.
@@ -44,10 +49,26 @@ class Rotation:
         return angle_XF.cos(), angle_XF.sin()
 
     def _turned(self, key_XD: Tensor, cos_XF: Tensor, sin_XF: Tensor) -> Tensor:
-        pairs = len(self.frequency_F)
-        sizes, dim = ((pairs, 2), -1) if self.interleaved else ((2, pairs), -2)
-        ends = (self.start, self.start + 2 * pairs)
-        before, part, after = key_XD.float().tensor_split(ends, dim=-1)
-        a_XF, b_XF = part.reshape(*part.shape[:-1], *sizes).unbind(dim)
+        turning, key_XD = self._turning, key_XD.float()
+        a_XF, b_XF = self._pairs(key_XD[..., turning])
         turned = (a_XF * cos_XF - b_XF * sin_XF, a_XF * sin_XF + b_XF * cos_XF)
-        return torch.cat((before, torch.stack(turned, dim).flatten(-2), after), dim=-1)
+        part_XP = torch.stack(turned, self._between).flatten(-2)
+        before, after = key_XD[..., : turning.start], key_XD[..., turning.stop :]
+        return torch.cat((before, part_XP, after), dim=-1)
+
+    @property
+    def _turning(self) -> slice:
+        """The channels that turn."""
+        return slice(self.start, self.start + 2 * len(self.frequency_F))
+
+    @property
+    def _between(self) -> int:
+        """The dimension in which the two channels of a pair lie, where pairs have one."""
+        return -1 if self.interleaved else -2
+
+    def _pairs(self, part_XP: Tensor) -> tuple[Tensor, Tensor]:
+        """The first and the second channels of the pairs."""
+        pairs = len(self.frequency_F)
+        sizes = (pairs, 2) if self.interleaved else (2, pairs)
+        a_XF, b_XF = part_XP.reshape(*part_XP.shape[:-1], *sizes).unbind(self._between)
+        return a_XF, b_XF

@@ -16,7 +16,7 @@ from kvpress.formulas.sums import Observation
 from kvpress.host import lasting
 from kvpress.pipe.evict import evict
 from kvpress.pipe.growth import grow
-from kvpress.pipe.stages.observe import observe
+from kvpress.pipe.stages.observe import observe, recall
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import step
 from kvpress.pipe.state.tokens import Tokens
@@ -39,6 +39,9 @@ def run_drafts(layer: Layer, tokens: Tokens) -> Tensor:
         with layer.timed("decode attention"):
             outputs.append(_draft_attention(layer, block))
         layer.sequences.drafts.tokens += new
+        if layer.recalled:
+            layer.logits = (tokens.scaling, tokens.softcap)
+            layer.sequences.drafts.queries.append(block.query_bNQD.detach().clone())
     return torch.cat(outputs, dim=2)
 
 
@@ -68,11 +71,13 @@ def commit(layer: Layer) -> None:
         return
     layer.mark_dirty()
     layer.note_peak()
-    tokens, weights = layer.sequences.drafts.finish()
+    tokens, weights, query_BNQD = layer.sequences.drafts.finish()
     everybody = list(range(len(layer.sequences)))
     groups = [everybody] if layer.in_step else [[b] for b in everybody]
     for group in groups:
         part = None if weights is None else weights[group]
+        if query_BNQD is not None:
+            recall(layer, group, query_BNQD[group])
         _commit(layer, group, tokens, part)
     layer.context.dirty = None
 

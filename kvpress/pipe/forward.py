@@ -21,6 +21,7 @@ from kvpress.pipe.prompt import run_prompt, store_prompt
 from kvpress.pipe.sharing import seen_by_readers
 from kvpress.pipe.stages.allocate import compressed, set_quotas
 from kvpress.pipe.stages.format import pack_due, watch
+from kvpress.pipe.stages.observe import recall
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.tokens import Tokens
 
@@ -137,8 +138,11 @@ def _run_groups(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor
     columns = tokens.key_bHQD.shape[2]
     if columns == 1 and valid_BQ is None and layer.in_step:
         layer.advance_one()
+        everybody = range(len(layer.sequences))
         if layer.recipe.watched:
-            watch(layer, range(len(layer.sequences)), tokens)
+            watch(layer, everybody, tokens)
+        if layer.recalled:
+            recall(layer, everybody, tokens.query_bNQD)
         return run_decode(layer, None, tokens)
     before_B = layer.sequences.seen_B
     new_B = torch.full_like(before_B, columns) if valid_BQ is None else valid_BQ.sum(1)
@@ -153,6 +157,9 @@ def _run_groups(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor
     for group in groups:
         part = take(tokens, group.sequences, valid_BQ)
         watch(layer, group.sequences, part)
+        if layer.recalled:
+            layer.logits = (tokens.scaling, tokens.softcap)
+            recall(layer, group.sequences, part.query_bNQD)
         if group.decodes:
             outputs.append(run_decode(layer, group.sequences, part))
             continue

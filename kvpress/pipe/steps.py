@@ -18,6 +18,7 @@ from kvpress import ops
 from kvpress.errors import OperatorError
 from kvpress.pipe.decode import Fused, begin_step, run_fused
 from kvpress.pipe.forward import is_step, run_layer
+from kvpress.pipe.stages.observe import recall
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.tokens import Tokens
 
@@ -75,6 +76,8 @@ def _begin(number: int, layer: Layer, tokens: Tokens) -> _Begun | Tensor:
     before = 0 if layer.context.heap is None else layer.rows.memory.nbytes
     layer.seen = None
     layer.advance_one()
+    if layer.recalled:
+        recall(layer, [0], tokens.query_bNQD)
     begun = begin_step(layer, tokens)
     if isinstance(begun, Fused):
         return _Begun(number, layer, begun, before)

@@ -4,7 +4,7 @@ All that a policy file needs of the engine is here.
 """
 
 from kvpress.errors import PolicyError
-from kvpress.formulas import expected, leverage, ridge, shares
+from kvpress.formulas import expected, leverage, redundancy, ridge, shares
 from kvpress.formulas.merging import KeyMerge, Merging
 from kvpress.formulas.noise import NO_QUERY, uniform
 from kvpress.formulas.ranking import gather, keep_top, protect, ranking
@@ -63,6 +63,7 @@ __all__ = [
     "over_group",
     "protect",
     "ranking",
+    "redundancy",
     "repetitions",
     "ridge",
     "share",

@@ -190,7 +190,8 @@ class Policy:
 
     @property
     def watched(self) -> int:
-        """Last queries that `prune` wants to see. The engine keeps them until old slots exist."""
+        """Last queries that `prune` wants to see, kept until old slots exist; or that `score` is to
+        be shown while decoding, kept as long as tokens are decoded."""
         return 0
 
     def prune(self, window: Window) -> Channels:

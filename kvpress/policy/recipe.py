@@ -212,6 +212,13 @@ def needs_rotation(recipe: Recipe) -> bool:
     return turns or any("rotation" in recipe.stage(name).needs for name in ("prune", "score"))
 
 
+def recalled(recipe: Recipe) -> int:
+    """Last queries that scores are shown while decoding."""
+    scorer = recipe.stage("score")
+    evicts = recipe.limits is not None and recipe.limits.interval > 0
+    return scorer.watched if evicts and scorer.overrides("score") else 0
+
+
 def adds_attention(recipe: Recipe) -> bool:
     """Whether the mass is the plain sum of the observed attention, which kernels can keep."""
     return recipe.gathers and not recipe.stage("accumulate").overrides("accumulate")

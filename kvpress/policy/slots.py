@@ -55,7 +55,7 @@ class Slots:
     key_width: int | None = None  # channels of keys, where the store keeps more than the model's
     attention_BNS: Tensor | None = None  # what was observed of a prompt, for every query head
     turned: Turned = "none"  # what the store keeps turned; see `Packing`
-    asked: Queries | None = None  # where the policy needs "query", and while prompts are read
+    asked: Queries | None = None  # of a prompt where the policy needs "query"; or see `watched`
     rotation: Rotation | None = None  # how keys turn with positions, where the policy needs that
     gram_NEF: Tensor | None = None  # WᵀW of the output projection, where the policy needs that
     calibrated: Mapping[str, Tensor] = field(default_factory=dict)  # what the policy must know
@@ -90,11 +90,11 @@ class Slots:
 
     @property
     def queries(self) -> Queries:
-        """The queries of the prompt, where the policy needs them."""
+        """The queries of the prompt, or the last ones while decoding, if the policy needs them."""
         if self.asked is None:
             raise LookupError(
-                'No queries are known: say needs = frozenset({"query"}) in the policy, and evict'
-                " after prompts only (interval=0)."
+                'No queries are known: say needs = frozenset({"query"}) in the policy, and, to'
+                " evict while decoding, `watched`: how many last ones."
             )
         return self.asked
 

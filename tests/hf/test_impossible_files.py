@@ -18,7 +18,7 @@ from kvpress.errors import CacheFileError
 from kvpress.store import sealed
 
 # Positions, masses, shared budgets, old slots with and without holes, wide rows, queries that
-# are still watched.
+# are still watched, and those that scores are shown.
 RECIPES = {
     "full": "full",
     "h2o": "h2o:budget=0.4",
@@ -28,6 +28,7 @@ RECIPES = {
     "ordered": "think:keep=0.5,recent=8+quant:residual=8",
     "wide": "quant:key_bits=2,value_bits=2,guard=0.3,residual=8",
     "watched": "think:keep=0.5,recent=4096",
+    "recalled": "r_kv:budget=24,recent=4,interval=5",
 }
 CASES = 120  # of each recipe
 STEPS = helpers.prompt(2, 8, seed=3).split(1, dim=1)
@@ -79,7 +80,7 @@ def reshaped(x: torch.Tensor) -> Iterator[torch.Tensor]:
 def renumbered(name: str, x: torch.Tensor) -> Iterator[torch.Tensor]:
     """Numbers that cannot be, in one place or in all."""
     given = ("page.key", "page.value", "page.page", "mass", "threshold_B", "demand_B", "ids")
-    if name.endswith(given) or "watched" in name or not x.numel():
+    if name.endswith(given) or "watched" in name or "recalled" in name or not x.numel():
         return  # any number is one that a model can give, NaN as well
     if x.dtype == torch.bool:
         odd: list[Any] = []

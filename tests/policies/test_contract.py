@@ -46,6 +46,8 @@ def policy(name: str, **options: Any) -> Any:
     if usual.limits is not None:
         if isinstance(known.get("window"), int):
             small["window"] = 8
+        if usual.limits.interval > 8:  # more than these texts have
+            small["interval"] = 8
         if not usual.limits.interval:  # it is made for prompts alone
             options.pop("interval", None)
     given = {name: value for name, value in (small | options).items() if name in known}

@@ -13,23 +13,6 @@ from kvpress.policy import EMPTY, Slots
 from kvpress.policy.loading import load_policy
 
 
-def slots(key: Any, value: Any = None, positions: Any = None, **more: Any) -> Slots:
-    """One row of slots, or several of one layer."""
-    key = torch.as_tensor(key, dtype=torch.float32)
-    key = key if key.dim() == 4 else key[None, None]
-    value = key if value is None else torch.as_tensor(value, dtype=torch.float32).view_as(key)
-    place = torch.arange(key.shape[2]).expand(key.shape[:3])
-    place = place if positions is None else torch.as_tensor(positions).view(key.shape[:3])
-    return Slots(
-        layer=0,
-        position_BHS=place,
-        seen_B=(place.flatten(1).max(1).values + 1),
-        new_tokens=key.shape[2],
-        fetch={"key": key, "value": value}.__getitem__,
-        **more,
-    )
-
-
 def drawn(rows: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
     key, value = (torch.randn(1, rows, tokens, 6, generator=draw) for _ in range(2))
@@ -41,11 +24,11 @@ def drawn(rows: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Te
 
 def test_keys_far_from_the_mean_of_unit_keys_stay() -> None:
     keys = [[1, 0], [2, 0.2], [0, 3], [-1, 0.1]]
-    found = load_policy("keydiff").score(slots(keys))[0, 0]
+    found = load_policy("keydiff").score(helpers.shown(keys))[0, 0]
     assert found.tolist() == pytest.approx([-0.64050, -0.71373, -0.76796, 0.56090], abs=1e-5)
     # Longer keys count no more than others: the mean of raw keys would rank them otherwise.
     longer = [[5, 0], [2, 0.2], [0, 3], [-1, 0.1]]
-    torch.testing.assert_close(load_policy("keydiff").score(slots(longer))[0, 0], found)
+    torch.testing.assert_close(load_policy("keydiff").score(helpers.shown(longer))[0, 0], found)
 
 
 # ---- CUR
@@ -54,18 +37,18 @@ def test_keys_far_from_the_mean_of_unit_keys_stay() -> None:
 def test_shares_of_windows_are_multiplied() -> None:
     keys = [[5**0.5, 0], [3, 0], [2**0.5, 0], [8**0.5, 0]]
     values = [[1, 0], [1, 0], [2, 0], [2**0.5, 0]]
-    found = load_policy("cur", window=2).score(slots(keys, values))[0, 0]
+    found = load_policy("cur", window=2).score(helpers.shown(keys, values))[0, 0]
     # Means where the example has sums: 2 · 2 times as much.
     assert found.tolist() == pytest.approx(
         [4 * x for x in (0.17857, 0.32143, 0.13333, 0.26667)], abs=1e-4
     )
-    only = load_policy("cur", window=2, of="keys").score(slots(keys, values))[0, 0]
+    only = load_policy("cur", window=2, of="keys").score(helpers.shown(keys, values))[0, 0]
     assert only.tolist() == pytest.approx([10 / 14, 18 / 14, 4 / 10, 16 / 10], abs=1e-5)
 
 
 def test_a_last_window_that_is_not_full_joins_the_one_before() -> None:
     key, value = drawn(2, 7)
-    found = load_policy("cur", window=3).score(slots(key, value))
+    found = load_policy("cur", window=3).score(helpers.shown(key, value))
     square = key.square().sum(-1), value.square().sum(-1)
     last = torch.stack([x[..., 3:] / x[..., 3:].mean(-1, keepdim=True) for x in square]).prod(0)
     torch.testing.assert_close(found[..., 3:], last)
@@ -77,23 +60,23 @@ def test_a_last_window_that_is_not_full_joins_the_one_before() -> None:
 def test_partitions_are_normalised_by_the_next_one() -> None:
     keys = [[0, 1], [4, 1], [0, 0], [2, 2]]
     policy = load_policy("lagkv", sink=0, lag=2, cross=True)
-    found = policy.score(slots(keys))[0, 0]
+    found = policy.score(helpers.shown(keys))[0, 0]
     assert found[:2].tolist() == pytest.approx([0.33024, 0.66976], abs=1e-5)
     assert float(found[2:].min()) > float(found[:2].max())
-    ranks = load_policy("lagkv", sink=0, lag=2).score(slots(keys))[0, 0]
+    ranks = load_policy("lagkv", sink=0, lag=2).score(helpers.shown(keys))[0, 0]
     assert ranks[:2].tolist() == [0.0, 0.5]
 
 
 def test_short_texts_keep_their_last_tokens_and_flat_channels_count_for_nothing() -> None:
     key, value = drawn(1, 40)
-    score = load_policy("lagkv", sink=4, lag=32).score(slots(key, value))[0, 0]
+    score = load_policy("lagkv", sink=4, lag=32).score(helpers.shown(key, value))[0, 0]
     assert score.argsort().tolist() == list(range(40))
     key[..., 3] = 1.0  # a channel that never changes
-    flat = load_policy("lagkv", sink=4, lag=8, cross=True).score(slots(key, value))
+    flat = load_policy("lagkv", sink=4, lag=8, cross=True).score(helpers.shown(key, value))
     assert bool(flat.isfinite().all())
     key[..., 3] = 5.0
     torch.testing.assert_close(
-        load_policy("lagkv", sink=4, lag=8, cross=True).score(slots(key, value)), flat
+        load_policy("lagkv", sink=4, lag=8, cross=True).score(helpers.shown(key, value)), flat
     )
 
 
@@ -102,8 +85,8 @@ def test_partitions_go_by_the_slots_of_a_row_whatever_stands_beside_it() -> None
     places = torch.arange(44).expand(1, 2, 44).clone()
     places[0, 1, 30:] = EMPTY
     policy = load_policy("lagkv", sink=4, lag=8)
-    both = policy.score(slots(key, value, places))
-    alone = policy.score(slots(key[:, 1:, :30], value[:, 1:, :30]))
+    both = policy.score(helpers.shown(key, value, places))
+    alone = policy.score(helpers.shown(key[:, 1:, :30], value[:, 1:, :30]))
     torch.testing.assert_close(both[:, 1:, :30], alone)
 
 
@@ -111,7 +94,7 @@ def test_partitions_go_by_the_slots_of_a_row_whatever_stands_beside_it() -> None
 
 
 def chosen(score: torch.Tensor, keep: Any, protected: Any = (), **options: Any) -> list[list[int]]:
-    shown = slots(torch.zeros(*score.shape, 2))
+    shown = helpers.shown(torch.zeros(*score.shape, 2))
     guarded = torch.zeros_like(score, dtype=torch.bool)
     guarded[..., list(protected)] = True
     keep = torch.as_tensor(keep).expand(score.shape[:2])
@@ -174,7 +157,7 @@ def test_leverage_and_attention_of_blocks_are_weighed() -> None:
 
 
 def test_the_weight_is_the_share_that_goes() -> None:
-    shown = slots(torch.zeros(1, 1, 100, 2))
+    shown = helpers.shown(torch.zeros(1, 1, 100, 2))
     for budget, weight in ((0.25, 0.75), (20, 0.8), (1000, 0.0), ("1MiB", 0.35)):
         found = load_policy("compactor", budget=budget)._weight(shown)
         assert float(found) == pytest.approx(weight)
@@ -189,7 +172,7 @@ def survivors(draw: str, steps: int, keep: int) -> list[int]:
     places = list(range(keep))
     for position in range(keep, keep + steps):
         places.append(position)
-        shown = slots(torch.zeros(1, 1, keep + 1, 2), positions=places)
+        shown = helpers.shown(torch.zeros(1, 1, keep + 1, 2), positions=places)
         places.pop(int(policy.score(shown)[0, 0].argmin()))
     return places
 
@@ -222,7 +205,7 @@ def by_two_stages(
     """What stays of a row, |W v| being given: values are the norms, W is 1."""
     score = torch.tensor(score)[None, None]
     value = torch.tensor(norm)[:, None]
-    shown = slots(torch.zeros(len(value), 1), value, gram_NEF=torch.ones(1, 1, 1))
+    shown = helpers.shown(torch.zeros(len(value), 1), value, gram_NEF=torch.ones(1, 1, 1))
     guarded = torch.zeros_like(score, dtype=torch.bool)
     guarded[..., list(protected)] = True
     policy = load_policy("criticalkv", **options)
@@ -254,7 +237,9 @@ def test_norms_are_those_of_the_models_own_projection() -> None:
         value = state.rows.dense_by_position([0])["value"]
         gram = engine.spec.grams[0]
     heads, group, width = value.shape[1], gram.shape[0] // value.shape[1], value.shape[-1]
-    shown = slots(torch.zeros(*value.shape[:3], 2), positions=torch.arange(30).expand(1, heads, 30))
+    shown = helpers.shown(
+        torch.zeros(*value.shape[:3], 2), positions=torch.arange(30).expand(1, heads, 30)
+    )
     shown = Slots(**{**vars(shown), "fetch": lambda name: value, "gram_NEF": gram})
     for head in range(heads * group):
         own = weight[:, head * width : (head + 1) * width]

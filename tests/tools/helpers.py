@@ -15,6 +15,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 import kvpress
+from kvpress.policy import Slots
 from kvpress.policy.loading import available
 
 
@@ -151,3 +152,20 @@ def _tensors(node: Any, visited: set[int]) -> Iterator[torch.Tensor]:
             yield from _tensors(value, visited)
     elif hasattr(node, "__dict__") and type(node).__module__.startswith("kvpress"):
         yield from _tensors(vars(node), visited)
+
+
+def shown(key: Any, value: Any = None, positions: Any = None, **more: Any) -> Slots:
+    """What a policy is shown of one row of slots, or of several of one layer."""
+    key = torch.as_tensor(key, dtype=torch.float32)
+    key = key if key.dim() == 4 else key[None, None]
+    value = key if value is None else torch.as_tensor(value, dtype=torch.float32).view_as(key)
+    place = torch.arange(key.shape[2]).expand(key.shape[:3])
+    place = place if positions is None else torch.as_tensor(positions).view(key.shape[:3])
+    return Slots(
+        layer=0,
+        position_BHS=place,
+        seen_B=(place.flatten(1).max(1).values + 1),
+        new_tokens=key.shape[2],
+        fetch={"key": key, "value": value}.__getitem__,
+        **more,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -11,12 +12,13 @@ from torch.nn import functional as F
 from kvpress import ops
 from kvpress.formulas import sinks
 from kvpress.formulas.sums import Observation, step_sums
+from kvpress.host import lasting
 from kvpress.ops import Logits, Noise, Reduction
-from kvpress.pipe.state.channels import turns
+from kvpress.pipe.state.channels import turned_query, turns
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import calibrated, gram
 from kvpress.pipe.state.together import of_all
-from kvpress.policy.slots import Slots
+from kvpress.policy.slots import Queries, Slots
 from kvpress.store.base import MASS, POSITION
 
 
@@ -82,6 +84,22 @@ def prompt_sums(
     return sums_BNS if largest or observation.weight == 1.0 else sums_BNS * observation.weight
 
 
+@lasting
+def recall(layer: Layer, group: Sequence[int], query_bNQD: Tensor) -> None:
+    """Keeps the last queries of some sequences, where scores are shown them while decoding."""
+    for i, b in enumerate(group):
+        layer.sequences.recalled.add(b, query_bNQD[i], layer.recalled)
+
+
+def _recalled(layer: Layer, group: list[int]) -> Queries | None:
+    """The last queries of some sequences, where they are kept."""
+    most = layer.recalled
+    if not most:
+        return None
+    query_bNQD = turned_query(layer.sequences.recalled.last(group, most), layer.recipe)  # back
+    return Queries(query_bNQD, *layer.logits)
+
+
 def stored(layer: Layer, group: list[int], seen_b: Tensor) -> Slots:
     """The slots of some sequences as they are stored, after `seen_b` tokens."""
     rows, part = layer.rows, some(layer, group)
@@ -93,6 +111,7 @@ def stored(layer: Layer, group: list[int], seen_b: Tensor) -> Slots:
         fetch=partial(rows.dense, sequences=part),
         mass_BHS=rows.dense(MASS, part) if layer.recipe.accumulates else None,
         key_width=layer.key_width,
+        asked=_recalled(layer, group),
         rotation=layer.rotation,
         turned=turns(layer.recipe),
         gram_NEF=gram(layer),

@@ -41,6 +41,12 @@ def check_crop(layer: Layer, tokens: int) -> None:
             f" prompt chunk ({layer.prompted_at}), where the interval of {layer.recipe} began"
             " again. Crop less, or use interval=1."
         )
+    if layer.recalled and tokens > layer.sequences.drafts.tokens:
+        raise CacheError(
+            f"crop(-{tokens}): the policy {layer.recipe} scores by the last queries, and those"
+            " before the cropped tokens are gone. Call activate_past_recording() before the"
+            " tokens are fed, or use a policy that evicts after prompts only."
+        )
     if layer.recipe.gathers and tokens > layer.sequences.drafts.tokens:
         raise CacheError(
             f"crop(-{tokens}): the policy {layer.recipe} accumulated attention of the cropped"

@@ -45,50 +45,60 @@ class Drafts:
     def __init__(self) -> None:
         self.tokens = 0
         self.blocks: list[Tensor] = []  # softmax weights `[B, N, Q, S]`, where a policy wants them
+        self.queries: list[Tensor] = []  # `[B, N, Q, D]`, where a policy wants them
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights."""
-        return sum(block.nbytes for block in self.blocks)
+        """Bytes of the weights and the queries."""
+        return sum(block.nbytes for block in (*self.blocks, *self.queries))
 
     def take_back(self, tokens: int) -> int:
         """Forgets the last tokens. Returns how many of them were drafts."""
-        drafted = left = min(tokens, self.tokens)
+        drafted = min(tokens, self.tokens)
         self.tokens -= drafted
-        while left and self.blocks:
-            last = self.blocks.pop()
-            kept = last.shape[2] - left
-            if kept > 0:
-                self.blocks.append(last[:, :, :kept].clone())
-            left = max(0, -kept)
+        for blocks in (self.blocks, self.queries):
+            _take_back(blocks, drafted)
         return drafted
 
-    def finish(self) -> tuple[int, Tensor | None]:
-        """Ends as no drafts: how many there were, and their weights `[B, N, Q, S]`.
+    def finish(self) -> tuple[int, Tensor | None, Tensor | None]:
+        """Ends as no drafts: how many there were, their weights `[B, N, Q, S]`, their queries.
 
         A token has no weight at slots that came after it.
         """
-        tokens, blocks = self.tokens, self.blocks
-        self.tokens, self.blocks = 0, []
-        if not blocks:
-            return tokens, None
-        slots = max(block.shape[-1] for block in blocks)
+        tokens, blocks, queries = self.tokens, self.blocks, self.queries
+        self.tokens, self.blocks, self.queries = 0, [], []
+        slots = max((block.shape[-1] for block in blocks), default=0)
         padded = [F.pad(block, (0, slots - block.shape[-1])) for block in blocks]
-        return tokens, torch.cat(padded, dim=2)
+        return tokens, _joined(padded), _joined(queries)
 
     def select(self, index: Sequence[int]) -> Drafts:
         """Sequence i becomes what sequence `index[i]` was."""
-        return self._with([block[list(index)] for block in self.blocks])
+        chosen = list(index)
+        return self._with(*([x[chosen] for x in of] for of in (self.blocks, self.queries)))
 
     def clone(self) -> Drafts:
         """Others that go on by themselves: blocks are replaced, never written to."""
-        return self._with(list(self.blocks))
+        return self._with(list(self.blocks), list(self.queries))
 
     def state(self) -> dict[str, Tensor]:
         """Nothing: drafts become final before a cache is saved."""
         return {}
 
-    def _with(self, blocks: list[Tensor]) -> Drafts:
+    def _with(self, blocks: list[Tensor], queries: list[Tensor]) -> Drafts:
         other = Drafts()
-        other.tokens, other.blocks = self.tokens, blocks
+        other.tokens, other.blocks, other.queries = self.tokens, blocks, queries
         return other
+
+
+def _take_back(blocks: list[Tensor], tokens: int) -> None:
+    """Takes the last tokens out of blocks `[B, N, Q, ...]`."""
+    while tokens and blocks:
+        last = blocks.pop()
+        kept = last.shape[2] - tokens
+        if kept > 0:
+            blocks.append(last[:, :, :kept].clone())
+        tokens = max(0, -kept)
+
+
+def _joined(blocks: list[Tensor]) -> Tensor | None:
+    return torch.cat(blocks, dim=2) if blocks else None

@@ -21,7 +21,7 @@ from kvpress.pipe.state.sequences import Sequences
 from kvpress.pipe.state.stores import Stores
 from kvpress.pipe.state.tokens import Tokens
 from kvpress.policy.budget import Budget, Limits
-from kvpress.policy.recipe import Newest, Recipe
+from kvpress.policy.recipe import Newest, Recipe, recalled
 from kvpress.store import Rows, Survivors
 from kvpress.store.base import KEY, POSITION, VALUE
 from kvpress.types import LayerKind
@@ -37,6 +37,7 @@ class Layer:
             keep = kind.window - 1  # the next token attends to itself and to window − 1 before it
             self.recipe = Recipe((Newest(),))
             self.limits = Limits(Budget.parse(keep), recent=keep)
+        self.recalled = recalled(self.recipe)  # last queries that scores are shown while decoding
         self.grows = self.limits is not None and self.limits.grow(self.recipe.allocates)
         self.stores = Stores.of(kind, context, self.recipe, self.limits)
         self.reset()
@@ -194,8 +195,6 @@ class Layer:
         if evicted:
             self.evicted_at = self.columns_seen
 
-    # What is known of keys
-
     @property
     def key_width(self) -> int:
         """Channels of the model's keys; positions and counts may stand behind them."""
@@ -215,8 +214,8 @@ class Layer:
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
         """Adds the time of the block to a stage of the report."""
-        rows = self.rows
-        return self.context.ledger.meter.stage(stage, None if rows.on_host else rows.device)
+        device = None if self.rows.on_host else self.rows.device
+        return self.context.ledger.meter.stage(stage, device)
 
     @property
     def bytes_held(self) -> int:

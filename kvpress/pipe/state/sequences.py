@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from kvpress.host import lasting
 from kvpress.pipe.state.drafting import Drafts
 from kvpress.pipe.state.spans import Ranges, Spans
 from kvpress.policy.budget import UNLIMITED
+
+_Q = TypeVar("_Q", bound="_Queries")
 
 
 class Kept(Protocol):
@@ -77,22 +79,28 @@ class Decoded:
         return {"decoded_B": self.tokens_B.clone()}
 
 
-class Watched(dict[int, Tensor]):
-    """The last queries `[N, Q, D]` of those sequences of which no slot is old yet."""
+class _Queries(dict[int, Tensor]):
+    """Queries of some sequences, by their numbers: tensors are replaced, never written to."""
 
-    PREFIX = "watched."  # before the number of a sequence, in files
+    PREFIX = ""  # before the number of a sequence, in files
 
-    def select(self, index: Sequence[int]) -> Watched:
+    def select(self: _Q, index: Sequence[int]) -> _Q:
         """Sequence i becomes what sequence `index[i]` was."""
-        return Watched({i: self[b] for i, b in enumerate(index) if b in self})
+        return type(self)({i: self[b] for i, b in enumerate(index) if b in self})
 
-    def clone(self) -> Watched:
-        """Another one that goes on by itself: its tensors are replaced, never written to."""
-        return Watched(self)
+    def clone(self: _Q) -> _Q:
+        """Another one that goes on by itself."""
+        return type(self)(self)
 
     def state(self) -> dict[str, Tensor]:
         """A tensor for each sequence."""
         return {f"{self.PREFIX}{b}": query.cpu().contiguous() for b, query in self.items()}
+
+
+class Watched(_Queries):
+    """The last queries `[N, Q, D]` of those sequences of which no slot is old yet."""
+
+    PREFIX = "watched."
 
     def take_back(self, tokens: int) -> None:
         """Forgets the last queries of every sequence."""
@@ -100,22 +108,37 @@ class Watched(dict[int, Tensor]):
             self[b] = query_NQD[:, : max(0, query_NQD.shape[1] - tokens)]
 
 
-class Earlier(dict[int, Tensor]):
+class Recalled(_Queries):
+    """The last queries `[N, Q, D]` of every sequence, where scores see them while decoding."""
+
+    PREFIX = "recalled."
+
+    def add(self, b: int, query_NQD: Tensor, most: int) -> None:
+        """Keeps the last `most` of those that are there and new ones."""
+        new_NQD, before_NQD = query_NQD.detach()[:, -most:], self.get(b)
+        if before_NQD is not None and new_NQD.shape[1] < most:
+            before_NQD = before_NQD[:, max(0, before_NQD.shape[1] + new_NQD.shape[1] - most) :]
+            self[b] = torch.cat([before_NQD, new_NQD], dim=1)
+        else:
+            self[b] = new_NQD.clone()
+
+    def last(self, group: Sequence[int], most: int) -> Tensor:
+        """The last `most` of some sequences: `[b, N, most, D]`.
+
+        The first one of a sequence that has fewer stands for those that are missing, so that what
+        a sequence is given does not depend on those beside it.
+        """
+        made = []
+        for query_NQD in (self[b] for b in group):
+            missing = most - query_NQD.shape[1]
+            made.append(torch.cat([query_NQD[:, :1].expand(-1, missing, -1), query_NQD], dim=1))
+        return torch.stack(made)
+
+
+class Earlier(_Queries):
     """The queries `[N, D]` of the last decode step of sequences, where pages are chosen by them."""
 
-    PREFIX = "earlier."  # before the number of a sequence, in files
-
-    def select(self, index: Sequence[int]) -> Earlier:
-        """Sequence i becomes what sequence `index[i]` was."""
-        return Earlier({i: self[b] for i, b in enumerate(index) if b in self})
-
-    def clone(self) -> Earlier:
-        """Another one that goes on by itself: its tensors are replaced, never written to."""
-        return Earlier(self)
-
-    def state(self) -> dict[str, Tensor]:
-        """A tensor for each sequence."""
-        return {f"{self.PREFIX}{b}": query.cpu().contiguous() for b, query in self.items()}
+    PREFIX = "earlier."
 
 
 class Counter(NamedTuple):
@@ -157,6 +180,7 @@ class Sequences:
     recent_R: Tensor = counter()  # protected last tokens of it
     decoded: Decoded = field(default_factory=Decoded)
     watched: Watched = field(default_factory=Watched)
+    recalled: Recalled = field(default_factory=Recalled)
     earlier: Earlier = field(default_factory=Earlier)
     drafts: Drafts = field(default_factory=Drafts)
     spans: Spans = field(default_factory=Spans)  # protected tokens behind the first ones
@@ -207,7 +231,8 @@ class Sequences:
     @property
     def nbytes(self) -> int:
         """Bytes of queries that are kept, and of what drafts attended to."""
-        queries = (*self.watched.values(), *self.earlier.values())
+        kept = (self.watched, self.recalled, self.earlier)
+        queries = [query for of_all in kept for query in of_all.values()]
         return self.drafts.nbytes + sum(query.nbytes for query in queries)
 
     @property

@@ -25,7 +25,7 @@ from kvpress.pipe.state.plausible import (
     check_slots,
     check_whole,
 )
-from kvpress.pipe.state.sequences import Earlier, Watched
+from kvpress.pipe.state.sequences import Earlier, Recalled, Watched
 from kvpress.pipe.state.spans import Spans
 from kvpress.store import Rows
 from kvpress.store.base import KEY, VALUE
@@ -150,9 +150,9 @@ def _fill(layer: Layer, numbers: Any, tensors: dict[str, Tensor], device: torch.
         expect(tensors, {})
         return
     _set_numbers(layer, numbers)
-    watched, earlier = (
+    watched, recalled, earlier = (
         {n: tensors.pop(n) for n in list(tensors) if n.startswith(kept.PREFIX)}
-        for kept in (Watched, Earlier)
+        for kept in (Watched, Recalled, Earlier)
     )
     _set_counters(layer, tensors)
     layer.store = _store(layer, tensors, device)
@@ -163,6 +163,7 @@ def _fill(layer: Layer, numbers: Any, tensors: dict[str, Tensor], device: torch.
     check_quotas(layer)
     layer.sequences.move(layer.store.device)
     _set_watched(layer, watched)
+    _set_recalled(layer, recalled)
     _set_earlier(layer, earlier)
     layer.refresh()
 
@@ -243,6 +244,23 @@ def _set_watched(layer: Layer, watched: Mapping[str, Tensor]) -> None:
         if heads % layer.kind.heads or not heads or queries > most:
             raise CacheError(f"{name} is {list(query_NQD.shape)}: no last {most} queries.")
         layer.sequences.watched[allowed[name]] = query_NQD.to(rows.device, copy=True)
+
+
+def _set_recalled(layer: Layer, recalled: Mapping[str, Tensor]) -> None:
+    """Takes the last queries of all sequences, in memory of their own."""
+    most, seen = layer.recalled, layer.sequences.seen_B.tolist()
+    wanted = {f"{Recalled.PREFIX}{b}": b for b, tokens in enumerate(seen) if most and tokens}
+    sizes = (layer.kind.queries or ANY, ANY, layer.key_width)
+    expect(recalled, dict.fromkeys(wanted, (layer.token_dtype, sizes)))
+    for name, query_NQD in recalled.items():
+        heads, queries = query_NQD.shape[:2]
+        if (
+            heads % layer.kind.heads
+            or not heads
+            or not 0 < queries <= min(most, seen[wanted[name]])
+        ):
+            raise CacheError(f"{name} is {list(query_NQD.shape)}: no last {most} queries.")
+        layer.sequences.recalled[wanted[name]] = query_NQD.to(layer.rows.device, copy=True)
 
 
 def _set_earlier(layer: Layer, earlier: Mapping[str, Tensor]) -> None:
