@@ -11,7 +11,8 @@ attention output moves by more than this share on average over the last 32 queri
 bits, since a few heads of some models do not stand fewer. `rotate` spreads large channels over all
 (Hadamard, as QuaRot, arXiv 2404.00456): values lose a quarter of their error at no bytes; keys,
 whose steps are per channel, gain less. Recent slots are stored turned, too: exact but for rounding,
-which in half precision is one more of each value.
+which in half precision is one more of each value. `boost` (after Kitty, arXiv 2511.18643): the key
+channels that the last queries need most, by mean q² · step², have twice the bits.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ class Quant(Policy):
         "turns values, or keys and queries too, by a Hadamard matrix before they are stored",
         choices=("none", "values", "both"),
     )
+    boost: float = option(
+        0.0, "share of key channels with codes of twice the bits: 0.125 at 2 bits", low=0, high=0.5
+    )
     guard: float | None = option(
         0.5, "error of a row's attention output above which it gets 8 bits; none: never", low=0
     )
@@ -49,6 +53,11 @@ class Quant(Policy):
                 raise PolicyError(
                     f"{name}={getattr(self, name)}: allowed are {', '.join(map(str, BITS))}."
                 )
+        if self.boost and (self.rotate == "both" or 16 in (self.key_bits, self.value_bits)):
+            raise PolicyError(
+                f"boost={self.boost:g} needs keys that are not turned, and codes of keys and"
+                " values: give key_bits and value_bits of 8, 4 or 2, and rotate=none or values."
+            )
         if self.group is not None and (self.group % 32 or self.group > 256):
             raise PolicyError(f"group={self.group}: allowed are 32, 64, 96, … 256.")
 
@@ -61,4 +70,5 @@ class Quant(Policy):
             bound=self.guard,
             window=32,
             rotate=self.rotate,
+            boost=self.boost,
         )

@@ -22,13 +22,15 @@ Layout layout_of(const char* op, const int64_t* sizes) {
     refuse(op,
            "layout: slots must be a multiple of 32 (16 where nothing is quantised) and of key_group, groups "
            "multiples of 32");
-  if (l.key_kept > l.key_width || l.value_kept > l.value_width || l.key_width > kMostCoded ||
+  const int64_t most = l.key_bits < 16 ? 2 * l.key_width : l.key_width;  // each may have two codes
+  if (l.key_kept > most || l.value_kept > l.value_width || std::max(l.key_kept, l.key_width) > kMostCoded ||
       l.value_width > kMostCoded)
     refuse(op, "layout: more channels than there are, or than ", kMostCoded);
   return l;
 }
 
-// Kept channels of rows; those of rows without slots may be any that exist.
+// Kept channels of rows; those of rows without slots may be any that exist. They ascend; behind all of them those
+// that have two codes ascend once more.
 const int16_t* channels_of(const char* op, const Tensor& x, int64_t rows, int64_t kept, int64_t width,
                            const int64_t* counts = nullptr) {
   expect(op, x, "channels", ScalarType::Short, "int16");
@@ -36,12 +38,16 @@ const int16_t* channels_of(const char* op, const Tensor& x, int64_t rows, int64_
     refuse(op, "channels of shape ", shape_of(x), " for ", rows, " rows and ", kept, " channels");
   const auto* channel = static_cast<const int16_t*>(x.data_ptr());
   for (int64_t r = 0; r < rows; r++, channel += kept) {
-    bool ascend = channel[0] >= 0 && channel[kept - 1] < width;  // at once: there may be very many rows
-    for (int64_t i = 1; i < kept; i++) ascend &= channel[i] > channel[i - 1];
+    const int64_t first = std::min(kept, width);
+    // At once: there may be very many rows.
+    bool ascend = channel[0] >= 0 && channel[first - 1] < width && channel[kept - 1] < width;
+    for (int64_t i = 1; i < first; i++) ascend &= channel[i] > channel[i - 1];
+    for (int64_t i = first + 1; i < kept; i++) ascend &= channel[i] > channel[i - 1];
+    if (first < kept) ascend &= channel[first] >= 0;
     if (ascend) continue;
     for (int64_t i = 0; i < kept; i++) {
       if (channel[i] < 0 || channel[i] >= width) refuse(op, "channel ", channel[i], " of ", width);
-      if (i > 0 && channel[i] <= channel[i - 1] && !(counts && counts[r] == 0))
+      if (i > 0 && i != width && channel[i] <= channel[i - 1] && !(counts && counts[r] == 0))
         refuse(op, "channel ", channel[i], " after ", channel[i - 1], " in row ", r, "; channels must ascend");
     }
   }

@@ -30,6 +30,8 @@ Tensor pack(Tensor key, Tensor value, Tensor key_channels, Tensor value_channels
   expect(op, key, "key_PSD", key.scalar_type(), "");
   expect(op, value, "value_PSE", key.scalar_type(), "of the dtype of key_PSD");
   PackPages a = pages_to_pack(op, key_channels, value_channels, layout, shapes['P'], type_of(op, key, "key_PSD"));
+  if (a.layout.key_kept > a.layout.key_width)
+    refuse(op, "the two codes of a channel are packed as channels of their own");
   if (shapes['S'] != a.layout.slots || shapes['D'] != a.layout.key_width || shapes['E'] != a.layout.value_width)
     refuse(op, "key_PSD ", shape_of(key), " and value_PSE ", shape_of(value), " do not fit the layout");
   Tensor page = empty(op, {a.pages, a.layout.page_bytes}, ScalarType::Byte);

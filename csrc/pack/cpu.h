@@ -125,7 +125,11 @@ class PagePacking {
         const Float16* step = scale + s / l_.key_group * 2 * l_.key_kept + c;
         const float code =
             one_code(page, c / 2 * (l_.slots / kLines) + s / kLines, s % kLines * 2 + c % 2, l_.key_bits);
-        to[s * l_.key_width] = code * to_float(*step) + to_float(step[l_.key_kept]);
+        const float number = code * to_float(*step) + to_float(step[l_.key_kept]);
+        if (c < l_.key_width)
+          to[s * l_.key_width] = number;
+        else
+          to[s * l_.key_width] += number;  // the second code of a channel
       }
     }
   }

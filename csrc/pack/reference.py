@@ -91,6 +91,10 @@ def check(operands: Operands) -> PageLayout:
     given = [lengths[letter] for letter in "SDECU"]
     if given != list(sizes[:5]) or key_PSD.element_size() != sizes.item_bytes:
         shapes.refuse(op, f"key_PSD, value_PSE and channels have S, D, E, C, U = {given}, {sizes}")
+    if sizes.boosted:
+        shapes.refuse(
+            op, f"{sizes}: the two codes of a channel are packed as channels of their own"
+        )
     check_channels(op, channel_PC, sizes.key_width)
     check_channels(op, channel_PU, sizes.value_width)
     return sizes
@@ -106,7 +110,8 @@ def check_channels(op: str, channel_RC: Tensor, width: int, counts_R: Tensor | N
     if int(channel_RC.min()) < 0 or int(channel_RC.max()) >= width:
         bad = channel_RC[(channel_RC < 0) | (channel_RC >= width)][0]
         shapes.refuse(op, f"channel {int(bad)} of {width}; 0 to {width - 1} exist")
-    falls_R = (channel_RC.diff(dim=1) <= 0).any(1)
+    runs = (channel_RC[:, :width], channel_RC[:, width:])  # all, then those that have two codes
+    falls_R = torch.stack([(run_RC.diff(dim=1) <= 0).any(1) for run_RC in runs]).any(0)
     if counts_R is not None:
         falls_R &= counts_R > 0
     if bool(falls_R.any()):

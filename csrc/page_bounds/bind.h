@@ -13,6 +13,7 @@ std::tuple<Tensor, Tensor, Tensor> page_bounds(Tensor page, Tensor key_channels,
   const char* op = "page_bounds";
   PageBounds a{packed_pages(op, page, key_channels, value_channels, layout, like), nullptr, nullptr, bits, 0, nullptr};
   const Layout& l = a.packed.layout;
+  if (l.key_kept > l.key_width) refuse(op, "a channel with two codes has no bounds");
   if (bits) a.cell_bytes = cell_bytes_of(op, l.key_width, l.slots, bits);
   Tensor box = empty(op, {a.packed.pages, 2, l.key_width}, like.scalar_type());
   Tensor length = empty(op, {a.packed.pages, 2}, ScalarType::Float);

@@ -66,6 +66,8 @@ def check(operands: Operands) -> PageLayout:
     """The layout. Raises OperatorError for tensors that do not fit it."""
     op = "page_bounds"
     sizes = check_packed(Packed(*operands[:5]), op)
+    if sizes.boosted:
+        shapes.refuse(op, f"{sizes}: a channel with two codes has no bounds")
     if operands.bits and operands.bits not in page_cells.BITS:
         shapes.refuse(op, f"bits is {operands.bits}; 0 and {page_cells.BITS} are allowed")
     if operands.bits and sizes.slots % page_cells.PAGE:

@@ -66,11 +66,11 @@ def _halves(page_PX: Tensor, offset: int, count: int) -> Tensor:
 
 
 def _spread(x_PSt: Tensor, channel_Pt: Tensor, width: int) -> Tensor:
-    """All channels, zeros where they were dropped."""
+    """All channels, zeros where they were dropped, sums where they have two codes."""
     pages, slots, _ = x_PSt.shape
     full_PSd = x_PSt.new_zeros(pages, slots, width)
     index_PSt = channel_Pt.long()[:, None].expand(x_PSt.shape)
-    return full_PSd.scatter_(2, index_PSt, x_PSt)
+    return full_PSd.scatter_add_(2, index_PSt, x_PSt)
 
 
 def check(operands: Operands, op: str = "unpack") -> PageLayout:

@@ -7,6 +7,7 @@ import triton
 from kvpress.csrc.triton_common import FUSED, device_of
 from kvpress.csrc.unpack import Operands
 from kvpress.csrc.unpack.reference import check
+from kvpress.csrc.unpack.reference import unpack as reference
 from kvpress.csrc.unpack.triton_device import unpack_kernel
 from torch import Tensor
 
@@ -19,6 +20,8 @@ def unpack(operands: Operands) -> tuple[Tensor, Tensor]:
     """Keys `[P, S, D]` and values `[P, S, E]`, the same as the reference. Raises OperatorError."""
     page_PX, channel_PC, channel_PU, _, like = operands
     sizes = check(operands)
+    if sizes.boosted:  # two programs would add to one number
+        return reference(operands)
     pages, slots = len(page_PX), sizes.slots
     key_scales, value_codes, value_scales, _ = sizes.offsets
     key = like.new_zeros(pages, slots, sizes.key_width)

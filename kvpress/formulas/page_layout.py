@@ -58,9 +58,9 @@ class PageLayout(NamedTuple):
             why = "slots must be a multiple of 32, of 16 where nothing is quantised"
         elif group % 32 or slots % group or self.value_group % 32:
             why = "groups must be multiples of 32, and slots one of key_group"
-        elif self.key_kept > self.key_width or self.value_kept > self.value_width:
+        elif self.value_kept > self.value_width or self.boosted > self._boostable:
             why = "more channels are kept than there are"
-        elif max(self.key_width, self.value_width) > MOST_CODED:
+        elif max(self.key_width, self.value_width, self.key_kept) > MOST_CODED:
             why = f"heads have at most {MOST_CODED} channels"
         elif self.item_bytes not in (2, 4):
             why = "numbers have 2 or 4 bytes"
@@ -69,6 +69,24 @@ class PageLayout(NamedTuple):
         else:
             return
         raise OperatorError(f"kvpress::{op}: {self}: {why}.")
+
+    @property
+    def boosted(self) -> int:
+        """Key channels that have two codes: they are kept twice, the second time behind all."""
+        return max(0, self.key_kept - self.key_width)
+
+    @property
+    def apart(self) -> PageLayout:
+        """The same page, where both codes of such a channel are numbers of channels of their own.
+
+        These numbers are fp32.
+        """
+        return self._replace(key_width=self.key_kept, item_bytes=4)
+
+    @property
+    def _boostable(self) -> int:
+        """How many of them there may be at most."""
+        return self.key_width if self.key_bits < 16 else 0
 
     @property
     def value_groups(self) -> int:

@@ -8,6 +8,7 @@ from kvpress.errors import PolicyError
 from kvpress.formulas.hadamard import LEAST, block
 from kvpress.hf.sinks import check_sinks
 from kvpress.pipe.state.channels import turns
+from kvpress.policy.formats import Packing
 from kvpress.policy.recipe import Recipe
 from kvpress.types import MOST_CODED, LayerKind
 
@@ -30,6 +31,15 @@ def _check_wide(recipe: Recipe, kinds: Sequence[LayerKind]) -> None:
             f" heads of at most {MOST_CODED} channels; layer {wide[0].index} of this model has"
             f" {wide[0].width}. Use a policy that evicts."
         )
+    packing = recipe.packing or Packing()
+    for kind in kinds:
+        codes = kind.width + packing.boosted(kind.width)
+        if packing.boost and kind.window is None and codes > MOST_CODED:
+            raise PolicyError(
+                f"{recipe}: boost={packing.boost:g} makes {codes} channels of codes of the"
+                f" {kind.width} of layer {kind.index}; at most {MOST_CODED} are supported. Give"
+                " less."
+            )
 
 
 def _check_turns(recipe: Recipe, kinds: Sequence[LayerKind]) -> None:

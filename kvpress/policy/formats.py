@@ -32,7 +32,8 @@ class Packing(NamedTuple):
     (KIVI, Liu et al., ICML 2024, arXiv 2402.02750). bound: rows whose attention output moves by
     more than this share, on average over the last `window` queries, get 8 bits; None: never.
     rotate: whether the layer's values, or its keys behind their positions and its queries too, are
-    turned by a Hadamard matrix before anything is stored; outputs are turned back.
+    turned by a Hadamard matrix before anything is stored; outputs are turned back. boost: the share
+    of key channels with codes of twice the bits, those that the last `window` queries need most.
     """
 
     key_bits: int = 16
@@ -42,9 +43,24 @@ class Packing(NamedTuple):
     bound: float | None = None
     window: int = 0
     rotate: Turned = "none"
+    boost: float = 0.0
 
-    def check_beside(self, prunes: bool, recipe: str) -> None:
-        """Raises PolicyError where channels are left out that no longer are those of the model."""
+    def boosted(self, width: int) -> int:
+        """How many of so many key channels have codes of twice the bits."""
+        return round(self.boost * width)
+
+    def check_beside(self, prunes: bool, retrieves: bool, recipe: str) -> None:
+        """Raises PolicyError where channels are left out, or bounded, that became others."""
+        if self.boost and retrieves:
+            raise PolicyError(
+                f"{recipe} bounds the keys of pages, and a channel with two codes has no bounds."
+                " Leave boost out."
+            )
+        if self.boost and prunes:
+            raise PolicyError(
+                f"{recipe} leaves channels out, and boost={self.boost:g} gives some of them twice"
+                " the bits. Leave one of the two out."
+            )
         if self.rotate != "none" and prunes:
             raise PolicyError(
                 f"{recipe} leaves channels out, but rotate={self.rotate} makes each of them a mix"

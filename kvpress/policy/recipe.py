@@ -60,7 +60,8 @@ class Recipe:
         if self.pool is not None and self.limits:
             self.pool.check_beside(self.limits)
         if self.packing is not None:
-            self.packing.check_beside(self.stage("prune").overrides("prune"), str(self))
+            prunes = self.stage("prune").overrides("prune")
+            self.packing.check_beside(prunes, self.retrieves, str(self))
         if self.fit is not None:
             self.fit.check_beside(self.limits, self.formats, str(self))
 
@@ -187,9 +188,9 @@ class Recipe:
     @functools.cached_property
     def watched(self) -> int:
         """Last queries that decide how old slots are stored."""
-        guards = self.packing is not None and self.packing.bound is not None
-        own = self.packing.window if self.packing and guards else 0
-        return max(self.stage("prune").watched, own)
+        packing = self.packing
+        asks = packing is not None and (packing.bound is not None or packing.boost > 0)
+        return max(self.stage("prune").watched, packing.window if packing and asks else 0)
 
     @functools.cached_property
     def rank(self) -> Rank | None:

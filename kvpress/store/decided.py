@@ -101,7 +101,9 @@ class Decided:
             kept_RC = state[f"{name}_channels"]
             kept_RC = kept_RC[decided_R].int() if known else kept_RC
             inside = (kept_RC >= 0) & (kept_RC < width)
-            if not bool(inside.all()) or not bool((kept_RC.diff(dim=1) > 0).all()):
+            runs = (kept_RC[:, :width], kept_RC[:, width:])  # all, then those that have two codes
+            ascend = all(bool((run_RC.diff(dim=1) > 0).all()) for run_RC in runs)
+            if not bool(inside.all()) or not ascend:
                 raise CacheError(
                     f"The channels of {name}s are not ascending numbers below {width}."
                 )

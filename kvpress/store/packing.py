@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvpress import ops
 from kvpress.errors import CacheError
+from kvpress.formulas import boost
 from kvpress.formulas.page_layout import PageLayout
 
 _LARGEST = torch.finfo(torch.float16).max  # of a number whose step and zero are fp16
@@ -21,7 +22,7 @@ def finite(key_RSD: Tensor, value_RSE: Tensor) -> Tensor:
 def pack(
     layout: PageLayout, key_PSD: Tensor, value_PSE: Tensor, channels: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """Pages of old slots, `[P, bytes]`. channels: the kept ones of every page.
+    """Pages of old slots, `[P, bytes]`. channels: the kept ones of every page, int16.
 
     Raises CacheError for numbers that steps in fp16 cannot reach.
     """
@@ -34,4 +35,9 @@ def pack(
                 f"{name.capitalize()} reach {float(x.abs().amax()):.3g}, but quantised ones must be"
                 f" finite and at most {_LARGEST:.0f}. Keep {name} at 16 bits."
             )
+    if layout.boosted:  # as channels of their own, which pages of these bytes hold as well
+        key_PSD, value_PSE = boost.halves(key_PSD, channels[0], layout), value_PSE.float()
+        all_T = torch.arange(layout.key_kept, dtype=torch.int16, device=key_PSD.device)
+        channels = (all_T.repeat(len(key_PSD), 1), channels[1])
+        layout = layout.apart
     return ops.pack(key_PSD.contiguous(), value_PSE.contiguous(), *channels, list(layout))

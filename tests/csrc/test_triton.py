@@ -529,6 +529,7 @@ PACKED = {
     "K16-V4-D64-U33-fp16": (16, 4, (64, 64), (64, 33), 64, (64, 64), FP16),
     "K4-V16-D128-T77-bf16": (4, 16, (128, 128), (77, 128), 64, (64, 64), BF16),
 }
+READ = {**PACKED, "K2-V4-D64-two-codes": (2, 4, (64, 64), (72, 64), 64, (32, 64), FP32)}
 
 
 @pytest.mark.parametrize("case", PACKED.values(), ids=PACKED)
@@ -548,7 +549,7 @@ def test_packed_pages_equal_the_references(run: Run, case: tuple[Any, ...]) -> N
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("case", PACKED.values(), ids=PACKED)
+@pytest.mark.parametrize("case", READ.values(), ids=READ)
 def test_decode_rows_reads_packed_pages(
     run: Run, case: tuple[Any, ...], need_weights: bool
 ) -> None:
@@ -567,7 +568,7 @@ def test_decode_rows_reads_packed_pages(
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("case", PACKED.values(), ids=PACKED)
+@pytest.mark.parametrize("case", READ.values(), ids=READ)
 def test_chunks_of_packed_pages_equal_the_reference(
     run: Run, case: tuple[Any, ...], need_weights: bool
 ) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.ops.registry import implementation
+from kvpress.store import packing
 
 
 def layout_of(
@@ -45,7 +46,10 @@ class Part:
 
 
 def subsets(rows: int, kept: int, width: int) -> Tensor:
-    """Ascending channels of each row."""
+    """Ascending channels of each row; more than there are: all, then those that have two codes."""
+    if kept > width:
+        whole = torch.arange(width).repeat(rows, 1).short()
+        return torch.cat([whole, subsets(rows, kept - width, width)], dim=1)
     return torch.stack([torch.randperm(width)[:kept].sort().values for _ in range(rows)]).short()
 
 
@@ -66,8 +70,11 @@ def make_part(
             theirs[table_RW[row].long()] = mine[row]
     key_PSD = torch.randn(pages, layout.slots, layout.key_width).to(dtype)
     value_PSE = (torch.randn(pages, layout.slots, layout.value_width) * 2 + 1).to(dtype)
-    pack = implementation("pack", "reference")
-    page_PX = pack(key_PSD, value_PSE, *of_pages, list(layout))
+    if layout.boosted:
+        page_PX = packing.pack(layout, key_PSD, value_PSE, (of_pages[0], of_pages[1]))
+    else:
+        pack = implementation("pack", "reference")
+        page_PX = pack(key_PSD, value_PSE, *of_pages, list(layout))
     position_PS = torch.randint(0, 10**6, (pages, layout.slots)).int()
     position_PS[torch.rand(position_PS.shape) < 0.2] = -1
     none = torch.empty(0)

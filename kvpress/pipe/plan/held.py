@@ -128,7 +128,9 @@ class _Layer:
         drops: whether slots may go whose pages stay: they are then counted with the most holes.
         """
         widths = (self._columns[KEY].shape[0], self._columns[VALUE].shape[0])
-        layouts = self._stores.layouts(widths, widths, self._columns[KEY].dtype.itemsize)
+        layouts = self._stores.layouts(
+            widths, self._stores.kept(widths), self._columns[KEY].dtype.itemsize
+        )
         together = self._stores.together if self._tiered else 1
         given = (layouts, self._recipe.residual, self._recent.columns, self._stores.ordered)
         division = Division.of(*given, together)

@@ -73,7 +73,7 @@ def floor(recipe: Recipe, kinds: Sequence[LayerKind], dtype: torch.dtype) -> Flo
         rule = recipe.stage("retrieve").retrieve(kind.index)
         stores = Stores(recipe, recipe.limits, 0, dtype, kind.index, retrieval=rule)
         widths = (kind.width or 1, kind.width or 1)
-        layouts = stores.layouts(widths, widths, dtype.itemsize)
+        layouts = stores.layouts(widths, stores.kept(widths), dtype.itemsize)
         units.append(unit_bytes(kind.heads, layouts))
         spans.append(kind.heads * max(span_pages(x) * x.page_bytes for x in layouts))
         records.append(max(_record_bytes(kind.heads, x, stores) for x in layouts))

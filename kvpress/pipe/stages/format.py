@@ -10,11 +10,12 @@ from torch import Tensor
 
 from kvpress import host, ops
 from kvpress.errors import PolicyError
+from kvpress.formulas.boost import sensitive
 from kvpress.formulas.page_layout import PageLayout
 from kvpress.pipe.state.layer import Layer
 from kvpress.pipe.state.measures import layouts
 from kvpress.pipe.state.tokens import Tokens
-from kvpress.policy.formats import SHORT, Window, format_of, guards, page_slots
+from kvpress.policy.formats import SHORT, Packing, Window, format_of, guards, page_slots
 from kvpress.store import Aging
 from kvpress.store.base import KEY, POSITION, VALUE
 from kvpress.store.division import pages_of
@@ -130,6 +131,9 @@ def _decide(layer: Layer, aging: Aging, b: int, ended: bool) -> None:
         _checked(layer, channels, heads, width, device)
         for channels, width in zip(chosen, (layer.key_width, layer.value_width), strict=True)
     )
+    packing = layer.recipe.packing
+    if packing is not None and packing.boosted(key.shape[2]):
+        key = torch.cat([key, _boosted(window, packing)], dim=2)
     kept = (key.shape[2], value.shape[2])
     ours = layouts(layer, kept)
     if aging.kept not in (None, kept):
@@ -137,7 +141,6 @@ def _decide(layer: Layer, aging: Aging, b: int, ended: bool) -> None:
             f"{layer.recipe} keeps {kept} channels of keys and values in layer {layer.kind.index},"
             f" but kept {aging.kept} before. It must keep as many in every sequence."
         )
-    packing = layer.recipe.packing
     short_H, wide_H = _short(layer, b), host.zeros(heads, dtype=torch.bool)
     format_H = format_of(packing, wide_H, short_H)
     if guards(packing):
@@ -147,6 +150,13 @@ def _decide(layer: Layer, aging: Aging, b: int, ended: bool) -> None:
     aging.decide([b], ours, key, value, format_H[None])
     layer.sequences.watched.pop(b, None)
     _explain(layer, ours[0])
+
+
+def _boosted(window: Window, packing: Packing) -> Tensor:
+    """The key channels of each row that have two codes: int64 `[1, H, C]`."""
+    count = packing.boosted(window.key_BHSD.shape[3])
+    shown = (window.query_BNQD, window.key_BHSD, window.held_BHS)
+    return sensitive(*shown, packing.key_group, packing.key_bits, count)
 
 
 def _window(layer: Layer, aging: Aging, b: int) -> Window:
@@ -237,5 +247,7 @@ def _explain(layer: Layer, layout: PageLayout) -> None:
     parts = []
     for name, (kept, width, bits) in zip(("keys", "values"), sizes, strict=True):
         stored = "as they came" if bits == 16 else f"in {bits} bits"
-        parts.append(f"{name} {kept} of {width} channels {stored}")
+        parts.append(f"{name} {min(kept, width)} of {width} channels {stored}")
+        if kept > width:
+            parts[-1] += f", {kept - width} of them in {2 * bits}"
     layer.context.ledger.note(f"Old slots: {', '.join(parts)}.")

@@ -89,6 +89,11 @@ class Stores:
         packing, page = self.recipe.packing, self.page(widths[0])
         return formats.layouts(packing, widths, kept, item_bytes, self.has_short_rows, page)
 
+    def kept(self, widths: tuple[int, int]) -> tuple[int, int]:
+        """Channels of keys and values that old slots keep at most, those of two codes twice."""
+        packing, (key, value) = self.recipe.packing, widths
+        return key + (packing.boosted(key) if packing else 0), value
+
     def page(self, width: int) -> int | None:
         """Slots of a page of old slots; None: as many as its format wants."""
         return None if self.retrieval is None else self.retrieval.page_of(width)
