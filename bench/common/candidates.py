@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from kvpress.bench.common.storages import storage_bytes
-from transformers import DynamicCache, QuantizedCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 import kvpress
 from kvpress import ops
@@ -24,6 +25,9 @@ from kvpress.policy.loading import parse
 from kvpress.policy.recipe import Recipe
 
 BASELINE = "transformers"  # its DynamicCache with SDPA
+STATIC = "transformers-static"  # its StaticCache, which reserves all room and copies nothing
+MALLOC = "transformers-malloc"  # DynamicCache in a process whose allocator keeps large blocks
+RIVALS = (BASELINE, MALLOC, STATIC)
 FULL = "full"  # the engine without compression
 CACHES: dict[str, Callable[[Any], Any]] = {
     BASELINE: lambda config: DynamicCache(config=config),
@@ -56,6 +60,8 @@ class Candidate:
     def read(self, ids_bQ: torch.Tensor, copies: int) -> Any:
         """A cache of prompts that are repeated so often, each with storages of its own."""
         cache = self.new_cache()
+        if isinstance(cache, StaticCache) and copies > 1:
+            return self._repeated(ids_bQ, cache, copies)
         if isinstance(cache, QuantizedCache):  # asked to repeat itself, it does nothing
             self.forward(ids_bQ.repeat(copies, 1), cache)
             return cache
@@ -64,6 +70,18 @@ class Candidate:
             cache.batch_repeat_interleave(copies)
         if isinstance(cache, EngineCache) and copies > 1:
             cache.unshare()  # as different prompts would be
+        return cache
+
+    def _repeated(self, ids_bQ: torch.Tensor, cache: Any, copies: int) -> Any:
+        """The same of a cache that cannot be repeated, whose storages are made once."""
+        if any(type(layer) is not StaticLayer for layer in cache.layers):
+            self.forward(ids_bQ.repeat(copies, 1), cache)
+            return cache
+        one = self.new_cache()
+        self.forward(ids_bQ, one)
+        for layer, read in zip(cache.layers, one.layers, strict=True):
+            states = (x[:, :, : ids_bQ.shape[1]] for x in (read.keys, read.values))
+            layer.update(*(x.repeat_interleave(copies, 0) for x in states))
         return cache
 
     def bytes_held(self, cache: Any) -> int:
@@ -90,17 +108,25 @@ def candidate(
     cache_dtype: torch.dtype | None = None,
     new_tokens: int | None = None,
     caps: Mapping[str, Any] | None = None,
+    room: int | None = None,
 ) -> Candidate:
     """A cache of transformers by its name in `CACHES`, or the engine with the policy `name`.
 
     It is on a copy of the model that shares the weights and has its own config, which attaching
     changes. new_tokens: what schedules of a policy should expect. caps: of the engine's tiers, on
-    disk in a folder of its own. Raises what `kvpress.attach` raises.
+    disk in a folder of its own. room: tokens that a cache may come to hold, where it must know.
+    Raises what `kvpress.attach` raises.
     """
     copied = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     if isinstance(name, str) and name in CACHES:
         copied.set_attn_implementation("sdpa")
         return Candidate(copied, partial(CACHES[name], copied.config), cache_name(copied))
+    if name == STATIC:
+        if room is None:
+            raise CandidateError(f"{STATIC} reserves its room, which only the benchmarks name.")
+        copied.set_attn_implementation("sdpa")
+        static = partial(StaticCache, config=copied.config, max_cache_len=room)
+        return Candidate(copied, static, cache_name(copied))
     with _folder_of_its_own(caps or {}) as given:
         engine = kvpress.attach(copied, name, cache_dtype=cache_dtype, **given)
     new_cache = partial(engine.new_cache, max_new_tokens=new_tokens)

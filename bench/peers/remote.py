@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ import torch
 from kvpress.bench.common import models
 from kvpress.bench.common.demo import demo_folder
 from kvpress.bench.common.journal import Row
+from kvpress.bench.common.lines import Other, OtherError
 from kvpress.bench.common.timing import Samples
 from kvpress.bench.quality.sample import Question
 from kvpress.bench.quality.system import Held
@@ -22,13 +19,11 @@ from kvpress.bench.speed.setting import Setting
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kvpress.errors import KVPressError
-
 PREFIX = "nvidia/"  # of the names of its presses
 _CHILD = Path(__file__).with_name("child.py")
 
 
-class PeerError(KVPressError, RuntimeError):
+class PeerError(OtherError):
     """A peer that is not installed, or that failed."""
 
 
@@ -53,16 +48,7 @@ class Peer:
 
     def __init__(self, name: str, setting: Setting) -> None:
         self.name = name
-        self._files = tempfile.TemporaryDirectory()
-        self._log = Path(self._files.name, "log")
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [str(environment()), str(_CHILD)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
+        self._other = Other(name, [str(environment()), str(_CHILD)], error=PeerError)
         folder = demo_folder() if setting.model == models.DEMO else setting.model
         try:
             self.request(
@@ -79,23 +65,12 @@ class Peer:
 
     def request(self, **what: Any) -> dict[str, Any]:
         """The reply to a request. Raises PeerError."""
-        assert self._process.stdin is not None and self._process.stdout is not None, "it has pipes"
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(what) + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            last = self._log.read_text().strip().rpartition("\n")[2]
-            raise PeerError(f"{self.name}: its process ended: {last}")
-        reply: dict[str, Any] = json.loads(line)
-        if "error" in reply:
-            raise PeerError(f"{self.name}: {reply['error']}")
-        return reply
+        return self._other.request(**what)
 
     def use(self, name: str) -> None:
         """Compresses with another press from now on, in the same process. Raises PeerError."""
         self.request(do="use", press=name.removeprefix(PREFIX))
-        self.name = name
+        self.name = self._other.name = name
 
     def kept(self, tokens: Sequence[int]) -> list[list[list[int]]]:
         """The positions that it holds of a prompt, by layer and KV head."""
@@ -104,9 +79,7 @@ class Peer:
 
     def close(self) -> None:
         """Ends the process."""
-        with self._process:
-            self._process.kill()
-        self._files.cleanup()
+        self._other.close()
 
     def read(
         self, tokens: Sequence[int], calls: Sequence[Any] = (), protect: Sequence[Any] = ()
@@ -116,7 +89,7 @@ class Peer:
 
     def ask(self, cache: int, question: Question, stepwise: bool = False) -> Tensor:
         """The logits before each token of the answer, `[T, Y]`."""
-        file = str(Path(self._files.name, "logits.safetensors"))
+        file = str(self._other.file("logits.safetensors"))
         prompt, answer = list(question.prompt), list(question.answer)
         self.request(do="ask", prompt=prompt, answer=answer, stepwise=stepwise, file=file)
         return load_file(file)["logits"]

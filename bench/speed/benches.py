@@ -7,11 +7,13 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from kvpress.bench.common.candidates import BASELINE, MALLOC
 from kvpress.bench.common.journal import Row
 from kvpress.bench.common.prompt import prompts
 from kvpress.bench.common.report import Sheet
 from kvpress.bench.quality.system import LocalSystem, System
 from kvpress.bench.speed import decode, layer, memory, prefill, throughput
+from kvpress.bench.speed.apart import ApartMeasurement
 from kvpress.bench.speed.rounds import Measurement, run_rounds
 from kvpress.bench.speed.rows import Cell, sheets
 from kvpress.bench.speed.setting import Setting
@@ -41,6 +43,8 @@ class LocalCandidates:
         self, setting: Setting, model: Any, ids: torch.Tensor, cell: Cell, name: str
     ) -> Measurement:
         """One that is timed."""
+        if name == MALLOC:
+            return ApartMeasurement(setting, ids, cell, BASELINE, MALLOC)
         made: Measurement = TIMED[cell.bench].measurement(setting, model, ids, cell.batch, name)
         return made
 

@@ -68,8 +68,9 @@ def decode(
     batch: options.Batches = ALONE,
     rounds: options.Rounds = 25,
     warmup: options.Warmup = 2,
+    baseline: options.Baselines = None,
 ) -> None:
-    """Time decode steps after long prompts, beside transformers' DynamicCache with SDPA.
+    """Time decode steps after long prompts, beside transformers' caches with SDPA.
 
     Each round decodes one token with every candidate. With --case one-layer a layer of 8 KV heads,
     each of 4 query heads and 128 channels in bfloat16, attends alone: steps that read some pages
@@ -86,7 +87,11 @@ def decode(
     setting = partial(make_setting, loading, grid.cache_dtype, rounds, warmup, parts)
     name = "decode" if case == "model" else "layer"
     shown = policy or usual_policies, tokens or usual_tokens, batch
-    _run(name, setting, grid, *shown, sharing.over(parts))
+    actors = sharing.over(parts)
+    rivals = None
+    if case == "model":
+        rivals = options.baselines(name, baseline, loading, actors is None and parts.tp is None)
+    _run(name, setting, grid, *shown, actors, rivals)
 
 
 @command("kvpress bench prefill --tokens 2000 --policy full --policy snapkv:budget=0.2")
@@ -122,11 +127,15 @@ def throughput(
     new_tokens: Annotated[int, typer.Option(help="Generated per sequence.", min=2)] = 64,
     rounds: options.Rounds = 5,
     warmup: options.Warmup = 1,
+    baseline: options.Baselines = None,
 ) -> None:
-    """Time whole generations of a batch of prompts, beside transformers' DynamicCache with SDPA."""
+    """Time whole generations of a batch of prompts, beside transformers' caches with SDPA."""
+    actors = sharing.over(parts)
+    alone = actors is None and parts.tp is None
+    rivals = options.baselines("throughput", baseline, loading, alone)
     given = loading, grid.cache_dtype, rounds, warmup, parts
     setting = partial(make_setting, *given, new_tokens=new_tokens)
-    _run("throughput", setting, grid, policy, tokens, batch, sharing.over(parts))
+    _run("throughput", setting, grid, policy, tokens, batch, actors, rivals)
 
 
 @command("kvpress bench memory --tokens 8000 --cap 4GiB")
@@ -224,14 +233,21 @@ def _run(
     lengths: Sequence[int],
     batches: Sequence[int],
     actors: int | None = None,
+    rivals: Sequence[str] | None = None,
 ) -> None:
-    """Fills the grid and prints its tables. setting: made in the processes that measure."""
+    """Fills the grid and prints its tables. setting: made in the processes that measure.
+
+    rivals: what the policies are compared with; None: transformers' DynamicCache.
+    """
     from kvpress.bench.common import report
     from kvpress.bench.common.candidates import BASELINE
     from kvpress.bench.speed import benches, grid, layer, run, scores
 
     baseline = [] if name == layer.NAME else [BASELINE]
-    names = [*baseline, *dict.fromkeys(options.with_budgets(policies, given.budget or ()))]
+    names = [
+        *(rivals or baseline),
+        *dict.fromkeys(options.with_budgets(policies, given.budget or ())),
+    ]
     cells = grid.cells(name, lengths, batches)
     if actors is not None:
         made = _run_shared(setting, cells, names, given, actors)

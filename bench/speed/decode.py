@@ -40,7 +40,8 @@ def measurement(
     With tiers after different prompts: sequences that are alike would share their pages.
     """
     new_tokens = setting.rounds + setting.warmup
-    made = candidate(model, name, setting.cache_dtype, new_tokens, setting.caps)
+    room = ids.shape[1] + new_tokens
+    made = candidate(model, name, setting.cache_dtype, new_tokens, setting.caps, room)
     return _Decode(made, ids[:batch] if setting.caps else ids[:1], batch)
 
 

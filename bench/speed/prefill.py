@@ -37,7 +37,8 @@ def measurement(
     setting: Setting, model: Any, ids: torch.Tensor, batch: int, name: str
 ) -> Measurement:
     """A candidate that reads the prompts `ids`, `[B, Q]`."""
-    return _Prefill(candidate(model, name, setting.cache_dtype), ids[:batch])
+    room = ids.shape[1]
+    return _Prefill(candidate(model, name, setting.cache_dtype, room=room), ids[:batch])
 
 
 class _Prefill:

@@ -23,7 +23,9 @@ def measurement(
     setting: Setting, model: Any, ids: torch.Tensor, batch: int, name: str
 ) -> Measurement:
     """A candidate that generates from the prompts `ids`, `[B, Q]`."""
-    made = candidate(model, name, setting.cache_dtype, setting.new_tokens, setting.caps)
+    new_tokens = setting.new_tokens
+    room = ids.shape[1] + new_tokens
+    made = candidate(model, name, setting.cache_dtype, new_tokens, setting.caps, room)
     return _Generate(made, ids[:batch], setting.new_tokens)
 
 
