@@ -12,7 +12,8 @@ bits, since a few heads of some models do not stand fewer. `rotate` spreads larg
 (Hadamard, as QuaRot, arXiv 2404.00456): values lose a quarter of their error at no bytes; keys,
 whose steps are per channel, gain less. Recent slots are stored turned, too: exact but for rounding,
 which in half precision is one more of each value. `boost` (after Kitty, arXiv 2511.18643): the key
-channels that the last queries need most, by mean q² · step², have twice the bits.
+channels that the last queries need most, by mean q² · step², have twice the bits, of rows at 8
+bits too.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class RKV(Policy):
     interval: int = option(128, "decoded tokens between evictions (code: 128)", low=0)
     pool: int = option(7, "width of the max-pooling in tokens, odd (code: 7)", low=1)
     weight: float = option(0.1, "of what is looked at (code: 0.1)", low=0, high=1)
-    alike: float = option(0.5, "cosine above which a key is a copy (code: 0.5)", low=-1, high=1)
+    alike: float = option(0.5, "cosine above which a key is a copy (code: 0.5)", low=0, high=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,6 +55,6 @@ class RKV(Policy):
         last_BNQD = query_BNQD[:, :, -self.recent :]
         looked_BHS = of.looked_at(last_BNQD, key_BHSD, older_BHS, scaling, softcap)
         looked_BHS = F.max_pool1d(looked_BHS, self.pool, stride=1, padding=self.pool // 2)
-        same_BHS = of.redundancy(key_BHSD, place_BHS, older_BHS, self.alike)
+        same_BHS = of.redundancy(key_BHSD, place_BHS < 2**62, self.alike)
         score_BHS = self.weight * looked_BHS - (1 - self.weight) * same_BHS
         return torch.empty_like(score_BHS).scatter_(2, order_BHS, score_BHS)

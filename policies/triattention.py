@@ -58,6 +58,8 @@ class TriAttention(Policy):
             ahead_BND = ahead_BND @ turn.mean(there_BP, width)
         made_BHGS: Tensor = ahead_BND.reshape(batch, heads, -1, width) @ key_BHSD.mT
         if turn is not None and self.beside:
-            rest_HGF = (length_NF - turn.lengths(mean_ND)).view(heads, -1, length_NF.shape[-1])
+            own_NF = turn.lengths(mean_ND)
+            pairs = own_NF.shape[-1]  # other layers may have more
+            rest_HGF = (length_NF[:, :pairs] - own_NF).view(heads, -1, pairs)
             made_BHGS = made_BHGS + rest_HGF @ turn.lengths(key_BHSD).mT
         return made_BHGS

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from kvpress.bench.calibrate.watch import Given, watching
 from torch import Tensor
+from torch.nn import functional as F
 
 import kvpress
 from kvpress.errors import PolicyError, UnsupportedModelError
@@ -58,34 +59,47 @@ def queries(model: Any, tokenizer: Any, texts: Sequence[Tensor]) -> tuple[Tensor
     """The queries of every layer with a budget, their rotation undone: what they are on average.
 
     Their mean, `[L, N, D]`, and the mean lengths of the pairs that turn, `[L, N, F]`, in fp32; of
-    all tokens of all texts. Raises UnsupportedModelError where nobody knows how keys turn, and
-    where layers differ in shape.
+    all tokens of all texts. Layers that do not turn have lengths of 0. Raises UnsupportedModelError
+    where nobody knows how keys turn, where queries are no vectors of the keys that are stored
+    (latents), and where layers differ in shape.
     """
     turns, found = rotations(model), list[tuple[Tensor, Tensor]]()
     for ids_1T in texts:
-        given = list[Tensor]()
-
-        def see(own: Given, _out_BNQE: Tensor, given: list[Tensor] = given) -> None:
-            given.append(own.query_BNQD)
-
-        with kvpress.attach(model, PLAIN, tokenizer=tokenizer) as engine, torch.no_grad():
-            cache = engine.new_cache()
-            with watching(see):
-                model(input_ids=ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            kept = [x.kind.index for x in cache.states if x.kind.window is None]
-        if len(given) != len(turns):
-            raise UnsupportedModelError(f"Of {len(turns)} layers {len(given)} show their queries.")
-        sums = [_of_queries(given[layer], turns[layer]) for layer in kept]
+        sums = [_of_queries(*own, turns) for own in _asked(model, tokenizer, ids_1T)]
         found = [_plus(*pair) for pair in zip(found, sums, strict=True)] if found else sums
-    if len({(x.shape, y.shape) for x, y in found}) > 1:
-        raise UnsupportedModelError("Queries of this model's layers differ in shape.")
+    if len({mean.shape for mean, _ in found}) != 1:
+        raise UnsupportedModelError("the queries of its layers with a budget differ in shape")
     tokens = sum(ids_1T.shape[1] for ids_1T in texts)
-    mean, length = (torch.stack(x).float() / tokens for x in zip(*found, strict=True))
-    return mean, length
+    pairs = max(length.shape[1] for _, length in found)
+    mean = torch.stack([mean for mean, _ in found]) / tokens
+    padded = [F.pad(length, (0, pairs - length.shape[1])) for _, length in found]
+    return mean.float(), (torch.stack(padded) / tokens).float()
 
 
-def _of_queries(query_1NTD: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+def _asked(model: Any, tokenizer: Any, ids_1T: Tensor) -> list[tuple[Tensor, Layer]]:
+    """The queries of a text in every layer that has a budget, `[1, N, T, D]`."""
+    given = list[Tensor]()
+
+    def see(own: Given, _out_BNQE: Tensor) -> None:
+        given.append(own.query_BNQD)
+
+    with kvpress.attach(model, PLAIN, tokenizer=tokenizer) as engine, torch.no_grad():
+        cache = engine.new_cache()
+        with watching(see):
+            model(input_ids=ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        layers = list(cache.states)
+    if len(given) != len(layers):
+        raise UnsupportedModelError(f"{len(given)} of {len(layers)} layers show their queries")
+    return [pair for pair in zip(given, layers, strict=True) if pair[1].kind.window is None]
+
+
+def _of_queries(
+    query_1NTD: Tensor, layer: Layer, turns: Sequence[Rotation | None]
+) -> tuple[Tensor, Tensor]:
     """The sums over tokens of queries, and of the lengths of their pairs: fp64."""
+    rotation = turns[layer.kind.index]
+    if query_1NTD.shape[3] != layer.key_width:
+        raise UnsupportedModelError("its queries are no vectors of the keys that are stored")
     if rotation is None:
         return query_1NTD[0].double().sum(1), query_1NTD.new_zeros(query_1NTD.shape[1], 0).double()
     position_T = torch.arange(query_1NTD.shape[2], device=query_1NTD.device)

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from kvpress.report.tables import Fitted, new_table
 
 console, errors = Console(), Console(stderr=True)
-KIND = "heads"
+KIND, QUERY = "heads", "query_LND"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +54,13 @@ def heads(
     read = texts.texts(wanted.text, wanted.seed)
     settings = {"texts": [text.to_dict() for text in read], "tokens": wanted.tokens}
     found = begin(out, loaded, settings)
-    if found.finished:
+    if found.finished and QUERY in found.tensors:
         show(found.tensors["share_LHX"], out)
         say_if_nothing_was_measured(out, measured=0)
         return
     ids = [texts.ids(loaded, tokenizer, text, wanted.tokens) for text in read]
-    found = _look(loaded, tokenizer, ids, found, out)
-    show(_finish(loaded, tokenizer, ids, found, out)["share_LHX"], out)
+    found = look(loaded, tokenizer, ids, found, out)
+    show(finish(loaded, tokenizer, ids, found, out).tensors["share_LHX"], out)
 
 
 def begin(out: Path, model: Any, settings: dict[str, Any]) -> Any:
@@ -82,7 +82,7 @@ def begin(out: Path, model: Any, settings: dict[str, Any]) -> Any:
     return known
 
 
-def _look(model: Any, tokenizer: Any, ids: list[Any], found: Any, out: Path) -> Any:
+def look(model: Any, tokenizer: Any, ids: list[Any], found: Any, out: Path) -> Any:
     """Scores the texts that were not scored yet, and writes what is known after each."""
     from kvpress.bench.calibrate.heads import scores
 
@@ -98,25 +98,47 @@ def _look(model: Any, tokenizer: Any, ids: list[Any], found: Any, out: Path) -> 
     return found
 
 
-def _finish(model: Any, tokenizer: Any, ids: list[Any], found: Any, out: Path) -> Any:
+def finish(model: Any, tokenizer: Any, ids: list[Any], found: Any, out: Path) -> Any:
     """Makes of the scores of all texts what policies read, and writes that instead of them."""
+    from kvpress.hf import learned
+
+    if not found.finished:  # files of earlier versions know nothing of queries alone
+        found = found._replace(tensors=_found(model, tokenizer, ids, found), finished=True)
+    found = found._replace(tensors=found.tensors | _queries(model, tokenizer, ids))
+    learned.write(out, model, KIND, found)
+    return found
+
+
+def _found(model: Any, tokenizer: Any, ids: list[Any], found: Any) -> dict[str, Any]:
+    """Shares and regressions, of the scores of all texts."""
     import torch
-    from kvpress.bench.calibrate.heads import queries, regressions
+    from kvpress.bench.calibrate.heads import regressions
 
     from kvpress.errors import UnsupportedModelError
     from kvpress.formulas.shares import curves
-    from kvpress.hf import learned
 
     known = [found.tensors[f"score_{number}"] for number in range(len(ids))]
     made = {"share_LHX": torch.stack([curves(score) for score in known]).mean(0).float()}
     try:
         with errors.status("Finding what predicts them …"):
             made["ridge_LXH"] = regressions(model, tokenizer, ids, known).float()
-            made["query_LND"], made["length_LNF"] = queries(model, tokenizer, ids)
     except UnsupportedModelError as error:
         errors.print(f"Without predictions from keys and values: {error}")
-    learned.write(out, model, KIND, found._replace(tensors=made, finished=True))
     return made
+
+
+def _queries(model: Any, tokenizer: Any, ids: list[Any]) -> dict[str, Any]:
+    """What queries are on average."""
+    from kvpress.bench.calibrate.heads import queries
+
+    from kvpress.errors import UnsupportedModelError
+
+    try:
+        with errors.status("Finding what queries are on average …"):
+            return dict(zip((QUERY, "length_LNF"), queries(model, tokenizer, ids), strict=True))
+    except UnsupportedModelError as error:
+        errors.print(f"Without what queries are on average: {error}")
+        return {}
 
 
 def show(share_LHX: Any, out: Path) -> None:

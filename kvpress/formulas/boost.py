@@ -37,7 +37,8 @@ def sensitive(
 def halves(key_PSD: Tensor, channel_PC: Tensor, layout: PageLayout) -> Tensor:
     """Keys with the high halves of boosted channels, and their low ones behind: fp32 `[P, S, T]`.
 
-    channel_PC: all D channels, then the boosted ones.
+    channel_PC: all D channels, then the boosted ones. Zero and step of the high halves are numbers
+    of fp16, as they are stored: what they leave over is in the low halves.
     """
     pages, slots, width = key_PSD.shape
     boosted_PSB = channel_PC[:, width:].long()[:, None].expand(-1, slots, -1)
@@ -45,9 +46,20 @@ def halves(key_PSD: Tensor, channel_PC: Tensor, layout: PageLayout) -> Tensor:
     x_PgsB = key_PSD.gather(2, boosted_PSB).view(pages, -1, layout.key_group, boosted_PSB.shape[2])
     low_Pg1B, high_Pg1B = x_PgsB.amin(2, keepdim=True), x_PgsB.amax(2, keepdim=True)
     levels = 2**layout.key_bits
-    step_Pg1B = (high_Pg1B - low_Pg1B) / (levels**2 - 1)
+    low_Pg1B = _half(low_Pg1B, -1)
+    coarse_Pg1B = _half((high_Pg1B - low_Pg1B) * levels / (levels**2 - 1), 1)
+    step_Pg1B = coarse_Pg1B / levels
     code_PgsB = ((x_PgsB - low_Pg1B) / step_Pg1B.where(step_Pg1B > 0, 1.0)).round()
+    code_PgsB = code_PgsB.clamp(0, levels**2 - 1)
     high_PgsB = (code_PgsB / levels).floor()
-    own_PSB = (low_Pg1B + step_Pg1B * levels * high_PgsB).view_as(boosted_PSB)
+    # A little less, so that the step that reaches the largest of them is not the next number.
+    own_PSB = (low_Pg1B + coarse_Pg1B * (1 - 2**-20) * high_PgsB).view_as(boosted_PSB)
     more_PSB = (step_Pg1B * (code_PgsB - levels * high_PgsB)).view_as(boosted_PSB)
     return torch.cat([key_PSD.scatter(2, boosted_PSB, own_PSB), more_PSB], dim=2)
+
+
+def _half(x: Tensor, sign: int) -> Tensor:
+    """The nearest number of fp16 that is not above x, or with sign 1 not below it, in fp32."""
+    near = x.half()
+    beyond = torch.nextafter(near, near.new_full((), sign * torch.inf))
+    return torch.where((near.float() - x) * sign < 0, beyond, near).float()

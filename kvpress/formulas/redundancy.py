@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ROWS = 512  # keys that are compared with all others at once
+_MOST = 1 << 21  # cosines at once: numbers of 4 bytes, and as many whole numbers
 
 
 def looked_at(
@@ -26,23 +26,25 @@ def looked_at(
     return weight_BHQS.nan_to_num().mean(2)  # a row without an open slot has no weights
 
 
-def redundancy(key_BHSD: Tensor, position_BHS: Tensor, open_BHS: Tensor, alike: float) -> Tensor:
-    """How much the open keys of a row say what others say: fp32 `[B, H, S]`, 0 where closed.
+def redundancy(key_BHSD: Tensor, held_BHS: Tensor, alike: float) -> Tensor:
+    """How much the keys of a row say what others say: fp32 `[B, H, S]`, 0 where there is none.
 
-    The softmax of their mean cosines. Of the keys whose cosine with a key is above `alike`, the
-    latest one is not counted as its copy; where there is none, the earliest open slot is not.
+    The softmax of their mean cosines. Of the keys whose cosine with a key is above `alike`, which
+    is not below 0, the latest one is not counted as its copy; where there is none, the earliest is
+    not. Slots are in the order of their positions.
     """
-    unit_BHSD = torch.nn.functional.normalize(key_BHSD.float(), dim=-1) * open_BHS[..., None]
-    earliest_BH1 = position_BHS.masked_fill(~open_BHS, 2**62).argmin(-1, keepdim=True)
+    unit_BHSD = torch.nn.functional.normalize(key_BHSD.float(), dim=-1) * held_BHS[..., None]
+    batch, heads, slots, _ = unit_BHSD.shape
+    earliest_BH1 = held_BHS.int().argmax(-1, keepdim=True)
+    at_S = torch.arange(slots, device=key_BHSD.device, dtype=torch.int32)
     total_BHS = torch.zeros_like(unit_BHSD[..., 0])
-    for start in range(0, unit_BHSD.shape[2], _ROWS):
-        part = slice(start, start + _ROWS)
-        cosine_BHRS = unit_BHSD[:, :, part] @ unit_BHSD.mT
+    rows = max(1, _MOST // (batch * heads * slots))
+    for start in range(0, slots, rows):
+        cosine_BHRS = unit_BHSD[:, :, start : start + rows] @ unit_BHSD.mT
         cosine_BHRS.diagonal(offset=start, dim1=-2, dim2=-1).zero_()
-        close_BHRS = cosine_BHRS > alike
-        place_BHRS = position_BHS[:, :, None].masked_fill(~close_BHRS, -1)
-        latest_BHR = torch.where(close_BHRS.any(-1), place_BHRS.argmax(-1), earliest_BH1)
-        cosine_BHRS.scatter_(3, latest_BHR[..., None], 0.0)
+        latest_BHR = at_S.where(cosine_BHRS > alike, -1).amax(-1).long()
+        copied_BHR = torch.where(latest_BHR >= 0, latest_BHR, earliest_BH1)
+        cosine_BHRS.scatter_(3, copied_BHR[..., None], 0.0)
         total_BHS += cosine_BHRS.sum(2)
-    mean_BHS = total_BHS / open_BHS.sum(-1, keepdim=True).clamp_min(1)
-    return mean_BHS.masked_fill(~open_BHS, -torch.inf).softmax(-1).nan_to_num()
+    mean_BHS = total_BHS / held_BHS.sum(-1, keepdim=True).clamp_min(1)
+    return mean_BHS.masked_fill(~held_BHS, -torch.inf).softmax(-1).nan_to_num()

@@ -32,13 +32,13 @@ def _check_wide(recipe: Recipe, kinds: Sequence[LayerKind]) -> None:
             f" {wide[0].width}. Use a policy that evicts."
         )
     packing = recipe.packing or Packing()
-    for kind in kinds:
-        codes = kind.width + packing.boosted(kind.width)
-        if packing.boost and kind.window is None and codes > MOST_CODED:
+    for kind in kinds if packing.boost else ():
+        more = packing.boosted(kind.width)
+        if kind.window is None and not 0 < more <= MOST_CODED - kind.width:
             raise PolicyError(
-                f"{recipe}: boost={packing.boost:g} makes {codes} channels of codes of the"
-                f" {kind.width} of layer {kind.index}; at most {MOST_CODED} are supported. Give"
-                " less."
+                f"{recipe}: boost={packing.boost:g} gives {more} of the {kind.width} key channels"
+                f" of layer {kind.index} two codes; it can be 1 to {MOST_CODED - kind.width} (heads"
+                f" of fewer than {MOST_CODED}). Give another share, or leave boost out."
             )
 
 

@@ -102,8 +102,9 @@ def _fitting(
     missing = [name for name in wanted.names if name not in found.tensors]
     if missing:
         raise PolicyError(
-            f"calibration={file} has no {', '.join(missing)}: {how} could not find it out for this"
-            f" model. It has {', '.join(found.tensors)}."
+            f"calibration={file} has no {', '.join(missing)}, but {', '.join(found.tensors)}: {how}"
+            " could not find it out for this model, or was of an earlier version. Run it again; it"
+            " adds what is missing, or says why not."
         )
     tensors = {name: found.tensors[name] for name in wanted.names}
     layers = sum(kind.window is None for kind in shape.kinds)

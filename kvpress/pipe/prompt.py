@@ -261,7 +261,7 @@ def _observe(layer: Layer, chunk: _Chunk, sums_BNS: Tensor | None) -> Slots:
         attention_BNS=sums_BNS,
         mass_BHS=columns.get(MASS),
         key_width=layer.key_width,
-        asked=_queries(layer, tokens),
+        asked=_queries(layer, chunk.group, tokens),
         rotation=layer.rotation,
         turned=turns(layer.recipe),
         gram_NEF=gram(layer),
@@ -287,11 +287,14 @@ def _without_steps(layer: Layer, group: list[int], slots: Slots) -> Slots:
     return replace(slots, mass_BHS=slots.mass_BHS.where(slots.position_BHS < known_b11, 0.0))
 
 
-def _queries(layer: Layer, tokens: Tokens) -> Queries | None:
+def _queries(layer: Layer, group: list[int], tokens: Tokens) -> Queries | None:
     """The queries of a chunk, where the policy scores by them."""
     if "query" not in layer.recipe.needs:
         return None
     if bool(layer.rows.counts.any()):
         layer.context.ledger.note("Prompts in several parts: the last part's queries scored all.")
-    query_bNQD = turned_query(tokens.query_bNQD, layer.recipe)  # back
+    query_bNQD = tokens.query_bNQD
+    if query_bNQD.shape[2] < layer.recalled:  # those before them are kept as well
+        query_bNQD = layer.sequences.recalled.last(group, layer.recalled)
+    query_bNQD = turned_query(query_bNQD, layer.recipe)  # back
     return Queries(query_bNQD, tokens.scaling, tokens.softcap)

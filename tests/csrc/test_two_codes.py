@@ -21,7 +21,9 @@ def test_the_worked_example() -> None:
     codes = torch.tensor([13.0, 6, 0, 15]).repeat(8)
     channels = torch.zeros(1, 2, dtype=torch.int16)
     made = boost.halves((0.5 * codes - 2)[None, :, None], channels, layout)[0]
-    assert made[:4, 0].tolist() == [4.0, 0.0, -2.0, 4.0]  # 0.5 · 4 · hi − 2
+    assert made[:4, 0].tolist() == pytest.approx(
+        [4.0, 0.0, -2.0, 4.0], abs=1e-5
+    )  # 0.5 · 4 · hi − 2
     assert made[:4, 1].tolist() == [0.5, 1.0, 0.0, 1.5]
 
 
@@ -53,6 +55,19 @@ def test_boosted_channels_are_off_by_half_a_step_of_twice_the_bits(
         assert float((found - keys).abs()[boosted[:, None].expand_as(keys)].mean()) < 0.15 * float(
             plain.mean()
         )
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_what_fp16_steps_leave_over_is_in_the_low_codes(offset: float) -> None:
+    keys = torch.randn(4, 64, 64) + offset
+    layout = packing.layout_of(4, 4, (64, 64), (72, 64), FP32, 64, (32, 64))
+    channels = packing.subsets(1, 72, 64).expand(4, -1), packing.subsets(1, 64, 64).expand(4, -1)
+    channels = channels[0].contiguous(), channels[1].contiguous()
+    found, _ = ops.unpack(pack(layout, keys, keys, channels), *channels, list(layout), keys[:0])
+    boosted = channels[0][0, 64:].long()
+    error = (found - keys)[..., boosted]
+    step = 6 / 255
+    assert float(error.square().mean().sqrt()) < 0.4 * step and float(error.mean().abs()) < 2e-3
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)

@@ -31,6 +31,8 @@ CASES: list[tuple[str, int | None, dict[str, Any]]] = [
     ("quant:guard=none", None, CAPS),
     ("quest:read=128", None, CAPS),
     (EVICTING, None, CAPS),
+    ("r_kv:budget=64,recent=32,interval=8", None, {}),
+    ("quant:key_bits=2,boost=0.25,guard=none", 128, {}),
 ]
 
 

@@ -127,6 +127,8 @@ def test_what_has_no_meaning_is_refused(recipe: str, says: str) -> None:
         kvpress.attach(helpers.tiny(head_dim=16), recipe)
 
 
-def test_more_channels_of_codes_than_kernels_know_are_refused_early() -> None:
-    with pytest.raises(kvpress.PolicyError, match="at most 256"):
+def test_more_channels_of_codes_than_kernels_know_and_none_are_refused_early() -> None:
+    with pytest.raises(kvpress.PolicyError, match="leave boost out"):
         kvpress.attach(helpers.tiny(head_dim=256), "quant:key_bits=2,boost=0.125")
+    with pytest.raises(kvpress.PolicyError, match="gives 0 of the 16"):
+        kvpress.attach(helpers.tiny(head_dim=16), "quant:key_bits=2,boost=0.03")

@@ -20,8 +20,7 @@ SPEC = "r_kv:budget=24,recent=4,interval=5"
 
 def test_the_worked_example() -> None:
     keys = torch.tensor([(1, 0), (0.9, 0.1), (0, 1), (0.95, 0.05)])[None, None]
-    place, open_BHS = torch.arange(4)[None, None], torch.ones(1, 1, 4, dtype=torch.bool)
-    found = redundancy.redundancy(keys, place, open_BHS, 0.5)
+    found = redundancy.redundancy(keys, torch.ones(1, 1, 4, dtype=torch.bool), 0.5)
     assert found.flatten().tolist() == pytest.approx([0.32792, 0.26262, 0.20755, 0.20190], abs=1e-5)
     score = 0.1 * torch.tensor([0.4, 0.3, 0.2, 0.1]) - 0.9 * found
     assert score.flatten().tolist() == pytest.approx(
@@ -37,7 +36,7 @@ def test_blocks_of_rows_orders_of_slots_and_empty_ones_change_nothing(
     queries = Queries(torch.randn(2, 6, 12, 8, generator=draw), 0.3, 0.0)
     policy = load_policy("r_kv", alike=0.1)
     once = policy.score(helpers.shown(keys, None, place, asked=queries))
-    monkeypatch.setattr(redundancy, "_ROWS", 7)
+    monkeypatch.setattr(redundancy, "_MOST", 2 * 3 * 40 * 7)
     torch.testing.assert_close(policy.score(helpers.shown(keys, None, place, asked=queries)), once)
     order = torch.randperm(40, generator=draw)
     mixed = policy.score(helpers.shown(keys[:, :, order], None, place[..., order], asked=queries))
@@ -135,3 +134,24 @@ def test_nothing_is_kept_where_nothing_is_evicted_while_decoding() -> None:
     assert recalled(parse("r_kv:interval=0")) == 0
     assert recalled(parse("r_kv")) == 8
     assert parse("r_kv+quant").watched == parse("h2o+quant").watched
+
+
+def test_a_turn_shorter_than_the_window_is_scored_by_the_queries_before_it_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen, model, ids = Seen(monkeypatch), helpers.tiny(), helpers.prompt(1, 60)
+    with kvpress.attach(model, "r_kv:budget=24,recent=8,interval=5") as engine, torch.no_grad():
+        cache = engine.new_cache()
+        model(ids[:, :40], past_key_values=cache)
+        model(ids[:, 40:42], past_key_values=cache)
+        model(ids[:, 42:43], past_key_values=cache)
+        model(ids[:, 43:53], past_key_values=cache)
+    assert [query.shape[2] for _, query in seen.given] == [40, 8, 10]
+
+
+def test_copies_among_the_last_tokens_count() -> None:
+    """Two of three copies say what another one says; the last token is the one that does not."""
+    keys = torch.eye(8)[[0, 1, 0, 2, 3, 0]][None, None]
+    asked = Queries(torch.zeros(1, 1, 1, 8), 1.0, 0.0)
+    score = load_policy("r_kv", recent=1, pool=1).score(helpers.shown(keys, asked=asked))[0, 0]
+    assert score[0] < score[2] < score[1]

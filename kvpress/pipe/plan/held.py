@@ -10,7 +10,7 @@ from kvpress.pipe.plan.demand import Shape, Texts
 from kvpress.pipe.state.stores import Stores
 from kvpress.policy.budget import Budget, Geometry, Limits
 from kvpress.policy.formats import SHORT, format_of, guards
-from kvpress.policy.recipe import Newest, Recipe
+from kvpress.policy.recipe import Newest, Recipe, recalled
 from kvpress.store.base import KEY, VALUE
 from kvpress.store.division import Division, Held, most_holes
 from kvpress.store.packed import PackedRows
@@ -50,7 +50,8 @@ def cache_bytes(
     known: dict[tuple[Any, ...], Bytes] = {}
     for kind in shape.kinds:
         # Layers that are alike hold as much: of hundreds of them few are counted.
-        like = (kind.heads, kind.width, kind.window, recipe.stage("retrieve").retrieve(kind.index))
+        rule = recipe.stage("retrieve").retrieve(kind.index)
+        like = (kind.heads, kind.queries, kind.width, kind.window, rule)
         if like not in known:
             known[like] = _Layer(shape, recipe, kind, tiered).bytes(texts, chunk)
         total = total.plus(known[like])
@@ -73,9 +74,14 @@ class _Layer:
         page = self._stores.recent_page(tiered)
         self._recent = PagedRows(1, kind.heads, self._columns, page, _CPU)
         self._layers = len(shape.tiered) if kind.window is None else 1
+        self._query = (kind.queries or kind.heads) * width * shape.dtype.itemsize  # bytes of one
 
     def bytes(self, texts: Texts, chunk: int) -> Bytes:
-        """What all rows hold."""
+        """What all rows hold, and the last queries where they are kept."""
+        kept = texts.batch * min(texts.length, recalled(self._recipe))
+        return self._slots_of(texts, chunk).plus(Bytes(beside=kept * self._query))
+
+    def _slots_of(self, texts: Texts, chunk: int) -> Bytes:
         first, last = self._slots(texts)
         rows = texts.batch * self._kind.heads
         if not (self._stores.packs or self._tiered):
