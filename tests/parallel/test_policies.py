@@ -37,7 +37,7 @@ MORE = (
     "specontext:head=self,read=0.4",
 )
 CALIBRATED = ("heads:calibration={}+h2o:budget=0.4", "zap:calibration={}", "sale:least=1")
-CALIBRATED += ("zap:calibration={},threshold=-2.0",)
+CALIBRATED += ("zap:calibration={},threshold=-2.0", "triattention:calibration={},interval=3")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,8 @@ def policies(model: Any) -> list[str]:
     share_LHX = torch.stack([(share_LH / share_LH.mean() * f).clamp_max(1) for f in FRACTIONS], -1)
     ridge_LXH = torch.randn(3, 137, 4, generator=draw) / 8
     tensors = {"share_LHX": share_LHX, "ridge_LXH": ridge_LXH}
+    tensors["query_LND"] = torch.randn(3, 8, 16, generator=draw)
+    tensors["length_LNF"] = torch.rand(3, 8, 8, generator=draw) + 3
     learned.write(path, model, "heads", learned.Learned(tensors, {}, 1, True))
     every = [*helpers.recipes().values(), *MORE, *(x.format(path) for x in CALIBRATED)]
     return list(dict.fromkeys(every))
@@ -78,9 +80,8 @@ def test_processes_say_and_keep_what_one_does(model: Any, policies: list[str], w
     """In four processes: those whose rows depend on each other, or on a file."""
     ids = helpers.prompt(2, 61)
     if world == 4:
-        policies = [
-            x for x in policies if x.startswith(("adakv:", "d2o", "keyformer", "tova", "zap"))
-        ]
+        some = ("adakv:", "d2o", "keyformer", "r_kv", "tova", "triattention", "zap")
+        policies = [x for x in policies if x.startswith(some)]
     alone = outcomes(model, policies, ids)
     parts = ranks.together(world, in_parts, Path(model.name_or_path), policies, ids)
     for policy in policies:

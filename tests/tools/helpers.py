@@ -48,6 +48,7 @@ def recipes() -> dict[str, str]:
         "d2o": "d2o:budget=0.4",
         "kvzip": "kvzip:instruction=,further=,chunk=40",
         "matching": "snapkv:window=8+matching",
+        "r_kv": "r_kv:recent=4,interval=3",
         "snapkv": "snapkv:window=8",
     }
     own = [n for n, cls in available().items() if not must_know(cls()) and n != "sale"]
