@@ -110,7 +110,7 @@ def candidate(
     caps: Mapping[str, Any] | None = None,
     room: int | None = None,
 ) -> Candidate:
-    """A cache of transformers by its name in `CACHES`, or the engine with the policy `name`.
+    """A cache of transformers by its name, or the engine with the policy `name`.
 
     It is on a copy of the model that shares the weights and has its own config, which attaching
     changes. new_tokens: what schedules of a policy should expect. caps: of the engine's tiers, on

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import json
 import re
 import sys
 import time
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import kvpress
 
 sys.path.append(str(Path(__file__).parents[1] / "common"))  # last: it must hide nothing
+from answers import answer
 from kept import NotingCache, positions
 from storages import storage_bytes
 
@@ -153,24 +153,19 @@ class Peer:
 
 def main() -> None:
     """Answers until standard input ends. The first request makes the model."""
-    replies, sys.stdout = sys.stdout, sys.stderr  # what others print must not mix with replies
     logging: Any = transformers.utils.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    peer: Peer | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            with torch.inference_mode():
-                if peer is None:
-                    peer = Peer(**request)
-                    reply = {}
-                else:
-                    reply = getattr(peer, request.pop("do"))(**request)
-        except Exception as error:  # the other side decides what a failure means
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
+    made: list[Peer] = []
+
+    def reply_to(request: dict[str, Any]) -> dict[str, Any]:
+        if made:
+            reply: dict[str, Any] = getattr(made[0], request.pop("do"))(**request)
+            return reply
+        made.append(Peer(**request))
+        return {}
+
+    answer(reply_to)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from typing import Any
 
 import torch
+from kvpress.bench.common.answers import answer
 from kvpress.bench.common.timing import Samples
 from kvpress.bench.speed import benches
 from kvpress.bench.speed.rounds import Measurement
@@ -55,18 +54,9 @@ class Child:
 
 
 def main() -> None:
-    """Replies are lines; what others print must not mix with them."""
-    replies, sys.stdout = sys.stdout, sys.stderr
+    """Answers until standard input ends."""
     child = Child()
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            with torch.inference_mode():
-                reply = getattr(child, request.pop("do"))(**request)
-        except Exception as error:  # the other side decides what a failure means
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
+    answer(lambda request: getattr(child, request.pop("do"))(**request))
 
 
 if __name__ == "__main__":

@@ -78,10 +78,10 @@ def decode(
     """
     if case not in CASES:
         raise typer.BadParameter(f"--case {case} is unknown; allowed: {', '.join(CASES)}.")
-    if case == "one-layer" and (batch != ALONE or grid.with_eval or loading.caps):
+    if case == "one-layer" and (batch != ALONE or grid.with_eval or loading.caps or baseline):
         raise typer.BadParameter(
-            "--case one-layer times one sequence on the device: leave out --batch, --with-eval and"
-            " caps. kvpress bench tiers --case one-layer has caps."
+            "--case one-layer times one sequence on the device: leave out --batch, --with-eval,"
+            " --baseline and caps. kvpress bench tiers --case one-layer has caps."
         )
     usual_policies, usual_tokens = CASES[case]
     setting = partial(make_setting, loading, grid.cache_dtype, rounds, warmup, parts)

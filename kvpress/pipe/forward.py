@@ -138,11 +138,10 @@ def _run_groups(layer: Layer, tokens: Tokens, valid_BQ: Tensor | None) -> Tensor
     columns = tokens.key_bHQD.shape[2]
     if columns == 1 and valid_BQ is None and layer.in_step:
         layer.advance_one()
-        everybody = range(len(layer.sequences))
         if layer.recipe.watched:
-            watch(layer, everybody, tokens)
+            watch(layer, range(len(layer.sequences)), tokens)
         if layer.recalled:
-            recall(layer, everybody, tokens.query_bNQD)
+            recall(layer, range(len(layer.sequences)), tokens.query_bNQD)
         return run_decode(layer, None, tokens)
     before_B = layer.sequences.seen_B
     new_B = torch.full_like(before_B, columns) if valid_BQ is None else valid_BQ.sum(1)

@@ -16,13 +16,6 @@ PROMPT, NEW = 200, 12
 COARSE = "quant:key_bits=2,value_bits=2,residual=8,guard=none"
 
 
-def run(model: Any, recipe: str, ids: torch.Tensor, mask: Any = None, **engine: Any) -> Any:
-    mask = torch.ones_like(ids) if mask is None else mask
-    with kvpress.attach(model, recipe, **engine) as made:
-        cache = made.new_cache(max_new_tokens=NEW)
-        return helpers.greedy(model, ids, mask, NEW, cache), cache
-
-
 def test_channels_are_chosen_by_queries_and_steps_of_slots_that_are_there() -> None:
     draw = torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 4, 9, 8, generator=draw), torch.randn(1, 2, 70, 8, generator=draw)
@@ -68,10 +61,10 @@ def test_boosted_keys_are_nearer_and_cost_what_the_layout_says() -> None:
 def test_a_row_of_a_padded_batch_is_the_row_alone(recipe: str) -> None:
     model = helpers.sharp("llama", head_dim=16)
     ids, mask = helpers.padded([PROMPT, 130, 90], "left")
-    together, _ = run(model, recipe, ids, mask)
+    together, _ = helpers.decoded(model, recipe, ids, NEW, mask)
     for row in range(3):
         alone = ids[row : row + 1][:, mask[row].bool()]
-        assert run(model, recipe, alone)[0].equal(together[row : row + 1])
+        assert helpers.decoded(model, recipe, alone, NEW)[0].equal(together[row : row + 1])
 
 
 @torch.no_grad()
@@ -102,13 +95,13 @@ def test_saved_and_forked_caches_go_on_alike_and_files_with_other_channels_are_r
 def test_batches_of_requests_tiers_and_short_rows() -> None:
     model, ids = helpers.sharp("llama", head_dim=16), helpers.prompt(1, PROMPT)
     recipe = "quant:key_bits=2,boost=0.25"
-    expected, _ = run(model, recipe, ids)
-    tiered, _ = run(model, recipe, ids, device="256KiB", host="4MiB")
+    expected, _ = helpers.decoded(model, recipe, ids, NEW)
+    tiered, _ = helpers.decoded(model, recipe, ids, NEW, device="256KiB", host="4MiB")
     assert tiered.equal(expected)
     with kvpress.Batcher(model, recipe) as batcher:
         handle = batcher.submit(ids[0].tolist(), max_new_tokens=NEW)
         assert list(handle.result(timeout=60).tokens) == expected[0].tolist()
-    _, cache = run(model, f"snapkv:budget=80,window=8+{recipe}", ids)
+    _, cache = helpers.decoded(model, f"snapkv:budget=80,window=8+{recipe}", ids, NEW)
     assert cache.check_integrity()
 
 

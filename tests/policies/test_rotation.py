@@ -16,19 +16,12 @@ PROMPT, NEW = 120, 12
 EXACT = "quant:key_bits=16,value_bits=16,residual=0"
 
 
-def run(model: Any, recipe: str, ids: torch.Tensor, mask: Any = None, **engine: Any) -> Any:
-    mask = torch.ones_like(ids) if mask is None else mask
-    with kvpress.attach(model, recipe, **engine) as made:
-        cache = made.new_cache(max_new_tokens=NEW)
-        return helpers.greedy(model, ids, mask, NEW, cache), cache
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "gpt_oss"])
 @pytest.mark.parametrize("rotate", ["values", "both"])
 def test_without_coarse_codes_tokens_are_those_of_the_full_cache(rotate: str, family: str) -> None:
     model, ids = helpers.sharp(family, head_dim=16), helpers.prompt(1, PROMPT)
-    full, _ = run(model, "full", ids)
-    found, cache = run(model, f"{EXACT},rotate={rotate}", ids)
+    full, _ = helpers.decoded(model, "full", ids, NEW)
+    found, cache = helpers.decoded(model, f"{EXACT},rotate={rotate}", ids, NEW)
     assert found.equal(full) and cache.check_integrity()
 
 
@@ -51,10 +44,10 @@ def test_a_row_of_a_padded_batch_is_the_row_alone(rotate: str) -> None:
     model = helpers.sharp("llama", head_dim=16)
     ids, mask = helpers.padded([PROMPT, 70, 5], "left")
     recipe = f"snapkv:budget=0.5,window=8+quant:key_bits=4,value_bits=2,rotate={rotate}"
-    together, cache = run(model, recipe, ids, mask)
+    together, cache = helpers.decoded(model, recipe, ids, NEW, mask)
     for row in range(3):
         alone = ids[row : row + 1][:, mask[row].bool()]
-        expected, own = run(model, recipe, alone)
+        expected, own = helpers.decoded(model, recipe, alone, NEW)
         assert together[row : row + 1].equal(expected)
         assert helpers.positions(cache, row) == helpers.positions(own)
 
@@ -161,8 +154,8 @@ def test_the_guard_judges_turned_codes() -> None:
 def test_batches_of_requests_and_tiers_turn_too() -> None:
     model, ids = helpers.sharp("llama", head_dim=16), helpers.prompt(1, PROMPT)
     recipe = "quant:key_bits=4,value_bits=4,rotate=both"
-    expected, _ = run(model, recipe, ids)
-    tiered, _ = run(model, recipe, ids, device="256KiB", host="4MiB")
+    expected, _ = helpers.decoded(model, recipe, ids, NEW)
+    tiered, _ = helpers.decoded(model, recipe, ids, NEW, device="256KiB", host="4MiB")
     assert tiered.equal(expected)
     with kvpress.Batcher(model, recipe) as batcher:
         handles = [batcher.submit(ids[0].tolist(), max_new_tokens=NEW) for _ in range(3)]

@@ -80,6 +80,16 @@ def padded(lengths: list[int], side: str, seed: int = 0) -> tuple[torch.Tensor, 
 
 
 @torch.no_grad()
+def decoded(
+    model: Any, recipe: str, ids: torch.Tensor, new: int, mask: Any = None, **engine: Any
+) -> tuple[torch.Tensor, Any]:
+    """The new tokens of a model with a policy, and the cache that it leaves."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    with kvpress.attach(model, recipe, **engine) as made:
+        cache = made.new_cache(max_new_tokens=new)
+        return greedy(model, ids, mask, new, cache), cache
+
+
 def greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, new: int, cache: Any) -> torch.Tensor:
     """Greedy decoding by hand, right with padding on either side: the new tokens, `[B, new]`."""
     position = (mask.cumsum(1) - 1).clamp_min(0)
